@@ -1,0 +1,185 @@
+"""The vocabulary of ImageRL: plain data and Protocols. Imports nothing of ours.
+
+Shape letters used everywhere: P prompts, G group, B = P·G samples, T image tokens, S flow steps,
+N actions (tokens or flow steps), L prompt tokens, D hidden size, H×W pixels, C latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image
+from torch import Tensor, nn
+
+
+class ImageRLError(Exception):
+    """Something the user can mend. The message is one line that names the fix; the command line
+    prints it without a traceback."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of a prompt set. `index` is its stable identity there and part of every random seed."""
+
+    index: int
+    text: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How samples are drawn. Log-probs are those of exactly this distribution."""
+
+    temperature: float = 1.0
+    guidance: float = 2.0
+    flow_steps: int = 30
+    shared_noise: bool = False  # one decoder noise per group instead of one per sample
+
+
+@dataclass(slots=True)
+class TokenTrajectory:
+    """Sampled image tokens of B samples, in group-major order (sample b belongs to prompt b // G)."""
+
+    tokens: Tensor  # [B, T] int64, 0-based within the image vocabulary
+    rollout_logprobs: Tensor  # [B, T] float32, of the sampling distribution
+    action_mask: Tensor  # [B, T] bool
+    hidden: Tensor  # [B, T + 1, D] final-norm hidden states of <S0> and of every token
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """What the policy says of given tokens. Differentiable when called with gradients on."""
+
+    logprobs: Tensor  # [B, T] float32
+    entropy: Tensor  # [B, T] float32, nats, of the same distribution
+
+
+@dataclass(slots=True)
+class RolloutGroup:
+    """G samples of one prompt."""
+
+    prompt: Prompt
+    tokens: Tensor  # [G, T]
+    rollout_logprobs: Tensor  # [G, T]
+    action_mask: Tensor  # [G, T]
+    images: np.ndarray  # [G, H, W, 3] uint8 RGB
+
+
+@dataclass(slots=True)
+class TrainBatch:
+    """Everything the update needs; B samples, group-major. Tensors of one microbatch or of a step."""
+
+    prompt_ids: Tensor  # [B, L] int64, left-padded
+    prompt_mask: Tensor  # [B, L] bool
+    tokens: Tensor  # [B, N]
+    action_mask: Tensor  # [B, N] bool; all False for a sample that must not train
+    rollout_logprobs: Tensor  # [B, N] from the sampler
+    old_logprobs: Tensor | None  # [B, N] from the trainer before the update; None: ratio is 1 by design
+    ref_logprobs: Tensor | None  # [B, N] from the frozen reference; None without KL
+    advantages: Tensor  # [B] or [B, N]
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """Arguments of every loss. `denominator` is the global count the sum is divided by: gradient
+    accumulation and data parallelism stay exact because no loss averages on its own."""
+
+    logprobs: Tensor  # [B, N] with gradient
+    old_logprobs: Tensor  # [B, N]
+    ref_logprobs: Tensor | None  # [B, N]
+    advantages: Tensor  # [B, N] or [B, 1]
+    action_mask: Tensor  # [B, N] bool
+    denominator: float
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """`loss` to call backward on; `metrics` are sums over the given actions, to be divided by
+    `metrics["actions"]` once all microbatches and ranks are added up."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class RewardOutput:
+    """What a reward may return instead of a bare list. None or NaN marks a sample without a value."""
+
+    rewards: Sequence[float | None]
+    breakdown: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class RewardFn(Protocol):
+    """A reward: called with keyword arguments only, one list entry per sample.
+
+    `prompts` captions, `completions` lists of image-token ids, `images` PIL pictures (RGB), and every
+    column of the prompt set under its own name. The signature is also that of TRL's reward functions.
+    """
+
+    def __call__(
+        self,
+        *,
+        prompts: list[str],
+        completions: list[list[int]],
+        images: list[Image.Image],
+        **columns: list[Any],
+    ) -> Sequence[float | None] | RewardOutput: ...
+
+
+@dataclass(slots=True)
+class RewardRequest:
+    """Samples of whole groups to be scored; every sequence has one entry per sample."""
+
+    prompts: list[str]
+    completions: list[list[int]]
+    images: np.ndarray  # [B, H, W, 3] uint8 RGB
+    columns: dict[str, list[Any]]
+    group_size: int
+
+
+@dataclass(slots=True)
+class RewardScores:
+    """Scores of one request. NaN marks a sample without a usable value."""
+
+    totals: np.ndarray  # [B] float64, weighted sum; NaN: leave this sample out
+    components: dict[str, np.ndarray]  # raw values by "<reward>" and "<reward>/<part>", [B] float64
+    failures: dict[str, int]  # "<reward>" -> samples lost to errors, time-outs, None, NaN or inf
+    reasons: dict[str, str]  # "<reward>" -> the last failure in one line
+
+
+class RewardScorer(Protocol):
+    """Scores requests, possibly elsewhere and later, so that scoring overlaps with sampling."""
+
+    def submit(self, request: RewardRequest) -> int: ...
+
+    def collect(self, ticket: int) -> RewardScores: ...
+
+    def close(self) -> None: ...
+
+
+class Policy(Protocol):
+    """An image generator with a trainable autoregressive half. See `models.image_policy`."""
+
+    trainable: nn.Module  # forward(prompt_ids, prompt_mask, tokens, temperature) -> TokenScores
+
+    @property
+    def num_actions(self) -> int: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]: ...
+
+    def encode_prompts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+
+    def sample_tokens(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float
+    ) -> TokenTrajectory: ...
+
+    def decode(self, hidden: Tensor, noise: Tensor, guidance: float, steps: int) -> Tensor: ...
+
+    def reference_scores(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, temperature: float
+    ) -> TokenScores: ...
