@@ -1,0 +1,350 @@
+"""What a run says while it runs: metrics.jsonl, TensorBoard events, progress, timings, picture grids."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from rl.types import ImageRLError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def is_timing(key: str) -> bool:
+    """Whether a metric depends on the clock. All others repeat bit for bit in a resumed run."""
+    return any(word in key for word in ("time", "per_s", "share"))
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every parser takes: NaN and infinities become null, numpy and 0-d tensors plain numbers.
+
+    Floats are written so that reading them back gives the same bits.
+    """
+    return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a crash at any moment leaves the old or the new file, whole.
+
+    Raises:
+        ImageRLError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename itself must survive a power cut
+        finally:
+            os.close(directory)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ImageRLError(
+            f"cannot write {path}: {error.strerror}; free some space or fix the rights"
+        ) from error
+
+
+def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl in file order; a last line cut off by a crash is skipped.
+
+    Raises:
+        ImageRLError: a line before the last is not a JSON object with `step`.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty or torn
+        try:
+            record = json.loads(line)
+            record["step"] = int(record["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ImageRLError(f"{path} line {number} is damaged; delete that line and try again") from error
+        records.append(record)
+    return records
+
+
+class MetricsLog:
+    """Appends metrics to `metrics.jsonl` and to TensorBoard events in `tb/`.
+
+    A line is on the disk when `log` returns, so log a step *before* saving its checkpoint: a resumed run
+    then finds every step up to that checkpoint. `resume_step` is the step of the checkpoint that the run
+    continues from; lines of later steps are dropped. A run killed before its first checkpoint resumes
+    with −1, which drops all. None starts a new file.
+
+    Raises:
+        ImageRLError: a new run would write into a folder that already holds metrics; disk full.
+    """
+
+    def __init__(self, run_dir: Path | str, resume_step: int | None = None, tensorboard: bool = True) -> None:
+        self.path = Path(run_dir) / METRICS_FILE
+        records = read_metrics(run_dir)
+        if resume_step is None:
+            if records:
+                raise ImageRLError(
+                    f"{self.path.parent} already holds a run; add --resume or set another run.output_dir"
+                )
+            kept = []
+        else:
+            kept = [record for record in records if record["step"] <= resume_step]
+        write_atomically(self.path, "".join(to_json(record) + "\n" for record in kept).encode())
+        self._file = self.path.open("ab", buffering=0)
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = None if resume_step is None else resume_step + 1
+            self._writer = SummaryWriter(str(self.path.parent / "tb"), purge_step=purge)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one line. Values are numbers, booleans, None, or 0-d arrays and tensors.
+
+        Raises:
+            TypeError: a value is none of these.
+            ImageRLError: the disk is full.
+        """
+        record: dict[str, Any] = {"step": int(step)}
+        for key, value in metrics.items():
+            record[key] = _plain(value)
+            if not isinstance(record[key], int | float | None):
+                raise TypeError(f"metric {key} must be a number, got {type(value).__name__}")
+        line = (to_json(record) + "\n").encode()
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(0, "the disk is full")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise ImageRLError(
+                f"cannot write {self.path}: {error.strerror}; free some space, then continue with --resume"
+            ) from error
+        if self._writer is not None:
+            for key, value in record.items():
+                if key != "step" and value is not None:
+                    self._writer.add_scalar(key, value, record["step"])
+            self._writer.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class PhaseTimer:
+    """Seconds and shares of the phases of a step: `with timer("rollout"): ...`.
+
+    `synchronise` is called at both ends of a phase; give `torch.cuda.synchronize` on a GPU, where kernels
+    return before they have run.
+    """
+
+    def __init__(
+        self,
+        synchronise: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._synchronise = synchronise or (lambda: None)
+        self._clock = clock
+        self._seconds: dict[str, float] = {}
+        self._start = clock()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self._synchronise()
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._synchronise()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
+
+    def metrics(self) -> dict[str, float]:
+        """`time/<phase>_s`, `share/<phase>` and `time/step_s` since the last call; starts the next step.
+
+        Shares are of the wall time between calls, so what no phase covers shows as `share/other`.
+        """
+        now = self._clock()
+        total, self._start = now - self._start, now
+        seconds, self._seconds = self._seconds, {}
+        result = {f"time/{phase}_s": value for phase, value in seconds.items()} | {"time/step_s": total}
+        seconds = seconds | {"other": max(0.0, total - sum(seconds.values()))}
+        return result | {f"share/{phase}": value / max(total, 1e-9) for phase, value in seconds.items()}
+
+
+class Progress:
+    """Live line with step, reward, KL, exact match and time left; `with Progress(steps) as progress:`.
+
+    Where the output is not a terminal it prints one short line every `every` steps instead.
+    """
+
+    def __init__(
+        self, total_steps: int, start_step: int = 0, console: Console | None = None, every: int = 10
+    ) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._total, self._every = total_steps, every
+        self._console = console or Console()
+        self._times: deque[tuple[int, float]] = deque([(start_step, time.monotonic())], maxlen=20)
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            columns = (BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
+            self._bar = Progress(*columns, console=self._console)
+            text = f"step {start_step}/{total_steps}"
+            self._task = self._bar.add_task(text, total=total_steps, completed=start_step)
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Show `step` (the number of steps done) with the metrics of that step."""
+        self._times.append((step, time.monotonic()))
+        text = progress_line(step, self._total, metrics, self._seconds_left(step))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif step == 1 or step == self._total or step % self._every == 0:
+            self.note(text)
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _seconds_left(self, step: int) -> float:
+        (first_step, first), (_, last) = self._times[0], self._times[-1]
+        return (last - first) / max(1, step - first_step) * (self._total - step)
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def progress_line(step: int, total: int, metrics: Mapping[str, Any], seconds_left: float) -> str:
+    """`step 10/200  reward 0.423  KL 0.0012  exact 41 %  3m12s left`, without what is not measured."""
+    parts = [f"step {step:>{len(str(total))}}/{total}"]
+    if (reward := metrics.get("reward/mean")) is not None:
+        parts.append(f"reward {reward:.3f}")
+    if (kl := metrics.get("kl/k3")) is not None:
+        parts.append(f"KL {kl:.4f}")
+    exact = [v for k, v in metrics.items() if k.startswith("reward/") and k.endswith("exact_match/mean")]
+    if exact and exact[0] is not None:
+        parts.append(f"exact {100 * exact[0]:.0f} %")
+    minutes, seconds = divmod(round(seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    left = f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    return "  ".join([*parts, f"{left} left"])
+
+
+def image_grid(
+    images: Sequence[np.ndarray] | np.ndarray,
+    columns: int,
+    captions: Sequence[str] | None = None,
+    scale: int = 1,
+) -> Image.Image:
+    """Lay out pictures of one size in rows of `columns`, with a small caption under each.
+
+    Args:
+        images: [N, H, W, 3] uint8 RGB.
+        captions: one per picture; two lines at most, the rest is cut with an ellipsis.
+        scale: enlargement by whole pixels, so that single pixels stay visible.
+
+    Raises:
+        ValueError: no pictures, another dtype or shape, or not one caption per picture.
+    """
+    stack = np.asarray(images)
+    if stack.ndim != 4 or stack.shape[-1] != 3 or stack.dtype != np.uint8 or not len(stack):
+        raise ValueError(f"images must be [N, H, W, 3] uint8 with N >= 1, got {stack.dtype} {stack.shape}")
+    if captions is not None and len(captions) != len(stack):
+        raise ValueError(f"{len(stack)} images but {len(captions)} captions")
+    stack = stack.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, _ = stack.shape
+    columns = max(1, min(columns, count))
+    rows = -(-count // columns)
+    margin, line_height = 8, 13
+    blocks = [_fit(caption, width) for caption in captions] if captions else [[] for _ in range(count)]
+    caption_height = line_height * max(map(len, blocks)) + (3 if captions else 0)
+    size = margin + columns * (width + margin), margin + rows * (height + caption_height + margin)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (picture, lines) in enumerate(zip(stack, blocks, strict=True)):
+        x = margin + i % columns * (width + margin)
+        y = margin + i // columns * (height + caption_height + margin)
+        canvas.paste(Image.fromarray(picture), (x, y))
+        for number, line in enumerate(lines):
+            draw.text((x, y + height + 3 + number * line_height), line, fill=(70, 74, 82), font=_font())
+    return canvas
+
+
+def save_image(image: Image.Image, path: Path | str) -> Path:
+    """Write a PNG atomically.
+
+    Raises:
+        ImageRLError: the disk is full or the folder cannot be written.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    write_atomically(Path(path), buffer.getvalue())
+    return Path(path)
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    import matplotlib  # only for the path of DejaVu, which covers far more scripts than Pillow's own font
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
+
+
+def _fit(caption: str, width: int, max_lines: int = 2) -> list[str]:
+    """Break a caption into lines of at most `width` pixels, the last one cut with an ellipsis."""
+    font = _font()
+    lines = [""]
+    for word in caption.split():
+        joined = f"{lines[-1]} {word}".lstrip()
+        if lines[-1] and font.getlength(joined) > width:
+            lines.append(word)
+        else:
+            lines[-1] = joined
+    cut = len(lines) > max_lines
+    lines = lines[:max_lines]
+    for i, line in enumerate(lines):
+        mark = "…" if cut and i == max_lines - 1 else ""
+        while line and font.getlength(line + mark) > width:
+            line, mark = line[:-1].rstrip(), "…"
+        lines[i] = line + mark
+    return lines
