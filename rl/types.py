@@ -1,4 +1,4 @@
-"""The vocabulary of ImageRL: plain data and Protocols. Imports nothing of ours.
+"""The vocabulary of ImageRL: plain data and Protocols. Imports nothing of ours but `rl.errors`.
 
 Shape letters used everywhere: P prompts, G group, B = P·G samples, T image tokens, S flow steps,
 N actions (tokens or flow steps), L prompt tokens, D hidden size, H×W pixels, C latent channels.
@@ -14,10 +14,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
-
-class ImageRLError(Exception):
-    """Something the user can mend. The message is one line that names the fix; the command line
-    prints it without a traceback."""
+from rl.errors import ImageRLError as ImageRLError
 
 
 @dataclass(frozen=True, slots=True)
