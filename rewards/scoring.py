@@ -1,0 +1,145 @@
+"""Calls rewards safely and adds them up once; a value missing for one sample never reaches another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rewards.base import SAMPLE_NAMES, LoadedReward, one_line
+from rl.types import ImageRLError, RewardOutput, RewardRequest, RewardScores
+
+
+@dataclass(slots=True)
+class RewardValues:
+    """What one reward said of B samples."""
+
+    values: np.ndarray  # [B] float64, NaN where there is no usable value
+    not_applicable: np.ndarray  # [B] bool, True where the reward returned None
+    parts: dict[str, np.ndarray] = field(default_factory=dict)  # [B] float64 by part, NaN where missing
+    reason: str | None = None  # the last thing that went wrong, in one line
+
+    @classmethod
+    def failed(cls, size: int, reason: str) -> RewardValues:
+        return cls(np.full(size, np.nan), np.zeros(size, dtype=bool), {}, reason)
+
+
+def to_pil_images(images: np.ndarray) -> list[Image.Image]:
+    """Pictures [B, H, W, 3] uint8 RGB as B PIL pictures that own their pixels.
+
+    Raises ValueError for another shape or type."""
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"images must be [B, H, W, 3] uint8, not {list(images.shape)} {images.dtype}")
+    return [Image.fromarray(np.ascontiguousarray(image)).copy() for image in images]
+
+
+def _column(entries: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """[size] float64 (NaN where missing) and [size] bool (where None). Raises TypeError or ValueError."""
+    if isinstance(entries, (str, bytes, Mapping)) or not hasattr(entries, "__len__"):
+        raise TypeError(f"returned {type(entries).__name__}; return a list with one number per sample")
+    entries = list(entries)
+    if len(entries) != size:
+        raise ValueError(f"returned {len(entries)} values for {size} samples")
+    text = next((entry for entry in entries if isinstance(entry, (str, bytes))), None)
+    if text is not None:
+        raise TypeError(f"returned {text!r}, which is not a number")
+    nones = np.array([entry is None for entry in entries], dtype=bool)
+    return np.array([np.nan if entry is None else float(entry) for entry in entries]), nones
+
+
+def _to_values(output: Any, size: int) -> RewardValues:
+    """A reward's output as arrays. Raises TypeError or ValueError when it is not a list of `size` numbers."""
+    rewards, parts = (output.rewards, output.breakdown) if isinstance(output, RewardOutput) else (output, {})
+    values, nones = _column(rewards, size)
+    broken = values[~np.isfinite(values) & ~nones]
+    reason = f"returned {broken[-1]}" if broken.size else None
+    columns = {name: _column(entries, size)[0] for name, entries in parts.items()}
+    for column in (values, *columns.values()):
+        column[~np.isfinite(column)] = np.nan
+    return RewardValues(values, nones, columns, reason)
+
+
+def call_reward(reward: LoadedReward, request: RewardRequest) -> RewardValues:
+    """Calls one reward. Whatever it raises becomes missing values with a reason, except an ImageRLError,
+    which says that the recipe must be mended."""
+    size = len(request.prompts)
+    # Copies, so that a reward that changes what it is given does not change it for the next one.
+    columns = {name: list(values) for name, values in request.columns.items() if name not in SAMPLE_NAMES}
+    images = to_pil_images(request.images)
+    completions = [list(tokens) for tokens in request.completions]
+    try:
+        output: Any = reward.fn(
+            prompts=list(request.prompts),
+            completions=completions,
+            images=images,
+            completion_ids=completions,
+            **columns,
+        )
+        return _to_values(output, size)
+    except ImageRLError:
+        raise
+    except Exception as error:
+        return RewardValues.failed(size, one_line(error))
+
+
+def concatenate(shards: Sequence[RewardValues]) -> RewardValues:
+    """Joins consecutive parts of one request; a breakdown that one of them lacks is NaN there."""
+    names = dict.fromkeys(name for shard in shards for name in shard.parts)
+    lacking = [np.full(shard.values.size, np.nan) for shard in shards]
+    return RewardValues(
+        np.concatenate([shard.values for shard in shards]),
+        np.concatenate([shard.not_applicable for shard in shards]),
+        {n: np.concatenate([s.parts.get(n, x) for s, x in zip(shards, lacking, strict=True)]) for n in names},
+        next((shard.reason for shard in reversed(shards) if shard.reason), None),
+    )
+
+
+def combine(
+    labels: Sequence[str], weights: Sequence[float], values: Sequence[RewardValues], group_size: int
+) -> RewardScores:
+    """Weighted sum of the components, per sample.
+
+    A component that returned None for every sample of a group does not apply to that prompt and is left out
+    of the group's sums. Any other missing component makes the sample's total NaN and is one failure of that
+    reward; so is a sample to which no reward applies, because it has no total either.
+    Raises ValueError when the samples are not whole groups."""
+    size = values[0].values.size
+    if size % group_size:
+        raise ValueError(f"{size} samples are not whole groups of {group_size}")
+    applies = [
+        ~np.repeat(value.not_applicable.reshape(-1, group_size).all(axis=1), group_size) for value in values
+    ]
+    orphaned = ~np.any(applies, axis=0)  # [B]
+    scores = RewardScores(np.where(orphaned, np.nan, 0.0), {}, {}, {})
+    for label, weight, value, used in zip(labels, weights, values, applies, strict=True):
+        scores.totals += np.where(used, weight * value.values, 0.0)
+        scores.components[label] = value.values
+        scores.components |= {f"{label}/{part}": column for part, column in value.parts.items()}
+        lost = (np.isnan(value.values) & used) | orphaned
+        scores.failures[label] = int(lost.sum())
+        if lost.any():
+            scores.reasons[label] = value.reason or "returned None"
+    return scores
+
+
+def score_request(functions: Sequence[LoadedReward], request: RewardRequest) -> RewardScores:
+    """Scores whole groups in this process. See `combine` for how missing values are treated.
+
+    Raises ImageRLError when a reward says that the recipe must be mended."""
+    values = [call_reward(reward, request) for reward in functions]
+    labels, weights = [reward.label for reward in functions], [reward.weight for reward in functions]
+    return combine(labels, weights, values, request.group_size)
+
+
+def failure_report(scores: RewardScores, max_failure_rate: float) -> str | None:
+    """One line that says why more than `max_failure_rate` of the totals are NaN, or None."""
+    rate = float(np.isnan(scores.totals).mean())
+    if rate <= max_failure_rate:
+        return None
+    why = "; ".join(
+        f"{label}: {scores.failures[label]}x {reason}" for label, reason in scores.reasons.items()
+    )
+    return f"{rate:.0%} of the samples have no reward (rewards.max_failure_rate={max_failure_rate:g}): {why}"
