@@ -107,7 +107,7 @@ class RewardSpec(RecipeModel):
     model_config = ConfigDict(extra="allow")
 
     name: str | None = Field(None, description="a reward that ships with imagerl")
-    import_path: str | None = Field(None, description="your own: path/to/file.py:function_or_class")
+    import_path: str | None = Field(None, description="your own: file.py:function or package.module:function")
     weight: float = Field(1.0, description="factor in the total reward; 0: measured only")
 
     @property
@@ -127,7 +127,7 @@ class RewardSpec(RecipeModel):
                 raise ValueError(f'unknown key "{key}" of a reward; did you mean "{near[0]}"?')
         if (self.name is None) == (self.import_path is None):
             raise ValueError("a reward needs exactly one of name and import_path")
-        if self.import_path is not None and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", self.import_path):
+        if self.import_path is not None and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", self.import_path):
             raise ValueError(f'import_path "{self.import_path}" should look like file.py:function')
         return self
 

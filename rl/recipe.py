@@ -79,7 +79,7 @@ for _tag, _pattern, _first in _SCALARS:
     for _yaml_class in (_Loader, _Dumper):
         _regex = re.compile(rf"^(?:{_pattern})$")
         _yaml_class.add_implicit_resolver(_tag, _regex, [c if c != "\0" else "" for c in _first])
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 _Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
 
 
@@ -306,10 +306,14 @@ def _type_name(value: Any) -> str:
 def _shown(value: Any) -> str:
     if value is None:
         return "null"
+    if isinstance(value, str):
+        return f'"{_shortened(_one_line(value))}"'
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000, allow_unicode=True)
-    text = _one_line(text.removesuffix("\n...\n"))
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return f'"{text}"' if isinstance(value, str) else text
+    return _shortened(_one_line(text.removesuffix("\n...\n")))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _one_line(message: object) -> str:

@@ -1,0 +1,214 @@
+"""Prompts: sets from files or by name, and the sampler that draws them for training."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rl.errors import ImageRLError
+from rl.recipe import parse_yaml_lines, read_text
+from rl.seeding import derive_seed
+from rl.types import Prompt
+
+if TYPE_CHECKING:
+    from rl.config import PromptSetConfig
+
+RESERVED_COLUMNS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "images",
+)  # what rewards get beside the columns
+Row = tuple[int, Any]  # line number, and a mapping of columns or a bare prompt
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Prompts in a fixed order, no text twice. All have the same columns."""
+
+    source: str  # for messages: a path or name/split
+    prompts: tuple[Prompt, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.prompts[0].columns)
+
+
+def _tiny_world(split: str, size: int | None, seed: int) -> list[Prompt]:
+    from rl.tiny_world import prompt_set
+
+    return prompt_set(split, size, seed)
+
+
+NAMED_SETS: dict[str, Callable[[str, int | None, int], list[Prompt]]] = {"tiny_world": _tiny_world}
+
+
+def load_prompt_set(config: PromptSetConfig) -> PromptSet:
+    """The prompts that a recipe asks for. A prompt's index is its place in the file, blank lines aside.
+
+    Raises:
+        ImageRLError: no such set or file, a row that is no prompt, a repeated prompt, too few prompts.
+    """
+    if config.name is not None:
+        if config.name not in NAMED_SETS:
+            raise ImageRLError(f'no prompt set is named "{config.name}"; there is: {", ".join(NAMED_SETS)}')
+        source = f"{config.name}/{config.split}"
+        prompts = NAMED_SETS[config.name](str(config.split), config.size, config.seed)
+        lines = [prompt.index + 1 for prompt in prompts]
+    else:
+        source = str(config.path)
+        rows = _read_rows(source, config.column)
+        lines = [line for line, _ in rows]
+        prompts = _to_prompts(rows, config.column, source)
+    if not prompts:
+        raise ImageRLError(f"{source} holds no prompts")
+    seen: dict[str, int] = {}
+    for line, prompt in zip(lines, prompts, strict=True):
+        if prompt.text in seen:
+            raise ImageRLError(
+                f"{source}, line {line}: repeats the prompt of line {seen[prompt.text]}; remove one"
+            )
+        seen[prompt.text] = line
+    if config.size is not None and config.size > len(prompts):
+        raise ImageRLError(
+            f"{source} has {len(prompts)} prompts, fewer than its size in the recipe, {config.size}"
+        )
+    return PromptSet(source, tuple(prompts[: config.size]))
+
+
+def refuse_overlap(train: PromptSet, heldout: PromptSet) -> None:
+    """Held-out results mean nothing when their prompts, or the targets in them, were trained on.
+
+    Raises:
+        ImageRLError: a prompt's text, or a value of the column `target`, is in both sets.
+    """
+    for what, values_of in (("prompt", _texts), ("target", _targets)):
+        trained = set(values_of(train))
+        shared = [value for value in values_of(heldout) if value in trained]
+        if shared:
+            raise ImageRLError(
+                f"{len(shared)} {what}s of data.heldout ({heldout.source}) are also in data.train "
+                f'({train.source}), such as "{shared[0]}"; remove them from one'
+            )
+
+
+def _texts(prompts: PromptSet) -> list[str]:
+    return [prompt.text for prompt in prompts]
+
+
+def _targets(prompts: PromptSet) -> list[str]:
+    return [prompt.columns["target"] for prompt in prompts if isinstance(prompt.columns.get("target"), str)]
+
+
+class GroupedSampler:
+    """Which prompts each step trains on: a pure function of (seed, step), so a resumed run needs no replay.
+
+    Every epoch is a fresh permutation of the prompts, cut into whole steps. What does not fill a step is
+    left out of that epoch, so that no prompt appears twice in an epoch, nor in a step.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt] | PromptSet, prompts_per_step: int, seed: int) -> None:
+        """Raises:
+        ImageRLError: fewer prompts than a step needs.
+        """
+        self._prompts = tuple(prompts)
+        if len(self._prompts) < prompts_per_step:
+            raise ImageRLError(
+                f"rollout.prompts_per_step is {prompts_per_step} but data.train has only "
+                f"{len(self._prompts)} prompts; lower it or add prompts"
+            )
+        self.prompts_per_step = prompts_per_step
+        self.steps_per_epoch = len(self._prompts) // prompts_per_step
+        self._seed = seed
+        self._order = lru_cache(maxsize=1)(self._permutation)
+
+    def step(self, step: int) -> list[Prompt]:
+        """The prompts of a step, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        first = place * self.prompts_per_step
+        return [self._prompts[i] for i in self._order(epoch)[first : first + self.prompts_per_step]]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        order = list(range(len(self._prompts)))
+        random.Random(derive_seed(self._seed, "prompt order", epoch)).shuffle(order)
+        return order
+
+
+def _read_rows(source: str, column: str) -> list[Row]:
+    suffix = Path(source).suffix.lower()
+    readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _txt, ".yaml": _yaml, ".yml": _yaml}
+    if suffix not in readers:
+        raise ImageRLError(f'cannot tell the format of "{source}"; name it .jsonl, .csv, .txt or .yaml')
+    return list(readers[suffix](read_text(source), source))
+
+
+def _jsonl(text: str, source: str) -> Iterator[Row]:
+    for line, content in enumerate(text.split("\n"), 1):
+        if content.strip():
+            try:
+                yield line, json.loads(content)
+            except json.JSONDecodeError as error:
+                raise ImageRLError(f"{source}, line {line}: not JSON ({error.msg})") from None
+
+
+def _csv(text: str, source: str) -> Iterator[Row]:
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                wanted = len(reader.fieldnames or ())
+                raise ImageRLError(f"{source}, line {reader.line_num}: not the {wanted} fields of the header")
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ImageRLError(f"{source}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _txt(text: str, source: str) -> Iterator[Row]:
+    return ((line, content.strip()) for line, content in enumerate(text.split("\n"), 1) if content.strip())
+
+
+def _yaml(text: str, source: str) -> Iterator[Row]:
+    rows, lines = parse_yaml_lines(text, source)
+    if not isinstance(rows, list):
+        raise ImageRLError(f"{source}: should be a list of prompts, or of mappings with a prompt in each")
+    return iter(zip(lines, rows, strict=True))
+
+
+def _to_prompts(rows: Sequence[Row], column: str, source: str) -> list[Prompt]:
+    """Columns that a row lacks are None, so that rewards get lists of equal length."""
+    mappings: list[tuple[int, dict[str, Any]]] = []
+    for line, row in rows:
+        mapping = {column: row} if isinstance(row, str) else row
+        if not isinstance(mapping, dict):
+            raise ImageRLError(f"{source}, line {line}: should be a mapping of columns, or a prompt")
+        if column not in mapping:
+            raise ImageRLError(
+                f'{source}, line {line}: no column "{column}", only {", ".join(map(str, mapping))}; '
+                "add it, or name the right one in the prompt set's `column`"
+            )
+        if not isinstance(mapping[column], str) or not mapping[column].strip():
+            raise ImageRLError(f'{source}, line {line}: "{column}" should be a text that is not empty')
+        for name in RESERVED_COLUMNS:
+            if name in mapping and name != column:
+                raise ImageRLError(
+                    f'{source}, line {line}: "{name}" is what rewards get from us; rename the column'
+                )
+        mappings.append((line, mapping))
+    names = dict.fromkeys(name for _, mapping in mappings for name in mapping if name != column)
+    return [
+        Prompt(index, mapping[column].strip(), {name: mapping.get(name) for name in names})
+        for index, (_, mapping) in enumerate(mappings)
+    ]

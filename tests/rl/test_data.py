@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rl.config import PromptSetConfig
+from rl.data import GroupedSampler, PromptSet, load_prompt_set, refuse_overlap
+from rl.errors import ImageRLError
+from rl.types import Prompt
+
+
+def write(tmp_path: Path, name: str, text: str) -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def load(path: Path, **settings: object) -> PromptSet:
+    return load_prompt_set(PromptSetConfig.model_validate({"path": str(path), **settings}))
+
+
+def error(path: Path, **settings: object) -> str:
+    with pytest.raises(ImageRLError) as caught:
+        load(path, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def prompts(count: int) -> tuple[Prompt, ...]:
+    return tuple(Prompt(i, f"prompt {i}") for i in range(count))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"prompt": "a cat", "target": "CAT"}\n\n{"prompt": "a ö", "target": null}\n'),
+        ("a.csv", "target,prompt\nCAT,a cat\n,a ö\n"),
+        ("a.yaml", "- prompt: a cat\n  target: CAT\n- prompt: a ö\n"),
+        ("a.yml", "- {prompt: a cat, target: CAT}\n- a ö\n"),
+        ("a.jsonl", '\ufeff{"prompt": "a cat", "target": "CAT"}\r\n{"prompt": "a ö"}'),
+    ],
+)
+def test_formats_give_the_same_prompts(tmp_path: Path, name: str, text: str) -> None:
+    loaded = load(write(tmp_path, name, text))
+    assert [(p.index, p.text) for p in loaded] == [(0, "a cat"), (1, "a ö")]
+    assert loaded.columns == ["target"]
+    first, second = loaded.prompts
+    assert first.columns == {"target": "CAT"}
+    assert second.columns["target"] in (None, "")
+
+
+def test_text_files_hold_a_prompt_a_line(tmp_path: Path) -> None:
+    loaded = load(write(tmp_path, "a.txt", '\n one, "two" \n\nthree: {four}\n'))
+    assert [p.text for p in loaded] == ['one, "two"', "three: {four}"]
+    assert loaded.columns == []
+
+
+def test_size_keeps_the_first_and_column_chooses(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "caption,prompt\nx,1\ny,2\nz,3\n")
+    loaded = load(path, size=2, column="caption")
+    assert [(p.index, p.text, p.columns) for p in loaded] == [
+        (0, "x", {"prompt": "1"}),
+        (1, "y", {"prompt": "2"}),
+    ]
+    assert "has 3 prompts, fewer than its size in the recipe, 4" in error(path, size=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "part"),
+    [
+        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', 'line 2: no column "prompt", only text'),
+        ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', "line 3: not JSON"),
+        ("a.jsonl", "[1]\n", "line 1: should be a mapping"),
+        ("a.jsonl", '{"prompt": 5}\n', 'line 1: "prompt" should be a text'),
+        ("a.jsonl", '{"prompt": " "}\n', 'line 1: "prompt" should be a text that is not empty'),
+        ("a.jsonl", '{"prompt": "a", "images": 1}\n', 'line 1: "images" is what rewards get from us'),
+        ("a.csv", "prompt,x\na,1\nb\n", "line 3: not the 2 fields of the header"),
+        ("a.csv", "prompt,x\na,1\nb,2,3\n", "line 3: not the 2 fields of the header"),
+        ("a.csv", 'prompt\n"a\n', "not CSV"),
+        ("a.yaml", "- a\n- b\n- {text: c}\n", 'line 3: no column "prompt"'),
+        ("a.yaml", "prompt: a\n", "should be a list"),
+        ("a.txt", "a\nb\n\na\n", "line 4: repeats the prompt of line 1"),
+        ("a.txt", "\n \n", "holds no prompts"),
+        ("a.csv", "prompt,x\n", "holds no prompts"),
+        ("a.parquet", "", "name it .jsonl, .csv, .txt or .yaml"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, text: str, part: str) -> None:
+    path = write(tmp_path, name, text)
+    message = error(path)
+    assert part in message
+    assert str(path) in message
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    assert "no file" in error(tmp_path / "none.txt")
+
+
+def test_named_sets() -> None:
+    config = PromptSetConfig(name="tiny_world", split="heldout", size=20, seed=3)
+    loaded = load_prompt_set(config)
+    assert len(loaded) == 20
+    assert loaded.source == "tiny_world/heldout"
+    assert "target" in loaded.columns
+    assert loaded == load_prompt_set(config)
+    with pytest.raises(ImageRLError, match=r"no prompt set is named.*tiny_world"):
+        load_prompt_set(PromptSetConfig(name="tiny_word", split="train"))
+
+
+def test_tiny_world_splits_do_not_overlap() -> None:
+    train, heldout = (
+        load_prompt_set(PromptSetConfig(name="tiny_world", split=s)) for s in ("train", "heldout")
+    )
+    refuse_overlap(train, heldout)
+    with pytest.raises(ImageRLError, match=f"{len(train)} prompts of data.heldout"):
+        refuse_overlap(train, train)
+
+
+def test_overlapping_targets_are_refused() -> None:
+    train = PromptSet("a", (Prompt(0, "red CAT", {"target": "CAT"}), Prompt(1, "x", {"target": None})))
+    heldout = PromptSet("b", (Prompt(0, "blue CAT", {"target": "CAT"}), Prompt(1, "y", {"target": None})))
+    with pytest.raises(ImageRLError, match=r'1 targets of data.heldout \(b\).*\(a\).*"CAT"'):
+        refuse_overlap(train, heldout)
+    refuse_overlap(PromptSet("c", train.prompts[1:]), heldout)
+
+
+@pytest.mark.parametrize(("count", "per_step"), [(12, 3), (13, 4), (5, 5), (7, 1)])
+def test_an_epoch_repeats_no_prompt(count: int, per_step: int) -> None:
+    sampler = GroupedSampler(prompts(count), per_step, seed=0)
+    assert sampler.steps_per_epoch == count // per_step
+    epochs = []
+    for epoch in range(3):
+        first = epoch * sampler.steps_per_epoch
+        drawn = [p.index for k in range(first, first + sampler.steps_per_epoch) for p in sampler.step(k)]
+        assert len(drawn) == len(set(drawn)) == per_step * sampler.steps_per_epoch
+        epochs.append(drawn)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_step_needs_no_replay_and_follows_the_seed() -> None:
+    sampler = GroupedSampler(prompts(20), 6, seed=1)
+    forward = [sampler.step(k) for k in range(10)]
+    assert [sampler.step(k) for k in reversed(range(10))] == forward[::-1]
+    assert GroupedSampler(prompts(20), 6, seed=1).step(7) == forward[7]
+    assert GroupedSampler(prompts(20), 6, seed=2).step(7) != forward[7]
+
+
+def test_the_order_never_changes() -> None:
+    """Runs of an earlier version must resume on the same prompts."""
+    drawn = [[p.index for p in GroupedSampler(prompts(10), 4, seed=0).step(k)] for k in (0, 1, 5)]
+    assert drawn == [[9, 7, 4, 6], [8, 0, 1, 2], [0, 7, 6, 9]]
+
+
+def test_too_few_prompts_for_a_step() -> None:
+    with pytest.raises(
+        ImageRLError, match=r"rollout.prompts_per_step is 4 but data.train has only 3 prompts"
+    ):
+        GroupedSampler(prompts(3), 4, seed=0)
