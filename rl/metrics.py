@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from rl.types import ImageRLError
+from rl.errors import ImageRLError
+from rl.files import write_atomic, write_error
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,32 +50,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a crash at any moment leaves the old or the new file, whole.
-
-    Raises:
-        ImageRLError: the disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the rename itself must survive a power cut
-        finally:
-            os.close(directory)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ImageRLError(
-            f"cannot write {path}: {error.strerror}; free some space or fix the rights"
-        ) from error
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
@@ -118,7 +94,8 @@ class MetricsLog:
             kept = []
         else:
             kept = [record for record in records if record["step"] <= resume_step]
-        write_atomically(self.path, "".join(to_json(record) + "\n" for record in kept).encode())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path, "".join(to_json(record) + "\n" for record in kept))
         self._file = self.path.open("ab", buffering=0)
         self._writer: Any = None
         if tensorboard:
@@ -142,12 +119,10 @@ class MetricsLog:
         line = (to_json(record) + "\n").encode()
         try:
             if self._file.write(line) != len(line):
-                raise OSError(0, "the disk is full")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise ImageRLError(
-                f"cannot write {self.path}: {error.strerror}; free some space, then continue with --resume"
-            ) from error
+            raise write_error(self.path, error) from error
         if self._writer is not None:
             for key, value in record.items():
                 if key != "step" and value is not None:
@@ -281,7 +256,7 @@ def image_grid(
 
     Args:
         images: [N, H, W, 3] uint8 RGB.
-        captions: one per picture; two lines at most, the rest is cut with an ellipsis.
+        captions: one per picture; three lines at most, the rest is cut with an ellipsis.
         scale: enlargement by whole pixels, so that single pixels stay visible.
 
     Raises:
@@ -317,10 +292,11 @@ def save_image(image: Image.Image, path: Path | str) -> Path:
     Raises:
         ImageRLError: the disk is full or the folder cannot be written.
     """
-    buffer = io.BytesIO()
+    path, buffer = Path(path), io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
-    write_atomically(Path(path), buffer.getvalue())
-    return Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, buffer.getvalue())
+    return path
 
 
 @cache
@@ -330,7 +306,7 @@ def _font() -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
 
 
-def _fit(caption: str, width: int, max_lines: int = 2) -> list[str]:
+def _fit(caption: str, width: int, max_lines: int = 3) -> list[str]:
     """Break a caption into lines of at most `width` pixels, the last one cut with an ellipsis."""
     font = _font()
     lines = [""]

@@ -1,0 +1,85 @@
+"""The machine, the versions and the command behind a run."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from rl.files import write_atomic
+from rl.metrics import to_json
+
+PACKAGES = (
+    *("imagerl", "torch", "transformers", "diffusers", "accelerate", "deepspeed", "peft", "trl", "ray"),
+    *("paddleocr", "onnxruntime", "safetensors", "numpy", "pillow", "pydantic"),
+)
+
+
+def write_environment(run_dir: Path | str, argv: Sequence[str]) -> Path:
+    """Record machine, versions, commit and command in environment.json; a resumed run adds its command.
+
+    Returns the path of the file.
+    """
+    path = Path(run_dir) / "environment.json"
+    session = {
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": list(argv),
+    }
+    known = json.loads(path.read_text()) if path.exists() else None
+    if isinstance(known, dict):
+        known.setdefault("resumed", []).append(session)
+        write_atomic(path, to_json(known, indent=2))
+        return path
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    facts = session | {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "gpu": _gpus(),
+        "git_commit": _git_commit(),
+        "packages": packages,
+    }
+    write_atomic(path, to_json(facts, indent=2))
+    return path
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _git_commit() -> str | None:
+    """Commit of this code, with `+changes` when tracked files differ; None for an installed copy, even
+    one that lies inside somebody else's repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,299 @@
+"""One page that tells a run: verdict, pictures, curves, settings. Made from the run folder alone."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import io
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+from PIL import Image
+
+from rl.charts import SMOOTH_FROM, Chart, Series, as_float, render, training_charts
+from rl.files import write_atomic
+from rl.metrics import is_timing, read_metrics
+from rl.stats import compare
+
+MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
+MAX_PICTURE = 400_000  # bytes; larger grids are embedded as JPEG, 1400 px wide at most
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Build `report.html` in the run folder, from whatever the run has written so far.
+
+    A file that is missing is passed over; one that cannot be read is named at the foot of the page.
+
+    Raises:
+        ImageRLError: metrics.jsonl is damaged, or the page cannot be written.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"number": _number, "signed": _signed, "span": _span, "command": _command}
+    page = templates.get_template("report.html.j2").render(_gather(Path(run_dir)))
+    path = Path(run_dir) / "report.html"
+    write_atomic(path, page)
+    return path
+
+
+def _gather(run_dir: Path) -> dict[str, Any]:
+    problems: list[str] = []
+
+    def load(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+        """The mapping in a file; empty, with a line in `problems`, when it cannot be read."""
+        if not path.exists():
+            return {}
+        try:
+            content = parse(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict):
+                return content
+        except (ValueError, yaml.YAMLError):
+            pass
+        problems.append(f"{path.relative_to(run_dir)} could not be read")
+        return {}
+
+    records = read_metrics(run_dir)
+    recipe_file = run_dir / "recipe.yaml"
+    recipe = load(recipe_file, yaml.safe_load)
+    environment = load(run_dir / "environment.json", json.loads)
+    training = [r for r in records if any(k.startswith("reward/") for k in r)]
+    done = max((r["step"] for r in training), default=0)
+    total = _dig(recipe, "run", "steps") or done
+    gold = [g.get("name") or g.get("import_path") for g in recipe.get("gold") or [] if isinstance(g, dict)]
+    suites = _evaluations(run_dir, records, load)
+    comparison = load(run_dir / "eval" / "comparison.json", json.loads)
+    rows = [row for suite, steps in suites.items() for row in _rows(suite, steps, comparison, gold)]
+    _add_bars(rows)
+    charts = [c for c in [*_heldout_charts(suites), *training_charts(training)] if c.series]
+    for number, chart in enumerate(charts):
+        chart.last_step = max([total, *(s for series in chart.series for s in series.steps)])
+        chart.svg = Markup(render(chart, f"chart{number}"))
+    return {
+        "name": run_dir.resolve().name,
+        "done": done,
+        "total": total,
+        "finished": done > 0 and done >= total,
+        "verdict": next((row for row in rows if row.metric == "exact_match"), rows[0] if rows else None),
+        "rows": rows,
+        "many_suites": len(suites) > 1,
+        "reward": _reward_trend(training),
+        "charts": charts,
+        "smoothed": len(training) >= SMOOTH_FROM,
+        "frames": _frames(run_dir, problems),
+        "recipe": recipe_file.read_text(encoding="utf-8") if recipe_file.exists() else None,
+        "facts": _facts(recipe, training),
+        "environment": environment,
+        "problems": problems,
+        "made": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
+    }
+
+
+@dataclass(slots=True)
+class Row:
+    """One held-out metric before and after. Each mapping has mean, low, high; bounds may be missing."""
+
+    suite: str
+    metric: str
+    rate: bool  # a share of prompts, shown in per cent
+    gold: bool  # measured, never trained on
+    prompts: int | None
+    before_step: int
+    after_step: int
+    before: Mapping[str, float | None]
+    after: Mapping[str, float | None] | None = None
+    difference: Mapping[str, float | None] | None = None
+    bar: Mapping[str, float] | None = None  # the difference as positions between 0 and 150, no change at 75
+
+    @property
+    def change(self) -> str:
+        low, high = (_bounds(self.difference) + [0.0, 0.0])[:2] if self.difference else (0.0, 0.0)
+        return "rose" if low > 0 else "fell" if high < 0 else "did not change measurably"
+
+
+def _evaluations(
+    run_dir: Path, records: Sequence[Mapping[str, Any]], load: Callable[[Path, Callable[[str], Any]], Any]
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """suite -> step -> evaluation, from eval/*.json; means alone come from metrics.jsonl where a file is
+    missing."""
+    suites: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in sorted((run_dir / "eval").glob("*_step_*.json")):
+        found = re.fullmatch(r"(.+)_step_(\d+)", path.stem)
+        content = load(path, json.loads) if found else {}
+        if found and isinstance(content.get("metrics"), dict):
+            suites.setdefault(found[1], {})[int(found[2])] = content
+    for record in records:
+        for key, value in record.items():
+            match key.split("/", 2):
+                case ["eval", suite, metric] if value is not None and not is_timing(key):
+                    content = suites.setdefault(suite, {}).setdefault(record["step"], {"metrics": {}})
+                    content["metrics"].setdefault(metric, {"mean": value})
+    return {suite: dict(sorted(steps.items())) for suite, steps in sorted(suites.items())}
+
+
+def _rows(
+    suite: str, steps: Mapping[int, Mapping[str, Any]], comparison: Mapping[str, Any], gold: Iterable[Any]
+) -> list[Row]:
+    first, last = min(steps), max(steps)
+    compared = comparison.get("before_step"), comparison.get("after_step")
+    if comparison.get("suite", suite) == suite and compared == (first, last):
+        differences = comparison.get("metrics") or {}
+    else:
+        before, after = (steps[step].get("per_prompt") or [] for step in (first, last))
+        differences = {
+            name: {"difference": asdict(result["difference"])}
+            for name, result in (compare(before, after) if first != last else {}).items()
+        }
+    rows = []
+    for metric, before in steps[first]["metrics"].items():
+        values = {row.get(metric) for row in steps[first].get("per_prompt") or []} - {None}
+        row = Row(
+            suite,
+            metric,
+            rate=values <= {0, 1} if values else metric.endswith("exact_match"),
+            gold=any(metric == name or metric.startswith(f"{name}/") for name in gold),
+            prompts=steps[last].get("n"),
+            before_step=first,
+            after_step=last,
+            before=before,
+        )
+        if first != last and metric in steps[last]["metrics"]:
+            row.after = steps[last]["metrics"][metric]
+            row.difference = differences.get(metric, {}).get("difference") or {
+                "mean": row.after["mean"] - before["mean"]
+            }
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row.gold, row.metric != "exact_match"))
+
+
+def _add_bars(rows: Sequence[Row]) -> None:
+    """Place the difference of every row; rates share one scale, because they share a unit."""
+    reach = {id(row): max(map(abs, _bounds(row.difference)), default=0.0) for row in rows}
+    common = max((reach[id(row)] for row in rows if row.rate), default=0.0)
+    for row in rows:
+        scale = common if row.rate else reach[id(row)]
+        if row.difference and scale > 0 and _bounds(row.difference):
+            row.bar = {
+                k: round(75 + 68 * as_float(row.difference[k]) / scale, 1) for k in ("low", "mean", "high")
+            }
+
+
+def _heldout_charts(suites: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Chart]:
+    charts = []
+    for suite, steps in suites.items():
+        rows = _rows(suite, steps, {}, [])
+        for rate in (True, False):
+            series = []
+            for row in (r for r in rows if r.rate == rate):
+                points = [
+                    (s, e["metrics"][row.metric]) for s, e in steps.items() if row.metric in e["metrics"]
+                ]
+                low, high, mean = (
+                    [as_float(p.get(k, p["mean"])) for _, p in points] for k in ("low", "high", "mean")
+                )
+                series.append(Series(row.metric, [s for s, _ in points], mean, low, high))
+            unit = "share of prompts" if rate else "mean score"
+            note = f"Suite {suite}, {unit} with 95 % intervals, on prompts never trained on."
+            title = "Held-out results" if rate else "Held-out scores"
+            charts.append(Chart(title, note, series, kind="points", percent=rate))
+    return charts
+
+
+def _reward_trend(training: Sequence[Mapping[str, Any]]) -> tuple[float, float, int] | None:
+    """Mean training reward of the first and of the last tenth of the steps, and how many steps that is."""
+    values = [r["reward/mean"] for r in training if r.get("reward/mean") is not None]
+    count = max(1, len(values) // 10)
+    return (sum(values[:count]) / count, sum(values[-count:]) / count, count) if values else None
+
+
+def _frames(run_dir: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Sample grids in step order as data URIs."""
+    paths = sorted((run_dir / "samples").glob("step_*.png"))
+    if len(paths) > MAX_FRAMES:
+        problems.append(f"{len(paths) - MAX_FRAMES} of {len(paths)} sample grids are left out of this page")
+        paths = [paths[round(i * (len(paths) - 1) / (MAX_FRAMES - 1))] for i in range(MAX_FRAMES)]
+    frames = []
+    for path in paths:
+        data, kind = path.read_bytes(), "png"
+        try:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+        except OSError:
+            problems.append(f"samples/{path.name} could not be read")
+            continue
+        size = image.size
+        if len(data) > MAX_PICTURE:
+            image.thumbnail((1400, 100_000))
+            buffer, kind = io.BytesIO(), "jpeg"
+            image.save(buffer, format="JPEG", quality=88)
+            data = buffer.getvalue()
+        step = int(re.sub(r"\D", "", path.stem) or 0)
+        uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        frames.append({"step": step, "uri": uri, "width": size[0], "height": size[1]})
+    return frames
+
+
+def _facts(recipe: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The few settings that identify a run at a glance."""
+    functions = _dig(recipe, "rewards", "functions") or recipe.get("rewards")
+    names = [f.get("name") or f.get("import_path") for f in functions or [] if isinstance(f, dict)]
+    seconds = sum(r.get("time/step_s") or 0.0 for r in training)
+    prompts, group = _dig(recipe, "rollout", "prompts_per_step"), _dig(recipe, "rollout", "group_size")
+    facts = {
+        "Algorithm": _dig(recipe, "algorithm", "name"),
+        "Rewards": ", ".join(map(str, names)),
+        "Model": _dig(recipe, "model", "path"),
+        "Samples a step": f"{prompts} prompts × {group}" if prompts and group else None,
+        "Seed": _dig(recipe, "run", "seed"),
+        "Training time": f"{seconds / 60:.1f} min" if seconds else None,
+    }
+    return {key: str(value) for key, value in facts.items() if value not in (None, "")}
+
+
+def _dig(content: Any, *keys: str) -> Any:
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def _bounds(interval: Mapping[str, float | None] | None) -> list[float]:
+    """[low, high] of an interval that has both, else nothing."""
+    bounds = [as_float((interval or {}).get(side)) for side in ("low", "high")]
+    return bounds if all(map(math.isfinite, bounds)) else []
+
+
+def _number(value: float | None, rate: bool = False) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{100 * value:.1f} %" if rate else f"{value:.3f}"
+
+
+def _signed(value: float | None, rate: bool = False) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    return (f"{100 * value:+.1f}" if rate else f"{value:+.3f}").replace("-", "−")
+
+
+def _span(interval: Mapping[str, float | None] | None, rate: bool = False, sign: bool = False) -> str:
+    """`low to high`; empty without bounds."""
+    show = _signed if sign else _number
+    return " to ".join(show(bound, rate) for bound in _bounds(interval))
+
+
+def _command(argv: Any) -> str:
+    """A command line to paste: the program by its bare name, arguments quoted for a shell."""
+    words = [str(word) for word in argv] if isinstance(argv, list) else []
+    return shlex.join([Path(words[0]).name, *words[1:]]) if words else ""
