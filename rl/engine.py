@@ -101,8 +101,7 @@ class Engine:
             eps=optim.eps,
             weight_decay=optim.weight_decay,
         )
-        with zero.single_process_environment():
-            self._module, self._optimizer = self.accelerator.prepare(module, self._base_optimizer)
+        self._module, self._optimizer = self.accelerator.prepare(module, self._base_optimizer)
         if state is not None:
             self._load_moments(state["optimizer"])
 
@@ -224,6 +223,7 @@ class Engine:
         """Leave the process group, if there is one. The last thing a process does with its engine."""
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        zero.stop_posing()
 
     def _accelerator(self, use_cpu: bool) -> Accelerator:
         from accelerate import Accelerator
@@ -234,6 +234,7 @@ class Engine:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        zero.stop_posing()
         if self.zero_stage is not None:
             return zero.create_accelerator(self.zero_stage, self.precision, use_cpu)
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)

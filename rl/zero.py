@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+_POSING = "IMAGERL_POSES_AS_LAUNCHER"
 
 
 def create_accelerator(stage: int, precision: str, use_cpu: bool) -> Accelerator:
@@ -47,12 +49,11 @@ def create_accelerator(stage: int, precision: str, use_cpu: bool) -> Accelerator
     plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
     # without a GPU Accelerate has to be told of a backend, or each process takes itself for the only one
     handlers = [InitProcessGroupKwargs(backend="gloo")] if use_cpu else None
-    with single_process_environment() as alone:
-        if alone and not torch.distributed.is_initialized():
-            store = torch.distributed.HashStore()  # needs no port
-            backend = "gloo" if use_cpu else "nccl"
-            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
+    if pose_as_launcher() and not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()  # needs no port
+        backend = "gloo" if use_cpu else "nccl"
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
     unset_hf_deepspeed_config()  # or from_pretrained would split models loaded later, such as a reference
     return accelerator
 
@@ -68,21 +69,19 @@ def fit_config(accelerator: Accelerator, module: nn.Module, max_grad_norm: float
     config["zero_optimization"] = zero | {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
 
 
-@contextlib.contextmanager
-def single_process_environment() -> Iterator[bool]:
-    """Set, for a process without a launcher, the launcher's variables that DeepSpeed insists on.
-
-    They are gone afterwards, so that no child process takes itself for a rank. Yields whether there is none.
-    """
+def pose_as_launcher() -> bool:
+    """Set the launcher's variables, on which DeepSpeed insists at any time, in a process that has none.
+    Returns whether it did."""
     if "LOCAL_RANK" in os.environ:
-        yield False
-        return
-    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ.update(variables)
-    try:
-        yield True
-    finally:
-        for name in variables:
+        return False
+    os.environ |= _ALONE | {_POSING: "1"}
+    return True
+
+
+def stop_posing() -> None:
+    """Undo `pose_as_launcher`, so that neither a later engine nor a child process takes itself for a rank."""
+    if os.environ.pop(_POSING, None):
+        for name in _ALONE:
             os.environ.pop(name, None)
 
 

@@ -205,9 +205,11 @@ def test_accumulation_equals_one_batch(one_process: dict[str, Any]) -> None:
 
 def test_deepspeed_alone_trains_like_torch(one_process: dict[str, Any]) -> None:
     pytest.importorskip("deepspeed")
-    launcher = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment = dict(os.environ)
     alone = train_and_resume(settings("deepspeed", 2))
-    assert {name: os.environ.get(name) for name in launcher} == launcher
+    Engine(settings())
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    assert all(os.environ.get(name) == environment.get(name) for name in launcher)
     assert_same(alone["end"]["model"], one_process["end"]["model"], atol=1e-5)
     assert_same(alone["resumed_end"]["optimizer"], alone["end"]["optimizer"], atol=0)
 
@@ -229,18 +231,25 @@ def test_bf16_weights_become_float32() -> None:
     assert engine.unwrapped[0].bias.dtype == torch.bfloat16  # frozen: as it came
 
 
-@pytest.mark.parametrize("zero_stage", [None, 2])
+@pytest.mark.parametrize("zero_stage", [None, 0, 2, 3])
 def test_nan_gradient_stops_and_spares_the_weights(zero_stage: int | None) -> None:
-    if zero_stage:
+    if zero_stage is not None:
         pytest.importorskip("deepspeed")
-    engine = Engine(settings("deepspeed", zero_stage) if zero_stage else settings())
+    engine = Engine(settings() if zero_stage is None else settings("deepspeed", zero_stage))
     engine.prepare(tiny_net(), optim(), UPDATES)
-    before = {name: parameter.detach().clone() for name, parameter in engine.unwrapped.named_parameters()}
+    before = engine.state_dict()
     with engine.microbatch(last=True):
         engine.backward(engine.module(torch.ones(1, 8)).sum() * math.inf)
     with pytest.raises(ImageRLError, match="update 1"):
         engine.step()
-    assert_same(before, dict(engine.unwrapped.named_parameters()), atol=0)
+    assert_same(before["model"], engine.state_dict()["model"], atol=0)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_norm_is_reported_when_nothing_is_clipped(zero_stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    torch_curve = train(settings(), max_grad_norm=0.0)["curve"]
+    assert_same_curve(train(settings("deepspeed", zero_stage), max_grad_norm=0.0)["curve"], torch_curve)
 
 
 def test_state_of_another_model_is_refused(one_process: dict[str, Any]) -> None:

@@ -1,0 +1,204 @@
+"""The state of a run on disk: folders `step_000020` that are complete or absent.
+
+A checkpoint holds one safetensors file per group of tensors ("model", "optimizer"), `state.json` with the
+trainer's counters, and `manifest.json` with the size and SHA-256 of each. Tensors go by parameter name and
+are whole, so the number of processes and the ZeRO stage may change between saving and loading. No pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rl.errors import ImageRLError
+from rl.files import atomic_folder, clean_leftovers, remove_folder, write_error
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"  # their folder inside a run folder
+STATE = "state.json"
+_FOLDER = re.compile(r"step_(\d+)")
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """What `save_checkpoint` was given, read back and verified."""
+
+    folder: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]  # group -> name -> tensor, on the CPU
+    state: dict[str, Any]
+    versions: dict[str, str]
+
+
+def save_checkpoint(
+    directory: str | Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Write `directory/step_<step>` atomically, then delete all but the newest `keep` checkpoints.
+
+    A checkpoint of the same step is replaced. Checkpoints of later steps belong to a future that this run
+    has left (it was resumed from an earlier one) and go too, but only once the new one is complete.
+
+    Args:
+        directory: the `checkpoints` folder of a run; one process writes to it at a time.
+        tensors: group -> name -> tensor; each group becomes `<group>.safetensors`.
+        state: anything JSON can hold; floats come back bit for bit.
+
+    Raises:
+        ImageRLError: disk full or not writable; earlier checkpoints are intact and no leftovers remain.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    final = directory / f"step_{step:06d}"
+    with atomic_folder(final, replace=True) as folder:
+        for group, named in tensors.items():
+            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+            try:
+                save_file(plain, folder / f"{group}.safetensors")
+            except SafetensorError as error:
+                raise write_error(final, error) from error
+        _write_json(folder / STATE, dict(state))
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(folder.iterdir())
+        }
+        manifest = {"format": FORMAT, "step": step, "files": files, "versions": package_versions()}
+        _write_json(folder / MANIFEST, manifest)
+    complete = list_checkpoints(directory)
+    abandoned = [folder for folder in complete if step_of(folder) > step]
+    reached = [folder for folder in complete if step_of(folder) <= step]
+    for folder in abandoned + reached[: -max(keep, 1)]:
+        remove_folder(folder)
+    return final
+
+
+def list_checkpoints(directory: str | Path) -> list[Path]:
+    """The complete checkpoints in `directory`, oldest first. Their content is not verified."""
+    found = [path for path in Path(directory).glob("step_*") if _FOLDER.fullmatch(path.name)]
+    return sorted((path for path in found if (path / MANIFEST).is_file()), key=step_of)
+
+
+def latest_checkpoint(directory: str | Path) -> Path | None:
+    """The newest complete checkpoint, or None. Cleans up after killed processes first."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return None
+    clean_leftovers(directory)
+    complete = list_checkpoints(directory)
+    return complete[-1] if complete else None
+
+
+def load_checkpoint(folder: str | Path, fallback: bool = False) -> Checkpoint:
+    """Read and verify one checkpoint folder.
+
+    With `fallback` a damaged checkpoint is reported as a warning and the newest earlier one that is sound
+    is loaded instead.
+
+    Raises:
+        ImageRLError: a file is missing, truncated or altered; with `fallback`, in every earlier one too.
+    """
+    folder = Path(folder)
+    try:
+        return _load(folder)
+    except ImageRLError as error:
+        earlier = [path for path in list_checkpoints(folder.parent) if step_of(path) < step_of(folder)]
+        if not fallback or not earlier:
+            raise
+        _logger.warning("%s; falling back to %s", error, earlier[-1].name)
+        return load_checkpoint(earlier[-1], fallback=True)
+
+
+def step_of(folder: Path) -> int:
+    """The training step in a checkpoint folder's name."""
+    match = _FOLDER.fullmatch(folder.name)
+    if not match:
+        raise ImageRLError(
+            f"{folder} is not a checkpoint folder; its name should read step_000020 or similar"
+        )
+    return int(match[1])
+
+
+def _load(folder: Path) -> Checkpoint:
+    from safetensors.torch import load_file
+
+    step = step_of(folder)
+    if not folder.is_dir():
+        raise ImageRLError(f"there is no checkpoint {folder}; see the step_* folders in {folder.parent}")
+    manifest = _read_json(folder / MANIFEST)
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("step") != step
+        or not isinstance(manifest.get("files"), dict)
+    ):
+        raise _damaged(folder / MANIFEST, f"it does not describe step {step}")
+    if manifest.get("format") != FORMAT:
+        raise ImageRLError(
+            f"{folder} has checkpoint format {manifest.get('format')}, this version reads {FORMAT}; "
+            f"use the version that wrote it ({manifest.get('versions', {}).get('imagerl', 'unknown')})"
+        )
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise _damaged(path, "it is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise _damaged(path, f"it has {path.stat().st_size} bytes instead of {expected['bytes']}")
+        if _sha256(path) != expected["sha256"]:
+            raise _damaged(path, "its SHA-256 is not the one in the manifest")
+    tensors = {
+        name.removesuffix(".safetensors"): load_file(folder / name)
+        for name in manifest["files"]
+        if name.endswith(".safetensors")
+    }
+    return Checkpoint(folder, step, tensors, _read_json(folder / STATE), manifest["versions"])
+
+
+def _damaged(path: Path, reason: str) -> ImageRLError:
+    return ImageRLError(
+        f"checkpoint file {path} is damaged ({reason}); remove the folder {path.parent.name} to resume from "
+        "the checkpoint before it"
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise _damaged(path, "it is missing") from None
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"it cannot be read: {error}") from error
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("imagerl", "torch", "transformers", "deepspeed", "peft"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
