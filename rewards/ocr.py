@@ -17,8 +17,8 @@ from rl.types import ImageRLError, RewardOutput
 # A single quote opens only where no word ends and closes only where none goes on: apostrophes are no quotes.
 # A double quote after a digit is an inch mark.
 _QUOTED = re.compile(
-    r"“(?P<curly>[^”]+)”"
-    r'|(?<!\d)"(?P<double>[^"]+)"'
+    r"“(?P<curly>[^”]*)”"
+    r'|(?<!\d)"(?P<double>[^"]*)"'
     r"|(?<!\w)‘(?P<curly_single>.+?)’(?!\w)"
     r"|(?<!\w)'(?P<single>.+?)'(?!\w)",
     re.DOTALL,

@@ -233,15 +233,18 @@ class RewardWorkers:
         self,
         specs: Sequence[Mapping[str, Any] | RewardSpec],
         *,
+        gold: Sequence[Mapping[str, Any] | RewardSpec] = (),
         workers: int = 1,
         timeout_s: float = 60.0,
         max_restarts: int = 3,
         columns: Iterable[str] | None = None,
     ) -> None:
         entries = [
-            entry if isinstance(entry, RewardSpec) else RewardSpec.from_mapping(entry) for entry in specs
+            entry if isinstance(entry, RewardSpec) else RewardSpec.from_mapping(entry)
+            for entry in (*specs, *gold)
         ]
-        if not entries:
+        self._trained = len(specs)  # gold metrics stand behind the rewards
+        if not specs:
             raise ImageRLError("rewards is empty; name at least one, for example rewards=[{name: ocr}]")
         self._specs = [entry.absolute() for entry in entries]
         names = None if columns is None else list(columns)
@@ -277,18 +280,22 @@ class RewardWorkers:
         for worker in self._workers:
             worker.ready.result()
 
-    def submit(self, request: RewardRequest) -> int:
-        """Starts scoring whole groups and returns a ticket for `collect` (workers=0: scores them first)."""
+    def submit(self, request: RewardRequest, with_gold: bool = False) -> int:
+        """Starts scoring whole groups and returns a ticket for `collect` (workers=0: scores them first).
+
+        `with_gold` measures the gold metrics too. They become components and never enter a total."""
         ticket, self._next = self._next, self._next + 1
+        used = len(self.labels) if with_gold else self._trained
         if not self._workers:
-            self._done[ticket] = score_request(self._local, request)
+            values = [call_reward(reward, request) for reward in self._local[:used]]
+            self._done[ticket] = self._combine(values, request.group_size)
             return ticket
         import ray
 
-        answers: list[list[Future[RewardValues]]] = [[] for _ in self.labels]
+        answers: list[list[Future[RewardValues]]] = [[] for _ in self.labels[:used]]
         for shard in _shards(request, len(self._workers)):
             reference = ray.put(shard)
-            for index, label in enumerate(self.labels):
+            for index, label in enumerate(self.labels[:used]):
                 answer: Future[RewardValues] = Future()
                 answers[index].append(answer)
                 self._calls.put(_Call(index, label, reference, len(shard.prompts), answer))
@@ -302,7 +309,17 @@ class RewardWorkers:
             return self._done.pop(ticket)
         group_size, answers = self._tickets.pop(ticket)
         values = [concatenate([answer.result() for answer in shards]) for shards in answers]
-        return combine(self.labels, self._weights, values, group_size)
+        return self._combine(values, group_size)
+
+    def _combine(self, values: Sequence[RewardValues], group_size: int) -> RewardScores:
+        trained = self._trained
+        scores = combine(self.labels[:trained], self._weights[:trained], values[:trained], group_size)
+        if len(values) > trained:
+            measured = combine(self.labels[trained:], self._weights[trained:], values[trained:], group_size)
+            scores.components |= measured.components
+            scores.failures |= measured.failures
+            scores.reasons |= measured.reasons
+        return scores
 
     def close(self) -> None:
         """Ends all actors, and Ray if it was started here. Open tickets are lost. May be called twice."""

@@ -1,0 +1,163 @@
+"""Loading rewards by name and path, and TRL's calling convention."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rewards.base import RewardSpec, as_trl_reward, check_reward, load_reward, load_rewards
+from rl.types import ImageRLError, RewardOutput
+
+FIVE_LINES = """
+def redness(images, scale=1.0):
+    pixels = [image.resize((1, 1)).getpixel((0, 0)) for image in images]
+    return [scale * red / (red + green + blue + 1) for red, green, blue in pixels]
+"""
+RED, BLUE = Image.new("RGB", (8, 4), (254, 0, 0)), Image.new("RGB", (8, 4), (0, 0, 254))
+SAMPLES = {
+    "prompts": ["a", "b"],
+    "completions": [[1], [2]],
+    "completion_ids": [[1], [2]],
+    "images": [RED, BLUE],
+}
+
+
+def write(folder: Path, text: str, name: str = "mine.py") -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_users_function_from_a_file(tmp_path: Path) -> None:
+    label, redness = load_reward(f"{write(tmp_path, FIVE_LINES)}:redness", scale=2.0)
+    assert label == "redness"
+    # 254 / 255 of the red picture and 0 of the blue one; the column it does not accept is left out.
+    assert redness(**SAMPLES, target=["x", "y"]) == [2.0 * 254 / 255, 0.0]
+
+
+def test_path_is_relative_to_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, FIVE_LINES)
+    monkeypatch.chdir(tmp_path)
+    spec = RewardSpec.from_mapping(
+        {"import_path": "mine.py:redness", "name": None, "weight": 0.5, "scale": 3}
+    )
+    assert spec == RewardSpec("mine.py:redness", 0.5, {"scale": 3})
+    assert spec.absolute().target == f"{tmp_path}/mine.py:redness"
+    assert check_reward(spec) == "redness"
+
+
+def test_users_class_module_and_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "GAIN = 3.0", "neighbour_of_mine.py")
+    path = write(
+        tmp_path,
+        "from neighbour_of_mine import GAIN\n"
+        "class Length:\n"
+        "    def __init__(self, offset): self.offset = offset\n"
+        "    def __call__(self, prompts, **kwargs): return [GAIN * len(p) + self.offset for p in prompts]\n",
+    )
+    label, length = load_reward(f"{path}:Length", offset=1)
+    assert (label, length(**SAMPLES)) == ("Length", [4.0, 4.0])
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "def zero(prompts): return [0.0 for _ in prompts]", "module_of_mine.py")
+    assert load_reward("module_of_mine:zero")[1](**SAMPLES) == [0.0, 0.0]
+
+
+def test_repeated_rewards_get_distinct_labels(tmp_path: Path) -> None:
+    spec = RewardSpec(f"{write(tmp_path, FIVE_LINES)}:redness")
+    assert [reward.label for reward in load_rewards([spec, spec])] == ["redness", "redness_2"]
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "settings", "message"),
+    [
+        ("ocrr", "", {}, "did you mean ocr?"),
+        ("ocr", "", {"min_confidense": 0.1}, "did you mean min_confidence?"),
+        ("absent.py:f", "", {}, "absent.py does not exist"),
+        ("mine.py", FIVE_LINES, {}, "must read file.py:function"),
+        ("mine.py:rednes", FIVE_LINES, {}, "did you mean redness?"),
+        ("mine.py:redness", FIVE_LINES, {"scal": 1}, "did you mean scale?"),
+        ("mine.py:f", "def f(:\n  pass", {}, "syntax error in"),
+        (
+            "mine.py:f",
+            "import not_installed_anywhere",
+            {},
+            "No module named 'not_installed_anywhere' (mine.py:1)",
+        ),
+        ("mine.py:f", "1 / 0", {}, "ZeroDivisionError"),
+        ("not_a_package.here:f", "", {}, "importing not_a_package.here failed"),
+        ("mine.py:f", "f = 3", {}, "is not a function"),
+        ("mine.py:F", "class F: pass", {}, "is not a function or a class with __call__"),
+        ("mine.py:f", "def f(images, /): return []", {}, "must take keywords"),
+        ("mine.py:f", "async def f(images): return []", {}, "is async"),
+        (
+            "mine.py:F",
+            "class F:\n  def __init__(self, path): pass\n  def __call__(self, **k): pass",
+            {},
+            "needs the setting 'path'",
+        ),
+        (
+            "mine.py:F",
+            "class F:\n  def __init__(self): open('/nowhere')\n  def __call__(self, **k): pass",
+            {},
+            "could not be constructed: FileNotFoundError",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    source: str,
+    settings: dict[str, object],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if source:
+        write(tmp_path, source)
+    with pytest.raises(ImageRLError) as caught:
+        load_reward(target, **settings)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_asking_for_a_column_that_the_prompt_set_lacks(tmp_path: Path) -> None:
+    path = write(tmp_path, "def f(images, mood, strength): return [0.0 for _ in images]")
+    spec = RewardSpec(f"{path}:f", settings={"strength": 2})
+    assert check_reward(spec, ["mood"]) == "f"
+    with pytest.raises(ImageRLError, match=r"asks for 'mood'.*it gets: prompts.*target"):
+        check_reward(spec, ["target"])
+
+
+@pytest.mark.parametrize("entry", [{"weight": 1.0}, {"name": "ocr", "import_path": "mine.py:f"}])
+def test_entry_names_exactly_one_reward(entry: dict[str, object]) -> None:
+    with pytest.raises(ImageRLError, match="either name or import_path"):
+        RewardSpec.from_mapping(entry)
+
+
+def test_our_rewards_in_trls_trainer() -> None:
+    """The keywords, the list and the name that TRL 1.16's GRPOTrainer wants of a reward function."""
+
+    def both_halves(*, prompts: list[str], images: list[Image.Image], **_: object) -> RewardOutput:
+        return RewardOutput([float(len(p)) if p else None for p in prompts], {"part": [0.0] * len(images)})
+
+    reward = as_trl_reward(both_halves)
+    chat = [{"role": "user", "content": "four"}]
+    values = reward(
+        prompts=[chat, ""],
+        completions=["", ""],
+        completion_ids=[[1], [2]],
+        images=[[RED], BLUE],
+        target=["x", "y"],
+        trainer_state=object(),
+        log_extra=print,
+        log_metric=print,
+    )
+    assert values == [4.0, None]
+    assert reward.__name__ == "both_halves"
+    assert as_trl_reward(load_reward("colours")[1]).__name__ == "colours"
+
+
+def test_bare_trl_reward_works_here(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "def f(prompts, completions, **kwargs): return [len(c) for c in kwargs['completion_ids']]"
+    )
+    assert load_reward(f"{path}:f")[1](**SAMPLES) == [1, 1]

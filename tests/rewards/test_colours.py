@@ -1,0 +1,74 @@
+"""The colour check on rendered words, sharp and blurred."""
+
+import random
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from rewards.colours import ColoursReward, estimate_background, score_colours
+from rl import tiny_world
+from rl.tiny_world import BACKGROUNDS, INKS, Scene
+from rl.types import ImageRLError
+
+SCENES = [
+    Scene(text, ink, background, font)
+    for text, font in (
+        ("ILL", tiny_world.FONTS[2]),
+        ("MOTHER", tiny_world.FONTS[0]),
+    )
+    for ink in INKS
+    for background in BACKGROUNDS
+]
+
+
+def picture(scene: Scene, blur: float) -> np.ndarray:
+    return np.asarray(tiny_world.render(scene).filter(ImageFilter.GaussianBlur(blur)))
+
+
+@pytest.mark.parametrize("blur", [0.0, 0.8])
+def test_tells_every_pair_of_colours_apart(blur: float) -> None:
+    for scene in SCENES:
+        image = picture(scene, blur)
+        for ink in INKS:
+            for background in BACKGROUNDS:
+                got = score_colours(image, INKS[ink], BACKGROUNDS[background])
+                wanted = (float(ink == scene.ink), float(background == scene.background))
+                assert got == wanted, (scene, ink, background)
+
+
+def test_noise_does_not_matter_much() -> None:
+    rng = np.random.default_rng(0)
+    scene = random.Random(0).choice(SCENES)
+    noisy = np.clip(picture(scene, 0.5) + rng.normal(0, 8, (32, 64, 3)), 0, 255).astype(np.uint8)
+    assert score_colours(noisy, INKS[scene.ink], BACKGROUNDS[scene.background]) == (1.0, 1.0)
+
+
+def test_blank_and_faint_pictures_have_no_ink() -> None:
+    blank = np.full((32, 64, 3), 255, dtype=np.uint8)
+    assert score_colours(blank, INKS["black"], BACKGROUNDS["white"]) == (0.0, 1.0)
+    assert score_colours(blank, BACKGROUNDS["white"], BACKGROUNDS["white"]) == (0.0, 1.0)
+    faint = np.asarray(Image.blend(Image.fromarray(blank), Image.fromarray(picture(SCENES[0], 0.0)), 0.3))
+    assert score_colours(faint, INKS[SCENES[0].ink], BACKGROUNDS["white"])[0] == 0.0
+
+
+def test_background_is_the_rim() -> None:
+    image = np.zeros((32, 64, 3), dtype=np.uint8)
+    image[:2], image[-2:], image[:, :2], image[:, -2:] = 90, 90, 90, 90
+    assert estimate_background(image).tolist() == [90, 90, 90]
+
+
+def test_reward_and_its_parts() -> None:
+    scene = Scene("CAT", "red", "pink", tiny_world.FONTS[0])
+    image = tiny_world.render(scene)
+    output = ColoursReward()(
+        images=[image] * 4,
+        ink_rgb=[INKS["red"], INKS["blue"], INKS["red"], None],
+        background_rgb=[BACKGROUNDS["pink"], BACKGROUNDS["pink"], BACKGROUNDS["white"], None],
+        prompts=[""] * 4,
+    )
+    assert list(output.rewards) == [1.0, 0.0, 0.0, None]
+    assert list(output.breakdown["ink"]) == [1.0, 0.0, 1.0, None]
+    assert list(output.breakdown["background"]) == [1.0, 1.0, 0.0, None]
+    with pytest.raises(ImageRLError, match="ink_rgb and background_rgb"):
+        ColoursReward()(images=[image])
