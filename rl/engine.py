@@ -50,11 +50,11 @@ class Engine:
             raise ImageRLError(
                 "DeepSpeed takes the GPU where one is; for engine.device=cpu set CUDA_VISIBLE_DEVICES=''"
             )
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         self.zero_stage: int | None = settings.zero_stage if settings.name == "deepspeed" else None
         self.precision: str = settings.precision
         self.accelerator = self._accelerator(use_cpu)
+        if settings.threads:  # after Accelerate, which may choose for itself
+            torch.set_num_threads(settings.threads)
         self.device: torch.device = self.accelerator.device
         if self.device.type == "cuda":  # resuming must repeat a run bit for bit
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
