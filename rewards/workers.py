@@ -22,7 +22,6 @@ from rewards.scoring import (
     call_reward,
     combine,
     concatenate,
-    score_request,
 )
 from rl.types import ImageRLError, RewardRequest, RewardScores
 

@@ -136,6 +136,16 @@ def test_reward_that_always_dies_stops_the_run(workers: RewardWorkers, folder: P
         with_one.close()
 
 
+def test_gold_metrics_are_measured_on_request_and_never_rewarded(folder: Path) -> None:
+    behave, brightness = specs(folder)
+    scorer = RewardWorkers([behave], gold=[brightness], workers=0)
+    without = scorer.collect(scorer.submit(request("a", "b")))
+    measured = scorer.collect(scorer.submit(request("a", "b"), with_gold=True))
+    np.testing.assert_array_equal(measured.totals, without.totals)
+    np.testing.assert_array_equal(measured.totals, 2.0 * measured.components["behave"])
+    assert set(measured.components) - set(without.components) == {"brightness"}
+
+
 def test_mistakes_surface_before_anything_starts(folder: Path) -> None:
     with pytest.raises(ImageRLError, match="did you mean behave"):
         RewardWorkers([{"import_path": f"{folder}/mine.py:behav"}], workers=2)
