@@ -13,7 +13,7 @@ from rl.errors import ImageRLError
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Replace `path` by `data` (text as UTF-8) in one step, durably.
+    """Replace `path` by `data` (text as UTF-8) in one step, durably. Folders on the way are made.
 
     Raises:
         ImageRLError: nothing could be written (disk full, no permission); the old file is untouched.
@@ -21,6 +21,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     path = Path(path)
     temporary = temporary_name(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()

@@ -155,8 +155,7 @@ class PhaseTimer:
     ) -> None:
         self._synchronise = synchronise or (lambda: None)
         self._clock = clock
-        self._seconds: dict[str, float] = {}
-        self._start = clock()
+        self.start()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -168,14 +167,16 @@ class PhaseTimer:
             self._synchronise()
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
 
-    def metrics(self) -> dict[str, float]:
-        """`time/<phase>_s`, `share/<phase>` and `time/step_s` since the last call; starts the next step.
+    def start(self) -> None:
+        """Begin a step: forget the phases so far."""
+        self._start, self._seconds = self._clock(), {}
 
-        Shares are of the wall time between calls, so what no phase covers shows as `share/other`.
+    def metrics(self) -> dict[str, float]:
+        """`time/<phase>_s`, `share/<phase>` and `time/step_s` since `start`.
+
+        Shares are of that wall time, so what no phase covers shows as `share/other`.
         """
-        now = self._clock()
-        total, self._start = now - self._start, now
-        seconds, self._seconds = self._seconds, {}
+        total, seconds = self._clock() - self._start, self._seconds
         result = {f"time/{phase}_s": value for phase, value in seconds.items()} | {"time/step_s": total}
         seconds = seconds | {"other": max(0.0, total - sum(seconds.values()))}
         return result | {f"share/{phase}": value / max(total, 1e-9) for phase, value in seconds.items()}

@@ -76,7 +76,12 @@ class TrainBatch:
     rollout_logprobs: Tensor  # [B, N] from the sampler
     old_logprobs: Tensor | None  # [B, N] from the trainer before the update; None: ratio is 1 by design
     ref_logprobs: Tensor | None  # [B, N] from the frozen reference; None without KL
-    advantages: Tensor  # [B] or [B, N]
+    advantages: Tensor  # [B]
+
+    def rows(self, which: slice) -> TrainBatch:
+        """Some of the samples, as views."""
+        tensors = {name: getattr(self, name) for name in self.__slots__}
+        return TrainBatch(**{k: v if v is None else v[which] for k, v in tensors.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +156,7 @@ class RewardScores:
 class RewardScorer(Protocol):
     """Scores requests, possibly elsewhere and later, so that scoring overlaps with sampling."""
 
-    def submit(self, request: RewardRequest) -> int: ...
+    def submit(self, request: RewardRequest, with_gold: bool = False) -> int: ...
 
     def collect(self, ticket: int) -> RewardScores: ...
 
@@ -168,6 +173,8 @@ class Policy(Protocol):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]: ...
+
+    def refresh_sampler(self) -> None: ...
 
     def encode_prompts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
 

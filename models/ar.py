@@ -1,0 +1,140 @@
+"""The autoregressive half: a Qwen3 language model with image tokens in its vocabulary.
+
+`ARPolicy` scores given tokens with gradients (what the trainer differentiates); drawing new ones is
+`models.ar_sampler`. Both use the same distribution: a softmax over the image columns of the vocabulary
+alone, divided by the temperature. Nothing but an image token has any probability inside an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from rl.types import ImageRLError, TokenScores
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import Qwen3ForCausalLM
+
+MAX_LOGITS_PER_CHUNK = 1 << 25  # float32 logits alive at once while scoring: 128 MiB, whatever the vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class ImageVocabulary:
+    """Where the image lives in the text vocabulary; the fields of the published config.json."""
+
+    image_start_tag_id: int
+    image_end_tag_id: int
+    scale_start_token_id: int
+    scale_end_token_id: int
+    num_scale_tokens: int
+    image_start_token_id: int
+    image_end_token_id: int
+    num_image_tokens: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ImageVocabulary:
+        missing = [f.name for f in fields(cls) if f.name not in config]
+        if missing:
+            raise ImageRLError(f"config.json lacks {', '.join(missing)}: this is no BLIP3o-NEXT style model folder")
+        vocabulary = cls(**{f.name: int(config[f.name]) for f in fields(cls)})
+        span = vocabulary.image_end_token_id - vocabulary.image_start_token_id + 1
+        if span != vocabulary.num_image_tokens:
+            raise ImageRLError(f"config.json: {span} image token ids but num_image_tokens={vocabulary.num_image_tokens}")
+        return vocabulary
+
+    def to_config(self) -> dict[str, int]:
+        return asdict(self)
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.image_start_token_id, self.image_end_token_id + 1)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Position ids [B, L] of left-padded sequences: the first real token stands at 0."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def score_tokens(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float) -> TokenScores:
+    """Log-probs and entropies of `tokens` [B, T] given hidden states [B, T, D] and the head's image columns
+    [V, D]. The softmax is in float32: in bfloat16 its log-probs carry errors of 1e-2. Peak memory is one chunk
+    of logits, whatever B, T and V; chunks are recomputed in the backward pass."""
+
+    def score(chunk_hidden: Tensor, chunk_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(chunk_hidden, head).float() / temperature
+        logprobs = logits.log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, chunk_tokens[:, None])[:, 0], entropy
+
+    flat_hidden, flat_tokens = hidden.flatten(0, 1), tokens.flatten()
+    rows = max(1, MAX_LOGITS_PER_CHUNK // head.shape[0])
+    chunks = list(zip(flat_hidden.split(rows), flat_tokens.split(rows), strict=True))
+    if len(chunks) == 1:
+        logprobs, entropy = score(*chunks[0])
+    else:
+        scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+        logprobs, entropy = (torch.cat(parts) for parts in zip(*scored, strict=True))
+    return TokenScores(logprobs.view_as(tokens), entropy.view_as(tokens))
+
+
+class ARPolicy(nn.Module):
+    """The module that reinforcement learning trains: everything that has a gradient and nothing else."""
+
+    def __init__(self, lm: Qwen3ForCausalLM, vocabulary: ImageVocabulary) -> None:
+        super().__init__()
+        self.lm = lm
+        self.vocabulary = vocabulary
+        self._adapter: tuple[PeftModel, ...] = ()  # in a tuple, so that it is not registered a second time
+
+    @property
+    def head(self) -> Tensor:
+        """[V, D] the image columns of the language model's head."""
+        return self.lm.lm_head.weight[self.vocabulary.columns]
+
+    def hidden_states(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor) -> Tensor:
+        """Final-norm hidden states [B, T + 1, D] of `<S0>` (the prompt's last id) and of T image tokens.
+
+        `prompt_ids`, `prompt_mask` [B, L] left-padded; `tokens` [B, T] 0-based image tokens."""
+        image_ids = tokens + self.vocabulary.image_start_token_id
+        ids = torch.cat([prompt_ids, image_ids], dim=1)
+        mask = torch.cat([prompt_mask.bool(), torch.ones_like(tokens, dtype=torch.bool)], dim=1)
+        out = self.lm.model(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False)
+        return out.last_hidden_state[:, prompt_ids.shape[1] - 1 :]
+
+    def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, temperature: float) -> TokenScores:
+        """Scores of `tokens` [B, T] after the prompt. The last token is predicted, never fed."""
+        hidden = self.hidden_states(prompt_ids, prompt_mask, tokens[:, :-1])
+        return score_tokens(hidden, self.head, tokens, temperature)
+
+    def add_lora(self, rank: int, alpha: float, dropout: float, target_modules: list[str] | str) -> None:
+        """Freeze the weights and train low-rank adapters instead (arXiv 2106.09685), by PEFT."""
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
+        )
+        try:
+            self.attach_adapter(get_peft_model(self.lm, config))  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ImageRLError(f"model.lora: {' '.join(str(error).split())[:300]}") from error
+
+    def attach_adapter(self, adapter: PeftModel) -> None:
+        """Remember a PEFT model that was built around `lm`, whose layers it has replaced in place."""
+        self._adapter = (adapter,)
+
+    @property
+    def adapter(self) -> PeftModel | None:
+        """The PEFT model around `lm` when LoRA is on."""
+        return self._adapter[0] if self._adapter else None
+
+    def base_weights(self) -> AbstractContextManager[Any]:
+        """A context in which adapters are off: the reference policy of a LoRA run."""
+        return self.adapter.disable_adapter() if self.adapter is not None else nullcontext()

@@ -1,0 +1,69 @@
+"""Held-out evaluation: one sample of each prompt with fixed random numbers, scored and summed up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rl.rollout import RolloutEngine, reward_request
+from rl.stats import Interval, summarise
+from rl.types import Prompt, RewardScorer
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """Results of one suite. `per_prompt` rows hold `index`, `prompt` and every metric; NaN where a sample
+    could not be scored."""
+
+    suite: str
+    metrics: dict[str, Interval]
+    per_prompt: list[dict[str, Any]]
+    images: np.ndarray  # [N, H, W, 3] uint8, in the order of `per_prompt`
+
+    def flat(self) -> dict[str, float]:
+        """For metrics.jsonl: `eval/<suite>/<metric>`."""
+        return {f"eval/{self.suite}/{name}": interval.mean for name, interval in self.metrics.items()}
+
+    def to_dict(self, **facts: Any) -> dict[str, Any]:
+        """The JSON document of an evaluation; see docs/run-folder.md."""
+        intervals = {
+            name: {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
+            for name, value in self.metrics.items()
+        }
+        return {
+            "suite": self.suite,
+            **facts,
+            "n": len(self.per_prompt),
+            "metrics": intervals,
+            "per_prompt": self.per_prompt,
+        }
+
+
+def evaluate(
+    suite: str, prompts: Sequence[Prompt], rollout: RolloutEngine, scorer: RewardScorer, batch_size: int
+) -> Evaluation:
+    """Draw one picture of each prompt and score it.
+
+    Random numbers depend on the rollout's seed and the prompt alone, so that two policies are compared on the
+    same draws. A metric named `<suite>` is reported as `reward`, its parts `<suite>/<part>` as `<part>`, those of
+    other rewards under their own names."""
+    images, rows, tickets = [], [], []
+    for groups in rollout.generate(prompts, 1, f"eval {suite}", batch_size):
+        request = reward_request(groups)
+        tickets.append((groups, scorer.submit(request, with_gold=True)))
+        images.append(request.images)
+    for groups, ticket in tickets:
+        scores = scorer.collect(ticket)
+        for row, group in enumerate(groups):
+            values = {_metric_name(name, suite): float(v[row]) for name, v in scores.components.items()}
+            rows.append({"index": group.prompt.index, "prompt": group.prompt.text, **values})
+    return Evaluation(suite, summarise(rows), rows, np.concatenate(images))
+
+
+def _metric_name(component: str, suite: str) -> str:
+    if component == suite:
+        return "reward"
+    return component.removeprefix(f"{suite}/")

@@ -1,0 +1,59 @@
+"""The schema of a pretraining recipe."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rl.recipe import RecipeModel
+from rl.tiny_world import FONTS
+
+
+class StageConfig(RecipeModel):
+    """One stage of supervised training."""
+
+    steps: int = Field(gt=0, description="optimizer steps")
+    batch_size: int = Field(32, gt=0, description="pictures a step")
+    lr: float = Field(2e-3, gt=0, description="peak learning rate")
+    beta2: float = Field(0.95, gt=0, lt=1, description="AdamW's second beta")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
+    warmup_steps: int = Field(100, ge=0, description="linear warm-up")
+    decay_share: float = Field(
+        0.5, ge=0, le=1, description="last share of the steps, decayed linearly to zero"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    fonts: list[str] = Field(default_factory=lambda: list(FONTS), description="fonts of the rendered pictures")
+    bf16: bool = Field(True, description="bfloat16 autocast")
+
+
+class GeneratorStage(StageConfig):
+    """The joint stage: cross-entropy on tokens and flow matching on latents."""
+
+    flow_share: float = Field(1.0, gt=0, le=1, description="share of the batch that the flow loss sees")
+    flow_weight: float = Field(1.0, ge=0, description="weight of the flow loss beside the cross-entropy")
+    condition_dropout: float = Field(0.1, ge=0, lt=1, description="chance of the unconditional branch")
+    snapshot_every: int = Field(1000, gt=0, description="steps between saved and measured snapshots")
+
+
+class PretrainRun(RecipeModel):
+    seed: int = Field(0, description="seed of everything random")
+    output_dir: str = Field(description="folder for the checkpoint and its record")
+    threads: int | None = Field(None, description="CPU threads; null: all")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
+
+
+class TextTokenizerConfig(RecipeModel):
+    vocabulary: int = Field(384, ge=260, description="byte-level BPE entries before the image tokens")
+
+
+class PretrainRecipe(RecipeModel):
+    """A complete pretraining run: what to build and how long to train each part."""
+
+    kind: Literal["pretrain"] = Field(description="marks the schema")
+    run: PretrainRun
+    text_tokenizer: TextTokenizerConfig
+    model: dict[str, Any] = Field(description="qwen3, sana, vae, scheduler, image_tokenizer, latent_size")
+    tokenizer: StageConfig
+    autoencoder: StageConfig
+    generator: GeneratorStage

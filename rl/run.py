@@ -1,0 +1,260 @@
+"""A training run from its first step to its report: evaluation, pictures, checkpoints, resuming, stopping."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rl.checkpoint import CHECKPOINTS, Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from rl.config import Recipe
+from rl.errors import ImageRLError
+from rl.evaluate import Evaluation, evaluate
+from rl.files import write_atomic
+from rl.metrics import MetricsLog, Progress, image_grid, save_image, to_json
+from rl.recipe import validate_recipe
+from rl.report import write_report
+from rl.rollout import RolloutEngine
+from rl.stats import compare
+from rl.trainer import Trainer
+from rl.types import Prompt
+
+RECIPE_FILE = "recipe.yaml"
+# What may change between a run and its continuation without making it another experiment.
+CHANGEABLE = {("run", "steps"), ("run", "output_dir"), ("checkpoint", "every"), ("checkpoint", "keep")}
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def start(self, recipe: Recipe) -> None:
+        """Begin a new run here.
+
+        Raises ImageRLError when the folder already holds one."""
+        if (self.path / RECIPE_FILE).exists():
+            raise ImageRLError(
+                f"{self.path} already holds a run; add --resume to continue it, --overwrite to replace it, "
+                "or set another run.output_dir"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ImageRLError(f"cannot make the run folder {self.path}: {error.strerror}") from error
+        write_atomic(self.path / RECIPE_FILE, recipe.to_yaml())
+
+    def resume(self, recipe: Recipe) -> Checkpoint | None:
+        """The state to continue from; None when the run was stopped before its first checkpoint, or never was.
+
+        Raises ImageRLError when the folder belongs to another recipe, or its newest checkpoint is damaged."""
+        stored = self.path / RECIPE_FILE
+        if stored.exists():
+            changed = differing_keys(read_stored_recipe(stored), recipe)
+            if changed:
+                raise ImageRLError(
+                    f"{self.path} was started with another {changed[0]}; resume with the same recipe, "
+                    "or set another run.output_dir"
+                )
+        newest = latest_checkpoint(self.checkpoints)
+        if newest is None:
+            stored.unlink(missing_ok=True)
+            self.start(recipe)
+            return None
+        checkpoint = load_checkpoint(newest)
+        write_atomic(stored, recipe.to_yaml())
+        return checkpoint
+
+    def write_evaluation(self, evaluation: Evaluation, step: int, model: str, seed: int) -> None:
+        text = to_json(evaluation.to_dict(step=step, model=model, seed=seed), indent=1)
+        write_atomic(self.path / "eval" / f"{evaluation.suite}_step_{step:06d}.json", text + "\n")
+
+
+def read_stored_recipe(path: Path) -> Recipe:
+    from rl.recipe import read_recipe
+
+    return validate_recipe(Recipe, read_recipe(path), str(path))
+
+
+def differing_keys(stored: Recipe, given: Recipe) -> list[str]:
+    """Dotted keys in which two recipes differ, those that may change left out."""
+
+    def flat(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, (*prefix, key))
+            else:
+                yield (*prefix, key), value
+
+    old, new = dict(flat(stored.model_dump())), dict(flat(given.model_dump()))
+    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    return [".".join(key) for key in keys if key not in CHANGEABLE]
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C or SIGTERM only asks to stop; the yielded function tells whether one came. A
+    second one interrupts at once."""
+    asked = False
+
+    def ask(number: int, _: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """Drives a `Trainer` over the steps of its recipe. Only the main process writes files."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        trainer: Trainer,
+        heldout: Sequence[Prompt],
+        eval_rollout: RolloutEngine,
+        checkpoint: Checkpoint | None,
+        progress_note: Callable[[str], None] = print,
+    ) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.trainer = trainer
+        self.engine = trainer.engine
+        self.heldout = heldout[: recipe.eval.size]
+        self.eval_rollout = eval_rollout
+        self.start_step = checkpoint.step if checkpoint else 0
+        self.first: list[dict[str, Any]] | None = checkpoint.state.get("first_eval") if checkpoint else None
+        self.last: list[dict[str, Any]] | None = checkpoint.state.get("last_eval") if checkpoint else None
+        self.note = progress_note
+
+    def execute(self, resumed: bool) -> dict[str, Any] | None:
+        """Run to the last step, or until asked to stop.
+
+        Returns the comparison of the last held-out evaluation with the first, None when stopped early."""
+        total = self.recipe.run.steps
+        is_main = self.engine.is_main
+        log = None
+        if is_main:
+            log = MetricsLog(self.folder.path, (self.start_step or -1) if resumed else None)
+        with stop_on_signals() as asked_to_stop:
+            if self.first is None:
+                self._evaluate(0, log)
+            with _progress(total, self.start_step, is_main) as progress:
+                for step in range(self.start_step + 1, total + 1):
+                    metrics = self.trainer.step(step - 1)
+                    last = step == total
+                    stopping = any(self.engine.gather_objects(asked_to_stop()))
+                    if log:
+                        log.log(step, metrics)
+                    if progress:
+                        progress.update(step, metrics)
+                    if self._due(step, self.recipe.eval.every) or last:
+                        self._evaluate(step, log)
+                    elif self._due(step, self.recipe.run.sample_every):
+                        self._draw_samples(step)
+                    if self._due(step, self.recipe.checkpoint.every) or last or stopping:
+                        self._save(step)
+                    if stopping and not last:
+                        self.note(f"stopped after step {step}; continue with --resume")
+                        self._finish(log)
+                        return None
+        self._finish(log)
+        return self.comparison()
+
+    def comparison(self) -> dict[str, Any] | None:
+        if self.first is None or self.last is None:
+            return None
+        return compare(self.first, self.last)
+
+    @staticmethod
+    def _due(step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _evaluate(self, step: int, log: MetricsLog | None) -> None:
+        """Held-out evaluation on the main process; the others wait at the next collective."""
+        with self.engine.gathered_parameters():
+            self.trainer.policy.refresh_sampler()
+        if not self.engine.is_main:
+            self.engine.barrier()
+            return
+        settings = self.recipe.eval
+        evaluation = evaluate(
+            settings.suite, self.heldout, self.eval_rollout, self.trainer.scorer, settings.batch_size
+        )
+        self.folder.write_evaluation(evaluation, step, self.recipe.model.path, settings.seed)
+        self.first = self.first or evaluation.per_prompt
+        self.last = evaluation.per_prompt
+        if log:
+            log.log(step, evaluation.flat())
+        shown = "  ".join(f"{n} {v.mean:.3f}" for n, v in evaluation.metrics.items())
+        self.note(f"held-out after step {step}: {shown}")
+        count = self.recipe.run.sample_prompts
+        self._save_grid(step, evaluation.images[:count], self.heldout[:count])
+        self.engine.barrier()
+
+    def _draw_samples(self, step: int) -> None:
+        """The grid's prompts are the first of the held-out ones, with the random numbers of the evaluation."""
+        with self.engine.gathered_parameters():
+            self.trainer.policy.refresh_sampler()
+        if self.engine.is_main:
+            prompts = self.heldout[: self.recipe.run.sample_prompts]
+            occasion = f"eval {self.recipe.eval.suite}"
+            (groups,) = self.eval_rollout.generate(prompts, 1, occasion)
+            self._save_grid(step, [group.images[0] for group in groups], prompts)
+
+    def _save_grid(self, step: int, images: Sequence[Any], prompts: Sequence[Prompt]) -> None:
+        scale = max(1, 192 // images[0].shape[1])
+        grid = image_grid(images, columns=4, captions=[prompt.text for prompt in prompts], scale=scale)
+        save_image(grid, self.folder.path / "samples" / f"step_{step:06d}.png")
+
+    def _save(self, step: int) -> None:
+        tensors = self.engine.state_dict()
+        if self.engine.is_main:
+            state = {"first_eval": self.first, "last_eval": self.last, "recipe": self.recipe.model_dump()}
+            save_checkpoint(self.folder.checkpoints, step, tensors, state, self.recipe.checkpoint.keep)
+        self.engine.barrier()
+
+    def _finish(self, log: MetricsLog | None) -> None:
+        if log:
+            log.close()
+        if not self.engine.is_main:
+            return
+        comparison = self.comparison()
+        if comparison:
+            document = {
+                "suite": self.recipe.eval.suite,
+                "before_step": 0,
+                "after_step": self.recipe.run.steps,
+                "metrics": {
+                    name: {**entry, "difference": asdict(entry["difference"])}
+                    for name, entry in comparison.items()
+                },
+            }
+            write_atomic(self.folder.path / "eval" / "comparison.json", to_json(document, indent=1) + "\n")
+        self.note(f"report: {write_report(self.folder.path)}")
+
+
+@contextmanager
+def _progress(total: int, start: int, show: bool) -> Iterator[Progress | None]:
+    if not show:
+        yield None
+        return
+    with Progress(total, start) as progress:
+        yield progress
+
