@@ -43,11 +43,15 @@ class ImageVocabulary:
     def from_config(cls, config: Mapping[str, Any]) -> ImageVocabulary:
         missing = [f.name for f in fields(cls) if f.name not in config]
         if missing:
-            raise ImageRLError(f"config.json lacks {', '.join(missing)}: this is no BLIP3o-NEXT style model folder")
+            raise ImageRLError(
+                f"config.json lacks {', '.join(missing)}: this is no BLIP3o-NEXT style model folder"
+            )
         vocabulary = cls(**{f.name: int(config[f.name]) for f in fields(cls)})
         span = vocabulary.image_end_token_id - vocabulary.image_start_token_id + 1
         if span != vocabulary.num_image_tokens:
-            raise ImageRLError(f"config.json: {span} image token ids but num_image_tokens={vocabulary.num_image_tokens}")
+            raise ImageRLError(
+                f"config.json: {span} image token ids but num_image_tokens={vocabulary.num_image_tokens}"
+            )
         return vocabulary
 
     def to_config(self) -> dict[str, int]:
@@ -106,10 +110,14 @@ class ARPolicy(nn.Module):
         image_ids = tokens + self.vocabulary.image_start_token_id
         ids = torch.cat([prompt_ids, image_ids], dim=1)
         mask = torch.cat([prompt_mask.bool(), torch.ones_like(tokens, dtype=torch.bool)], dim=1)
-        out = self.lm.model(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False)
+        out = self.lm.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
+        )
         return out.last_hidden_state[:, prompt_ids.shape[1] - 1 :]
 
-    def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, temperature: float) -> TokenScores:
+    def forward(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, temperature: float
+    ) -> TokenScores:
         """Scores of `tokens` [B, T] after the prompt. The last token is predicted, never fed."""
         hidden = self.hidden_states(prompt_ids, prompt_mask, tokens[:, :-1])
         return score_tokens(hidden, self.head, tokens, temperature)
@@ -119,10 +127,14 @@ class ARPolicy(nn.Module):
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=target_modules,
+            task_type="CAUSAL_LM",
         )
         try:
-            self.attach_adapter(get_peft_model(self.lm, config))  # type: ignore[arg-type]
+            self.attach_adapter(get_peft_model(self.lm, config))
         except ValueError as error:
             raise ImageRLError(f"model.lora: {' '.join(str(error).split())[:300]}") from error
 

@@ -9,24 +9,24 @@ pass yields tokens, their log-probs and the hidden states that condition the dec
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from models.ar import ARPolicy, positions_of
 from rl.types import TokenTrajectory
 
 
-def effective_weight(linear: nn.Module) -> Tensor:
+def effective_weight(linear: Any) -> Tensor:
     """The weight a linear layer acts with now: LoRA deltas included unless adapters are off."""
-    base = getattr(linear, "base_layer", None)
-    if base is None:
-        return linear.weight.detach()  # type: ignore[union-attr, return-value, operator]
-    weight = base.weight.detach()
+    if not hasattr(linear, "base_layer"):
+        return linear.weight.detach()
+    weight: Tensor = linear.base_layer.weight.detach()
     if not linear.disable_adapters and not linear.merged:
-        for name in linear.active_adapters:  # type: ignore[union-attr]
-            weight = weight + linear.get_delta_weight(name).detach()  # type: ignore[operator]
+        for name in linear.active_adapters:
+            weight = weight + linear.get_delta_weight(name).detach()
     return weight
 
 
@@ -67,9 +67,12 @@ class TokenSampler:
         self.head = policy.head.detach()
         self.layers = [self._pack(layer) for layer in model.layers]
 
-    def _pack(self, layer: nn.Module) -> _Layer:
+    def _pack(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        norm_in, norm_mlp = layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach()
+        norm_in, norm_mlp = (
+            layer.input_layernorm.weight.detach(),
+            layer.post_attention_layernorm.weight.detach(),
+        )
         qkv = torch.cat([effective_weight(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
         gate_up = torch.cat([effective_weight(mlp.gate_proj), effective_weight(mlp.up_proj)])
         query_scale = (attention.q_norm.weight * self.head_dim**-0.5).expand(self.heads, -1)
@@ -83,14 +86,15 @@ class TokenSampler:
         )
 
     @torch.inference_mode()
-    def sample(self, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float) -> TokenTrajectory:
+    def sample(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float
+    ) -> TokenTrajectory:
         """Draw T tokens for each of G samples of P prompts.
 
         `prompt_ids`, `prompt_mask` [P, L] left-padded; `uniforms` [P·G, T] in [0, 1), one per token: the draw is
         the inverse of the cumulative distribution there, so a sample depends on its own numbers alone."""
         batch, steps = uniforms.shape
-        prompts, length = prompt_ids.shape
-        group = batch // prompts
+        group = batch // len(prompt_ids)
         prompt_mask = prompt_mask.bool()
         caches, first = self._prefill(prompt_ids, prompt_mask, batch, steps)
         prompt_bias = torch.zeros_like(prompt_mask, dtype=self.dtype).masked_fill(~prompt_mask, float("-inf"))
@@ -124,11 +128,15 @@ class TokenSampler:
         # float64: a running float32 sum over 65,536 columns is off by more than a rare token's probability.
         cumulative = logprobs.double().exp().cumsum(-1)
         target = uniform.to(cumulative) * cumulative[:, -1]
-        token = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        token = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(
+            max=logits.shape[-1] - 1
+        )
         return token, logprobs.gather(-1, token[:, None])[:, 0]
 
     def _final(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(self.dtype) * self.final_norm.to(self.dtype)
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(self.dtype) * self.final_norm.to(
+            self.dtype
+        )
 
     def _normed(self, x: Tensor) -> Tensor:
         """RMS norm without its scale, which is folded into the next projection."""
@@ -141,7 +149,9 @@ class TokenSampler:
         cos = angles.cos()
         return torch.cat([cos, cos], -1).to(self.dtype), torch.cat([-sin, sin], -1).to(self.dtype)
 
-    def _queries_keys_values(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _queries_keys_values(
+        self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x [..., D] -> queries [..., Hq, d], keys and values [..., Hkv, d], rotated."""
         qkv = F.linear(self._normed(x), layer.qkv).unflatten(-1, (-1, self.head_dim))
         qk, values = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=-2)
@@ -182,7 +192,13 @@ class TokenSampler:
         return caches, self._final(x[:, -1])
 
     def _decode_layer(
-        self, layer: _Layer, cache: _Cache, x: Tensor, turn: tuple[Tensor, Tensor], padding: Tensor | None, step: int
+        self,
+        layer: _Layer,
+        cache: _Cache,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor],
+        padding: Tensor | None,
+        step: int,
     ) -> Tensor:
         """One token through one layer: x [B, D] -> [B, D]. Scores against the prompt are one product per prompt
         for its whole group; scores against the sample's own tokens are one per sample; one softmax joins them."""

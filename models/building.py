@@ -21,7 +21,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_text_tokenizer(corpus: Iterable[str], text_vocabulary: int, image_tokens: int) -> PreTrainedTokenizerFast:
+def build_text_tokenizer(
+    corpus: Iterable[str], text_vocabulary: int, image_tokens: int
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with the image tokens appended in the published order.
 
     Capitals and digits are always tokens of their own, so that spelling is in the ids. Any text can be encoded:
@@ -32,7 +34,7 @@ def build_text_tokenizer(corpus: Iterable[str], text_vocabulary: int, image_toke
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex("[A-Z0-9\"]"), "isolated"),
+            pre_tokenizers.Split(Regex('[A-Z0-9"]'), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
@@ -44,7 +46,9 @@ def build_text_tokenizer(corpus: Iterable[str], text_vocabulary: int, image_toke
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=TURN_END, padding_side="left")
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=TURN_END, padding_side="left"
+    )
     wrapped.chat_template = CHAT_TEMPLATE
     wrapped.add_tokens(["<im_start>", "<im_end>", "<S0>", "<S1>", "<S2>"], special_tokens=True)
     wrapped.add_tokens([f"<I{i}>" for i in range(image_tokens)], special_tokens=True)
@@ -53,7 +57,7 @@ def build_text_tokenizer(corpus: Iterable[str], text_vocabulary: int, image_toke
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerFast, image_tokens: int) -> ImageVocabulary:
     def id_of(token: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
+        return int(tokenizer.convert_tokens_to_ids(token))
 
     return ImageVocabulary(
         image_start_tag_id=id_of("<im_start>"),
@@ -77,11 +81,15 @@ def build_policy(config: Mapping[str, Any], text_tokenizer: PreTrainedTokenizerF
         config["qwen3"]["hidden_size"], config["sana"], config["vae"], config["scheduler"], (height, width)
     )
     tokenizer_config = config.get("image_tokenizer")
-    image_tokenizer = FSQTokenizer(FSQTokenizerConfig.from_dict(tokenizer_config)) if tokenizer_config else None
+    image_tokenizer = (
+        FSQTokenizer(FSQTokenizerConfig.from_dict(tokenizer_config)) if tokenizer_config else None
+    )
     return ImagePolicy(ar, decoder, text_tokenizer, int(config["num_image_positions"]), image_tokenizer)
 
 
-def new_policy(model: Mapping[str, Any], captions: Iterable[str], text_vocabulary: int) -> tuple[ImagePolicy, dict[str, Any]]:
+def new_policy(
+    model: Mapping[str, Any], captions: Iterable[str], text_vocabulary: int
+) -> tuple[ImagePolicy, dict[str, Any]]:
     """An untrained policy and its complete config from a pretraining recipe's `model` section.
 
     `captions` are what the text tokenizer is trained on, in the prompt template."""

@@ -7,6 +7,7 @@ velocity field from noise to latents, an autoencoder draws the pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ class FlowDecoder(nn.Module):
             condition = torch.cat([self.unconditional(condition, hidden.shape[-1]), condition])
         sigmas = self.sigmas(steps).to(noise.device)
         x = noise
-        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, following in pairwise(sigmas):
             pair = torch.cat([x, x]) if guided else x
             velocity = self.velocity(pair, sigma.expand(pair.shape[0]), condition)
             if guided:
@@ -118,7 +119,9 @@ class FlowDecoder(nn.Module):
         """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] at the transformer's scale."""
         return self.vae.encode(pictures).latent * self.scaling_factor
 
-    def flow_loss(self, hidden: Tensor, latents: Tensor, sigma: Tensor, noise: Tensor, drop: Tensor) -> Tensor:
+    def flow_loss(
+        self, hidden: Tensor, latents: Tensor, sigma: Tensor, noise: Tensor, drop: Tensor
+    ) -> Tensor:
         """Mean of ‖v − (noise − x)‖² over all numbers: the flow-matching objective.
 
         `sigma` [B] in (0, 1); `drop` [B] bool, where the condition is replaced by the unconditional one."""
@@ -130,4 +133,6 @@ class FlowDecoder(nn.Module):
 
     def require_shape(self, noise: Tensor) -> None:
         if tuple(noise.shape[1:]) != self.latent_shape:
-            raise ImageRLError(f"decoder noise has shape {tuple(noise.shape[1:])}, this model wants {self.latent_shape}")
+            raise ImageRLError(
+                f"decoder noise has shape {tuple(noise.shape[1:])}, this model wants {self.latent_shape}"
+            )

@@ -77,7 +77,7 @@ class ImagePolicy:
             {"role": "user", "content": REQUEST.format(caption=caption)},
         ]
         text = self.text_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.text_tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+        return self.text_tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def refresh_sampler(self, dtype: torch.dtype = torch.float32) -> None:
         """Lay out the present weights for sampling. Call after every update, parameters gathered."""

@@ -38,9 +38,8 @@ class FiniteScalarQuantizer(nn.Module):
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
         sizes = torch.tensor(levels)
-        self.register_buffer("levels", sizes, persistent=False)
-        radix = torch.cat([torch.ones(1, dtype=torch.long), sizes.cumprod(0)[:-1]])
-        self.register_buffer("radix", radix, persistent=False)
+        self.levels = nn.Buffer(sizes, persistent=False)
+        self.radix = nn.Buffer(torch.cat([sizes.new_ones(1), sizes.cumprod(0)[:-1]]), persistent=False)
         self.num_codes = int(sizes.prod())
 
     def digits(self, z: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ def model_folder(path: str) -> Path:
     """The folder a recipe's `model.path` means: the shipped tiny model, or a path."""
     folder = Path(__file__).parent / "tiny" if path == TINY else Path(path).expanduser()
     if not folder.is_dir():
-        raise ImageRLError(f"model {path!r} is no folder; give a model folder or {TINY!r} for the shipped one")
+        raise ImageRLError(
+            f"model {path!r} is no folder; give a model folder or {TINY!r} for the shipped one"
+        )
     return folder
 
 
@@ -124,7 +126,11 @@ def load_state(policy: ImagePolicy, state: Mapping[str, Tensor], source: Path) -
     missing = sorted(wanted.keys() - state.keys())
     unknown = sorted(state.keys() - wanted.keys())
     if missing or unknown:
-        parts = [f"{len(keys)} {what} such as {keys[0]}" for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        parts = [
+            f"{len(keys)} {what} such as {keys[0]}"
+            for what, keys in (("missing", missing), ("unknown", unknown))
+            if keys
+        ]
         raise ImageRLError(f"{source} does not fit its config.json: tensors {', '.join(parts)}")
     for name, shape in wanted.items():
         if tuple(state[name].shape) != shape:
@@ -146,7 +152,9 @@ def load_text_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ImageRLError(f"{folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}") from error
+        raise ImageRLError(
+            f"{folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def save_adapter(policy: ImagePolicy, folder: Path, base: str) -> None:
@@ -154,7 +162,9 @@ def save_adapter(policy: ImagePolicy, folder: Path, base: str) -> None:
     adapter = policy.trainable.adapter
     if adapter is None:
         raise ImageRLError("the policy has no LoRA adapter to save")
-    adapter.peft_config["default"].base_model_name_or_path = base if base == TINY else str(Path(base).resolve())
+    adapter.peft_config["default"].base_model_name_or_path = (
+        base if base == TINY else str(Path(base).resolve())
+    )
     adapter.save_pretrained(str(folder), safe_serialization=True)
 
 
@@ -167,7 +177,9 @@ def load_adapter(policy: ImagePolicy, folder: Path) -> None:
         config = LoraConfig.from_pretrained(str(folder))
         weights = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, TypeError) as error:
-        raise ImageRLError(f"{folder} holds no usable adapter: {' '.join(str(error).split())[:200]}") from error
+        raise ImageRLError(
+            f"{folder} holds no usable adapter: {' '.join(str(error).split())[:200]}"
+        ) from error
     adapter = get_peft_model(policy.trainable.lm, config)
     outcome = set_peft_model_state_dict(adapter, weights)
     if outcome.unexpected_keys:
@@ -177,7 +189,9 @@ def load_adapter(policy: ImagePolicy, folder: Path) -> None:
 
 def _adapter_base(folder: Path) -> str:
     try:
-        return str(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
+        return str(
+            json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ImageRLError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
 

@@ -17,7 +17,6 @@ from rl.errors import ImageRLError
 if TYPE_CHECKING:
     from models.image_policy import ImagePolicy
     from rl.rollout import RolloutEngine
-    from rl.types import Prompt
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,7 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reinforcement-learning post-training for autoregressive + flow-matching image generators.",
 )
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="recipe overrides, values in YAML")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="recipe overrides, values in YAML")
+]
 Model = Annotated[str, typer.Option(help='model folder, LoRA adapter folder, or "tiny"')]
 Seed = Annotated[int, typer.Option(help="seed of tokens and noise")]
 Temperature = Annotated[float, typer.Option(min=1e-3, help="sampling temperature")]
@@ -47,11 +48,11 @@ def train(
     comparison = run_training(settings, resume, overwrite)
     if comparison is None:
         return
-    suite, headline = settings.eval.suite, "exact_match" if "exact_match" in comparison else "reward"
+    headline = "exact_match" if "exact_match" in comparison else "reward"
     result = comparison[headline]
     gap = result["difference"]
     print(
-        f"held-out {suite} {headline.replace('_', ' ')}: {100 * result['before']:.1f} % → {100 * result['after']:.1f} % "
+        f"held-out {headline.replace('_', ' ')}: {100 * result['before']:.1f} % → {100 * result['after']:.1f} % "
         f"({100 * gap.mean:+.1f} points, 95 % interval {100 * gap.low:+.1f} to {100 * gap.high:+.1f}, n={gap.n})"
     )
 
@@ -219,7 +220,9 @@ def evaluate_model(
     _, rollout = loaded_rollout(model, seed, temperature, guidance, flow_steps)
     result = evaluate(suite, prompts, rollout, scorer, batch_size)
     for name, interval in result.metrics.items():
-        print(f"{name:>20}  {interval.mean:.3f}  (95 % {interval.low:.3f} to {interval.high:.3f}, n={interval.n})")
+        print(
+            f"{name:>20}  {interval.mean:.3f}  (95 % {interval.low:.3f} to {interval.high:.3f}, n={interval.n})"
+        )
     if json is not None:
         document = result.to_dict(model=model, seed=seed, temperature=temperature)
         write_atomic(json, to_json(document, indent=1) + "\n")
@@ -230,7 +233,9 @@ def evaluate_model(
 def export(
     source: Annotated[Path, typer.Argument(help="run folder, or one of its checkpoints/step_*")],
     target: Annotated[Path, typer.Argument(help="new folder")],
-    adapter: Annotated[bool, typer.Option("--adapter", help="keep a LoRA adapter instead of merging it")] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="keep a LoRA adapter instead of merging it")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="how weights are stored: fp32 or bf16")] = "fp32",
 ) -> None:
     """Write a trained policy as a model folder and prove that it draws the same pictures."""
@@ -254,7 +259,8 @@ def pretrain(
 
     from models.building import new_policy
     from models.loading import save_policy
-    from rl.pretrain import captions, pretrain as run_stages, resolve_device
+    from rl.pretrain import captions, resolve_device
+    from rl.pretrain import pretrain as run_stages
     from rl.pretrain_config import PretrainRecipe
     from rl.recipe import load_yaml_recipe
     from rl.seeding import derive_seed

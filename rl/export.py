@@ -18,7 +18,7 @@ from rl.config import Recipe
 from rl.errors import ImageRLError
 from rl.files import atomic_folder
 from rl.metrics import read_metrics, to_json
-from rl.recipe import read_recipe, validate_recipe
+from rl.recipe import validate_recipe
 from rl.seeding import generator
 
 PROOF_PROMPTS = (
@@ -39,7 +39,9 @@ def checkpoint_of(source: Path) -> Path:
         raise ImageRLError(f"there is no folder {source}; give a run folder or one of its checkpoints/step_*")
     newest = latest_checkpoint(source / CHECKPOINTS)
     if newest is None:
-        raise ImageRLError(f"{source} has no complete checkpoint; give a run folder or one of its checkpoints/step_*")
+        raise ImageRLError(
+            f"{source} has no complete checkpoint; give a run folder or one of its checkpoints/step_*"
+        )
     return newest
 
 
@@ -63,7 +65,9 @@ def load_trained(policy: ImagePolicy, weights: Mapping[str, Tensor]) -> None:
     parameters = dict(policy.trainable.named_parameters())
     for name, tensor in weights.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
-            raise ImageRLError(f"the checkpoint's {name} does not fit the model; was model.path replaced since?")
+            raise ImageRLError(
+                f"the checkpoint's {name} does not fit the model; was model.path replaced since?"
+            )
         parameters[name].data.copy_(tensor)
 
 
@@ -89,7 +93,9 @@ def round_weights(policy: ImagePolicy, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
-def export(source: Path, target: Path, adapter_only: bool = False, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def export(
+    source: Path, target: Path, adapter_only: bool = False, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
     """Write the policy of a run or checkpoint as a model folder and return its provenance.
 
     The folder appears only once it has been loaded back and has repeated the same tokens and pixels exactly.
@@ -115,7 +121,9 @@ def export(source: Path, target: Path, adapter_only: bool = False, dtype: torch.
         for what, one, other in zip(("tokens", "pixels"), wanted, found, strict=True):
             if not np.array_equal(one, other):
                 share = float((one != other).mean())
-                raise ImageRLError(f"the export does not repeat the run's {what} ({share:.1%} differ); nothing was written")
+                raise ImageRLError(
+                    f"the export does not repeat the run's {what} ({share:.1%} differ); nothing was written"
+                )
         provenance = describe(recipe, folder, temporary, wanted)
         (temporary / PROVENANCE).write_text(to_json(provenance, indent=2) + "\n", encoding="utf-8")
     return provenance
@@ -127,7 +135,9 @@ def merge_adapters(policy: ImagePolicy) -> None:
         policy.trainable.adapter.merge_adapter()
 
 
-def describe(recipe: Recipe, checkpoint: Path, folder: Path, proof: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+def describe(
+    recipe: Recipe, checkpoint: Path, folder: Path, proof: tuple[np.ndarray, np.ndarray]
+) -> dict[str, Any]:
     """Where a model came from: recipe, step, last metrics, versions, hashes of every file."""
     step = step_of(checkpoint)
     metrics: dict[str, Any] = {}
@@ -135,7 +145,9 @@ def describe(recipe: Recipe, checkpoint: Path, folder: Path, proof: tuple[np.nda
         if record["step"] <= step:
             metrics |= record
     hashes = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir()) if path.is_file()
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.is_file()
     }
     return {
         "step": step,

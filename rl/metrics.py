@@ -155,7 +155,8 @@ class PhaseTimer:
     ) -> None:
         self._synchronise = synchronise or (lambda: None)
         self._clock = clock
-        self.start()
+        self._seconds: dict[str, float] = {}
+        self._start = clock()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -169,7 +170,8 @@ class PhaseTimer:
 
     def start(self) -> None:
         """Begin a step: forget the phases so far."""
-        self._start, self._seconds = self._clock(), {}
+        self._start = self._clock()
+        self._seconds = {}
 
     def metrics(self) -> dict[str, float]:
         """`time/<phase>_s`, `share/<phase>` and `time/step_s` since `start`.

@@ -23,7 +23,9 @@ class StageConfig(RecipeModel):
         0.5, ge=0, le=1, description="last share of the steps, decayed linearly to zero"
     )
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
-    fonts: list[str] = Field(default_factory=lambda: list(FONTS), description="fonts of the rendered pictures")
+    fonts: list[str] = Field(
+        default_factory=lambda: list(FONTS), description="fonts of the rendered pictures"
+    )
     bf16: bool = Field(True, description="bfloat16 autocast")
 
 

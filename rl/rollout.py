@@ -85,7 +85,9 @@ class RolloutEngine:
             yield self._generate(prompts[start : start + size], group_size, occasion)
 
     @torch.no_grad()
-    def _generate(self, prompts: Sequence[Prompt], group_size: int, occasion: int | str) -> list[RolloutGroup]:
+    def _generate(
+        self, prompts: Sequence[Prompt], group_size: int, occasion: int | str
+    ) -> list[RolloutGroup]:
         sampling = self.sampling
         prompt_ids, prompt_mask = self.policy.encode_prompts([prompt.text for prompt in prompts])
         uniforms = self.uniforms(occasion, prompts, group_size)

@@ -87,7 +87,9 @@ def read_stored_recipe(path: Path) -> Recipe:
 def differing_keys(stored: Recipe, given: Recipe) -> list[str]:
     """Dotted keys in which two recipes differ, those that may change left out."""
 
-    def flat(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    def flat(
+        values: Mapping[str, Any], prefix: tuple[str, ...] = ()
+    ) -> Iterator[tuple[tuple[str, ...], Any]]:
         for key, value in values.items():
             if isinstance(value, dict):
                 yield from flat(value, (*prefix, key))
@@ -205,7 +207,7 @@ class Run:
         shown = "  ".join(f"{n} {v.mean:.3f}" for n, v in evaluation.metrics.items())
         self.note(f"held-out after step {step}: {shown}")
         count = self.recipe.run.sample_prompts
-        self._save_grid(step, evaluation.images[:count], self.heldout[:count])
+        self._save_grid(step, list(evaluation.images[:count]), self.heldout[:count])
         self.engine.barrier()
 
     def _draw_samples(self, step: int) -> None:
@@ -257,4 +259,3 @@ def _progress(total: int, start: int, show: bool) -> Iterator[Progress | None]:
         return
     with Progress(total, start) as progress:
         yield progress
-

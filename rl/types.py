@@ -80,8 +80,12 @@ class TrainBatch:
 
     def rows(self, which: slice) -> TrainBatch:
         """Some of the samples, as views."""
-        tensors = {name: getattr(self, name) for name in self.__slots__}
-        return TrainBatch(**{k: v if v is None else v[which] for k, v in tensors.items()})
+
+        def part(name: str) -> Any:
+            tensor = getattr(self, name)
+            return None if tensor is None else tensor[which]
+
+        return TrainBatch(**{name: part(name) for name in self.__slots__})
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +170,10 @@ class RewardScorer(Protocol):
 class Policy(Protocol):
     """An image generator with a trainable autoregressive half. See `models.image_policy`."""
 
-    trainable: nn.Module  # forward(prompt_ids, prompt_mask, tokens, temperature) -> TokenScores
+    @property
+    def trainable(self) -> nn.Module:
+        """forward(prompt_ids, prompt_mask, tokens, temperature) -> TokenScores"""
+        ...
 
     @property
     def num_actions(self) -> int: ...
