@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
+from PIL import Image
 
-from rl.rollout import RolloutEngine, reward_request
+from rl.rollout import reward_request
 from rl.stats import Interval, summarise
-from rl.types import Prompt, RewardScorer
+from rl.types import Prompt, RewardScorer, RolloutGroup
 
 
 @dataclass(slots=True)
@@ -42,8 +44,39 @@ class Evaluation:
         }
 
 
+class Source(Protocol):
+    """Where pictures come from: a `RolloutEngine`, or `GroundTruth`."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        occasion: int | str,
+        chunk_prompts: int | None = None,
+    ) -> Iterator[list[RolloutGroup]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GroundTruth:
+    """Perfect pictures instead of a model's: evaluated, they give the ceiling of every metric."""
+
+    draw: Callable[[Prompt], Image.Image]
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        occasion: int | str,
+        chunk_prompts: int | None = None,
+    ) -> Iterator[list[RolloutGroup]]:
+        nothing = torch.zeros(group_size, 0)
+        for prompt in prompts:
+            images = np.stack([np.asarray(self.draw(prompt))] * group_size)
+            yield [RolloutGroup(prompt, nothing.long(), nothing, nothing.bool(), images)]
+
+
 def evaluate(
-    suite: str, prompts: Sequence[Prompt], rollout: RolloutEngine, scorer: RewardScorer, batch_size: int
+    suite: str, prompts: Sequence[Prompt], rollout: Source, scorer: RewardScorer, batch_size: int
 ) -> Evaluation:
     """Draw one picture of each prompt and score it.
 

@@ -121,6 +121,13 @@ def prompt_set(split: str, size: int | None = None, seed: int = 0) -> list[Promp
     return prompts
 
 
+def truth(prompt: Prompt) -> Image.Image:
+    """A correct picture of a prompt of this world, in a font that depends on its index."""
+    columns = prompt.columns
+    font = FONTS[derive_seed("tiny_world truth", prompt.index) % len(FONTS)]
+    return render(Scene(columns["target"], columns["ink"], columns["background"], font))
+
+
 @cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     import matplotlib

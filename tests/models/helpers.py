@@ -1,0 +1,53 @@
+"""Policies whose every weight matters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from models.image_policy import ImagePolicy
+from tests.micro import micro_policy
+
+CAPTIONS = ("CAT", 'a sign that says "42" in red', 'ünïcödé and a much longer caption, padded less: "ZEBRA"')
+
+
+@torch.no_grad()
+def stir(module: torch.nn.Module, seed: int = 0) -> None:
+    """Random weights of a size that makes mistakes visible: fresh norms are all ones and fresh projections nearly
+    zero, so that a forgotten norm or a wrong head would hardly show."""
+    random_numbers = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=random_numbers)
+        if parameter.ndim < 2:
+            parameter.copy_(1 + 0.3 * noise)
+        else:
+            parameter.copy_(noise * parameter[0].numel() ** -0.5)
+
+
+def lively_policy(seed: int = 0, **qwen3: Any) -> ImagePolicy:
+    policy, _ = micro_policy(seed, **qwen3)
+    stir(policy.trainable, seed)
+    return policy
+
+
+def add_lively_lora(policy: ImagePolicy, seed: int = 1) -> None:
+    """LoRA whose adapters are not zero, as after some training."""
+    policy.trainable.add_lora(4, 8.0, 0.0, "all-linear")
+    random_numbers = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in policy.trainable.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=random_numbers))
+    policy.trainable.eval()
+
+
+def random_tokens(policy: ImagePolicy, batch: int, seed: int = 0) -> torch.Tensor:
+    shape = (batch, policy.num_actions)
+    codes = policy.vocabulary.num_image_tokens
+    return torch.randint(codes, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def uniforms(policy: ImagePolicy, batch: int, seed: int = 0) -> torch.Tensor:
+    random_numbers = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, policy.num_actions, generator=random_numbers, dtype=torch.float64)

@@ -1,0 +1,111 @@
+"""Runs small enough for unit tests: the micro model, rewards that need no model, and a recipe for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from models.image_policy import ImagePolicy
+from rewards.base import LoadedReward
+from rewards.scoring import score_request
+from rl.config import Recipe
+from rl.data import GroupedSampler
+from rl.engine import Engine
+from rl.recipe import apply_override, validate_recipe
+from rl.rollout import RolloutEngine
+from rl.tiny_world import prompt_set
+from rl.trainer import Trainer
+from rl.types import RewardRequest, RewardScores, SamplingParams
+from tests.micro import micro_policy
+
+REWARD_FILE = '''
+def low_tokens(completions, **_):
+    """Share of the tokens from the lower half of the 16 codes: easy to learn, seen without decoding."""
+    return [sum(token < 8 for token in tokens) / len(tokens) for tokens in completions]
+
+
+def brightness(images, **_):
+    """Mean grey value in [0, 1]."""
+    return [sum(image.convert("L").tobytes()) / (255 * image.width * image.height) for image in images]
+'''
+
+
+def recipe_data(folder: Path, *overrides: str, reward: str = "low_tokens") -> dict[str, Any]:
+    """A recipe as plain data; the model in `folder/model`, the reward file in `folder`, the run in `folder/run`.
+    Numbers are chosen for speed, and `optim.eps` so that Adam does not blow up rounding differences."""
+    data: dict[str, Any] = {
+        "run": {"steps": 4, "output_dir": str(folder / "run"), "sample_every": 2, "sample_prompts": 2},
+        "model": {"path": str(folder / "model")},
+        "data": {
+            "train": {"name": "tiny_world", "split": "train", "size": 32},
+            "heldout": {"name": "tiny_world", "split": "heldout", "size": 4},
+        },
+        "rollout": {"prompts_per_step": 2, "group_size": 4, "flow_steps": 1},
+        "rewards": {"workers": 0, "functions": [{"import_path": f"{folder / 'reward.py'}:{reward}"}]},
+        "optim": {"lr": 0.003, "eps": 1e-4},
+        "engine": {"device": "cpu", "threads": 1, "micro_batch_size": 8},
+        "eval": {"size": 4},
+        "checkpoint": {"every": 2},
+    }
+    for override in overrides:
+        apply_override(Recipe, data, override)
+    return data
+
+
+def write_recipe(folder: Path, *overrides: str, name: str = "recipe.yaml", **options: Any) -> Path:
+    """The recipe as a file, with the reward file that it names."""
+    (folder / "reward.py").write_text(REWARD_FILE)
+    path = folder / name
+    path.write_text(yaml.safe_dump(recipe_data(folder, *overrides, **options)))
+    return path
+
+
+class FunctionScorer:
+    """A `RewardScorer` over plain functions, scored at once."""
+
+    def __init__(self, rewards: Mapping[str, Callable[..., Any]]) -> None:
+        self.rewards = [LoadedReward(name, function) for name, function in rewards.items()]
+        self.scores: list[RewardScores] = []
+
+    def submit(self, request: RewardRequest, with_gold: bool = False) -> int:
+        self.scores.append(score_request(self.rewards, request))
+        return len(self.scores) - 1
+
+    def collect(self, ticket: int) -> RewardScores:
+        return self.scores[ticket]
+
+    def close(self) -> None:
+        pass
+
+
+def low_tokens(completions: list[list[int]], **_: Any) -> list[float]:
+    return [float(np.mean([token < 8 for token in tokens])) for tokens in completions]
+
+
+def small_trainer(
+    *overrides: str,
+    policy: ImagePolicy | None = None,
+    **rewards: Callable[..., Any],
+) -> Trainer:
+    """A trainer on a fresh micro policy, put together as the command line does it."""
+    recipe = validate_recipe(Recipe, recipe_data(Path("unused"), *overrides), "test")
+    policy = policy or micro_policy()[0]
+    engine = Engine(recipe.engine)
+    if recipe.model.lora:
+        lora = recipe.model.lora
+        policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
+    if recipe.algorithm.kl_coef > 0:
+        policy.freeze_reference()
+    engine.prepare(policy.trainable, recipe.optim, recipe.run.steps * recipe.algorithm.updates_per_rollout)
+    settings = recipe.rollout
+    sampling = SamplingParams(
+        settings.temperature, settings.guidance, settings.flow_steps, settings.shared_noise
+    )
+    sampler = GroupedSampler(prompt_set("train", 32), settings.prompts_per_step, recipe.run.seed)
+    rollout = RolloutEngine(policy, sampling, recipe.run.seed, engine.autocast)
+    scorer = FunctionScorer(rewards or {"low_tokens": low_tokens})
+    return Trainer(recipe, policy, scorer, sampler, rollout, engine)
