@@ -37,6 +37,7 @@ class ImagePolicy:
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
         self.num_actions = num_tokens
+        self.sampler_dtype = torch.float32
         self._reference: ARPolicy | None = None
         self._sampler: TokenSampler | None = None
 
@@ -79,9 +80,10 @@ class ImagePolicy:
         text = self.text_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return self.text_tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def refresh_sampler(self, dtype: torch.dtype = torch.float32) -> None:
-        """Lay out the present weights for sampling. Call after every update, parameters gathered."""
-        self._sampler = TokenSampler(self.trainable, dtype)
+    def refresh_sampler(self) -> None:
+        """Lay out the present weights for sampling, in `sampler_dtype`. Call after every update, parameters
+        gathered."""
+        self._sampler = TokenSampler(self.trainable, self.sampler_dtype)
 
     def sample_tokens(
         self, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float

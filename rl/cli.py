@@ -59,6 +59,8 @@ def train(
 
 def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
     """Put a run together and execute it; returns the held-out comparison, None when it was stopped early."""
+    import torch
+
     from models.loading import load_policy
     from rewards.workers import RewardWorkers
     from rl.data import GroupedSampler, load_prompt_set, refuse_overlap
@@ -80,6 +82,8 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
         )
     folder = RunFolder(recipe.run.output_dir)
     policy, _ = load_policy(recipe.model.path, engine.device)
+    if recipe.engine.precision == "bf16":
+        policy.sampler_dtype = torch.bfloat16
     if recipe.model.lora:
         lora = recipe.model.lora
         policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)

@@ -80,8 +80,8 @@ class RolloutConfig(RecipeModel):
     chunk_prompts: int | None = Field(
         None, ge=1, description="prompts sampled at a time; null: all of a step"
     )
-    max_logprob_diff: float = Field(
-        0.01, gt=0, description="stop when sampler and trainer disagree on a log-prob by more; bf16 needs 0.5"
+    max_logprob_diff: float | None = Field(
+        None, gt=0, description="stop when sampler and trainer differ more on a log-prob; null: 0.01, bf16 1"
     )
 
     @field_validator("top_k", "top_p")
@@ -279,6 +279,11 @@ class Recipe(RecipeModel):
         if loc[0] == "rewards" and (isinstance(loc[1], int) if len(loc) > 1 else isinstance(value, list)):
             return ("rewards", "functions", *loc[1:])
         return loc
+
+    @property
+    def logprob_limit(self) -> float:
+        """`rollout.max_logprob_diff`, or what rounding explains: bfloat16 keeps 8 bits of every activation."""
+        return self.rollout.max_logprob_diff or (1.0 if self.engine.precision == "bf16" else 0.01)
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

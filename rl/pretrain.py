@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rl.environment import write_environment
+from rl.files import write_atomic
 from rl.pretrain_config import GeneratorStage, PretrainRecipe, StageConfig
 from rl.seeding import derive_seed, generator
 from rl.tiny_world import FONTS, Scene, pretraining_text, random_scene, render
@@ -77,7 +79,8 @@ def fit(
                 raise FloatingPointError(f"{name}: loss is {loss.item()} at step {step}; lower {name}.lr")
             seconds = time.perf_counter() - started
             rate = (step + 1) * stage.batch_size / seconds
-            log(name, step, {"loss": loss.item(), **metrics, "grad_norm": float(norm), "images_per_s": rate})
+            values = {"loss": loss.item(), **metrics, "grad_norm": float(norm)}
+            log(name, step, {**values, "images_per_s": rate, "time_minutes": seconds / 60})
     module.eval()
 
 
@@ -211,3 +214,19 @@ def pretrain(policy: Any, recipe: PretrainRecipe, save: Callable[[Path], None]) 
     vae.register_to_config(scaling_factor=scale)
     fit_generator(policy, recipe.generator, seed, log, lambda step: save(out / f"snapshot_{step:06d}"))
     save(out / "model")
+    write_record(out, recipe)
+
+
+def write_record(out: Path, recipe: PretrainRecipe) -> None:
+    """`pretraining.json` beside the weights: recipe, hardware, minutes and last losses of every stage."""
+    last: dict[str, dict[str, Any]] = {}
+    for line in (out / "pretrain.jsonl").read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        last[values.pop("stage")] = values
+    write_environment(out, [])
+    document = {
+        "recipe": recipe.model_dump(mode="json"),
+        "stages": last,
+        "environment": json.loads((out / "environment.json").read_text(encoding="utf-8")),
+    }
+    write_atomic(out / "model" / "pretraining.json", json.dumps(document, indent=1) + "\n")

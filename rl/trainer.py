@@ -208,7 +208,7 @@ class Trainer:
         """|trainer's log-prob before any update − sampler's| [B, N]. Both claim to be of the same distribution;
         a gap beyond rounding means that one of them is not."""
         gap = (inputs.old_logprobs - part.rollout_logprobs).abs() * part.action_mask
-        limit = self.recipe.rollout.max_logprob_diff
+        limit = self.recipe.logprob_limit
         if float(gap.max()) > limit:
             raise ImageRLError(
                 f"sampler and trainer disagree by {float(gap.max()):.2g} on a log-prob (rollout.max_logprob_diff "
