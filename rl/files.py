@@ -29,7 +29,8 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
         os.replace(temporary, path)
         sync(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is a file, there is nothing to remove
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise write_error(path, error) from error
         raise
@@ -107,6 +108,11 @@ def clean_leftovers(folder: Path) -> None:
 def temporary_name(path: Path) -> Path:
     """The hidden name, beside `path`, under which this process prepares it."""
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is work in progress, or what a killed process left of it."""
+    return name.startswith(".") and (".tmp-" in name or ".old-" in name)
 
 
 def sync(path: Path) -> None:

@@ -94,7 +94,6 @@ class MetricsLog:
             kept = []
         else:
             kept = [record for record in records if record["step"] <= resume_step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path, "".join(to_json(record) + "\n" for record in kept))
         self._file = self.path.open("ab", buffering=0)
         self._writer: Any = None
@@ -297,7 +296,6 @@ def save_image(image: Image.Image, path: Path | str) -> Path:
     """
     path, buffer = Path(path), io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, buffer.getvalue())
     return path
 

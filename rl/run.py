@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rl.checkpoint import CHECKPOINTS, Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from rl.checkpoint import CHECKPOINTS, Checkpoint, latest_checkpoint, save_checkpoint, step_of
 from rl.config import Recipe
 from rl.errors import ImageRLError
 from rl.evaluate import Evaluation, evaluate
-from rl.files import write_atomic
-from rl.metrics import MetricsLog, Progress, image_grid, save_image, to_json
+from rl.files import is_temporary, write_atomic
+from rl.metrics import METRICS_FILE, MetricsLog, Progress, image_grid, save_image, to_json
 from rl.recipe import validate_recipe
 from rl.report import write_report
 from rl.rollout import RolloutEngine
@@ -23,6 +25,7 @@ from rl.trainer import Trainer
 from rl.types import Prompt
 
 RECIPE_FILE = "recipe.yaml"
+CONTENTS = {RECIPE_FILE, METRICS_FILE, CHECKPOINTS, "environment.json", "report.html", "eval", "samples", "tb"}
 # What may change between a run and its continuation without making it another experiment.
 CHANGEABLE = {("run", "steps"), ("run", "output_dir"), ("checkpoint", "every"), ("checkpoint", "keep")}
 
@@ -37,25 +40,31 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
 
-    def start(self, recipe: Recipe) -> None:
-        """Begin a new run here.
-
-        Raises ImageRLError when the folder already holds one."""
-        if (self.path / RECIPE_FILE).exists():
+    def refuse_run(self) -> None:
+        """Raises ImageRLError when the folder already holds a run, or what is left of one."""
+        if any((self.path / name).exists() for name in (RECIPE_FILE, METRICS_FILE, CHECKPOINTS)):
             raise ImageRLError(
                 f"{self.path} already holds a run; add --resume to continue it, --overwrite to replace it, "
                 "or set another run.output_dir"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ImageRLError(f"cannot make the run folder {self.path}: {error.strerror}") from error
-        write_atomic(self.path / RECIPE_FILE, recipe.to_yaml())
 
-    def resume(self, recipe: Recipe) -> Checkpoint | None:
-        """The state to continue from; None when the run was stopped before its first checkpoint, or never was.
+    def refuse_foreign(self) -> None:
+        """Raises ImageRLError when the folder holds anything that no run writes: it is not ours to delete."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise ImageRLError(f"{self.path} is a file, not a run folder; set another run.output_dir")
+        foreign = sorted(p.name for p in self.path.iterdir() if p.name not in CONTENTS)
+        if foreign := [name for name in foreign if not is_temporary(name)]:
+            raise ImageRLError(
+                f"{self.path} holds {foreign[0]}, which is no part of a run; --overwrite would delete it, so "
+                "move it away or set another run.output_dir"
+            )
 
-        Raises ImageRLError when the folder belongs to another recipe, or its newest checkpoint is damaged."""
+    def resumable(self, recipe: Recipe) -> Path | None:
+        """The checkpoint to continue from; None when the run was stopped before its first, or never was.
+
+        Raises ImageRLError when the folder belongs to another recipe, or to a longer run."""
         stored = self.path / RECIPE_FILE
         if stored.exists():
             changed = differing_keys(read_stored_recipe(stored), recipe)
@@ -65,13 +74,19 @@ class RunFolder:
                     "or set another run.output_dir"
                 )
         newest = latest_checkpoint(self.checkpoints)
-        if newest is None:
-            stored.unlink(missing_ok=True)
-            self.start(recipe)
-            return None
-        checkpoint = load_checkpoint(newest)
-        write_atomic(stored, recipe.to_yaml())
-        return checkpoint
+        if newest is not None and step_of(newest) > recipe.run.steps:
+            raise ImageRLError(
+                f"{self.path} is at step {step_of(newest)} already but run.steps is {recipe.run.steps}; "
+                "raise run.steps or set another run.output_dir"
+            )
+        return newest
+
+    def begin(self, recipe: Recipe, overwrite: bool = False) -> None:
+        """Write the recipe; with `overwrite` into an emptied folder."""
+        if overwrite and self.path.exists():
+            self.refuse_foreign()
+            shutil.rmtree(self.path)
+        write_atomic(self.path / RECIPE_FILE, recipe.to_yaml())
 
     def write_evaluation(self, evaluation: Evaluation, step: int, model: str, seed: int) -> None:
         text = to_json(evaluation.to_dict(step=step, model=model, seed=seed), indent=1)
@@ -112,6 +127,8 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
+        if os.environ.get("RANK", "0") == "0":  # not by print, which this may have interrupted
+            os.write(2, b"imagerl: stopping after this step; once more to stop at once\n")
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -143,12 +160,13 @@ class Run:
         self.start_step = checkpoint.step if checkpoint else 0
         self.first: list[dict[str, Any]] | None = checkpoint.state.get("first_eval") if checkpoint else None
         self.last: list[dict[str, Any]] | None = checkpoint.state.get("last_eval") if checkpoint else None
-        self.note = progress_note
+        self.note = progress_note if self.engine.is_main else lambda _: None
 
     def execute(self, resumed: bool) -> dict[str, Any] | None:
         """Run to the last step, or until asked to stop.
 
-        Returns the comparison of the last held-out evaluation with the first, None when stopped early."""
+        Returns the comparison of the last held-out evaluation with the first; None when stopped early, and on
+        all but the main process."""
         total = self.recipe.run.steps
         is_main = self.engine.is_main
         log = None
@@ -174,15 +192,11 @@ class Run:
                         self._save(step)
                     if stopping and not last:
                         self.note(f"stopped after step {step}; continue with --resume")
-                        self._finish(log)
+                        self._finish(log, None)
                         return None
-        self._finish(log)
-        return self.comparison()
-
-    def comparison(self) -> dict[str, Any] | None:
-        if self.first is None or self.last is None:
-            return None
-        return compare(self.first, self.last)
+        comparison = compare(self.first or [], self.last or []) if is_main else None
+        self._finish(log, comparison)
+        return comparison
 
     @staticmethod
     def _due(step: int, every: int) -> bool:
@@ -232,13 +246,11 @@ class Run:
             save_checkpoint(self.folder.checkpoints, step, tensors, state, self.recipe.checkpoint.keep)
         self.engine.barrier()
 
-    def _finish(self, log: MetricsLog | None) -> None:
-        if log:
-            log.close()
-        if not self.engine.is_main:
+    def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
+        if log is None:
             return
-        comparison = self.comparison()
-        if comparison:
+        log.close()
+        if comparison is not None:
             document = {
                 "suite": self.recipe.eval.suite,
                 "before_step": 0,
