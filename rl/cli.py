@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.exceptions import TyperException
 
 from rl.config import Recipe, load_recipe
 from rl.errors import ImageRLError
 
 if TYPE_CHECKING:
     from models.image_policy import ImagePolicy
+    from rl.engine import Engine
     from rl.rollout import RolloutEngine
 
+T = TypeVar("T")
+INTERRUPTED = 130  # what typer returns after Ctrl-C
+
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Reinforcement-learning post-training for autoregressive + flow-matching image generators.",
@@ -48,67 +51,77 @@ def train(
     comparison = run_training(settings, resume, overwrite)
     if comparison is None:
         return
-    headline = "exact_match" if "exact_match" in comparison else "reward"
+    print(closing_line(comparison))
+
+
+def closing_line(comparison: Mapping[str, Any]) -> str:
+    """Held-out exact match before → after, or the first reward where none measures it."""
+    headline = "exact_match" if "exact_match" in comparison else next(iter(comparison), None)
+    if headline is None:
+        return "held-out: no sample could be scored both before and after"
     result = comparison[headline]
     gap = result["difference"]
-    print(
-        f"held-out {headline.replace('_', ' ')}: {100 * result['before']:.1f} % → {100 * result['after']:.1f} % "
-        f"({100 * gap.mean:+.1f} points, 95 % interval {100 * gap.low:+.1f} to {100 * gap.high:+.1f}, n={gap.n})"
+    scale, digits, unit, points = (100, 1, " %", " points") if headline == "exact_match" else (1, 3, "", "")
+    before, after = (f"{scale * result[when]:.{digits}f}{unit}" for when in ("before", "after"))
+    mean, low, high = (f"{scale * value:+.{digits}f}" for value in (gap.mean, gap.low, gap.high))
+    return (
+        f"held-out {headline.replace('_', ' ')}: {before} → {after} "
+        f"({mean}{points}, 95 % interval {low} to {high}, n={gap.n})"
     )
 
 
 def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
-    """Put a run together and execute it; returns the held-out comparison, None when it was stopped early."""
+    """Put a run together and execute it; returns the held-out comparison, None when it was stopped early and on
+    all but the main process. The run folder is written to only once everything else is found in order."""
     import torch
 
     from models.loading import load_policy
     from rewards.workers import RewardWorkers
+    from rl.checkpoint import load_checkpoint
     from rl.data import GroupedSampler, load_prompt_set, refuse_overlap
     from rl.engine import Engine
     from rl.environment import write_environment
     from rl.rollout import RolloutEngine
     from rl.run import Run, RunFolder
+    from rl.seeding import derive_seed
     from rl.trainer import Trainer
     from rl.types import SamplingParams
 
     prompts, heldout = load_prompt_set(recipe.data.train), load_prompt_set(recipe.data.heldout)
     refuse_overlap(prompts, heldout)
     sampler = GroupedSampler(prompts, recipe.rollout.prompts_per_step, recipe.run.seed)
-    engine = Engine(recipe.engine)
-    if recipe.rollout.prompts_per_step % engine.world_size:
-        raise ImageRLError(
-            f"rollout.prompts_per_step ({recipe.rollout.prompts_per_step}) must be divisible by the "
-            f"{engine.world_size} processes"
-        )
     folder = RunFolder(recipe.run.output_dir)
-    policy, _ = load_policy(recipe.model.path, engine.device)
-    if recipe.engine.precision == "bf16":
-        policy.sampler_dtype = torch.bfloat16
-    if recipe.model.lora:
-        lora = recipe.model.lora
-        policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
-    if recipe.algorithm.kl_coef > 0:
-        policy.freeze_reference()
-
-    scorer = RewardWorkers(
-        [spec.model_dump() for spec in recipe.rewards.functions],
-        gold=[spec.model_dump() for spec in recipe.gold],
-        workers=recipe.rewards.workers,
-        timeout_s=recipe.rewards.timeout_s,
-        max_restarts=recipe.rewards.max_restarts,
-        columns=prompts.columns,
-    )
+    engine = Engine(recipe.engine)
+    scorer = None
     try:
-        checkpoint = None
-        if engine.is_main:
-            if overwrite:
-                remove_run(folder.path)
-            if resume:
-                checkpoint = folder.resume(recipe)
-            else:
-                folder.start(recipe)
-            write_environment(folder.path, sys.argv)
-        checkpoint = engine.gather_objects(checkpoint)[0]
+        if recipe.rollout.prompts_per_step % engine.world_size:
+            raise ImageRLError(
+                f"rollout.prompts_per_step ({recipe.rollout.prompts_per_step}) must be divisible by the "
+                f"{engine.world_size} processes"
+            )
+        newest = None
+        if resume:
+            newest = on_main(engine, lambda: folder.resumable(recipe))
+        else:
+            on_main(engine, folder.refuse_foreign if overwrite else folder.refuse_run)
+        checkpoint = load_checkpoint(newest) if newest else None
+        policy, _ = load_policy(recipe.model.path, engine.device)
+        if recipe.engine.precision == "bf16":
+            policy.sampler_dtype = torch.bfloat16
+        if recipe.model.lora:
+            lora = recipe.model.lora
+            torch.manual_seed(derive_seed(recipe.run.seed, "lora"))  # adapters begin at random
+            policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
+        if recipe.algorithm.kl_coef > 0:
+            policy.freeze_reference()
+        scorer = RewardWorkers(
+            [spec.model_dump() for spec in recipe.rewards.functions],
+            gold=[spec.model_dump() for spec in recipe.gold],
+            workers=recipe.rewards.workers,
+            timeout_s=recipe.rewards.timeout_s,
+            max_restarts=recipe.rewards.max_restarts,
+            columns=prompts.columns,
+        )
         engine.prepare(
             policy.trainable,
             recipe.optim,
@@ -123,20 +136,31 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
         eval_rollout = RolloutEngine(policy, sampling, recipe.eval.seed, engine.autocast)
         trainer = Trainer(recipe, policy, scorer, sampler, rollout, engine)
         scorer.wait_until_ready()
-        run = Run(recipe, folder, trainer, heldout.prompts, eval_rollout, checkpoint)
-        return run.execute(resume)
+
+        def begin() -> None:
+            folder.begin(recipe, overwrite)
+            write_environment(folder.path, sys.argv)
+
+        on_main(engine, begin)
+        return Run(recipe, folder, trainer, heldout.prompts, eval_rollout, checkpoint).execute(resume)
     finally:
-        scorer.close()
+        if scorer is not None:
+            scorer.close()
         engine.close()
 
 
-def remove_run(folder: Path) -> None:
-    """Delete a run folder, and nothing that is not one."""
-    if not folder.exists():
-        return
-    if not (folder / "recipe.yaml").is_file() and any(folder.iterdir()):
-        raise ImageRLError(f"{folder} is not a run folder (no recipe.yaml); it is not overwritten")
-    shutil.rmtree(folder)
+def on_main(engine: Engine, action: Callable[[], T]) -> T:
+    """Do something on the main process only; what it returns, or its ImageRLError, comes to all of them."""
+    outcome: Any = None
+    if engine.is_main:
+        try:
+            outcome = action()
+        except ImageRLError as error:
+            outcome = error
+    outcome = engine.gather_objects(outcome)[0]
+    if isinstance(outcome, ImageRLError):
+        raise outcome
+    return outcome
 
 
 def loaded_rollout(
@@ -267,7 +291,7 @@ def pretrain(
     import torch
 
     from models.building import new_policy
-    from models.loading import save_policy
+    from models.loading import load_state, read_weights, save_policy
     from rl.pretrain import captions, resolve_device
     from rl.pretrain import pretrain as run_stages
     from rl.pretrain_config import PretrainRecipe
@@ -284,21 +308,32 @@ def pretrain(
         folder.mkdir(parents=True, exist_ok=True)
         save_policy(policy, folder, config, torch.bfloat16)
 
-    run_stages(policy, settings, save)
+    def load(folder: Path) -> None:
+        load_state(policy, read_weights(folder), folder)
+
+    run_stages(policy, settings, save, load)
     print(f"model: {Path(settings.run.output_dir) / 'model'}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The `imagerl` command. What the user can mend is one line on stderr and exit code 1."""
+    """The `imagerl` command. What the user can mend is one line on stderr; the exit code is then 1, or 2 when the
+    command itself was misspelt."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    rank = os.environ.get("RANK", "0")
+    name = "imagerl" if rank == "0" else f"imagerl (process {rank})"
     try:
-        app(args=list(arguments) if arguments is not None else None, prog_name="imagerl")
+        code = app(args=given or ["--help"], prog_name="imagerl", standalone_mode=False)
     except ImageRLError as error:
-        print(f"imagerl: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("imagerl: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        print(f"{name}: {error}", file=sys.stderr)
+        code = 1
+    except TyperException as error:  # usage
+        message = " ".join(error.format_message().split())
+        print(f"{name}: {message.rstrip('.')}; see imagerl --help", file=sys.stderr)
+        code = error.exit_code
+    if code == INTERRUPTED:
+        print(f"{name}: interrupted", file=sys.stderr)
+    raise SystemExit(code or 0)
 
 
 if __name__ == "__main__":

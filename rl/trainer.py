@@ -18,7 +18,7 @@ from rl.config import Recipe
 from rl.data import GroupedSampler
 from rl.engine import Engine
 from rl.errors import ImageRLError
-from rl.kl import penalised_rewards
+from rl.kl import masked, penalised_rewards
 from rl.losses import action_weights, loss_denominator, resolve_loss
 from rl.metrics import PhaseTimer
 from rl.rollout import RolloutEngine, reward_request
@@ -125,7 +125,6 @@ class Trainer:
         self, scores: RewardScores, batch: TrainBatch, step: int
     ) -> tuple[np.ndarray, AdvantageOutput]:
         """Raw total rewards of all ranks, and the advantages of this rank's samples."""
-        self._refuse_failures(scores)
         totals = torch.from_numpy(scores.totals)
         if self.algorithm.kl_in == "reward":
             assert batch.ref_logprobs is not None  # the recipe refuses kl_in=reward without kl_coef
@@ -133,8 +132,10 @@ class Trainer:
                 totals, batch.rollout_logprobs, batch.ref_logprobs, batch.action_mask, self.algorithm.kl_coef
             )
         own = len(totals)
-        everywhere = torch.cat(self.engine.gather_objects(totals))
-        raw = np.concatenate(self.engine.gather_objects(scores.totals))
+        gathered = self.engine.gather_objects((totals, scores.totals, scores.reasons))
+        everywhere = torch.cat([rank_totals for rank_totals, _, _ in gathered])
+        raw = np.concatenate([rank_raw for _, rank_raw, _ in gathered])
+        self._refuse_failures(raw, [reasons for _, _, reasons in gathered])
         if self.algorithm.shuffle_rewards:
             everywhere = shuffled(everywhere, generator(self.recipe.run.seed, "shuffle", step))
         output = group_advantages(
@@ -146,11 +147,13 @@ class Trainer:
         mine = slice(self.engine.rank * own, (self.engine.rank + 1) * own)
         return raw, replace(output, advantages=output.advantages[mine], valid=output.valid[mine])
 
-    def _refuse_failures(self, scores: RewardScores) -> None:
-        lost = float(np.isnan(scores.totals).mean())
+    def _refuse_failures(self, totals: np.ndarray, reasons: Sequence[Mapping[str, str]]) -> None:
+        """Raises ImageRLError, on all ranks alike, when too many samples of the step have no reward."""
+        lost = float(np.isnan(totals).mean())
         limit = self.recipe.rewards.max_failure_rate
         if lost > limit:
-            why = "; ".join(f"{label}: {reason}" for label, reason in scores.reasons.items()) or "no value"
+            merged = {label: reason for rank in reasons for label, reason in rank.items()}
+            why = "; ".join(f"{label}: {reason}" for label, reason in merged.items()) or "no value"
             raise ImageRLError(
                 f"{lost:.0%} of the samples have no reward (rewards.max_failure_rate is {limit:g}): {why}"
             )
@@ -190,7 +193,7 @@ class Trainer:
                 weights = action_weights(part.action_mask, algorithm.normaliser).to(scores.entropy.dtype)
                 bonus = (weights * scores.entropy).sum() / denominator
                 self.engine.backward(output.loss - algorithm.entropy_coef * bonus)
-            gap = self._replay_gap(inputs, part)
+            gap = replay_gap(inputs, part)
             worst = torch.maximum(worst, gap.max().double().cpu())
             extra = {
                 "loss": output.loss.detach(),
@@ -199,22 +202,21 @@ class Trainer:
             }
             for name, value in {**output.metrics, **extra}.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
+        replay_gap_max = max(self.engine.gather_objects(float(worst)))
+        self._refuse_gap(replay_gap_max)
         grad_norm = self.engine.step()
-        totals = self.engine.sum_over_ranks(sums)
-        totals["replay_gap_max"] = max(self.engine.gather_objects(float(worst)))
+        totals = self.engine.sum_over_ranks(sums) | {"replay_gap_max": replay_gap_max}
         return {**totals, "grad_norm": grad_norm, "lr": self.engine.lr}
 
-    def _replay_gap(self, inputs: LossInputs, part: TrainBatch) -> Tensor:
-        """|trainer's log-prob before any update − sampler's| [B, N]. Both claim to be of the same distribution;
-        a gap beyond rounding means that one of them is not."""
-        gap = (inputs.old_logprobs - part.rollout_logprobs).abs() * part.action_mask
+    def _refuse_gap(self, gap: float) -> None:
+        """Raises ImageRLError, on all ranks alike and with the weights as they were, when sampler and trainer
+        disagree beyond rounding: then one of them does not compute the distribution that both claim."""
         limit = self.recipe.logprob_limit
-        if float(gap.max()) > limit:
+        if not gap <= limit:  # NaN too
             raise ImageRLError(
-                f"sampler and trainer disagree by {float(gap.max()):.2g} on a log-prob (rollout.max_logprob_diff "
+                f"sampler and trainer disagree by {gap:.2g} on a log-prob (rollout.max_logprob_diff "
                 f"is {limit:g}); use engine.precision=fp32, or raise the limit if bfloat16 explains it"
             )
-        return gap
 
     def _metrics(
         self, scores: RewardScores, rewards: np.ndarray, advantages: AdvantageOutput, updates: list[Metrics]
@@ -235,6 +237,11 @@ class Trainer:
         metrics |= update_metrics(updates, on_policy=self.algorithm.updates_per_rollout == 1)
         timing = self.timer.metrics()
         return metrics | timing | {"images_per_s": len(rewards) / timing["time/step_s"]}
+
+
+def replay_gap(inputs: LossInputs, part: TrainBatch) -> Tensor:
+    """|trainer's log-prob before any update − sampler's| [B, N], 0 where masked."""
+    return masked((inputs.old_logprobs - part.rollout_logprobs).abs(), part.action_mask)
 
 
 def update_metrics(updates: Sequence[Metrics], on_policy: bool) -> Metrics:
