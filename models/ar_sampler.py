@@ -64,7 +64,7 @@ class TokenSampler:
         self.inv_freq = model.rotary_emb.inv_freq.float()
         self.embedding = model.embed_tokens.weight.detach()
         self.final_norm = model.norm.weight.detach()
-        self.head = policy.head.detach()
+        self.head = policy.head.detach().to(dtype)
         self.layers = [self._pack(layer) for layer in model.layers]
 
     def _pack(self, layer: Any) -> _Layer:
@@ -85,7 +85,6 @@ class TokenSampler:
             down=effective_weight(mlp.down_proj).to(self.dtype),
         )
 
-    @torch.inference_mode()
     def sample(
         self, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float
     ) -> TokenTrajectory:
@@ -94,27 +93,29 @@ class TokenSampler:
         `prompt_ids`, `prompt_mask` [P, L] left-padded; `uniforms` [P·G, T] in [0, 1), one per token: the draw is
         the inverse of the cumulative distribution there, so a sample depends on its own numbers alone."""
         batch, steps = uniforms.shape
-        group = batch // len(prompt_ids)
         prompt_mask = prompt_mask.bool()
-        caches, first = self._prefill(prompt_ids, prompt_mask, batch, steps)
-        prompt_bias = torch.zeros_like(prompt_mask, dtype=self.dtype).masked_fill(~prompt_mask, float("-inf"))
-        padding = prompt_bias[:, None, None, :] if bool((~prompt_mask).any()) else None
-        start = prompt_mask.sum(1).repeat_interleave(group)  # position of the first image token
-        cos, sin = self._rotation(start[:, None] + torch.arange(steps, device=start.device))
+        with torch.inference_mode():
+            caches, first = self._prefill(prompt_ids, prompt_mask, batch, steps)
+            prompt_bias = torch.zeros_like(prompt_mask, dtype=self.dtype)
+            prompt_bias = prompt_bias.masked_fill(~prompt_mask, float("-inf"))
+            padding = prompt_bias[:, None, None, :] if bool((~prompt_mask).any()) else None
+            group = batch // len(prompt_ids)
+            start = prompt_mask.sum(1).repeat_interleave(group)  # position of the first image token
+            cos, sin = self._rotation(start[:, None] + torch.arange(steps, device=start.device))
 
-        hidden = first.repeat_interleave(group, dim=0)  # [B, D] of <S0>
-        all_hidden, all_tokens, all_logprobs = [hidden], [], []
-        for step in range(steps):
-            token, logprob = self._draw(hidden, uniforms[:, step], temperature)
-            all_tokens.append(token)
-            all_logprobs.append(logprob)
-            x = F.embedding(token + self.image_start, self.embedding).to(self.dtype)
-            turn = (cos[:, step, None], sin[:, step, None])
-            for layer, cache in zip(self.layers, caches, strict=True):
-                x = self._decode_layer(layer, cache, x, turn, padding, step)
-            hidden = self._final(x)
-            all_hidden.append(hidden)
-        tokens = torch.stack(all_tokens, dim=1)
+            hidden = first.repeat_interleave(group, dim=0)  # [B, D] of <S0>
+            all_hidden, all_tokens, all_logprobs = [hidden], [], []
+            for step in range(steps):
+                token, logprob = self._draw(hidden, uniforms[:, step], temperature)
+                all_tokens.append(token)
+                all_logprobs.append(logprob)
+                x = F.embedding(token + self.image_start, self.embedding).to(self.dtype)
+                turn = (cos[:, step, None], sin[:, step, None])
+                for layer, cache in zip(self.layers, caches, strict=True):
+                    x = self._decode_layer(layer, cache, x, turn, padding, step)
+                hidden = self._final(x)
+                all_hidden.append(hidden)
+        tokens = torch.stack(all_tokens, dim=1)  # out here, so that autograd may keep what is returned
         return TokenTrajectory(
             tokens=tokens,
             rollout_logprobs=torch.stack(all_logprobs, dim=1),
@@ -123,7 +124,7 @@ class TokenSampler:
         )
 
     def _draw(self, hidden: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logits = F.linear(hidden, self.head.to(hidden.dtype)).float() / temperature
+        logits = F.linear(hidden, self.head).float() / temperature
         logprobs = logits.log_softmax(-1)
         # float64: a running float32 sum over 65,536 columns is off by more than a rare token's probability.
         cumulative = logprobs.double().exp().cumsum(-1)
