@@ -39,6 +39,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ImageRLError(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ImageRLError(f"{file} holds no settings; give the folder of a model or of an export")
     missing = [key for key in REQUIRED if key not in config]
     if missing:
         raise ImageRLError(f"{file} lacks {', '.join(missing)}: not an ImageRL model folder")
@@ -165,7 +167,8 @@ def save_adapter(policy: ImagePolicy, folder: Path, base: str) -> None:
     adapter.peft_config["default"].base_model_name_or_path = (
         base if base == TINY else str(Path(base).resolve())
     )
-    adapter.save_pretrained(str(folder), safe_serialization=True)
+    # PEFT's own choice asks a hub about the base, and may put the whole embedding beside the adapters.
+    adapter.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
 
 def load_adapter(policy: ImagePolicy, folder: Path) -> None:
@@ -180,10 +183,17 @@ def load_adapter(policy: ImagePolicy, folder: Path) -> None:
         raise ImageRLError(
             f"{folder} holds no usable adapter: {' '.join(str(error).split())[:200]}"
         ) from error
-    adapter = get_peft_model(policy.trainable.lm, config)
-    outcome = set_peft_model_state_dict(adapter, weights)
-    if outcome.unexpected_keys:
-        raise ImageRLError(f"{folder} does not fit its base model: no layer for {outcome.unexpected_keys[0]}")
+    base, config.base_model_name_or_path = config.base_model_name_or_path, None  # the base is here already
+    try:
+        adapter = get_peft_model(policy.trainable.lm, config)
+        outcome = set_peft_model_state_dict(adapter, weights)
+    except (ValueError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ImageRLError(f"the adapter in {folder} does not fit its base model {base}: {why}") from error
+    absent = [key for key in outcome.missing_keys if "lora_" in key]
+    if outcome.unexpected_keys or absent:
+        wrong = f"no layer for {outcome.unexpected_keys[0]}" if outcome.unexpected_keys else f"no {absent[0]}"
+        raise ImageRLError(f"the adapter in {folder} does not fit its base model {base}: {wrong}")
     policy.trainable.attach_adapter(adapter)
 
 

@@ -128,13 +128,39 @@ def test_an_adapter_folder_brings_its_base(tmp_path: Path) -> None:
         assert torch.equal(plain[0], drawn(loaded)[0])
 
 
-def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_folder_holds_adapters_alone(tmp_path: Path) -> None:
     policy = lively_policy()
     add_lively_lora(policy)
-    base = micro_folder(tmp_path / "base", hidden_size=16)
-    save_adapter(policy, tmp_path / "adapter", str(base))
-    with pytest.raises(ImageRLError, match="adapter"):
-        load_policy(str(tmp_path / "adapter"))
+    save_adapter(policy, tmp_path, "tiny")
+    assert all(".lora_" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, saved: Path) -> None:
+    policy = lively_policy()
+    add_lively_lora(policy)
+    adapter = tmp_path / "adapter"
+    save_adapter(policy, adapter, str(micro_folder(tmp_path / "narrow", hidden_size=16)))
+
+    def refused(match: str) -> None:
+        with pytest.raises(ImageRLError, match=match) as caught:
+            load_policy(str(adapter))
+        assert "\n" not in str(caught.value)
+
+    refused("does not fit its base model .*narrow: .*size mismatch")
+    save_adapter(policy, adapter, str(saved))
+    load_policy(str(adapter))
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    save_file({key: tensor for key, tensor in weights.items() if key != name}, file)
+    refused("does not fit its base model .*: no .*lora_A")
+    save_file({**weights, name.replace("layers.0", "layers.7"): weights[name].clone()}, file)
+    refused("no layer for .*layers.7")
+    file.write_bytes(file.read_bytes()[:100])
+    refused("holds no usable adapter")
+    file.unlink()
+    refused("holds no usable adapter")
 
 
 def test_no_folder() -> None:
