@@ -118,7 +118,9 @@ def test_scoring_in_chunks_changes_neither_scores_nor_gradients(
 
 def test_half_precision_weights_still_give_a_float32_softmax(policy: ImagePolicy) -> None:
     hidden = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    scores = score_tokens(hidden, policy.trainable.head.detach().bfloat16(), random_tokens(policy, 1)[:, :4], 1.0)
+    scores = score_tokens(
+        hidden, policy.trainable.head.detach().bfloat16(), random_tokens(policy, 1)[:, :4], 1.0
+    )
     assert scores.logprobs.dtype == scores.entropy.dtype == torch.float32
 
 

@@ -16,7 +16,15 @@ def policy() -> ImagePolicy:
 
 
 @pytest.mark.parametrize(
-    "text", ["CAT 42", "Straße, 東京 и мир", "emoji 🦊👩‍🚀 é", "  two  spaces\n\ttab ", 'quote "and" \'more\'', "\x00\x7f"]
+    "text",
+    [
+        "CAT 42",
+        "Straße, 東京 и мир",
+        "emoji 🦊👩‍🚀 é",
+        "  two  spaces\n\ttab ",
+        "quote \"and\" 'more'",
+        "\x00\x7f",
+    ],
 )
 def test_any_text_survives_the_tokenizer(policy: ImagePolicy, text: str) -> None:
     tokenizer = policy.text_tokenizer
@@ -46,9 +54,11 @@ def test_image_tokens_stand_at_the_end_in_the_published_order(policy: ImagePolic
     assert tokenizer.convert_ids_to_tokens(list(range(last - len(wanted), last))) == wanted
     assert vocabulary.image_end_token_id == last - 1 == policy.trainable.lm.config.vocab_size - 1
     assert vocabulary.image_start_token_id == vocabulary.scale_end_token_id + 1
-    assert [vocabulary.image_start_tag_id, vocabulary.image_end_tag_id, vocabulary.scale_start_token_id] == list(
-        range(last - len(wanted), last - len(wanted) + 3)
-    )
+    assert [
+        vocabulary.image_start_tag_id,
+        vocabulary.image_end_tag_id,
+        vocabulary.scale_start_token_id,
+    ] == list(range(last - len(wanted), last - len(wanted) + 3))
 
 
 def test_a_prompt_is_the_chat_template_and_ends_where_the_image_begins(policy: ImagePolicy) -> None:
@@ -59,7 +69,10 @@ def test_a_prompt_is_the_chat_template_and_ends_where_the_image_begins(policy: I
         "<|im_start|>user\nPlease generate image based on the following caption: a red CAT<|im_end|>\n"
         "<|im_start|>assistant\n<im_start><S0>"
     )
-    assert ids[0, -2:].tolist() == [policy.vocabulary.image_start_tag_id, policy.vocabulary.scale_start_token_id]
+    assert ids[0, -2:].tolist() == [
+        policy.vocabulary.image_start_tag_id,
+        policy.vocabulary.scale_start_token_id,
+    ]
 
 
 def test_shorter_prompts_are_padded_on_the_left(policy: ImagePolicy) -> None:

@@ -7,8 +7,8 @@ from torch import Tensor
 from models.flow_decoder import FlowDecoder, build_connector
 from models.image_policy import ImagePolicy
 from rl.types import ImageRLError
-from tests.models.helpers import lively_policy, stir
 from tests.micro import MODEL
+from tests.models.helpers import lively_policy, stir
 
 HIDDEN = 32
 
@@ -165,7 +165,13 @@ def test_flow_loss_teaches_the_language_model_but_not_through_dropped_rows(polic
 def test_connector_has_the_published_layout() -> None:
     connector = build_connector(6, 10)
     shapes = {name: tuple(tensor.shape) for name, tensor in connector.state_dict().items()}
-    assert shapes == {"0.weight": (10, 6), "0.bias": (10,), "2.weight": (10, 10), "2.bias": (10,), "3.weight": (10,)}
+    assert shapes == {
+        "0.weight": (10, 6),
+        "0.bias": (10,),
+        "2.weight": (10, 10),
+        "2.bias": (10,),
+        "3.weight": (10,),
+    }
     stir(connector)
     x = torch.randn(4, 6)
     first = torch.nn.functional.gelu(x @ connector[0].weight.T + connector[0].bias, approximate="tanh")

@@ -89,7 +89,7 @@ def test_decoding_the_codes_is_the_reconstruction_that_was_trained() -> None:
     images = torch.rand(3, 3, 8, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     tokens = model.encode(images)
     assert tokens.shape == (3, model.num_tokens) == (3, 8) and tokens.dtype == torch.int64
-    assert 0 <= tokens.min() and tokens.max() < model.num_codes == 12
+    assert tokens.min() >= 0 and tokens.max() < model.num_codes == 12
     torch.testing.assert_close(model.decode(tokens), model(images).detach())
 
 
