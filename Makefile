@@ -12,7 +12,7 @@ STAMP := $(VENV)/installed
 # Settings of the caller's shell that would send packages or imports somewhere else.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PIP_CONSTRAINT PIP_REQUIRE_HASHES
 
-.PHONY: help install lint format test train results pretrain clean
+.PHONY: help install lint format test train results docs pretrain clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -56,6 +56,9 @@ results: $(STAMP) ## the README's table: 3 seeds, and 3 control runs on shuffled
 			run.output_dir=runs/results/shuffled-$$seed || exit 1; \
 	done
 	@$(BIN)/python docs/results.py runs/results/seed-* runs/results/shuffled-*
+
+docs: $(STAMP) ## the tables of docs/recipes.md, from the schemas
+	@$(BIN)/python docs/make_recipes.py
 
 pretrain: $(STAMP) ## train the tiny model itself again: recipes/tiny_pretrain.yaml
 	@$(BIN)/imagerl pretrain recipes/tiny_pretrain.yaml

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from rl.errors import ImageRLError
@@ -199,14 +200,19 @@ def validate_recipe(cls: type[RecipeT], data: dict[str, Any], source: str) -> Re
         raise ImageRLError(f"{source}: {_explain(cls, error.errors())}") from None
 
 
-def iter_keys(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every dotted key of a schema with its one-line description, sections included. List entries: `0`."""
+def iter_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key of a schema with what pydantic knows of it, sections included. List entries: `0`."""
     for name, info in cls.model_fields.items():
         key = f"{prefix}{name}"
-        yield key, info.description or ""
+        yield key, info
         section = _section(info.annotation)
         if section is not None:
-            yield from iter_keys(section, f"{key}.0." if _holds_list(info.annotation) else f"{key}.")
+            yield from iter_fields(section, f"{key}.0." if _holds_list(info.annotation) else f"{key}.")
+
+
+def iter_keys(cls: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Every dotted key of a schema with its one-line description."""
+    return ((key, info.description or "") for key, info in iter_fields(cls))
 
 
 def _explain(cls: type[BaseModel], errors: Sequence[ErrorDetails]) -> str:

@@ -1,0 +1,163 @@
+"""What README.md and docs/ say can be done: tables are those of the schemas, links lead somewhere, command lines
+parse, and the rewards shown score pictures. Nothing is trained."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer.main
+from PIL import Image
+
+from rewards.base import LoadedReward, load_reward
+from rewards.scoring import call_reward
+from rl.advantages import group_advantages
+from rl.cli import app
+from rl.config import load_recipe
+from rl.pretrain_config import PretrainRecipe
+from rl.recipe import load_yaml_recipe
+from rl.trainer import update_metrics
+from rl.types import RewardRequest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)|<img\b[^>]*\bsrc=\"([^\"]+)\"")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [body for name, body in FENCE.findall(page.read_text(encoding="utf-8")) if name == language]
+
+
+def commands(script: str, program: str) -> Iterator[list[str]]:
+    """Calls of a program in a shell script, as words."""
+    for line in script.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == [program]:
+            yield words[1:]
+
+
+def all_commands(program: str) -> list[list[str]]:
+    return [words for page in PAGES for script in blocks(page, "bash") for words in commands(script, program)]
+
+
+def check_command(words: Sequence[str]) -> None:
+    """Parses an `imagerl` call as it would be, recipe and overrides included, without running it.
+
+    Raises ImageRLError, or one of typer's own."""
+    group = typer.main.get_command(app)
+    context = group.make_context("imagerl", list(words))
+    name, command, rest = group.resolve_command(context, list(words))
+    values = command.make_context(name, rest, parent=context).params
+    if name == "train":
+        load_recipe(values["recipe"], values["overrides"] or [])
+    if name == "pretrain":
+        load_yaml_recipe(PretrainRecipe, values["recipe"], values["overrides"] or [])
+
+
+def example_rewards() -> list[tuple[str, str]]:
+    """(file name, source) of the Python blocks that begin with the name of their file."""
+    bodies = [body for page in PAGES for body in blocks(page, "python")]
+    return [(found[1], body) for body in bodies if (found := re.match(r"# (\w+\.py)\n", body))]
+
+
+def test_recipe_keys_are_those_of_the_schemas() -> None:
+    maker = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))
+    text = maker["PAGE"].read_text(encoding="utf-8")
+    assert text == maker["page"](text), "run: make docs"
+    assert text.count("| `run.steps` | required | integer ≥ 1 |") == 1
+    assert "| `optim.betas` | `[0.9, 0.999]` | list of 2 numbers |" in text
+    assert maker["page"](text.replace("required", "optional")) == text
+
+
+def test_metric_keys_are_those_of_the_trainer() -> None:
+    text = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"`((?:advantages|policy|kl|rollout)/\w+)`", text))
+    names = (
+        "actions",
+        "entropy",
+        "ratio",
+        "ratio_deviation",
+        "clip_low",
+        "clip_high",
+        "old_kl",
+        "kl_k1",
+        "kl_k2",
+    )
+    names += ("kl_k3", "loss", "grad_norm", "lr", "replay_gap", "replay_gap_max")
+    logged = update_metrics([dict.fromkeys(names, 1.0)], on_policy=True).keys()
+    logged |= {f"advantages/{name}" for name in group_advantages(torch.tensor([0.0, 1.0]), 2).metrics}
+    assert {key for key in logged if "/" in key} == described
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = [a or b for a, b in LINK.findall(page.read_text(encoding="utf-8"))]
+    local = [t.partition("#")[0] for t in targets if not re.match(r"https?:|mailto:|#|data:", t)]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("words", all_commands("imagerl"), ids=lambda words: " ".join(words)[:70])
+def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    check_command(words)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("train recipes/no_such.yaml", "no file"),
+        ("train recipes/tiny_ocr_grpo.yaml run.step=5", "run.steps"),
+        ("pretrain recipes/tiny_ocr_grpo.yaml", "kind"),
+        ("eval --modle tiny", "--modle"),
+        ("trian recipes/tiny_ocr_grpo.yaml", "trian"),
+        ("export runs/x", "target"),
+    ],
+)
+def test_mistaken_commands_do_not_parse(line: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 typer's own errors have no public base class
+        check_command(line.split())
+    assert complaint in f"{caught.value!r} {getattr(caught.value, 'message', '')} {vars(caught.value)}"
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {word for words in all_commands("make") for word in words if "=" not in word}
+    assert "train" in named
+    assert named <= targets
+
+
+@pytest.mark.parametrize(("name", "source"), example_rewards(), ids=lambda text: text.partition("\n")[0])
+def test_example_rewards_score_pictures(name: str, source: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text(source)
+    defined = re.findall(r"^(?:def|class) ([A-Za-z]\w*)", source, re.MULTILINE)
+    pictures = [np.full((32, 64, 3), colour, dtype=np.uint8) for colour in ((255, 0, 0), (255, 255, 255))]
+    columns = {"target": ["CAT", "472"], "ink": ["red", "blue"], "background": ["white", "pink"]}
+    request = RewardRequest(
+        ["a cat", "a number"], [[1, 2], [3, 4]], np.stack(pictures), columns, group_size=1
+    )
+    assert defined
+    for function in defined:
+        label, reward = load_reward(f"{file}:{function}")
+        values = call_reward(LoadedReward(label, reward), request)
+        assert values.reason is None
+        assert np.isfinite(values.values[0])
+        assert (np.isfinite(values.values) | values.not_applicable).all()
+
+
+def test_reward_of_the_readme(tmp_path: Path) -> None:
+    (source,) = blocks(ROOT / "README.md", "python")
+    assert len(source.splitlines()) <= 10
+    (tmp_path / "my_reward.py").write_text(source)
+    label, redness = load_reward(f"{tmp_path}/my_reward.py:redness")
+    images = [Image.new("RGB", (4, 2), colour) for colour in ("red", "white")]
+    assert label == "redness"
+    assert redness(prompts=["", ""], completions=[[1], [2]], images=images, target=["A", "B"]) == [1.0, 1 / 3]
