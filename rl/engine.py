@@ -157,7 +157,7 @@ class Engine:
         if not math.isfinite(norm):
             raise ImageRLError(
                 f"the gradient norm is {norm} at update {self.updates + 1}; lower optim.lr or set "
-                "engine.precision=fp32, then run again with --resume"
+                "engine.precision=fp32 in a new run"
             )
         self.updates += 1
         return norm

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl.environment import write_environment
+from rl.errors import ImageRLError
 from rl.files import write_atomic
 from rl.pretrain_config import GeneratorStage, PretrainRecipe, StageConfig
 from rl.seeding import derive_seed, generator
@@ -76,7 +77,7 @@ def fit(
         optimizer.step()
         if step % every == 0 or step == stage.steps - 1:
             if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"{name}: loss is {loss.item()} at step {step}; lower {name}.lr")
+                raise ImageRLError(f"{name}: loss is {loss.item()} at step {step}; lower {name}.lr")
             seconds = time.perf_counter() - started
             rate = (step + 1) * stage.batch_size / seconds
             values = {"loss": loss.item(), **metrics, "grad_norm": float(norm)}
@@ -126,17 +127,24 @@ def token_loss(ar: ARHalf, hidden: Tensor, tokens: Tensor) -> Tensor:
 
 
 def fit_generator(
-    policy: Any, stage: GeneratorStage, seed: int, log: LogFn, on_snapshot: Callable[[int], None]
+    name: str,
+    policy: Any,
+    stage: GeneratorStage,
+    seed: int,
+    log: LogFn,
+    on_snapshot: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Cross-entropy on tokens plus flow loss, gradients of both into the language model (arXiv 2510.15857).
 
     The decoder sees the hidden states that inference will give it: those of `<S0>` and of every token. The flow
-    loss is taken on the first `flow_share` of the batch, to spend the time where learning is slow."""
+    loss is taken on the first `flow_share` of the batch, to spend the time where learning is slow. With
+    `freeze_ar` only connector and decoder learn, on the flow loss alone."""
     ar, decoder, tokenizer = policy.trainable, policy.decoder, policy.image_tokenizer
     device = policy.device
     for frozen in (decoder.vae, tokenizer):
         frozen.requires_grad_(False).eval()
-    module = nn.ModuleList([ar, decoder])
+    ar.requires_grad_(not stage.freeze_ar)
+    module = nn.ModuleList([decoder] if stage.freeze_ar else [ar, decoder])
     flowing = max(1, round(stage.batch_size * stage.flow_share))
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -144,24 +152,28 @@ def fit_generator(
             module.eval()
             on_snapshot(step)
             module.train()
-        batch = scenes(seed, "generator", step, stage.batch_size, stage.fonts)
+        batch = scenes(seed, name, step, stage.batch_size, stage.fonts)
         wanted = pictures(batch).to(device)
         prompt_ids, prompt_mask = policy.encode_prompts([scene.caption for scene in batch])
-        random_numbers = generator(seed, "flow", step)
-        noise = torch.randn(flowing, *decoder.latent_shape, generator=random_numbers).to(device)
-        sigma = torch.rand(flowing, generator=random_numbers).to(device)
-        drop = (torch.rand(flowing, generator=random_numbers) < stage.condition_dropout).to(device)
+        random_numbers = generator(seed, "flow" if name == "generator" else name, step)
+        draws = flowing * stage.noise_draws
+        noise = torch.randn(draws, *decoder.latent_shape, generator=random_numbers).to(device)
+        sigma = torch.rand(draws, generator=random_numbers).to(device)
+        drop = (torch.rand(draws, generator=random_numbers) < stage.condition_dropout).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=stage.bf16):
             tokens = tokenizer.encode(wanted)
             latents = decoder.encode(wanted[:flowing]).float()
             hidden = ar.hidden_states(prompt_ids, prompt_mask, tokens)
+            shown = hidden[:flowing].repeat(stage.noise_draws, 1, 1)
+            wanted_latents = latents.repeat(stage.noise_draws, 1, 1, 1)
+            flow = decoder.flow_loss(shown, wanted_latents, sigma, noise, drop)
+            if stage.freeze_ar:
+                return flow, {}
             cross_entropy = token_loss(ar, hidden, tokens)
-            flow = decoder.flow_loss(hidden[:flowing], latents, sigma, noise, drop)
         loss = cross_entropy + stage.flow_weight * flow
         return loss, {"cross_entropy": cross_entropy.item(), "flow": flow.item()}
 
-    fit("generator", module, loss_of, stage, log)
-    on_snapshot(stage.steps)
+    fit(name, module, loss_of, stage, log)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -175,11 +187,13 @@ def captions(seed: int, count: int) -> list[str]:
     return [scene.caption for scene in scenes(seed, "captions", 0, count)]
 
 
-def pretrain(policy: Any, recipe: PretrainRecipe, save: Callable[[Path], None]) -> None:
-    """All stages of a recipe, in place. `save` writes the policy as a model folder.
+def pretrain(
+    policy: Any, recipe: PretrainRecipe, save: Callable[[Path], None], load: Callable[[Path], None]
+) -> None:
+    """All stages of a recipe, in place. `save` writes the policy as a model folder, `load` fills it from one.
 
-    The weights of a finished tokenizer or autoencoder stage are kept in the output folder and reused, so that an
-    interrupted run continues with the stage it was in."""
+    What a finished stage has made is kept in the output folder and reused, so that an interrupted run continues
+    with the stage it was in."""
     from safetensors.torch import load_file, save_file
 
     if recipe.run.threads:
@@ -212,7 +226,17 @@ def pretrain(policy: Any, recipe: PretrainRecipe, save: Callable[[Path], None]) 
         save_file(module.state_dict(), weights)
     scale = latent_scale(lambda pixels: vae.encode(pixels).latent, seed, device)
     vae.register_to_config(scaling_factor=scale)
-    fit_generator(policy, recipe.generator, seed, log, lambda step: save(out / f"snapshot_{step:06d}"))
+    generated = out / "generator"
+    if generated.is_dir():
+        load(generated)
+        print(f"generator: kept {generated}")
+    else:
+        fit_generator(
+            "generator", policy, recipe.generator, seed, log, lambda step: save(out / f"snapshot_{step:06d}")
+        )
+        save(generated)
+    if recipe.decoder is not None:
+        fit_generator("decoder", policy, recipe.decoder, seed, log)
     save(out / "model")
     write_record(out, recipe)
 

@@ -35,6 +35,10 @@ class GeneratorStage(StageConfig):
     flow_share: float = Field(1.0, gt=0, le=1, description="share of the batch that the flow loss sees")
     flow_weight: float = Field(1.0, ge=0, description="weight of the flow loss beside the cross-entropy")
     condition_dropout: float = Field(0.1, ge=0, lt=1, description="chance of the unconditional branch")
+    noise_draws: int = Field(
+        1, ge=1, description="noise levels drawn for each picture; its condition is shared"
+    )
+    freeze_ar: bool = Field(False, description="train connector and decoder only")
     snapshot_every: int = Field(1000, gt=0, description="steps between saved and measured snapshots")
 
 
@@ -59,3 +63,4 @@ class PretrainRecipe(RecipeModel):
     tokenizer: StageConfig
     autoencoder: StageConfig
     generator: GeneratorStage
+    decoder: GeneratorStage | None = Field(None, description="a further stage, usually with freeze_ar")

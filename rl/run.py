@@ -25,9 +25,21 @@ from rl.trainer import Trainer
 from rl.types import Prompt
 
 RECIPE_FILE = "recipe.yaml"
-CONTENTS = {RECIPE_FILE, METRICS_FILE, CHECKPOINTS, "environment.json", "report.html", "eval", "samples", "tb"}
+CONTENTS = {
+    RECIPE_FILE,
+    METRICS_FILE,
+    CHECKPOINTS,
+    "environment.json",
+    "report.html",
+    "eval",
+    "samples",
+    "tb",
+}
 # What may change between a run and its continuation without making it another experiment.
-CHANGEABLE = {("run", "steps"), ("run", "output_dir"), ("checkpoint", "every"), ("checkpoint", "keep")}
+CHANGEABLE = {
+    *("run.steps", "run.output_dir", "checkpoint.every", "checkpoint.keep", "rollout.max_logprob_diff"),
+    *(f"rewards.{key}" for key in ("workers", "timeout_s", "max_failure_rate", "max_restarts")),
+}
 
 
 class RunFolder:
@@ -113,7 +125,7 @@ def differing_keys(stored: Recipe, given: Recipe) -> list[str]:
 
     old, new = dict(flat(stored.model_dump())), dict(flat(given.model_dump()))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    return [".".join(key) for key in keys if key not in CHANGEABLE]
+    return [key for key in map(".".join, keys) if key not in CHANGEABLE]
 
 
 @contextmanager

@@ -1,0 +1,330 @@
+"""Whole runs through the command line: what they leave behind, and that kills and ranks do not change it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rl.checkpoint import list_checkpoints
+from rl.cli import main
+from rl.config import load_recipe
+from rl.metrics import is_timing, read_metrics
+from tests.micro import micro_folder
+from tests.small_run import Command, write_recipe
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+VARIANTS = {"full": (), "lora": ("model.lora={r: 4}",)}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    micro_folder(folder / "model")
+    for name, overrides in VARIANTS.items():
+        write_recipe(folder, f"run.steps={STEPS}", *overrides, name=f"{name}.yaml")
+    return folder
+
+
+def arguments(place: Path, variant: str, run: str, *more: str) -> list[str]:
+    return ["train", str(place / f"{variant}.yaml"), f"run.output_dir={place / run}", *more]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> dict[str, Path]:
+    """A finished run of each variant."""
+    for variant in VARIANTS:
+        command = Command(place, *arguments(place, variant, f"{variant}_whole"))
+        assert command.wait() == 0, command.output
+    return {variant: place / f"{variant}_whole" for variant in VARIANTS}
+
+
+def measured(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if not is_timing(k)} for record in read_metrics(run)]
+
+
+def results(run: Path) -> dict[str, Any]:
+    """All that a run found out, bit for bit."""
+    (*_, newest) = list_checkpoints(run / "checkpoints")
+    files = [newest / "model.safetensors", newest / "optimizer.safetensors"]
+    files += sorted((run / "samples").iterdir()) + sorted((run / "eval").iterdir())
+    digests = {str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    return {"metrics": measured(run), "files": digests}
+
+
+def logged_steps(run: Path) -> list[int]:
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line)["step"] for line in lines]
+
+
+# ---- what a run leaves behind ------------------------------------------------------------------------------
+
+
+def test_run_folder(place: Path, undisturbed: dict[str, Path]) -> None:
+    run = undisturbed["full"]
+    assert {path.name for path in run.iterdir()} == {
+        *("recipe.yaml", "environment.json", "metrics.jsonl", "report.html"),
+        *("samples", "checkpoints", "tb", "eval"),
+    }
+    given = load_recipe(place / "full.yaml", [f"run.output_dir={run}"])
+    assert load_recipe(run / "recipe.yaml") == given
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"] and environment["command"] and environment["cores"]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == [
+        f"step_{step:06d}.png" for step in range(0, STEPS + 1, 2)
+    ]
+    assert [p.name for p in list_checkpoints(run / "checkpoints")] == ["step_000006", "step_000008"]
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"step_000006", "step_000008"}
+    for kind in ("model", "optimizer"):  # safetensors and JSON, nothing pickled
+        assert (run / "checkpoints" / "step_000008" / f"{kind}.safetensors").is_file()
+    assert {p.suffix for p in (run / "checkpoints").rglob("*.*")} == {".safetensors", ".json"}
+    assert list((run / "tb").glob("events.*"))
+    assert "<html" in (run / "report.html").read_text().lower()
+    comparison = json.loads((run / "eval" / "comparison.json").read_text())
+    assert (comparison["before_step"], comparison["after_step"]) == (0, STEPS)
+    evaluation = json.loads((run / "eval" / "ocr_step_000008.json").read_text())
+    assert len(evaluation["per_prompt"]) == 4
+    values = [row["low_tokens"] for row in evaluation["per_prompt"]]
+    assert evaluation["metrics"]["low_tokens"]["mean"] == pytest.approx(sum(values) / 4)
+
+
+def test_metrics_file(undisturbed: dict[str, Path]) -> None:
+    records = read_metrics(undisturbed["full"])
+    assert [r["step"] for r in records] == [0, *range(1, STEPS + 1), STEPS]
+    evaluations = [r for r in records if "eval/ocr/low_tokens" in r]
+    assert [r["step"] for r in evaluations] == [0, STEPS]
+    training = [r for r in records if r not in evaluations]
+    assert all(r.keys() == training[0].keys() for r in training)
+    assert all(isinstance(v, int | float) for r in training for v in r.values())
+    assert {"reward/mean", "reward/low_tokens/mean", "kl/k3", "time/step_s", "images_per_s"} <= training[
+        0
+    ].keys()
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(
+    place: Path, undisturbed: dict[str, Path]
+) -> None:
+    for seed, same in ((0, True), (1, False)):
+        more = (f"run.seed={seed}", "run.steps=2")
+        command = Command(place, *arguments(place, "lora", f"again_{seed}", *more))
+        assert command.wait() == 0, command.output
+        again = [r for r in measured(place / f"again_{seed}") if "loss" in r]
+        assert (again == [r for r in measured(undisturbed["lora"]) if "loss" in r][:2]) is same
+
+
+# ---- kills and stops ---------------------------------------------------------------------------------------
+
+
+def being_written(run: Path, pid: int) -> list[Path]:
+    return list((run / "checkpoints").glob(f".step_*.tmp-{pid}"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_killed_at_several_points(place: Path, undisturbed: dict[str, Path], variant: str) -> None:
+    run = place / f"{variant}_killed"
+    command = Command(place, *arguments(place, variant, run.name))
+    command.wait_for(lambda: 1 in logged_steps(run))  # before the first checkpoint
+    command.kill()
+    assert command.wait() == -signal.SIGKILL and not list_checkpoints(run / "checkpoints")
+
+    command = Command(place, *arguments(place, variant, run.name, "--resume"))
+    command.wait_for(lambda: 3 in logged_steps(run))  # between two checkpoints
+    command.kill()
+    assert command.wait() == -signal.SIGKILL
+    assert [p.name for p in list_checkpoints(run / "checkpoints")] == ["step_000002"]
+
+    command = Command(place, *arguments(place, variant, run.name, "--resume"))
+    command.wait_for(lambda: bool(being_written(run, command.pid)))  # while one is written
+    command.kill()
+    assert command.wait() == -signal.SIGKILL
+    assert being_written(run, command.pid), "the kill came too late"
+    assert 4 in logged_steps(run)
+
+    command = Command(place, *arguments(place, variant, run.name, "--resume"))
+    assert command.wait() == 0, command.output
+    assert results(run) == results(undisturbed[variant])
+    assert len(list((run / "checkpoints").iterdir())) == 2  # no leftovers
+    assert len(json.loads((run / "environment.json").read_text())["resumed"]) == 3
+
+
+def test_ctrl_c_stops_with_a_checkpoint(place: Path, undisturbed: dict[str, Path]) -> None:
+    run = place / "stopped"
+    command = Command(place, *arguments(place, "full", run.name, "checkpoint.every=0"))
+    command.wait_for(lambda: 1 in logged_steps(run))
+    command.kill(signal.SIGINT)
+    assert command.wait() == 0, command.output
+    assert "stopping after this step" in command.output and "continue with --resume" in command.output
+    assert "Traceback" not in command.output
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    assert checkpoint.name == f"step_{logged_steps(run)[-1]:06d}" and checkpoint.name < "step_000008"
+    assert (run / "report.html").is_file() and not (run / "eval" / "comparison.json").exists()
+
+    command = Command(place, *arguments(place, "full", run.name, "checkpoint.every=2", "--resume"))
+    assert command.wait() == 0, command.output
+    assert results(run) == results(undisturbed["full"])
+
+
+def test_ctrl_c_twice_stops_at_once(place: Path) -> None:
+    run = place / "interrupted"
+    command = Command(place, *arguments(place, "full", run.name, "run.steps=500"))
+    command.wait_for(lambda: 3 in logged_steps(run))
+    command.kill(signal.SIGINT)
+    command.wait_for(lambda: "stopping after this step" in command.output)
+    command.kill(signal.SIGINT)
+    code = command.wait()
+    # the step may have ended before the second signal
+    assert (code, command.output.splitlines()[-1]) == (130, "imagerl: interrupted") or code == 0
+    assert "Traceback" not in command.output
+    assert list_checkpoints(run / "checkpoints")
+
+
+# ---- resuming ----------------------------------------------------------------------------------------------
+
+
+def call(*given: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    return int(ended.value.code or 0)
+
+
+def test_resuming_a_finished_run_repeats_its_result(
+    place: Path, undisturbed: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = place / "finished"
+    shutil.copytree(undisturbed["full"], run)
+    before = results(run), (run / "metrics.jsonl").read_bytes()
+    assert call(*arguments(place, "full", run.name, "--resume")) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("held-out low tokens: ") and "→" in line and "n=4" in line
+    assert line == (place / "output_0").read_text().splitlines()[-1]
+    assert (results(run), (run / "metrics.jsonl").read_bytes()) == before
+
+
+def test_a_finished_run_can_be_continued_but_not_shortened(
+    place: Path, undisturbed: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = place / "continued"
+    assert call(*arguments(place, "full", run.name, "run.steps=4")) == 0
+    assert call(*arguments(place, "full", run.name, "--resume")) == 0
+    longer = [record for record in measured(run) if "loss" in record]
+    assert longer == [record for record in measured(undisturbed["full"]) if "loss" in record]
+    capsys.readouterr()
+    assert call(*arguments(place, "full", run.name, "run.steps=6", "--resume")) == 1
+    message = capsys.readouterr().err
+    assert "is at step 8 already but run.steps is 6" in message and message.count("\n") == 1
+
+
+def test_resuming_nothing_starts_anew(place: Path) -> None:
+    assert call(*arguments(place, "full", "new", "run.steps=1", "--resume")) == 0
+    assert logged_steps(place / "new") == [0, 1, 1]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(
+    place: Path, undisturbed: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = place / "damaged"
+    shutil.copytree(undisturbed["full"], run)
+    broken = run / "checkpoints" / "step_000008"
+    data = bytearray((broken / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (broken / "model.safetensors").write_bytes(data)
+    assert call(*arguments(place, "full", run.name, "--resume")) == 1
+    message = capsys.readouterr().err
+    assert "step_000008" in message and "damaged" in message and message.count("\n") == 1
+    shutil.rmtree(broken)
+    assert call(*arguments(place, "full", run.name, "--resume")) == 0
+    assert results(run) == results(undisturbed["full"])
+
+
+# ---- Ray, ranks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_rewards_in_ray_change_nothing_and_ctrl_c_reaches_a_whole_group(
+    place: Path, undisturbed: dict[str, Path]
+) -> None:
+    run = place / "ray"
+    command = [sys.executable, "-m", "rl.cli", *arguments(place, "full", run.name, "rewards.workers=1")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    while 1 not in logged_steps(run) and process.poll() is None:
+        pass
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    (*_, checkpoint) = list_checkpoints(run / "checkpoints")
+    assert logged_steps(run)[-1] == int(checkpoint.name[-6:])
+    resumed = Command(place, *arguments(place, "full", run.name, "--resume"))  # in process again
+    assert resumed.wait() == 0, resumed.output
+    assert results(run)["metrics"] == measured(undisturbed["full"])
+
+
+ENGINES = {
+    "zero2": ("engine.name=deepspeed", "engine.zero_stage=2"),
+    "zero3": ("engine.name=deepspeed", "engine.zero_stage=3"),
+    "zero3_lora": ("engine.name=deepspeed", "engine.zero_stage=3", "model.lora={r: 4}"),
+    "ddp": (),
+}
+RANK_PROGRAM = """
+import json, sys
+from rl.cli import main
+from rl.engine import Engine
+close, Engine.close = Engine.close, lambda engine: None  # DeepSpeed keeps a process group for good
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(place: Path) -> str:
+    """What two processes print that train with every engine in turn."""
+    pytest.importorskip("deepspeed")
+    program = place / "ranks.py"
+    program.write_text(RANK_PROGRAM)
+    runs = [
+        arguments(place, "full", f"ranks_{name}", "run.steps=3", "engine.micro_batch_size=3", *overrides)
+        for name, overrides in ENGINES.items()
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [*launcher, json.dumps(runs)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_like_one(
+    place: Path, undisturbed: dict[str, Path], two_ranks: str, engine: str
+) -> None:
+    alone = measured(undisturbed["lora" if "lora" in engine else "full"])[:4]
+    together = measured(place / f"ranks_{engine}")
+    assert [r["step"] for r in together] == [0, 1, 2, 3, 3]
+    for one, two in zip(alone, together[:4], strict=True):
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
+    assert together[2]["kl/k3"] > 1e-5  # or it would say nothing of the reference
+
+
+@pytest.mark.slow
+def test_only_the_main_process_prints(two_ranks: str) -> None:
+    lines = two_ranks.splitlines()
+    assert len([line for line in lines if line.startswith("held-out after step 0:")]) == len(ENGINES)
+    assert len([line for line in lines if line.startswith("held-out low tokens:")]) == len(ENGINES)
