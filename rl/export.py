@@ -33,8 +33,11 @@ def checkpoint_of(source: Path) -> Path:
     """The checkpoint that a run folder or a checkpoint folder means.
 
     Raises ImageRLError when `source` is neither, or the run has no checkpoint yet."""
+    source = source.resolve()  # the run is found above its checkpoint, wherever we are
     if source.name.startswith("step_"):
         return source
+    if source.name == CHECKPOINTS:
+        source = source.parent
     if not source.is_dir():
         raise ImageRLError(f"there is no folder {source}; give a run folder or one of its checkpoints/step_*")
     newest = latest_checkpoint(source / CHECKPOINTS)

@@ -264,7 +264,7 @@ def test_kl_in_the_reward_enters_the_advantages_only() -> None:
 
 def test_an_entropy_bonus_raises_entropy() -> None:
     def entropies(coefficient: float) -> list[float]:
-        common = ("algorithm.kl_coef=0", "rollout.temperature=0.2", "optim.lr=0.01")
+        common = ("algorithm.kl_coef=0", "rollout.temperature=0.05", "optim.lr=0.01")
         trainer = small_trainer(
             *common,
             f"algorithm.entropy_coef={coefficient}",
@@ -273,8 +273,8 @@ def test_an_entropy_bonus_raises_entropy() -> None:
         return [trainer.step(step)["policy/entropy"] for step in range(3)]
 
     with_bonus, without = entropies(1.0), entropies(0.0)
-    assert with_bonus[0] == without[0] < with_bonus[1] < with_bonus[2]
-    assert with_bonus[2] > without[2] + 0.05
+    assert with_bonus[0] == without[0]
+    assert with_bonus[1] > without[1] + 0.02 and with_bonus[2] > without[2] + 0.04
 
 
 def test_shuffled_rewards_are_the_same_numbers_elsewhere() -> None:
@@ -311,7 +311,7 @@ def test_lora_trains_adapters_and_refers_to_the_base() -> None:
     expected = base.trainable(ids, mask, tokens, 1.0).logprobs
     reference = trainer.policy.reference_scores(ids, mask, tokens, 1.0).logprobs
     torch.testing.assert_close(reference, expected, rtol=0, atol=1e-6)
-    adapted = trainer.policy.trainable(ids, mask, tokens, 1.0).logprobs
+    adapted = trainer.policy.trainable(ids, mask, tokens, 1.0).logprobs.detach()
     assert float((adapted - expected).abs().max()) > 1e-3
 
 

@@ -1,0 +1,228 @@
+"""From a run to a model folder: it draws what the run drew, or it is not written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.image_policy import ImagePolicy
+from models.loading import load_policy
+from rewards.suites import SUITES
+from rl import export as export_module
+from rl.checkpoint import load_checkpoint
+from rl.cli import main
+from rl.errors import ImageRLError
+from rl.export import PROVENANCE, export, proof_samples, trained_policy
+from rl.metrics import read_metrics
+from rl.rollout import RolloutEngine
+from rl.tiny_world import prompt_set
+from rl.types import SamplingParams
+from tests.micro import micro_folder
+from tests.small_run import low_tokens, write_recipe
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and a run of two steps with full weights and one with LoRA."""
+    folder = tmp_path_factory.mktemp("export")
+    micro_folder(folder / "model")
+    for name, override in (("full", "model.lora=null"), ("lora", "model.lora={r: 4}")):
+        overrides = (override, f"run.output_dir={folder / name}", "run.steps=2", "checkpoint.every=1")
+        assert call("train", str(write_recipe(folder, *overrides, "optim.lr=0.02"))) == 0
+    return folder
+
+
+def equal_samples(one: tuple[ImagePolicy, Mapping[str, Any]], other: tuple[ImagePolicy, Any]) -> bool:
+    pairs = zip(proof_samples(*one), proof_samples(*other), strict=True)
+    return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+
+
+def trained(source: Path) -> tuple[ImagePolicy, dict[str, Any]]:
+    return trained_policy(source)[:2]
+
+
+@pytest.fixture(scope="module")
+def exported(place: Path) -> Path:
+    """The LoRA run, merged."""
+    target = place / "exported"
+    assert call("export", str(place / "lora"), str(target)) == 0
+    return target
+
+
+@pytest.mark.parametrize("run", ["full", "lora"])
+def test_an_export_repeats_the_run(place: Path, tmp_path: Path, run: str) -> None:
+    export(place / run, tmp_path / "out")
+    loaded = load_policy(str(tmp_path / "out"))
+    assert loaded[0].trainable.adapter is None
+    assert equal_samples(loaded, trained(place / run))
+    assert not equal_samples(loaded, load_policy(str(place / "model")))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        PROVENANCE,
+    }
+    assert not any(name.endswith((".bin", ".pt", ".py", ".pkl")) for name in names)
+
+
+@pytest.mark.parametrize("run", ["full", "lora"])
+def test_an_export_scores_what_the_run_measured(place: Path, tmp_path: Path, run: str) -> None:
+    """Held to the run's own last evaluation, which knows nothing of exports."""
+    export(place / run, tmp_path / "out")
+    policy, _ = load_policy(str(tmp_path / "out"))
+    rollout = RolloutEngine(policy, SamplingParams(flow_steps=1), 0, nullcontext)
+    (groups,) = rollout.generate(prompt_set("heldout", 4), 1, "eval ocr")
+    found = [low_tokens(group.tokens.tolist())[0] for group in groups]
+    (measured,) = (json.loads(p.read_text()) for p in (place / run / "eval").glob("ocr_step_000002.json"))
+    assert found == [row["low_tokens"] for row in measured["per_prompt"]]
+
+
+def test_full_weights_are_those_of_the_checkpoint(place: Path, tmp_path: Path) -> None:
+    provenance = export(place / "full" / "checkpoints" / "step_000001", tmp_path / "out")
+    assert provenance["step"] == 1
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    base = load_file(place / "model" / "model.safetensors")
+    checkpoint = load_checkpoint(place / "full" / "checkpoints" / "step_000001").tensors["model"]
+    for name, tensor in checkpoint.items():
+        assert torch.equal(stored[name.removeprefix("lm.")], tensor)
+    assert any(not torch.equal(stored[name], base[name]) for name in base)
+    decoder = [name for name in base if name.startswith("model.sana")]
+    assert decoder and all(torch.equal(stored[name], base[name]) for name in decoder)
+
+
+def test_the_newest_checkpoint_is_taken(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [export(place / "full", tmp_path / "one")["step"]]
+    steps += [export(place / "full" / "checkpoints", tmp_path / "two")["step"]]
+    monkeypatch.chdir(place / "full" / "checkpoints")
+    provenance = export(Path("step_000002"), tmp_path / "three")
+    assert [*steps, provenance["step"]] == [2, 2, 2]
+    assert provenance["metrics"]["eval/ocr/low_tokens"] >= 0
+
+
+# ---- LoRA, storage types -----------------------------------------------------------------------------------
+
+
+def test_an_adapter_folder_stands_on_its_base(place: Path, tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    assert call("export", str(place / "lora"), str(target), "--adapter") == 0
+    assert {"adapter_config.json", "adapter_model.safetensors", PROVENANCE} <= {
+        p.name for p in target.iterdir()
+    }
+    assert not (target / "model.safetensors").exists()
+    loaded = load_policy(str(target))
+    assert loaded[0].trainable.adapter is not None
+    assert equal_samples(loaded, trained(place / "lora"))
+
+
+def test_no_adapter_to_keep(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ImageRLError, match="no LoRA adapter"):
+        export(place / "full", tmp_path / "out", adapter_only=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16(place: Path, tmp_path: Path, exported: Path) -> None:
+    assert call("export", str(place / "lora"), str(tmp_path / "out"), "--dtype", "bf16") == 0
+    half, whole = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", exported))
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+    assert all(torch.equal(half[name], whole[name].bfloat16()) for name in whole)
+    assert load_policy(str(tmp_path / "out"))[0].trainable.lm.dtype == torch.float32
+
+
+# ---- proof and refusal -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tensor", ["model.layers.0.mlp.up_proj.weight", "model.sana_vae.decoder.conv_out.weight"]
+)
+def test_a_tampered_export_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str
+) -> None:
+    save = export_module.save_policy
+
+    def tampering(policy: ImagePolicy, folder: Path, *arguments: Any) -> None:
+        save(policy, folder, *arguments)
+        stored = load_file(folder / "model.safetensors")
+        stored[tensor].view(-1)[0] += 0.1
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(export_module, "save_policy", tampering)
+    with pytest.raises(
+        ImageRLError, match=r"does not repeat the run's (tokens|pixels) .*nothing was written"
+    ):
+        export(place / "full", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_target_is_left_alone(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "note").write_text("mine")
+    with pytest.raises(ImageRLError, match="exists already"):
+        export(place / "full", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["note"]
+
+
+def test_a_run_without_a_checkpoint(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ImageRLError, match="has no complete checkpoint"):
+        export(place / "model", tmp_path / "out")
+
+
+def test_another_model_under_the_run_is_noticed(place: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(place / "full" / "checkpoints" / "step_000002").tensors["model"]
+    policy, _ = load_policy(str(micro_folder(tmp_path / "wider", hidden_size=64)))
+    with pytest.raises(ImageRLError, match=r"does not fit the model; was model\.path replaced since"):
+        export_module.load_trained(policy, checkpoint)
+
+
+def test_provenance_tells_the_truth(place: Path, exported: Path) -> None:
+    provenance = json.loads((exported / PROVENANCE).read_text())
+    assert provenance["step"] == 2 and provenance["base_model"] == str(place / "model")
+    assert provenance["recipe"]["model"]["lora"]["r"] == 4 and provenance["recipe"]["optim"]["lr"] == 0.02
+    assert provenance["versions"]["torch"] == torch.__version__
+    files = {path.name for path in exported.iterdir()} - {PROVENANCE}
+    assert provenance["sha256"].keys() == files
+    for name, digest in provenance["sha256"].items():
+        assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == digest
+    logged = [record for record in read_metrics(place / "lora") if record["step"] == 2]
+    assert provenance["metrics"] == logged[0] | logged[1]
+    tokens, pixels = proof_samples(*load_policy(str(exported)))
+    assert provenance["proof"]["tokens_sha256"] == hashlib.sha256(tokens.tobytes()).hexdigest()
+    assert provenance["proof"]["pixels_sha256"] == hashlib.sha256(pixels.tobytes()).hexdigest()
+
+
+# ---- the other commands take it ----------------------------------------------------------------------------
+
+
+def test_sample_and_eval_take_an_export(
+    place: Path,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call("sample", "a red word", "--model", str(exported), "--out", str(tmp_path / "pictures")) == 0
+    assert len(list((tmp_path / "pictures").iterdir())) == 5
+    monkeypatch.setitem(SUITES, "ocr", [{"import_path": f"{place / 'reward.py'}:low_tokens"}])
+    written = tmp_path / "result.json"
+    capsys.readouterr()
+    assert call("eval", "--model", str(exported), "--n", "6", "--json", str(written)) == 0
+    assert "low_tokens" in capsys.readouterr().out
+    result = json.loads(written.read_text())
+    assert (result["suite"], result["n"], result["model"]) == ("ocr", 6, str(exported))
+    values = [row["low_tokens"] for row in result["per_prompt"]]
+    assert result["metrics"]["low_tokens"]["mean"] == pytest.approx(np.mean(values))
