@@ -19,7 +19,7 @@ from rewards.base import LoadedReward, load_reward
 from rewards.scoring import call_reward
 from rl.advantages import group_advantages
 from rl.cli import app
-from rl.config import load_recipe
+from rl.config import Recipe
 from rl.pretrain_config import PretrainRecipe
 from rl.recipe import load_yaml_recipe
 from rl.trainer import update_metrics
@@ -51,14 +51,15 @@ def check_command(words: Sequence[str]) -> None:
     """Parses an `imagerl` call as it would be, recipe and overrides included, without running it.
 
     Raises ImageRLError, or one of typer's own."""
-    group = typer.main.get_command(app)
-    context = group.make_context("imagerl", list(words))
-    name, command, rest = group.resolve_command(context, list(words))
-    values = command.make_context(name, rest, parent=context).params
-    if name == "train":
-        load_recipe(values["recipe"], values["overrides"] or [])
-    if name == "pretrain":
-        load_yaml_recipe(PretrainRecipe, values["recipe"], values["overrides"] or [])
+    command, rest = typer.main.get_command(app), list(words)
+    context = command.make_context("imagerl", list(rest))
+    while hasattr(command, "resolve_command"):  # `imagerl` itself, or a group of commands such as `bench`
+        name, command, rest = command.resolve_command(context, rest)
+        context = command.make_context(name, list(rest), parent=context)
+    values = context.params
+    if "recipe" in values:
+        schema = PretrainRecipe if words[0] == "pretrain" else Recipe
+        load_yaml_recipe(schema, values["recipe"], values["overrides"] or [])
 
 
 def example_rewards() -> list[tuple[str, str]]:
@@ -73,7 +74,7 @@ def test_recipe_keys_are_those_of_the_schemas() -> None:
     assert text == maker["page"](text), "run: make docs"
     assert text.count("| `run.steps` | required | integer ≥ 1 |") == 1
     assert "| `optim.betas` | `[0.9, 0.999]` | list of 2 numbers |" in text
-    assert maker["page"](text.replace("required", "optional")) == text
+    assert maker["page"](text.replace("| required |", "| optional |")) == text
 
 
 def test_metric_keys_are_those_of_the_trainer() -> None:
@@ -118,6 +119,8 @@ def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> No
         ("eval --modle tiny", "--modle"),
         ("trian recipes/tiny_ocr_grpo.yaml", "trian"),
         ("export runs/x", "target"),
+        ("bench rolout", "rolout"),
+        ("bench step recipes/tiny_ocr_grpo.yaml run.sed=1", "run.seed"),
     ],
 )
 def test_mistaken_commands_do_not_parse(line: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
