@@ -100,7 +100,12 @@ def save_policy(
     `state` may be a ready `full_state`."""
     from safetensors.torch import save_file
 
-    config = {**config, "vae": {**config["vae"], "scaling_factor": policy.decoder.scaling_factor}}
+    tied = policy.trainable.lm.config.tie_word_embeddings
+    config = {
+        **config,
+        "qwen3": {**config["qwen3"], "tie_word_embeddings": tied},
+        "vae": {**config["vae"], "scaling_factor": policy.decoder.scaling_factor},
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(dict(state or full_state(policy, dtype)), folder / WEIGHTS, metadata={"format": "pt"})
     policy.text_tokenizer.save_pretrained(folder)
@@ -174,12 +179,13 @@ def save_adapter(policy: ImagePolicy, folder: Path, base: str) -> None:
 def load_adapter(policy: ImagePolicy, folder: Path) -> None:
     """Put saved adapters onto a base policy."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         config = LoraConfig.from_pretrained(str(folder))
         weights = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ImageRLError(
             f"{folder} holds no usable adapter: {' '.join(str(error).split())[:200]}"
         ) from error
