@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rl.errors import ImageRLError
+from rl.files import write_atomic
+from rl.metrics import to_json
 from rl.rollout import RolloutEngine, to_uint8
 from rl.types import Prompt
 
@@ -146,7 +149,7 @@ def bench_step(run_folder: Path, tokens_per_step: int) -> Report:
     lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [row for row in map(json.loads, lines) if "time/step_s" in row][1:]
     if not steps:
-        raise ValueError(f"{run_folder} has logged fewer than 2 training steps")
+        raise ImageRLError(f"{run_folder} has logged fewer than 2 training steps; let it run longer")
 
     def median(key: str) -> float:
         return statistics.median(row.get(key, 0.0) for row in steps)
@@ -171,3 +174,10 @@ def table(report: Report) -> str:
         return f"{value:.2f}x" if name.startswith("ratio/") else f"{value:.4g}"
 
     return "\n".join(f"{name:<{width}}  {shown(name, value):>9}" for name, value in report.items())
+
+
+def show(report: Report, file: Path | None = None) -> None:
+    """Print a report, and write it as JSON where a file is given."""
+    print(table(report))
+    if file is not None:
+        write_atomic(file, to_json(report, indent=1) + "\n")

@@ -333,7 +333,8 @@ def bench_rollout(
     from rl.tiny_world import prompt_set
 
     policy, rollout = loaded_rollout(model, 0, 1.0, None, None)
-    _show(benchmarks.bench_rollout(policy, rollout, prompt_set("train", prompts), group_size, repeats), json)
+    report = benchmarks.bench_rollout(policy, rollout, prompt_set("train", prompts), group_size, repeats)
+    benchmarks.show(report, json)
 
 
 @bench.command("step")
@@ -356,17 +357,7 @@ def bench_step(
         run_training(settings)
         batch = settings.rollout.prompts_per_step * settings.rollout.group_size
         report = benchmarks.bench_step(Path(scratch) / "run", batch * tokens)
-    _show(report, json)
-
-
-def _show(report: Mapping[str, float], file: Path | None) -> None:
-    from rl.bench import table
-    from rl.files import write_atomic
-    from rl.metrics import to_json
-
-    print(table(report))
-    if file is not None:
-        write_atomic(file, to_json(dict(report), indent=1) + "\n")
+    benchmarks.show(report, json)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

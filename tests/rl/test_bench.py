@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rl.bench import bench_rollout, bench_step, interleaved, operator_shares, table
+from rl.bench import bench_rollout, bench_step, interleaved, operator_shares, show, table
+from rl.errors import ImageRLError
 from rl.rollout import RolloutEngine
 from rl.tiny_world import prompt_set
 from rl.types import SamplingParams
@@ -87,8 +88,14 @@ def test_the_step_benchmark_reads_a_run(tmp_path: Path) -> None:
     assert report["train_tokens_per_s"] == 6144 / 0.75 and report["step_tokens_per_s"] == 2048
     assert report["share/reward_wait"] == 0.125 and report["share/reference"] == 0.0
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
-    with pytest.raises(ValueError, match="fewer than 2"):
+    with pytest.raises(ImageRLError, match="fewer than 2"):
         bench_step(tmp_path, 6144)
+
+
+def test_a_report_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show({"images_per_s": 2.5}, tmp_path / "bench.json")
+    assert capsys.readouterr().out == "images_per_s        2.5\n"
+    assert json.loads((tmp_path / "bench.json").read_text()) == {"images_per_s": 2.5}
 
 
 def test_the_table_is_aligned() -> None:
