@@ -190,9 +190,11 @@ class Trainer:
                     kl_estimator=algorithm.kl_estimator,
                     normaliser=algorithm.normaliser,
                 )
-                weights = action_weights(part.action_mask, algorithm.normaliser).to(scores.entropy.dtype)
-                bonus = (weights * scores.entropy).sum() / denominator
-                self.engine.backward(output.loss - algorithm.entropy_coef * bonus)
+                loss = output.loss
+                if algorithm.entropy_coef:  # else its gradient would be computed and multiplied by 0
+                    weights = action_weights(part.action_mask, algorithm.normaliser).to(loss.dtype)
+                    loss = loss - algorithm.entropy_coef * (weights * scores.entropy).sum() / denominator
+                self.engine.backward(loss)
             gap = replay_gap(inputs, part)
             worst = torch.maximum(worst, gap.max().double().cpu())
             extra = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -46,9 +46,10 @@ class TokenTrajectory:
     hidden: Tensor  # [B, T + 1, D] final-norm hidden states of <S0> and of every token
 
 
-@dataclass(frozen=True, slots=True)
-class TokenScores:
-    """What the policy says of given tokens. Differentiable when called with gradients on."""
+class TokenScores(NamedTuple):
+    """What the policy says of given tokens. Differentiable when called with gradients on.
+
+    A tuple, because DeepSpeed looks for a module's output tensors in tuples and lists only."""
 
     logprobs: Tensor  # [B, T] float32
     entropy: Tensor  # [B, T] float32, nats, of the same distribution

@@ -262,19 +262,18 @@ def test_kl_in_the_reward_enters_the_advantages_only() -> None:
     assert metrics["reward/mean"] == pytest.approx(totals.mean())  # reported as it was given
 
 
-def test_an_entropy_bonus_raises_entropy() -> None:
-    def entropies(coefficient: float) -> list[float]:
-        common = ("algorithm.kl_coef=0", "rollout.temperature=0.05", "optim.lr=0.01")
-        trainer = small_trainer(
-            *common,
-            f"algorithm.entropy_coef={coefficient}",
-            equal=lambda completions, **_: [0.0] * len(completions),
-        )
-        return [trainer.step(step)["policy/entropy"] for step in range(3)]
+@pytest.mark.parametrize("normaliser", ["sequence", "tokens"])
+def test_an_entropy_bonus_raises_entropy(normaliser: str) -> None:
+    def equal(completions: list[list[int]], **_: Any) -> list[float]:
+        return [0.0] * len(completions)
 
-    with_bonus, without = entropies(1.0), entropies(0.0)
-    assert with_bonus[0] == without[0]
-    assert with_bonus[1] > without[1] + 0.02 and with_bonus[2] > without[2] + 0.04
+    common = ("algorithm.kl_coef=0", f"algorithm.normaliser={normaliser}", "rollout.temperature=0.1")
+    trainer = small_trainer(*common, "algorithm.entropy_coef=1", equal=equal)
+    batch = trainer._assemble(trainer._roll_out(trainer.sampler.step(0), 0)[0])
+    arguments = (batch.prompt_ids, batch.prompt_mask, batch.tokens, 0.1)
+    before = trainer.policy.trainable(*arguments).entropy.mean().item()
+    trainer.step(0)
+    assert trainer.policy.trainable(*arguments).entropy.mean().item() > before + 0.01
 
 
 def test_shuffled_rewards_are_the_same_numbers_elsewhere() -> None:
