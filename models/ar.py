@@ -103,6 +103,12 @@ class ARPolicy(nn.Module):
         """[V, D] the image columns of the language model's head."""
         return self.lm.lm_head.weight[self.vocabulary.columns]
 
+    def untie_head(self) -> None:
+        """Give the head weights of its own, a copy of the embedding. Tied, every direction of the hidden state
+        moves some logit, and little room is left for what the decoder needs to know."""
+        self.lm.config.tie_word_embeddings = False
+        self.lm.lm_head.weight = nn.Parameter(self.lm.lm_head.weight.detach().clone())
+
     def hidden_states(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor) -> Tensor:
         """Final-norm hidden states [B, T + 1, D] of `<S0>` (the prompt's last id) and of T image tokens.
 
@@ -137,6 +143,11 @@ class ARPolicy(nn.Module):
             self.attach_adapter(get_peft_model(self.lm, config))
         except ValueError as error:
             raise ImageRLError(f"model.lora: {' '.join(str(error).split())[:300]}") from error
+        for name in ("lm_head", "model.embed_tokens"):
+            if hasattr(self.lm.get_submodule(name), "base_layer"):
+                raise ImageRLError(
+                    f"model.lora.target_modules: {name} cannot have an adapter; name other layers"
+                )
 
     def attach_adapter(self, adapter: PeftModel) -> None:
         """Remember a PEFT model that was built around `lm`, whose layers it has replaced in place."""

@@ -175,6 +175,12 @@ def test_lora_refuses_layers_that_are_not_there() -> None:
         lively_policy().trainable.add_lora(4, 8.0, 0.0, ["no_such_layer"])
 
 
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
+def test_lora_refuses_layers_whose_adapters_would_be_ignored(layer: str) -> None:
+    with pytest.raises(ImageRLError, match=rf"target_modules: .*{layer}"):
+        lively_policy(tie_word_embeddings=False).trainable.add_lora(4, 8.0, 0.0, ["q_proj", layer])
+
+
 def test_positions_count_real_tokens_only() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     assert positions_of(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
