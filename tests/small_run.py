@@ -120,8 +120,11 @@ def small_trainer(
 
 
 def _run_main(arguments: Sequence[str], output: Path) -> None:
+    import faulthandler
+
     from rl.cli import main
 
+    faulthandler.enable()
     with output.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -152,15 +155,16 @@ class Command:
         self._process.start()
         self.pid: int = self._process.pid
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 300) -> int:
         """The exit code; negative: the signal that ended it."""
         self._process.join(seconds)
         if self._process.is_alive():
-            self._process.kill()
+            self.kill(signal.SIGABRT)  # prints where it hangs
+            self._process.join()
             raise TimeoutError(f"still running after {seconds} s: {self.output}")
         return int(self._process.exitcode)
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 300) -> None:
         """Look again and again until something is so; fails when the process ends before."""
         end = time.monotonic() + seconds
         while not condition():

@@ -114,7 +114,7 @@ def test_mistakes_of_other_commands(
         (["trian"], "trian"),
         (["train"], "RECIPE"),
         (["train", "recipe.yaml", "--reset"], "--reset"),
-        (["sample", "a word", "--count", "none"], "none"),
+        (["sample", "a word", "--count", "none"], "--count"),
         (["sample", "a word", "--temperature", "0"], "0.001"),
     ],
 )

@@ -149,7 +149,7 @@ def test_bfloat16(place: Path, tmp_path: Path, exported: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "tensor", ["model.layers.0.mlp.up_proj.weight", "model.sana_vae.decoder.conv_out.weight"]
+    "tensor", ["model.layers.0.mlp.up_proj.weight", "model.sana_vae.decoder.conv_out.conv.weight"]
 )
 def test_a_tampered_export_is_refused(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str
