@@ -103,12 +103,6 @@ class ARPolicy(nn.Module):
         """[V, D] the image columns of the language model's head."""
         return self.lm.lm_head.weight[self.vocabulary.columns]
 
-    def untie_head(self) -> None:
-        """Give the head weights of its own, a copy of the embedding. Tied, every direction of the hidden state
-        moves some logit, and little room is left for what the decoder needs to know."""
-        self.lm.config.tie_word_embeddings = False
-        self.lm.lm_head.weight = nn.Parameter(self.lm.lm_head.weight.detach().clone())
-
     def hidden_states(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor) -> Tensor:
         """Final-norm hidden states [B, T + 1, D] of `<S0>` (the prompt's last id) and of T image tokens.
 

@@ -59,6 +59,21 @@ class ImagePolicy:
                 module.to(device)
         return self
 
+    def renew_decoder(self) -> FlowDecoder:
+        """Put a decoder with fresh weights, drawn from torch's global generator, in the place of the present one,
+        whose autoencoder it keeps."""
+        old = self.decoder
+        new = FlowDecoder(
+            self.trainable.lm.config.hidden_size,
+            old.sana.config,
+            old.vae.config,
+            old.scheduler_config,
+            (old.latent_shape[1], old.latent_shape[2]),
+        )
+        new.vae.load_state_dict(old.vae.state_dict())
+        self.decoder = new.to(self.device)
+        return self.decoder
+
     def encode_prompts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Captions -> ids and mask [B, L], left-padded, each ending in `<im_start><S0>`."""
         for text in texts:

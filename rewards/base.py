@@ -249,6 +249,14 @@ def load_rewards(specs: Sequence[RewardSpec]) -> list[LoadedReward]:
     ]
 
 
+def _prompt_text(prompt: Any) -> str:
+    """The text of a plain or a chat prompt; TRL splits the content into blocks where there are pictures."""
+    content = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return " ".join(block["text"] for block in content if block.get("type") == "text")
+
+
 def as_trl_reward(reward: Callable[..., Any], label: str | None = None) -> Callable[..., list[float | None]]:
     """A reward of ours as a function for TRL's `GRPOTrainer(reward_funcs=[...])`, which wants a `__name__`
     and a plain list. Pictures come from the dataset column `images` (or `image`); a list of one picture is
@@ -257,7 +265,7 @@ def as_trl_reward(reward: Callable[..., Any], label: str | None = None) -> Calla
     def trl_reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         images = columns.pop("images", None) or columns.pop("image", None) or []
         output = reward(
-            prompts=[prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts],
+            prompts=[_prompt_text(prompt) for prompt in prompts],
             completions=completions,
             images=[image[0] if isinstance(image, (list, tuple)) else image for image in images],
             **columns,

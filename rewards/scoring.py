@@ -64,7 +64,8 @@ def _to_values(output: Any, size: int) -> RewardValues:
 
 def call_reward(reward: LoadedReward, request: RewardRequest) -> RewardValues:
     """Calls one reward. Whatever it raises becomes missing values with a reason, except an ImageRLError,
-    which says that the recipe must be mended."""
+    which says that the recipe must be mended. A call that raises is repeated by halves, so that only the samples
+    that are at fault are lost: one of them in n costs about 2·log2(n) further calls."""
     size = len(request.prompts)
     # Copies, so that a reward that changes what it is given does not change it for the next one.
     columns = {name: list(values) for name, values in request.columns.items() if name not in SAMPLE_NAMES}
@@ -78,11 +79,29 @@ def call_reward(reward: LoadedReward, request: RewardRequest) -> RewardValues:
             completion_ids=completions,
             **columns,
         )
-        return _to_values(output, size)
     except ImageRLError:
         raise
     except Exception as error:
-        return RewardValues.failed(size, one_line(error))
+        if size == 1:
+            return RewardValues.failed(size, one_line(error))
+    else:
+        try:
+            return _to_values(output, size)
+        except (TypeError, ValueError) as error:
+            return RewardValues.failed(size, one_line(error))
+    halves = slice(0, size // 2), slice(size // 2, size)
+    return concatenate([call_reward(reward, part_of(request, half)) for half in halves])
+
+
+def part_of(request: RewardRequest, which: slice) -> RewardRequest:
+    """Some consecutive samples of a request."""
+    return RewardRequest(
+        prompts=request.prompts[which],
+        completions=request.completions[which],
+        images=request.images[which],
+        columns={name: values[which] for name, values in request.columns.items()},
+        group_size=request.group_size,
+    )
 
 
 def concatenate(shards: Sequence[RewardValues]) -> RewardValues:
@@ -104,7 +123,8 @@ def combine(
 
     A component that returned None for every sample of a group does not apply to that prompt and is left out
     of the group's sums. Any other missing component makes the sample's total NaN and is one failure of that
-    reward; so is a sample to which no reward applies, because it has no total either.
+    reward; so is a sample to which no reward applies, because it has no total either. A reward of weight 0 is
+    measured only: what it lacks is counted and costs nothing.
     Raises ValueError when the samples are not whole groups."""
     size = values[0].values.size
     if size % group_size:
@@ -112,10 +132,12 @@ def combine(
     applies = [
         ~np.repeat(value.not_applicable.reshape(-1, group_size).all(axis=1), group_size) for value in values
     ]
-    orphaned = ~np.any(applies, axis=0)  # [B]
+    weighted = [used for used, weight in zip(applies, weights, strict=True) if weight]
+    orphaned = ~np.any(weighted, axis=0) if weighted else np.zeros(size, dtype=bool)  # [B]
     scores = RewardScores(np.where(orphaned, np.nan, 0.0), {}, {}, {})
     for label, weight, value, used in zip(labels, weights, values, applies, strict=True):
-        scores.totals += np.where(used, weight * value.values, 0.0)
+        if weight:
+            scores.totals += np.where(used, weight * value.values, 0.0)
         scores.components[label] = value.values
         scores.components |= {f"{label}/{part}": column for part, column in value.parts.items()}
         lost = (np.isnan(value.values) & used) | orphaned
@@ -132,14 +154,3 @@ def score_request(functions: Sequence[LoadedReward], request: RewardRequest) -> 
     values = [call_reward(reward, request) for reward in functions]
     labels, weights = [reward.label for reward in functions], [reward.weight for reward in functions]
     return combine(labels, weights, values, request.group_size)
-
-
-def failure_report(scores: RewardScores, max_failure_rate: float) -> str | None:
-    """One line that says why more than `max_failure_rate` of the totals are NaN, or None."""
-    rate = float(np.isnan(scores.totals).mean())
-    if rate <= max_failure_rate:
-        return None
-    why = "; ".join(
-        f"{label}: {scores.failures[label]}x {reason}" for label, reason in scores.reasons.items()
-    )
-    return f"{rate:.0%} of the samples have no reward (rewards.max_failure_rate={max_failure_rate:g}): {why}"

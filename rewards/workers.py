@@ -22,6 +22,7 @@ from rewards.scoring import (
     call_reward,
     combine,
     concatenate,
+    part_of,
 )
 from rl.types import ImageRLError, RewardRequest, RewardScores
 
@@ -203,16 +204,7 @@ def _shards(request: RewardRequest, count: int) -> list[RewardRequest]:
     groups = len(request.prompts) // request.group_size
     count = max(1, min(count, groups))
     bounds = [round(i * groups / count) * request.group_size for i in range(count + 1)]
-    return [
-        RewardRequest(
-            prompts=request.prompts[a:b],
-            completions=request.completions[a:b],
-            images=request.images[a:b],
-            columns={name: values[a:b] for name, values in request.columns.items()},
-            group_size=request.group_size,
-        )
-        for a, b in pairwise(bounds)
-    ]
+    return [part_of(request, slice(*bound)) for bound in pairwise(bounds)]
 
 
 class RewardWorkers:

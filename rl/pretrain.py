@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from rl.environment import write_environment
 from rl.errors import ImageRLError
 from rl.files import write_atomic
-from rl.pretrain_config import GeneratorStage, PretrainRecipe, StageConfig
+from rl.pretrain_config import DecoderStage, GeneratorStage, PretrainRecipe, StageConfig
 from rl.seeding import derive_seed, generator
 from rl.tiny_world import FONTS, Scene, pretraining_text, random_scene, render
 
@@ -137,14 +137,12 @@ def fit_generator(
     """Cross-entropy on tokens plus flow loss, gradients of both into the language model (arXiv 2510.15857).
 
     The decoder sees the hidden states that inference will give it: those of `<S0>` and of every token. The flow
-    loss is taken on the first `flow_share` of the batch, to spend the time where learning is slow. With
-    `freeze_ar` only connector and decoder learn, on the flow loss alone."""
+    loss is taken on the first `flow_share` of the batch, to spend the time where learning is slow."""
     ar, decoder, tokenizer = policy.trainable, policy.decoder, policy.image_tokenizer
     device = policy.device
     for frozen in (decoder.vae, tokenizer):
         frozen.requires_grad_(False).eval()
-    ar.requires_grad_(not stage.freeze_ar)
-    module = nn.ModuleList([decoder] if stage.freeze_ar else [ar, decoder])
+    module = nn.ModuleList([ar, decoder])
     flowing = max(1, round(stage.batch_size * stage.flow_share))
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -155,25 +153,71 @@ def fit_generator(
         batch = scenes(seed, name, step, stage.batch_size, stage.fonts)
         wanted = pictures(batch).to(device)
         prompt_ids, prompt_mask = policy.encode_prompts([scene.caption for scene in batch])
-        random_numbers = generator(seed, "flow" if name == "generator" else name, step)
-        draws = flowing * stage.noise_draws
-        noise = torch.randn(draws, *decoder.latent_shape, generator=random_numbers).to(device)
-        sigma = torch.rand(draws, generator=random_numbers).to(device)
-        drop = (torch.rand(draws, generator=random_numbers) < stage.condition_dropout).to(device)
+        random_numbers = generator(seed, "flow", step)
+        noise = torch.randn(flowing, *decoder.latent_shape, generator=random_numbers).to(device)
+        sigma = torch.rand(flowing, generator=random_numbers).to(device)
+        drop = (torch.rand(flowing, generator=random_numbers) < stage.condition_dropout).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=stage.bf16):
             tokens = tokenizer.encode(wanted)
             latents = decoder.encode(wanted[:flowing]).float()
             hidden = ar.hidden_states(prompt_ids, prompt_mask, tokens)
-            shown = hidden[:flowing].repeat(stage.noise_draws, 1, 1)
-            wanted_latents = latents.repeat(stage.noise_draws, 1, 1, 1)
-            flow = decoder.flow_loss(shown, wanted_latents, sigma, noise, drop)
-            if stage.freeze_ar:
-                return flow, {}
+            flow = decoder.flow_loss(hidden[:flowing], latents, sigma, noise, drop)
             cross_entropy = token_loss(ar, hidden, tokens)
         loss = cross_entropy + stage.flow_weight * flow
         return loss, {"cross_entropy": cross_entropy.item(), "flow": flow.item()}
 
     fit(name, module, loss_of, stage, log)
+
+
+@torch.no_grad()
+def kept_states(policy: Any, stage: DecoderStage) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [N, T + 1, D], latents [N, C, h, w] and tokens [N, T] of the stage's pictures."""
+    hidden, latents, tokens = [], [], []
+    for start in range(0, stage.pictures, 64):
+        batch = scenes(stage.pictures_seed, "cache", start, 64, stage.fonts)
+        wanted = pictures(batch).to(policy.device)
+        tokens.append(policy.image_tokenizer.encode(wanted))
+        latents.append(policy.decoder.encode(wanted))
+        hidden.append(
+            policy.trainable.hidden_states(
+                *policy.encode_prompts([scene.caption for scene in batch]), tokens[-1]
+            )
+        )
+    return torch.cat(hidden), torch.cat(latents), torch.cat(tokens)
+
+
+def fit_decoder(policy: Any, stage: DecoderStage, seed: int, log: LogFn) -> None:
+    """Train a new connector and transformer on the flow loss while the language model stays as it is.
+
+    A decoder must first find out which of its conditions belongs where. Two linear probes, thrown away at the
+    end, ask the projected condition of every token for its place and its code and so keep both readable."""
+    device = policy.device
+    torch.manual_seed(seed)
+    decoder = policy.renew_decoder()
+    hidden, latents, tokens = kept_states(policy, stage)
+    quantizer, width = policy.image_tokenizer.quantizer, decoder.sana.config.cross_attention_dim
+    codes = quantizer.values(quantizer.digits_of(tokens)).float()
+    probes = nn.ModuleDict(
+        {"place": nn.Linear(width, tokens.shape[1]), "code": nn.Linear(width, codes.shape[-1])}
+    )
+    module = nn.ModuleList([decoder.connector, decoder.sana, probes.to(device)]).requires_grad_(True)
+    places = torch.arange(tokens.shape[1], device=device)
+    draws = torch.Generator().manual_seed(seed)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.randint(0, len(hidden), (stage.batch_size,), generator=draws).to(device)
+        noise = torch.randn(stage.batch_size, *decoder.latent_shape, generator=draws).to(device)
+        sigma = torch.rand(stage.batch_size, generator=draws).to(device)
+        drop = (torch.rand(stage.batch_size, generator=draws) < stage.condition_dropout).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=stage.bf16):
+            flow = decoder.flow_loss(hidden[rows], latents[rows], sigma, noise, drop)
+            conditions = decoder.condition(hidden[rows[~drop], 1:])
+            place = F.cross_entropy(probes["place"](conditions).flatten(0, 1), places.repeat(len(conditions)))
+            code = F.mse_loss(probes["code"](conditions), codes[rows[~drop]])
+        loss = flow + stage.place_weight * place + stage.code_weight * code
+        return loss, {"flow": flow.item(), "place": place.item(), "code": code.item()}
+
+    fit("decoder", module, loss_of, stage, log)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -236,7 +280,7 @@ def pretrain(
         )
         save(generated)
     if recipe.decoder is not None:
-        fit_generator("decoder", policy, recipe.decoder, seed, log)
+        fit_decoder(policy, recipe.decoder, seed, log)
     save(out / "model")
     write_record(out, recipe)
 

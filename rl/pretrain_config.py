@@ -35,11 +35,17 @@ class GeneratorStage(StageConfig):
     flow_share: float = Field(1.0, gt=0, le=1, description="share of the batch that the flow loss sees")
     flow_weight: float = Field(1.0, ge=0, description="weight of the flow loss beside the cross-entropy")
     condition_dropout: float = Field(0.1, ge=0, lt=1, description="chance of the unconditional branch")
-    noise_draws: int = Field(
-        1, ge=1, description="noise levels drawn for each picture; its condition is shared"
-    )
-    freeze_ar: bool = Field(False, description="train connector and decoder only")
     snapshot_every: int = Field(1000, gt=0, description="steps between saved and measured snapshots")
+
+
+class DecoderStage(StageConfig):
+    """A new connector and decoder, trained on the hidden states of a language model that no longer changes."""
+
+    pictures: int = Field(4864, gt=0, multiple_of=64, description="pictures whose hidden states are kept")
+    pictures_seed: int = Field(0, description="seed of these pictures")
+    condition_dropout: float = Field(0.1, ge=0, lt=1, description="chance of the unconditional branch")
+    place_weight: float = Field(0.3, ge=0, description="weight of reading a token's place off its condition")
+    code_weight: float = Field(1.0, ge=0, description="weight of reading a token's code off its condition")
 
 
 class PretrainRun(RecipeModel):
@@ -63,4 +69,4 @@ class PretrainRecipe(RecipeModel):
     tokenizer: StageConfig
     autoencoder: StageConfig
     generator: GeneratorStage
-    decoder: GeneratorStage | None = Field(None, description="a further stage, usually with freeze_ar")
+    decoder: DecoderStage | None = Field(None, description="a new decoder on the finished language model")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rewards.base import LoadedReward
-from rewards.scoring import RewardValues, concatenate, failure_report, score_request, to_pil_images
+from rewards.scoring import RewardValues, concatenate, score_request, to_pil_images
 from rl.types import ImageRLError, RewardOutput, RewardRequest, RewardScores
 
 NAN, INF = float("nan"), float("inf")
@@ -141,8 +141,27 @@ def test_shards_join_in_order() -> None:
     assert joined.reason == "hung"
 
 
-def test_failure_report() -> None:
-    scores = score(returning([1.0, NAN, 3.0, 4.0]))
-    assert failure_report(scores, 0.25) is None
-    report = failure_report(scores, 0.2)
-    assert report == "25% of the samples have no reward (rewards.max_failure_rate=0.2): a: 1x returned nan"
+def test_an_error_costs_only_the_samples_at_fault() -> None:
+    calls = []
+
+    def touchy(prompts: list[str], images: list[object], **_: object) -> list[float]:
+        calls.append(len(prompts))
+        if any(np.asarray(image).max() == 0 for image in images):
+            raise ZeroDivisionError("a black picture")
+        return [1.0] * len(prompts)
+
+    asked = request()
+    asked.images = np.full_like(asked.images, 9)
+    asked.images[2] = 0
+    scores = score_request([LoadedReward("touchy", touchy)], asked)
+    np.testing.assert_array_equal(scores.totals, [1, 1, NAN, 1])
+    assert scores.failures == {"touchy": 1}
+    assert scores.reasons["touchy"].startswith("ZeroDivisionError: a black picture")
+    assert calls == [4, 2, 2, 1, 1]
+
+
+def test_a_measured_reward_costs_nothing_when_it_fails() -> None:
+    measured = LoadedReward("measured", lambda **_: [NAN, 1.0, 1.0, 1.0], weight=0.0)
+    scores = score_request([LoadedReward("kept", lambda **_: [1.0, 2.0, 3.0, 4.0]), measured], request())
+    np.testing.assert_array_equal(scores.totals, [1, 2, 3, 4])
+    assert scores.failures == {"kept": 0, "measured": 1}

@@ -182,33 +182,37 @@ def test_both_halves_of_the_generator_learn() -> None:
     assert all(torch.equal(p, q) for p, q in zip(policy.image_tokenizer.parameters(), tokenizer, strict=True))
 
 
-def test_the_flow_loss_sees_its_share_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("draws", [1, 3])
+def test_the_flow_loss_sees_its_share_of_the_batch_under_several_noises(
+    monkeypatch: pytest.MonkeyPatch, draws: int
+) -> None:
     policy = unfrozen_policy()
     seen = []
     plain = policy.decoder.flow_loss
 
     def watched(hidden: torch.Tensor, latents: torch.Tensor, sigma: torch.Tensor, *rest: torch.Tensor) -> Any:
-        seen.append((hidden.shape[0], latents.shape[0], sigma.shape[0]))
+        seen.extend([hidden.detach(), latents, sigma])
         return plain(hidden, latents, sigma, *rest)
 
     monkeypatch.setattr(policy.decoder, "flow_loss", watched)
-    settings = generator_stage(steps=1, flow_share=0.5, flow_weight=0.25)
+    settings = generator_stage(steps=1, flow_share=0.5, flow_weight=0.25, noise_draws=draws)
     log: Log = []
     fit_generator("generator", policy, settings, 0, lambda *e: log.append(e), lambda _: None)
-    assert seen == [(2, 2, 2)]
+    states, latents, sigma = seen
+    assert len(sigma.unique()) == len(sigma) == 2 * draws
+    for tensor in (states, latents):  # the same pictures each time, in the same order
+        assert torch.equal(tensor, tensor[:2].repeat(draws, *[1] * (tensor.ndim - 1)))
+        assert not torch.equal(tensor[0], tensor[1])
     metrics = log[0][2]
     assert metrics["loss"] == pytest.approx(metrics["cross_entropy"] + 0.25 * metrics["flow"], rel=1e-5)
 
 
-def test_a_later_stage_can_leave_the_language_model_alone() -> None:
+def test_a_stage_can_untie_the_head_before_it_trains() -> None:
     policy = unfrozen_policy()
-    before = [p.clone() for p in policy.trainable.parameters()]
-    sana = [p.clone() for p in policy.decoder.sana.parameters()]
-    log: Log = []
-    fit_generator("decoder", policy, generator_stage(freeze_ar=True), 0, lambda *e: log.append(e))
-    assert all(torch.equal(p, q) for p, q in zip(policy.trainable.parameters(), before, strict=True))
-    assert not all(torch.equal(p, q) for p, q in zip(policy.decoder.sana.parameters(), sana, strict=True))
-    assert "cross_entropy" not in log[-1][2] and log[-1][2]["loss"] < log[0][2]["loss"]
+    lm = policy.trainable.lm
+    assert lm.lm_head.weight is lm.model.embed_tokens.weight
+    fit_generator("refine", policy, generator_stage(steps=2, untie_head=True), 0, lambda *_: None)
+    assert not torch.equal(lm.lm_head.weight, lm.model.embed_tokens.weight)
 
 
 @pytest.mark.parametrize("kept", [["tokenizer"], ["tokenizer", "autoencoder", "generator"]])
@@ -225,7 +229,7 @@ def test_an_interrupted_pretraining_continues_with_the_stage_it_was_in(
         tokenizer=short,
         autoencoder=short,
         generator=short,
-        decoder={**short, "freeze_ar": True},
+        refine={**short, "untie_head": True, "flow_weight": 2.0},
     )
     results = []
     for attempt in range(2):
@@ -251,7 +255,7 @@ def test_an_interrupted_pretraining_continues_with_the_stage_it_was_in(
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
     record = [json.loads(line) for line in (out / "pretrain.jsonl").read_text().splitlines()]
     stages = [entry["stage"] for entry in record if entry["step"] == 0]
-    everything = ["tokenizer", "autoencoder", "generator", "decoder"]
+    everything = ["tokenizer", "autoencoder", "generator", "refine"]
     assert stages == everything + [name for name in everything if name not in kept]
     assert all(math.isfinite(entry["loss"]) and entry["images_per_s"] > 0 for entry in record)
     facts = json.loads((out / "model" / "pretraining.json").read_text())
