@@ -85,21 +85,6 @@ def test_a_tied_head_is_stored_once_and_an_untied_one_is_stored(tmp_path: Path, 
     assert "lm_head.weight" in load_file(untied / WEIGHTS)
 
 
-def test_a_head_that_training_untied_comes_back_untied(tmp_path: Path) -> None:
-    policy, config = micro_policy()
-    stir(policy.trainable)
-    before = drawn(policy)[0]
-    policy.trainable.untie_head()
-    assert torch.equal(drawn(policy)[0], before)
-    with torch.no_grad():
-        policy.trainable.lm.lm_head.weight.mul_(1.5)
-    assert not torch.equal(drawn(policy)[0], before)
-    save_policy(policy, tmp_path, config)
-    loaded, _ = load_policy(str(tmp_path))
-    assert torch.equal(drawn(loaded)[0], drawn(policy)[0])
-    assert not loaded.trainable.lm.config.tie_word_embeddings
-
-
 def test_bfloat16_storage_is_half_as_large_and_loads_as_float32(tmp_path: Path, saved: Path) -> None:
     policy, config = micro_policy()
     save_policy(policy, tmp_path, config, torch.bfloat16)
