@@ -106,14 +106,40 @@ class ARPolicy(nn.Module):
     def hidden_states(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor) -> Tensor:
         """Final-norm hidden states [B, T + 1, D] of `<S0>` (the prompt's last id) and of T image tokens.
 
-        `prompt_ids`, `prompt_mask` [B, L] left-padded; `tokens` [B, T] 0-based image tokens."""
+        `prompt_ids`, `prompt_mask` [P, L] left-padded; `tokens` [B, T] 0-based image tokens, B = P·G in
+        group-major order. With G > 1 a prompt is read once for its whole group, gradients included."""
         image_ids = tokens + self.vocabulary.image_start_token_id
+        if len(prompt_ids) < len(tokens):
+            return self._hidden_states_of_groups(prompt_ids, prompt_mask.bool(), image_ids)
         ids = torch.cat([prompt_ids, image_ids], dim=1)
         mask = torch.cat([prompt_mask.bool(), torch.ones_like(tokens, dtype=torch.bool)], dim=1)
         out = self.lm.model(
             input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
         )
         return out.last_hidden_state[:, prompt_ids.shape[1] - 1 :]
+
+    def _hidden_states_of_groups(self, prompt_ids: Tensor, prompt_mask: Tensor, image_ids: Tensor) -> Tensor:
+        group, rest = divmod(len(image_ids), len(prompt_ids))
+        if rest:
+            raise ValueError(f"{len(image_ids)} samples are not groups of {len(prompt_ids)} prompts")
+        prompt = self.lm.model(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            position_ids=positions_of(prompt_mask),
+            use_cache=True,
+        )
+        prompt.past_key_values.batch_repeat_interleave(group)  # differentiable: gradients of a group add up
+        image_mask = torch.ones_like(image_ids, dtype=torch.bool)
+        mask = torch.cat([prompt_mask.repeat_interleave(group, 0), image_mask], dim=1)
+        image = self.lm.model(
+            input_ids=image_ids,
+            attention_mask=mask,
+            position_ids=positions_of(mask)[:, prompt_ids.shape[1] :],
+            past_key_values=prompt.past_key_values,
+            use_cache=True,
+        )
+        first = prompt.last_hidden_state[:, -1:].repeat_interleave(group, 0)
+        return torch.cat([first, image.last_hidden_state], dim=1)
 
     def forward(
         self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, temperature: float

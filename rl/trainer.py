@@ -102,6 +102,12 @@ class Trainer:
         size = self.recipe.engine.micro_batch_size
         return [batch.rows(slice(start, start + size)) for start in range(0, len(batch.tokens), size)]
 
+    def _arguments(self, part: TrainBatch) -> tuple[Tensor, Tensor, Tensor, float]:
+        """What the policy scores a microbatch by. One of whole groups names each prompt once."""
+        group = self.recipe.rollout.group_size
+        share = group if self.recipe.engine.micro_batch_size % group == 0 else 1
+        return part.prompt_ids[::share], part.prompt_mask[::share], part.tokens, self.temperature
+
     @torch.no_grad()
     def _score_frozen(self, batch: TrainBatch) -> TrainBatch:
         """Log-probs that need no gradient: the reference's, and the trainer's own before several updates."""
@@ -110,7 +116,7 @@ class Trainer:
         several = self.algorithm.updates_per_rollout > 1
         with self.engine.autocast():
             for part in self._microbatches(batch) if measure_kl or several else ():
-                arguments = (part.prompt_ids, part.prompt_mask, part.tokens, self.temperature)
+                arguments = self._arguments(part)
                 if measure_kl:
                     references.append(self.policy.reference_scores(*arguments).logprobs)
                 if several:
@@ -171,9 +177,7 @@ class Trainer:
         for number, part in enumerate(parts, 1):
             with self.engine.microbatch(last=number == len(parts)):
                 with self.engine.autocast():
-                    scores = self.engine.module(
-                        part.prompt_ids, part.prompt_mask, part.tokens, self.temperature
-                    )
+                    scores = self.engine.module(*self._arguments(part))
                 inputs = LossInputs(
                     logprobs=scores.logprobs,
                     old_logprobs=scores.logprobs.detach() if part.old_logprobs is None else part.old_logprobs,
