@@ -9,7 +9,16 @@ from typing import Any
 
 from rl.metrics import read_metrics
 
-COLUMNS = ("run", "exact match", "difference (95 %)", "OCR reward", "ink right", "background right", "KL", "minutes")
+COLUMNS = (
+    "run",
+    "exact match",
+    "difference (95 %)",
+    "OCR reward",
+    "ink right",
+    "background right",
+    "KL",
+    "minutes",
+)
 
 
 def row(run: Path) -> list[str]:

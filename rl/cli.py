@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -246,18 +247,20 @@ def evaluate_model(
         raise ImageRLError(f"no suite is named {suite!r}; there is: {', '.join(SUITES)}")
     prompts = prompt_set("heldout", n)
     scorer = RewardWorkers(SUITES[suite], workers=0, columns=prompts[0].columns)
-    rollout: Source = GroundTruth(truth)
-    if not ceiling:
-        _, rollout = loaded_rollout(model, seed, temperature, guidance, flow_steps)
-    result = evaluate(suite, prompts, rollout, scorer, batch_size)
+    _, rollout = loaded_rollout(model, seed, temperature, guidance, flow_steps)
+    source: Source = GroundTruth(truth) if ceiling else rollout
+    result = evaluate(suite, prompts, source, scorer, batch_size)
     for name, interval in result.metrics.items():
         print(
             f"{name:>20}  {interval.mean:.3f}  (95 % {interval.low:.3f} to {interval.high:.3f}, n={interval.n})"
         )
     if json is not None:
-        document = result.to_dict(
-            model="ground truth" if ceiling else model, seed=seed, temperature=temperature
+        facts = (
+            {"model": "ground truth"}
+            if ceiling
+            else {"model": model, "seed": seed} | asdict(rollout.sampling)
         )
+        document = result.to_dict(**facts)
         write_atomic(json, to_json(document, indent=1) + "\n")
         print(f"written: {json}")
 

@@ -233,6 +233,8 @@ class Trainer:
             "reward/std": float(valid.std(ddof=1)) if len(valid) > 1 else math.nan,
             "reward/failed": float(len(rewards) - len(valid)),
         }
+        failed = self.engine.sum_over_ranks(scores.failures)
+        metrics |= {f"reward/{label}/failed": count for label, count in failed.items()}
         for name, values in join_components(
             self.engine.gather_objects((len(scores.totals), scores.components))
         ).items():
