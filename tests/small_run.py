@@ -170,6 +170,7 @@ class Command:
         while not condition():
             if not self._process.is_alive() or time.monotonic() > end:
                 raise AssertionError(f"ended, or took too long: {self.output}")
+            time.sleep(0.0005)  # a checkpoint takes longer to write, and others need the processor
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         os.kill(self.pid, number)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,7 @@ def test_rewards_in_ray_change_nothing_and_ctrl_c_reaches_a_whole_group(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     while 1 not in logged_steps(run) and process.poll() is None:
-        pass
+        time.sleep(0.005)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
