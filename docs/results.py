@@ -1,4 +1,5 @@
-"""The README's result table from finished runs: `python docs/results.py runs/results/*`."""
+"""The README's result table and picture: `python docs/results.py runs/results/*` prints the one and draws the other,
+the first run's fixed prompts before and after, as docs/before_after.png."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
 
 from rl.metrics import read_metrics
 
@@ -47,5 +50,20 @@ def table(runs: list[Path]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
+def picture(run: Path) -> Image.Image:
+    """A run's first and last grid side by side."""
+    grids = [Image.open(path) for path in sorted((run / "samples").glob("step_*.png"))]
+    first, last = grids[0], grids[-1]
+    gap, title = 24, 30
+    sheet = Image.new("RGB", (first.width + gap + last.width, title + first.height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, grid, text in ((0, first, "before"), (first.width + gap, last, "after")):
+        draw.text((x + 8, 6), text, fill="black", font=ImageFont.load_default(18))
+        sheet.paste(grid, (x, title))
+    return sheet
+
+
 if __name__ == "__main__":
-    print(table([Path(argument) for argument in sys.argv[1:]]))
+    finished = [Path(argument) for argument in sys.argv[1:]]
+    print(table(finished))
+    picture(finished[0]).save(Path(__file__).parent / "before_after.png", optimize=True)

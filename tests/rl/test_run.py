@@ -305,7 +305,7 @@ def two_ranks(place: Path) -> str:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
-        [*launcher, json.dumps(runs)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [*launcher, json.dumps(runs)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
