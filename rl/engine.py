@@ -220,8 +220,11 @@ class Engine:
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Leave the process group, if there is one. The last thing a process does with its engine."""
-        if torch.distributed.is_initialized():
+        """Leave the other processes, if there are any. The last thing a process does with its engine.
+
+        A group of one is left alone: it binds nobody, and DeepSpeed, which made it, keeps handles to it that a
+        later engine of the same process would use."""
+        if self.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         zero.stop_posing()
 
