@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from rl.cli import closing_line, main
+from rl.cli import main
+from rl.commands.train import closing_line
 from rl.stats import Interval
 from tests.micro import micro_folder
 from tests.small_run import write_recipe

@@ -1,0 +1,55 @@
+"""`imagerl bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rl.commands.options import Model, Overrides, loaded_rollout
+from rl.commands.train import run_training
+from rl.config import load_recipe
+
+bench = typer.Typer(no_args_is_help=True, help="Measure speed, as ratios and shares within one run.")
+ReportFile = Annotated[Path | None, typer.Option("--json", help="write the numbers here too")]
+
+
+@bench.command("rollout")
+def bench_rollout(
+    model: Model = "tiny",
+    prompts: Annotated[int, typer.Option(min=1, help="prompts of a batch")] = 4,
+    group_size: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds; the median counts")] = 5,
+    json: ReportFile = None,
+) -> None:
+    """Sampling and decoding, beside transformers' generate with the same weights and lengths."""
+    from rl import bench as benchmarks
+    from rl.tiny_world import prompt_set
+
+    policy, rollout = loaded_rollout(model, 0, 1.0, None, None)
+    report = benchmarks.bench_rollout(policy, rollout, prompt_set("train", prompts), group_size, repeats)
+    benchmarks.show(report, json)
+
+
+@bench.command("step")
+def bench_step(
+    recipe: Annotated[str, typer.Argument(help="recipe YAML")] = "recipes/tiny_ocr_grpo.yaml",
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=2, help="training steps; the first is warm-up")] = 4,
+    json: ReportFile = None,
+) -> None:
+    """Whole training steps of a recipe: tokens trained, share of each phase, reward time that nothing hides."""
+    import tempfile
+
+    from models.loading import load_policy
+    from rl import bench as benchmarks
+
+    with tempfile.TemporaryDirectory() as scratch:
+        fixed = [f"run.output_dir={scratch}/run", f"run.steps={steps}", "eval.every=0", "eval.size=2"]
+        settings = load_recipe(recipe, [*(overrides or []), *fixed])
+        tokens = load_policy(settings.model.path)[0].num_actions
+        run_training(settings)
+        batch = settings.rollout.prompts_per_step * settings.rollout.group_size
+        report = benchmarks.bench_step(Path(scratch) / "run", batch * tokens)
+    benchmarks.show(report, json)

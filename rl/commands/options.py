@@ -1,0 +1,42 @@
+"""Options that several commands share, and the policy they name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from models.image_policy import ImagePolicy
+    from rl.rollout import RolloutEngine
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="recipe overrides, values in YAML")
+]
+Model = Annotated[str, typer.Option(help='model folder, LoRA adapter folder, or "tiny"')]
+Seed = Annotated[int, typer.Option(help="seed of tokens and noise")]
+Temperature = Annotated[float, typer.Option(min=1e-3, help="sampling temperature")]
+Guidance = Annotated[float | None, typer.Option(help="classifier-free guidance; default: the model's own")]
+FlowSteps = Annotated[int | None, typer.Option(min=1, help="denoising steps; default: the model's own")]
+
+
+def loaded_rollout(
+    model: str, seed: int, temperature: float, guidance: float | None, flow_steps: int | None
+) -> tuple[ImagePolicy, RolloutEngine]:
+    """A policy for inference, on the GPU where there is one, with its own sampling defaults."""
+    from contextlib import nullcontext
+
+    import torch
+
+    from models.loading import load_policy
+    from rl.rollout import RolloutEngine
+    from rl.types import SamplingParams
+
+    policy, config = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
+    defaults = config["sampling"]
+    sampling = SamplingParams(
+        temperature,
+        defaults["guidance"] if guidance is None else guidance,
+        defaults["flow_steps"] if flow_steps is None else flow_steps,
+    )
+    return policy, RolloutEngine(policy, sampling, seed, nullcontext)

@@ -1,0 +1,45 @@
+"""`imagerl sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rl.commands.options import FlowSteps, Guidance, Model, Seed, Temperature, loaded_rollout
+
+
+def sample(
+    prompts: Annotated[list[str], typer.Argument(help="captions to draw")],
+    model: Model = "tiny",
+    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("samples"),
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures of each prompt")] = 4,
+    seed: Seed = 0,
+    temperature: Temperature = 1.0,
+    guidance: Guidance = None,
+    flow_steps: FlowSteps = None,
+) -> None:
+    """Draw pictures and a grid of them."""
+    import numpy as np
+
+    from rl.metrics import image_grid, save_image
+    from rl.types import Prompt
+
+    _, rollout = loaded_rollout(model, seed, temperature, guidance, flow_steps)
+    wanted = [Prompt(index, text) for index, text in enumerate(prompts)]
+    captions, images = [], []
+    for (group,) in rollout.generate(wanted, count, "sample", 1):
+        for number, image in enumerate(group.images):
+            save_image(_picture(image), out / f"{group.prompt.index:03d}_{number:02d}.png")
+            captions.append(group.prompt.text)
+            images.append(image)
+    scale = max(1, 192 // images[0].shape[1])
+    grid = save_image(image_grid(np.stack(images), count, captions, scale), out / "grid.png")
+    print(f"{len(images)} pictures and {grid}")
+
+
+def _picture(image: Any) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(image)
