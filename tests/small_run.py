@@ -103,7 +103,7 @@ def small_trainer(
     if recipe.model.lora:
         lora = recipe.model.lora
         policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
-    if recipe.algorithm.kl_coef > 0:
+    if recipe.algorithm.needs_reference:
         policy.freeze_reference()
     engine.prepare(policy.trainable, recipe.optim, recipe.run.steps * recipe.algorithm.updates_per_rollout)
     settings = recipe.rollout
