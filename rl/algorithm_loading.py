@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from typing import Any
 from rl.advantages import AdvantageInputs, AdvantageOutput, advantages_of, user_advantages
 from rl.algorithm_config import AlgorithmConfig
 from rl.errors import ImageRLError
+from rl.kl import kl_sums
 from rl.losses import policy_loss
 from rl.types import LossInputs, LossOutput
 
@@ -32,7 +34,7 @@ def load_loss(algorithm: AlgorithmConfig) -> Loss:
 
     Raises:
         ImageRLError: the user's own cannot be imported or asks for what it would not get; when called, it returns
-            no LossOutput with a scalar loss.
+            no LossOutput with a scalar loss. What it does not measure itself, actions and KL, is added.
     """
     if algorithm.import_path is None:
         if algorithm.arguments:
@@ -50,7 +52,10 @@ def load_loss(algorithm: AlgorithmConfig) -> Loss:
             raise ImageRLError(
                 f"{key} {algorithm.import_path!r} must return LossOutput(loss, metrics) with a scalar loss"
             )
-        return output
+        measured = {"actions": inputs.action_mask.sum()}
+        if inputs.ref_logprobs is not None:
+            measured |= kl_sums(inputs.logprobs, inputs.ref_logprobs, inputs.action_mask)
+        return replace(output, metrics={**measured, **output.metrics})
 
     return checked
 

@@ -29,8 +29,7 @@ def resample(
     Args:
         groups, scores: what this rank has drawn; each group of the same size.
         others: prompts that may come in, the same on every rank.
-        draw: groups and scores of some prompts. Called on every rank alike, with none where this one needs none;
-            then it returns None.
+        draw: groups and scores of some prompts; None for no prompts.
         gather: every rank's value, in order of rank.
 
     Returns:

@@ -106,7 +106,11 @@ def _weight(ratio: Tensor, logprobs: Tensor, advantages: Tensor, bounds: Bounds)
 def _soft(ratio: Tensor, logprobs: Tensor, advantages: Tensor, bounds: Bounds) -> Surrogate:
     """4 / t * sigmoid(t * (ratio - 1)) * A with t = soft_positive where A > 0, else soft_negative: SAPO,
     arXiv 2511.20347. On-policy the gradient is that of ratio * A."""
-    temperature = torch.where(advantages > 0, bounds.soft_positive, bounds.soft_negative)
+    positive, negative = (
+        advantages.new_tensor(bounds.soft_positive),
+        advantages.new_tensor(bounds.soft_negative),
+    )
+    temperature = torch.where(advantages > 0, positive, negative)
     gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
     never = torch.zeros_like(ratio, dtype=torch.bool)
     return Surrogate(gate * advantages, ratio, never, never)

@@ -61,17 +61,10 @@ class Trainer:
     def step(self, step: int) -> Metrics:
         """Train on the prompts of `step` (counted from 0); returns what to log."""
         self.timer.start()
+        self._refresh_sampler()
         groups, tickets = self._roll_out(self._own_share(self.sampler.step(step)), step)
         if self.algorithm.max_resamples:
-            groups, scores, drawn = resample(
-                groups,
-                self._collect(tickets),
-                self.sampler.others(step),
-                self.algorithm.max_resamples,
-                draw=lambda prompts: self._draw(prompts, step),
-                gather=self.engine.gather_objects,
-                rank=self.engine.rank,
-            )
+            groups, scores, drawn = self._resample(groups, self._collect(tickets), step)
             batch = self._score_frozen(self._assemble(groups))
         else:
             batch = self._score_frozen(self._assemble(groups))  # rewards are still being computed elsewhere
@@ -124,12 +117,14 @@ class Trainer:
         size = len(prompts) // self.engine.world_size
         return prompts[self.engine.rank * size : (self.engine.rank + 1) * size]
 
+    def _refresh_sampler(self) -> None:
+        with self.timer("rollout"), self.engine.gathered_parameters():
+            self.policy.refresh_sampler()
+
     def _roll_out(self, prompts: Sequence[Prompt], step: int) -> tuple[list[RolloutGroup], list[int]]:
         settings = self.recipe.rollout
         groups, tickets = [], []
         with self.timer("rollout"):
-            with self.engine.gathered_parameters():
-                self.policy.refresh_sampler()
             for chunk in self.rollout.generate(
                 prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk
             ):
@@ -141,10 +136,20 @@ class Trainer:
         with self.timer("reward_wait"):
             return merge_scores([self.scorer.collect(ticket) for ticket in tickets])
 
-    def _draw(self, prompts: Sequence[Prompt], step: int) -> Drawn | None:
-        """More groups of this step with their scores."""
-        groups, tickets = self._roll_out(prompts, step)
-        return (groups, self._collect(tickets)) if groups else None
+    def _resample(
+        self, groups: Sequence[RolloutGroup], scores: RewardScores, step: int
+    ) -> tuple[list[RolloutGroup], RewardScores, RewardScores]:
+        """Groups to train on, their scores, and the scores of all samples drawn; see `rl.resampling`."""
+
+        def draw(prompts: Sequence[Prompt]) -> Drawn | None:
+            if not prompts:
+                return None
+            fresh, tickets = self._roll_out(prompts, step)
+            return fresh, self._collect(tickets)
+
+        others, rounds = self.sampler.others(step), self.algorithm.max_resamples
+        gather, rank = self.engine.gather_objects, self.engine.rank
+        return resample(groups, scores, others, rounds, draw, gather, rank)
 
     def _assemble(self, groups: Sequence[RolloutGroup]) -> TrainBatch:
         ids, mask = self.policy.encode_prompts([group.prompt.text for group in groups])

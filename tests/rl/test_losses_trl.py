@@ -111,13 +111,14 @@ def their_loss(
     return loss.detach(), gradient
 
 
-def assert_equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], gradient: bool = True) -> None:
-    exact = ours[0].dtype == torch.float64
+def assert_equal(
+    ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], gradient: bool = True, name: str = ""
+) -> None:
+    exact = ours[0].dtype == torch.float64 and name != "sapo"  # TRL rounds SAPO's temperature to float32
     torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-12 if exact else 1e-6)
     if gradient:
-        torch.testing.assert_close(
-            ours[1], theirs[1], rtol=1e-10 if exact else 1e-5, atol=1e-12 if exact else 1e-6
-        )
+        relative, absolute = (1e-10, 1e-12) if exact else (1e-5, 1e-6)
+        torch.testing.assert_close(ours[1], theirs[1], rtol=relative, atol=absolute)
 
 
 def clips(name: str, low: float, high: float) -> dict[str, float]:
@@ -145,7 +146,7 @@ def test_equals_the_loss_of_trl(grpo_trainer, name, low, high, beta, dtype):
     ):  # fmt: skip
         theirs = their_loss(grpo_trainer, inputs)
     ours = backward(inputs, **settings)
-    assert_equal(ours, theirs)
+    assert_equal(ours, theirs, name=name)
     if settings["clip"] == "ratio":
         assert ours[2]["clip_low"] > 0 and ours[2]["clip_high"] > 0
     if name == "cispo":
@@ -201,7 +202,7 @@ def test_truncated_importance_equals_that_of_trl(grpo_trainer, name, cap):
         theirs = their_loss(grpo_trainer, inputs, importance_sampling_ratio=ratio)
     ours = backward(replace(inputs, policy_weights=weights), **settings)
     # A sequence-level ratio has each action's own gradient here, the sample's there: docs/algorithms.md.
-    assert_equal(ours, theirs, gradient=level == "token")
+    assert_equal(ours, theirs, gradient=level == "token", name=name)
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "cispo", "sapo"])
@@ -222,7 +223,7 @@ def test_high_entropy_mask_equals_that_of_trl(grpo_trainer, name, top):
     ):  # fmt: skip
         theirs = their_loss(grpo_trainer, inputs, entropies.float())
     weights = policy_weights(inputs.old_logprobs, inputs.old_logprobs, mask, None, selected)
-    assert_equal(backward(replace(inputs, policy_weights=weights), **settings), theirs)
+    assert_equal(backward(replace(inputs, policy_weights=weights), **settings), theirs, name=name)
 
 
 def test_entropy_threshold_is_of_all_actions() -> None:
