@@ -222,8 +222,7 @@ class Trainer:
                 batch.rollout_logprobs, batch.ref_logprobs, batch.action_mask, self.kl_coef
             ).cpu()
         rewards = self.recipe.rewards.functions
-        missing = np.full(len(scores.totals), np.nan)
-        components = [scores.components.get(reward.label, missing) for reward in rewards]
+        components = [scores.components[reward.label] for reward in rewards]
         return AdvantageInputs(
             rewards=torch.from_numpy(scores.totals),
             components=torch.from_numpy(np.stack(components, axis=1)),

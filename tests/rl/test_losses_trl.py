@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -224,9 +223,3 @@ def test_high_entropy_mask_equals_that_of_trl(grpo_trainer, name, top):
         theirs = their_loss(grpo_trainer, inputs, entropies.float())
     weights = policy_weights(inputs.old_logprobs, inputs.old_logprobs, mask, None, selected)
     assert_equal(backward(replace(inputs, policy_weights=weights), **settings), theirs, name=name)
-
-
-def test_entropy_threshold_is_of_all_actions() -> None:
-    assert entropy_threshold(np.arange(11.0), 0.2) == 8.0
-    assert entropy_threshold(np.arange(11.0), 1.0) == 0.0
-    assert entropy_threshold(np.array([]), 0.2) == np.inf
