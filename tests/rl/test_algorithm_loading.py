@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,20 @@ def test_mistakes_are_told(file: Path, settings: dict[str, Any], part: str) -> N
     with pytest.raises(ImageRLError) as caught:
         call(config(**settings))
     assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_example_of_the_docs(tmp_path: Path) -> None:
+    from tests.rl.test_advantage_rows import given
+
+    page = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    path = tmp_path / "my_algorithm.py"
+    path.write_text(source)
+    one = call(config(import_path=f"{path}:tempered", arguments={"power": 1.0}))
+    torch.testing.assert_close(one.loss, call(config(clip="none", kl_coef=0)).loss)
+    assert call(config(import_path=f"{path}:tempered")).loss != one.loss
+    ranks = load_advantages(config(advantage_import_path=f"{path}:ranks"))
+    assert ranks(given([0.1, 0.9, 0.4], 3)).advantages.tolist() == [-1, 1, 0]
 
 
 def test_broken_code_is_named(tmp_path: Path) -> None:
