@@ -7,6 +7,7 @@ velocity field from noise to latents, an autoencoder draws the pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -89,6 +90,14 @@ class FlowDecoder(nn.Module):
         x = x.reshape(batch, rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(batch, -1, height, width)
 
+    def recompute_blocks(self) -> None:
+        """From now on the transformer keeps only the inputs of its blocks for the backward pass and computes the rest
+        again (arXiv 1604.06174)."""
+        from torch.utils.checkpoint import checkpoint
+
+        for block in self.sana.transformer_blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
     @torch.no_grad()
     def latents(self, hidden: Tensor, noise: Tensor, guidance: float, steps: int) -> Tensor:
         """Integrate from `noise` [B, C, h, w] to latents with Euler steps under classifier-free guidance
@@ -122,14 +131,20 @@ class FlowDecoder(nn.Module):
     def flow_loss(
         self, hidden: Tensor, latents: Tensor, sigma: Tensor, noise: Tensor, drop: Tensor
     ) -> Tensor:
-        """Mean of ‖v − (noise − x)‖² over all numbers: the flow-matching objective.
+        """Mean of ‖v − (noise − x)‖² over all numbers: the flow-matching objective."""
+        return self.flow_residual(hidden, latents, sigma, noise, drop).square().mean()
+
+    def flow_residual(
+        self, hidden: Tensor, latents: Tensor, sigma: Tensor, noise: Tensor, drop: Tensor
+    ) -> Tensor:
+        """v − (noise − x) [B, C, h, w] in float32.
 
         `sigma` [B] in (0, 1); `drop` [B] bool, where the condition is replaced by the unconditional one."""
         condition = self.condition(torch.where(drop[:, None, None], 0.0, hidden))
         level = sigma[:, None, None, None]
         noisy = (1 - level) * latents + level * noise
         velocity = self.velocity(noisy, sigma, condition)
-        return (velocity.float() - (noise - latents)).square().mean()
+        return velocity.float() - (noise - latents)
 
     def require_shape(self, noise: Tensor) -> None:
         if tuple(noise.shape[1:]) != self.latent_shape:
