@@ -7,7 +7,6 @@ velocity field from noise to latents, an autoencoder draws the pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -78,14 +77,6 @@ class FlowDecoder(nn.Module):
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
         """Velocity [B, C, h, w] at noise levels `sigma` [B], given a projected condition [B, T + 1, inner]."""
         return velocity(self.sana, latents, sigma, [caption_keys(self.sana, condition)])
-
-    def recompute_blocks(self) -> None:
-        """From now on the transformer keeps only the inputs of its blocks for the backward pass and computes the rest
-        again (arXiv 1604.06174)."""
-        from torch.utils.checkpoint import checkpoint
-
-        for block in self.sana.transformer_blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     @torch.no_grad()
     def latents(self, hidden: Tensor, noise: Tensor, guidance: float, steps: int) -> Tensor:

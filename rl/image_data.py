@@ -73,13 +73,15 @@ class ShuffledSource:
             start = self.group * self.open_shards
             chosen = order[start : start + self.open_shards]
             self._entries = [entry for index in chosen for entry in self.shards[index].entries()]
-            self._files = derive_seed(*(entry.key for entry in self._entries))
+            shards = [shard.path for shard in self.shards]
+            self._files = derive_seed(*shards, *(entry.key for entry in self._entries))
             random.Random(derive_seed(*self.key, "entries", self.epoch, self.group)).shuffle(self._entries)
         return self._entries
 
     @property
     def place(self) -> dict[str, int]:
-        """With a fingerprint of the present group, which tells whether its files are still the same."""
+        """With a fingerprint of the shards and of the samples in the present group, which tells whether they are still
+        the same."""
         self.entries  # noqa: B018  lists the group where that is still to be done
         return {"epoch": self.epoch, "group": self.group, "position": self.position, "files": self._files}
 

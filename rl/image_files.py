@@ -175,6 +175,8 @@ def check_size(size: tuple[int, int], limits: Limits) -> None:
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB, upright: EXIF turns applied, 16-bit greys scaled, transparency on white. First frame only."""
     upright = ImageOps.exif_transpose(image)
+    if upright.mode == "F":
+        raise BadSample("corrupt")  # floats have no range that is agreed on
     if upright.mode.startswith("I"):  # Pillow itself would clip 16 bits to 255, which is white
         grey = np.asarray(upright).astype(np.float64)
         upright = Image.fromarray((grey.clip(0, 65535) / 257).round().astype(np.uint8))

@@ -28,6 +28,9 @@ REFERENCE = ".ref"
 class Shard(Protocol):
     """A part of a source that is listed as a whole."""
 
+    @property
+    def path(self) -> str: ...
+
     def entries(self) -> list[Entry]: ...
 
 

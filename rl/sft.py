@@ -112,7 +112,7 @@ class SFTModule(nn.Module):
                 parameter.requires_grad_(True)
         if trained.gradient_checkpointing:
             self.ar.lm.gradient_checkpointing_enable({"use_reentrant": False})
-            self._flow[0].recompute_blocks()
+            self.decoder["sana"].enable_gradient_checkpointing()
 
     def forward(
         self,
