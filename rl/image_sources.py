@@ -58,6 +58,9 @@ class TarShard:
                         members.setdefault(key, {})[f".{extension.lower()}"] = blob
                     else:
                         problem = "truncated"
+                # tarfile takes a damaged header for the end; a real end is zeros, or that of the file
+                if any(Blob(self.path, archive.offset, min(512, length - archive.offset)).read()):
+                    problem = "truncated"
         except (tarfile.TarError, EOFError):
             problem = "truncated" if members else "unreadable"
         except OSError:

@@ -114,6 +114,11 @@ def test_a_damaged_shard_gives_what_is_whole(tmp_path: Path) -> None:
         problems = [entry.problem for entry in entries if entry.problem]
         assert len(entries) - len(problems) == kept
         assert problems == ([] if length == len(whole) else ["truncated" if kept else "unreadable"])
+    (tmp_path / "cut.tar").write_bytes(whole[:4096] + b"?" * 512 + whole[4608:])  # a header in the middle
+    problems = [entry.problem for entry in open_source(str(tmp_path / "cut.tar"))[0].entries()]
+    assert problems == [None, None, "truncated"]
+    (tmp_path / "cut.tar").write_bytes(whole[: whole.rindex(b"word") + 512])  # no end mark, all there
+    assert len(open_source(str(tmp_path / "cut.tar"))[0].entries()) == 4
     (tmp_path / "cut.tar").write_bytes(b"<html>404</html>" * 100)
     assert [e.problem for e in open_source(str(tmp_path / "cut.tar"))[0].entries()] == ["unreadable"]
 
@@ -144,7 +149,7 @@ def test_sources_are_found_or_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     for name in ("captions.jsonl", "metadata.jsonl"):
         (empty / name).write_text("{}")
-    with pytest.raises(ImageRLError, match="both captions.jsonl and metadata.jsonl"):
+    with pytest.raises(ImageRLError, match="both captions"):
         open_source(str(empty))[0].entries()
 
 
