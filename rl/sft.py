@@ -111,7 +111,7 @@ class SFTModule(nn.Module):
             if how == "full" or (how == "caption" and "caption_" in name):
                 parameter.requires_grad_(True)
         if trained.gradient_checkpointing:
-            self.ar.lm.gradient_checkpointing_enable({"use_reentrant": False})
+            self.ar.lm.activation_checkpointing_enable({"use_reentrant": False})
             self.decoder["sana"].enable_gradient_checkpointing()
 
     def forward(
@@ -280,10 +280,10 @@ class SFTTrainer:
             one = SFTScores(*(values[row : row + 1] for values in scores))
             counted = counts(self.module, batch, row)
             positions = counted["image"] + counted["prompt"]
-            losses = {
-                "loss": float(self._loss(one, positions, 1)),
+            losses = {  # alphabetical, as they come back from a checkpoint
                 "cross_entropy": float(one.image_nll) / counted["image"],
                 "flow": float(one.flow),
+                "loss": float(self._loss(one, positions, 1)),
             }
             if counted["prompt"]:
                 losses["prompt_cross_entropy"] = float(one.prompt_nll) / counted["prompt"]
