@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rl.checkpoint import Checkpoint
 from rl.evaluate import Evaluation
 from rl.files import atomic_folder
 from rl.image_files import Example
 from rl.metrics import MetricsLog
-from rl.rollout import RolloutEngine
+from rl.rollout import RolloutEngine, to_uint8
 from rl.run import MODEL, Loop, RunFolder
 from rl.seeding import generator
-from rl.sft import SFTBatch, SFTTrainer
+from rl.sft import SFTTrainer, of_one_kind
 from rl.sft_config import SFTRecipe
+from rl.sft_objective import SFTBatch
 from rl.stats import summarise
 from rl.types import Prompt
 
@@ -43,16 +45,15 @@ class SFTRun(Loop):
         self.rollout = rollout
         self.save_model = save_model
         self.captions = [example.caption for example in heldout]
-        self.prompts = [Prompt(i, text) for i, text in enumerate(self.captions[: recipe.run.sample_prompts])]
+        self.drawn = heldout[: recipe.run.sample_prompts]
         self._batches = self._own_batches(heldout)
 
     def _own_batches(self, heldout: Sequence[Example]) -> list[tuple[list[int], SFTBatch]]:
         """This process's held-out samples with their numbers, encoded once; the same noise at every evaluation."""
         own = list(range(self.engine.rank, len(heldout), self.engine.world_size))
-        size = self.recipe.engine.micro_batch_size
         batches = []
-        for start in range(0, len(own), size):
-            numbers = own[start : start + size]
+        for places in of_one_kind([heldout[n] for n in own], self.recipe.engine.micro_batch_size):
+            numbers = [own[place] for place in places]
             randomness = [generator(self.recipe.eval.seed, "held-out flow", number) for number in numbers]
             batches.append((numbers, self.trainer.collate([heldout[n] for n in numbers], randomness)))
         return batches
@@ -104,12 +105,31 @@ class SFTRun(Loop):
 
     def _draw(self, step: int) -> None:
         """A grid of the first held-out captions, on the main process, parameters gathered."""
-        if not self.prompts:
+        if not self.drawn:
             return
         self.trainer.module.eval()
         self.rollout.policy.refresh_sampler()
-        (groups,) = self.rollout.generate(self.prompts, 1, SUITE)
-        self.folder.save_grid(step, [group.images[0] for group in groups], [p.text for p in self.prompts])
+        images: dict[int, np.ndarray] = {}
+        for places in of_one_kind(self.drawn, len(self.drawn)):
+            images |= zip(places, self._pictures(places), strict=True)
+        captions = self.captions[: len(images)]
+        self.folder.save_grid(step, [images[place] for place in sorted(images)], captions)
+
+    @torch.no_grad()
+    def _pictures(self, places: list[int]) -> np.ndarray:
+        """[B, H, W, 3] uint8 of some held-out captions, or of edits, with random numbers of their own."""
+        policy, sampling = self.rollout.policy, self.rollout.sampling
+        examples = [self.drawn[place] for place in places]
+        prompts = [Prompt(place, example.caption) for place, example in zip(places, examples, strict=True)]
+        reference = self.trainer.collate.reference_of(examples)
+        read = () if reference is None else (reference[0],)
+        ids, mask = policy.encode_prompts([prompt.text for prompt in prompts], *read)
+        uniforms, noise = (draw(SUITE, prompts, 1) for draw in (self.rollout.uniforms, self.rollout.noise))
+        trajectory = policy.sample_tokens(ids, mask, uniforms, sampling.temperature)
+        start = () if reference is None else (reference[1],)
+        with self.engine.autocast():
+            pictures = policy.decode(trajectory.hidden, noise, sampling.guidance, sampling.flow_steps, *start)
+        return to_uint8(pictures)
 
     def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
         if log is None:

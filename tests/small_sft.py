@@ -14,8 +14,9 @@ from rl.image_data import ImageStream
 from rl.image_files import Example, Limits, load_example
 from rl.recipe import apply_override, validate_recipe
 from rl.render_folder import rendered, write_folder, write_shards
-from rl.sft import Collator, SFTModule, SFTTrainer, part_of, picture_size
+from rl.sft import Collator, SFTTrainer
 from rl.sft_config import SFTRecipe
+from rl.sft_objective import SFTModule, part_of
 
 LIMITS = Limits(max_pixels=1 << 20, min_side=8, max_aspect=4.0, max_caption_chars=200)
 
@@ -62,7 +63,7 @@ def examples(policy: ImagePolicy, folder: Path, count: int) -> list[Example]:
     from rl.image_sources import open_source
 
     entries = open_source(str(folder / "train"))[0].entries()
-    return [load_example(entry, picture_size(policy), LIMITS) for entry in entries[:count]]
+    return [load_example(entry, policy.decoder.picture_size, LIMITS) for entry in entries[:count]]
 
 
 def small_trainer(policy: ImagePolicy, settings: SFTRecipe) -> SFTTrainer:
@@ -77,6 +78,6 @@ def small_trainer(policy: ImagePolicy, settings: SFTRecipe) -> SFTTrainer:
         open_sources(settings.data.train, settings.data, settings.run.seed),
         [source.weight for source in settings.data.train],
         settings.run.seed,
-        lambda entry: load_example(entry, picture_size(policy), LIMITS),
+        lambda entry: load_example(entry, policy.decoder.picture_size, LIMITS),
     )
     return SFTTrainer(settings, module, stream, Collator(policy, engine), engine)

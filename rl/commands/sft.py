@@ -62,7 +62,8 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
     from rl.image_files import load_example
     from rl.rollout import RolloutEngine
     from rl.run import RunFolder
-    from rl.sft import Collator, SFTModule, SFTTrainer, part_of, picture_size
+    from rl.sft import Collator, SFTTrainer
+    from rl.sft_objective import SFTModule, part_of
     from rl.sft_run import SFTRun
     from rl.types import SamplingParams
 
@@ -84,11 +85,8 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
             on_main(engine, folder.refuse_foreign if overwrite else folder.refuse_run)
         checkpoint = load_checkpoint(newest) if newest else None
         policy, config = load_policy(recipe.model.path, engine.device)
-        if policy.image_tokenizer is None:
-            raise ImageRLError(
-                f"{recipe.model.path} has no image tokenizer, and training needs the tokens of its pictures"
-            )
-        load = partial(load_example, size=picture_size(policy), limits=limits(data))
+        policy.require_tokenizer()
+        load = partial(load_example, size=policy.decoder.picture_size, limits=limits(data))
         heldout, counts = first_examples(heldout_sources, recipe.eval.size, load)
         counts.refuse(data.max_bad_share)
         if heldout_sources and not heldout:

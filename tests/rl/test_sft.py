@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.building import new_policy
 from models.image_policy import ImagePolicy
-from rl import sft
+from rl import sft_objective
+from rl.image_files import Example
+from rl.pretrain import captions
 from rl.seeding import generator
-from rl.sft import Collator, SFTBatch, SFTModule, noise_levels, part_of, prompt_targets, token_nll
+from rl.sft import Collator, counts, of_one_kind
 from rl.sft_config import TrainedConfig
-from tests.micro import micro_policy
+from rl.sft_objective import SFTBatch, SFTModule, noise_levels, part_of, prompt_targets, token_nll
+from tests.micro import MODEL, micro_policy
 from tests.models.helpers import stir
 from tests.small_sft import examples, recipe, small_trainer, write_pictures
 
@@ -146,7 +152,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     targets = torch.randint(0, 11, (7,), generator=draws)
     whole = token_nll(hidden, head, targets)
     wanted = torch.autograd.grad(whole.sum(), [hidden, head])
-    monkeypatch.setattr(sft, "MAX_LOGITS_PER_CHUNK", 22)
+    monkeypatch.setattr(sft_objective, "MAX_LOGITS_PER_CHUNK", 22)
     parts = token_nll(hidden, head, targets)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts.sum(), [hidden, head]), wanted)
@@ -159,7 +165,7 @@ def test_recomputed_activations_give_the_same_gradients(pictures: Path) -> None:
         module = SFTModule(policy, on_prompt=True, with_flow=True)
         module.choose(TrainedConfig(decoder="full", gradient_checkpointing=recompute), 0)
         for part in (policy.trainable.lm.model.layers[0].mlp, policy.decoder.sana.transformer_blocks[0].ff):
-            part.register_forward_hook(lambda *_, recompute=recompute: calls.append(recompute))
+            part.register_forward_pre_hook(lambda *_, recompute=recompute: calls.append(recompute))
         scores = module.train()(*batch_of(policy, pictures).inputs())
         (scores.image_nll.sum() + scores.flow.sum()).backward()
         gradients.append({n: p.grad for n, p in module.named_parameters() if p.grad is not None})
@@ -177,7 +183,9 @@ def test_a_step_is_one_update_on_the_means_over_the_batch(pictures: Path) -> Non
     settings = recipe(pictures, "train.decoder=full", "optim.max_grad_norm=0", "objective.flow_weight=0.7")
     trainer, other = small_trainer(lively(), settings), small_trainer(lively(), settings)
     drawn = other.stream.take(4)
-    batch = other._collated(drawn)
+    batch = other.collate(
+        [one.example for one in drawn], [generator(0, "flow", one.number) for one in drawn], 0.1
+    )
     scores = other.module(*batch.inputs())
     positions = batch.tokens.numel() + 4 + int(batch.prompt_mask.sum()) - 4
     cross_entropy = (scores.image_nll.sum() + scores.prompt_nll.sum()) / positions
@@ -259,3 +267,82 @@ def test_parts_have_learning_rates_of_their_own(pictures: Path) -> None:
     assert {part: len(values) for part, values in rates.items()} == {"ar": 1, "connector": 1, "decoder": 1}
     first = {part: values.pop() for part, values in rates.items()}  # half of the peak: one step of warm-up
     assert first == pytest.approx({"ar": 0.0005, "connector": 0.0015, "decoder": 0.003})
+
+
+# ---- edits -------------------------------------------------------------------------------------------------
+
+
+def editing() -> ImagePolicy:
+    torch.manual_seed(0)
+    policy, _ = new_policy({**copy.deepcopy(MODEL), "edit": True}, captions(0, 20), 300)
+    for part in (policy.decoder.connector, policy.decoder.reference_connector, policy.decoder.sana):
+        assert part is not None
+        stir(part)
+    policy.trainable.eval()
+    return policy
+
+
+def with_references(ones: list[Example]) -> list[Example]:
+    """Each picture an edit of the one before it."""
+    return [replace(one, reference=ones[place - 1].picture) for place, one in enumerate(ones)]
+
+
+@torch.no_grad()
+def test_an_edit_is_scored_after_its_references_tokens(pictures: Path) -> None:
+    policy = editing()
+    ones = examples(policy, pictures, 3)
+    engine: Any = SimpleNamespace(autocast=lambda: torch.autocast("cpu", enabled=False))
+    randomness = [generator("test", number) for number in range(3)]
+    batch = Collator(policy, engine)(with_references(ones), randomness, 0.0)
+    assert batch.reference is not None
+    scores = SFTModule(policy, on_prompt=True, with_flow=True)(*batch.inputs())
+    plain = Collator(policy, engine)(ones, [generator("test", number) for number in range(3)], 0.0)
+    assert torch.equal(batch.tokens, plain.tokens) and torch.equal(batch.latents, plain.latents)
+    assert torch.equal(batch.reference, plain.latents[[2, 0, 1]])
+    ids, mask = policy.encode_prompts([one.caption for one in ones], plain.tokens[[2, 0, 1]])
+    assert torch.equal(ids, batch.prompt_ids) and torch.equal(mask, batch.prompt_mask)
+    hidden = policy.trainable.hidden_states(ids, mask, batch.tokens)
+    loss = policy.decoder.flow_loss(
+        hidden, batch.latents, batch.sigma, batch.noise, batch.drop, batch.reference
+    )
+    torch.testing.assert_close(scores.flow.mean(), loss, **CLOSE)
+    _, counted = prompt_targets(ids, mask, policy.vocabulary.columns)
+    assert torch.equal(counted.sum(1), mask.sum(1) - 1 - 8)  # all but the reference's 8 tokens
+
+
+def test_kinds_are_kept_apart_and_count_as_one_batch(pictures: Path) -> None:
+    """5 samples, 2 of them edits, in microbatches of 2: the gradient is that of their mean."""
+    settings = recipe(pictures, "train.decoder=full", "optim.max_grad_norm=0", "data.batch_size=5")
+    trainer, other = (small_trainer(editing(), settings) for _ in range(2))
+    drawn = trainer.stream.take(5)
+    edits = with_references([one.example for one in drawn])
+    mixed = [replace(one, example=edits[i]) if i in (1, 4) else one for i, one in enumerate(drawn)]
+    assert of_one_kind([one.example for one in mixed], 2) == [[0, 2], [3], [1, 4]]
+    total, positions = [], 0
+    for one in mixed:  # one by one
+        batch = other.collate([one.example], [generator(0, "flow", one.number)], 0.1)
+        total.append(other.module(*batch.inputs()))
+        positions += sum(counts(other.module, batch).values())
+    nll = sum(one.image_nll.sum() + one.prompt_nll.sum() for one in total) / positions
+    loss = nll + sum(one.flow.sum() for one in total) / 5
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in other.module.parameters() if p.grad is not None]).norm()
+    trainer.stream = SimpleNamespace(take=lambda n: mixed, counts=trainer.stream.counts, epoch=0)  # type: ignore[assignment]
+    metrics = trainer.step(0)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    unused = trainer.module.decoder["unused_connector"]
+    assert not any(p.requires_grad for p in unused.parameters())
+
+
+def test_without_edits_the_reference_connector_has_a_gradient_of_zero(pictures: Path) -> None:
+    """Or processes that exchange gradients would wait for it."""
+    policy = editing()
+    module = SFTModule(policy, on_prompt=True, with_flow=True)
+    module.choose(TrainedConfig(), 0)
+    scores = module(*batch_of(policy, pictures).inputs())
+    (scores.image_nll.sum() + scores.flow.sum()).backward()
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert (parameter.grad.abs().sum() == 0) == ("reference_connector" in name), name

@@ -125,11 +125,12 @@ def test_the_model_that_is_left_is_the_trained_one(
     from rl.image_data import first_examples
     from rl.image_files import load_example
     from rl.seeding import generator
-    from rl.sft import picture_size
     from tests.small_sft import LIMITS
 
     sources = open_sources(trainer.recipe.data.heldout, trainer.recipe.data, 0)
-    heldout, _ = first_examples(sources, 6, lambda entry: load_example(entry, picture_size(policy), LIMITS))
+    heldout, _ = first_examples(
+        sources, 6, lambda entry: load_example(entry, policy.decoder.picture_size, LIMITS)
+    )
     randomness = [generator(0, "held-out flow", number) for number in range(6)]
     rows = trainer.measure(trainer.collate(heldout, randomness))
     evaluation = json.loads((run / "eval" / f"heldout_step_{STEPS:06d}.json").read_text())
