@@ -118,19 +118,28 @@ class ImagePolicy:
 
         `pictures` are PIL pictures of any size and mode, or a tensor [P, 3, H, W] in [-1, 1] of the decoder's size.
         Raises ImageRLError when the model cannot edit or a picture cannot be read."""
-        tokenizer = self.image_tokenizer
-        if tokenizer is None:
-            raise ImageRLError("this model has no image tokenizer: it cannot read pictures")
+        tokenizer = self.require_tokenizer()
         self.decoder.require_edit()
-        size, token_size = self.decoder.picture_size, tokenizer.picture_size
         if isinstance(pictures, Tensor):
-            large = pictures
-            small = F.interpolate(large, token_size, mode="bicubic", antialias=True).clamp(-1, 1)
-            small = large if token_size == size else small
-        else:
-            large = torch.stack([prepare_picture(p, size, Image.Resampling.BILINEAR) for p in pictures])
-            small = torch.stack([prepare_picture(p, token_size) for p in pictures])
+            return self.tokens_of(pictures), self.decoder.encode(pictures.to(self.device))
+        size = self.decoder.picture_size
+        large = torch.stack([prepare_picture(p, size, Image.Resampling.BILINEAR) for p in pictures])
+        small = torch.stack([prepare_picture(p, tokenizer.picture_size) for p in pictures])
         return tokenizer.encode(small.to(self.device)), self.decoder.encode(large.to(self.device))
+
+    def tokens_of(self, pictures: Tensor) -> Tensor:
+        """Image tokens [P, T] of pictures [P, 3, H, W] in [-1, 1] of the decoder's size."""
+        tokenizer = self.require_tokenizer()
+        if tokenizer.picture_size != self.decoder.picture_size:
+            small = F.interpolate(pictures, tokenizer.picture_size, mode="bicubic", antialias=True)
+            pictures = small.clamp(-1, 1)
+        return tokenizer.encode(pictures.to(self.device))
+
+    def require_tokenizer(self) -> ImageTokenizer:
+        """Raises ImageRLError when the model came without its image tokenizer."""
+        if self.image_tokenizer is None:
+            raise ImageRLError("this model has no image tokenizer: it cannot read pictures")
+        return self.image_tokenizer
 
     def refresh_sampler(self) -> None:
         """Lay out the present weights for sampling, in `sampler_dtype`. Call after every update, parameters
