@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.adapters import save_adapter
 from models.image_policy import ImagePolicy
-from models.loading import load_policy, save_adapter, save_policy
+from models.loading import load_policy, save_policy
 from rl.checkpoint import CHECKPOINTS, latest_checkpoint, load_checkpoint, package_versions, step_of
 from rl.config import Recipe
 from rl.errors import ImageRLError
