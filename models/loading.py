@@ -18,7 +18,7 @@ from models.adapters import ADAPTER_CONFIG, adapter_base, load_adapter
 from models.building import build_policy
 from models.hub import is_hub_name, snapshot
 from models.image_policy import ImagePolicy
-from models.published import from_published, is_published
+from models.published import EDIT_UNUSED, from_published, is_published
 from models.shards import SHARD_BYTES, WEIGHTS, Shards, save_shards
 from models.weights import check_fit, fill, full_state, is_tied, without_weights
 from models.weights import load_state as load_state
@@ -120,6 +120,8 @@ def load_policy(
     text_tokenizer = load_text_tokenizer(folder)
     with without_weights():
         policy = build_policy(config, text_tokenizer)
+    if not any(name.startswith(EDIT_UNUSED) for name in shards.entries):
+        policy.decoder.noise_connector = None
     notes = check_fit(policy, shards.shapes, folder / WEIGHTS, published)
     if notes:
         _logger.warning("%s: %s", folder, "; ".join(notes))

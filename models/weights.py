@@ -49,8 +49,12 @@ def module_prefixes(policy: ImagePolicy) -> dict[str, nn.Module]:
         "model.sana.": policy.decoder.sana,
         "model.sana_vae.": policy.decoder.vae,
     }
+    if policy.decoder.reference_connector is not None:
+        parts[EDIT_CONNECTOR] = policy.decoder.reference_connector
+    if policy.decoder.noise_connector is not None:
+        parts[EDIT_UNUSED] = policy.decoder.noise_connector
     if policy.image_tokenizer is not None:
-        parts["image_tokenizer."] = policy.image_tokenizer
+        parts[policy.image_tokenizer.key_prefix] = policy.image_tokenizer
     return parts
 
 
