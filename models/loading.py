@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.adapters import ADAPTER_CONFIG, adapter_base, load_adapter
+from models.ar import ImageVocabulary
 from models.building import build_policy
 from models.hub import is_hub_name, snapshot
 from models.image_policy import ImagePolicy
@@ -88,14 +89,34 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_text_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedConfig
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    try:  # with a config given, config.json is not read, whose model type transformers does not know
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, config=PreTrainedConfig()
+        )
     except (OSError, ValueError) as error:
         raise ImageRLError(
             f"{folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}"
         ) from error
+
+
+def _require_image_tokens(text_tokenizer: Any, config: Mapping[str, Any], folder: Path) -> None:
+    """Raises ImageRLError when the tokenizer gives image tokens other ids than config.json."""
+    vocabulary = ImageVocabulary.from_config(config)
+    last = vocabulary.num_image_tokens - 1
+    known = text_tokenizer.get_added_vocab()
+    for token, wanted in (
+        ("<im_start>", vocabulary.image_start_tag_id),
+        ("<S0>", vocabulary.scale_start_token_id),
+        ("<I0>", vocabulary.image_start_token_id),
+        (f"<I{last}>", vocabulary.image_end_token_id),
+    ):
+        if known.get(token, wanted) != wanted:
+            raise ImageRLError(
+                f"{folder}: {token} is {known[token]} in the tokenizer but {wanted} in config.json; they belong to "
+                "different models"
+            )
 
 
 def load_policy(
@@ -118,6 +139,7 @@ def load_policy(
     if published is not None:
         config = from_published(published, shards.shapes)
     text_tokenizer = load_text_tokenizer(folder)
+    _require_image_tokens(text_tokenizer, config, folder)
     with without_weights():
         policy = build_policy(config, text_tokenizer)
     if not any(name.startswith(EDIT_UNUSED) for name in shards.entries):

@@ -156,10 +156,11 @@ def from_published(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     qwen3["rope_parameters"] = {"rope_type": "default", "rope_theta": float(theta)}
     if "lm_head.weight" not in shapes:
         qwen3["tie_word_embeddings"] = True
-    ours = config.get("imagerl") or {}
+    ours = dict(config.get("imagerl") or {})
+    ta_tok = ours.pop("ta_tok", None)
     nested = {"qwen3": qwen3, **STOCK, **ours, **vocabulary.to_config()}
     if VISION_TOWER + "bottleneck.in_linear.weight" in shapes:
-        nested["ta_tok"] = ours.get("ta_tok") or _ta_tok_of(shapes)
+        nested["ta_tok"] = ta_tok or _ta_tok_of(shapes)
     if EDIT_CONNECTOR + "0.weight" in shapes:
         nested["edit"] = True
     return {**nested, "published": {key: value for key, value in config.items() if key != "imagerl"}}

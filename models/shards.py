@@ -85,12 +85,12 @@ class Shards:
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         if entry.size:
             # a scalar cannot be viewed as bytes; the reshape copies nothing
-            target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            target = tensor.reshape(-1).view(torch.uint8).numpy().data
             with open(entry.file, "rb", buffering=0) as file:
                 file.seek(entry.start)
                 filled = 0
                 while filled < entry.size:
-                    count = file.readinto(target[filled:])  # type: ignore[attr-defined]
+                    count = file.readinto(target[filled:])
                     if not count:
                         raise _damaged(entry.file, "it ends too early")
                     filled += count
