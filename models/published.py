@@ -118,7 +118,7 @@ DECODING: dict[str, Any] = {  # what the public inference code hard-codes
 }
 STOCK: dict[str, Any] = {"sana": SANA, "vae": VAE, "scheduler": SCHEDULER, **DECODING}
 
-_QWEN3_FIELDS = (
+QWEN3_FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "vocab_size"),
     *("hidden_act", "attention_bias", "attention_dropout", "bos_token_id", "eos_token_id"),
@@ -150,7 +150,7 @@ def from_published(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     if missing:
         raise ImageRLError(f"config.json lacks {', '.join(missing)}: not a whole BLIP3o-NEXT checkpoint")
     vocabulary = ImageVocabulary.from_config(config)
-    qwen3 = {key: config[key] for key in _QWEN3_FIELDS if config.get(key) is not None}
+    qwen3 = {key: config[key] for key in QWEN3_FIELDS if config.get(key) is not None}
     rope = config.get("rope_parameters") or {}
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     qwen3["rope_parameters"] = {"rope_type": "default", "rope_theta": float(theta)}
@@ -179,7 +179,7 @@ def to_published(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         **config.get("published", {}),
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        **{key: qwen3[key] for key in _QWEN3_FIELDS if key in qwen3},
+        **{key: qwen3[key] for key in QWEN3_FIELDS if key in qwen3},
         "rope_theta": rope.get("rope_theta", qwen3.get("rope_theta", 10000.0)),
         "rope_scaling": None,
         **ImageVocabulary.from_config(config).to_config(),

@@ -40,7 +40,12 @@ class LoraConfig(RecipeModel):
 
 
 class ModelConfig(RecipeModel):
-    path: str = Field("tiny", min_length=1, description='model folder, or "tiny": the shipped checkpoint')
+    path: str = Field(
+        "tiny", min_length=1, description='model folder, hub name, or "tiny": the shipped checkpoint'
+    )
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of frozen weights: decoder, reference, a LoRA base; what trains is fp32"
+    )
     lora: LoraConfig | None = Field(None, description="train adapters instead of full weights")
 
 
@@ -307,6 +312,11 @@ class Recipe(RecipeModel):
         ):
             if size is not None and size < needed[1]:
                 raise ValueError(f"{needed[0]} ({needed[1]}) is more than {key} ({size})")
+        if self.model.dtype == "bf16" and self.engine.precision != "bf16":
+            raise ValueError(
+                "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "
+                "precision than the policy"
+            )
         updates = self.run.steps * self.algorithm.updates_per_rollout
         if self.optim.warmup_steps >= updates:
             raise ValueError(
