@@ -16,12 +16,11 @@ from torch import Tensor
 
 from models.adapters import ADAPTER_CONFIG, adapter_base, load_adapter
 from models.ar import ImageVocabulary
-from models.building import build_policy
 from models.hub import is_hub_name, snapshot
 from models.image_policy import ImagePolicy
 from models.published import EDIT_UNUSED, from_published, is_published
 from models.shards import SHARD_BYTES, WEIGHTS, Shards, save_shards
-from models.weights import check_fit, fill, full_state, is_tied, without_weights
+from models.weights import check_fit, empty_policy, fill, full_state, is_tied
 from models.weights import load_state as load_state
 from rl.types import ImageRLError
 
@@ -140,8 +139,7 @@ def load_policy(
         config = from_published(published, shards.shapes)
     text_tokenizer = load_text_tokenizer(folder)
     _require_image_tokens(text_tokenizer, config, folder)
-    with without_weights():
-        policy = build_policy(config, text_tokenizer)
+    policy = empty_policy(config, text_tokenizer)
     if not any(name.startswith(EDIT_UNUSED) for name in shards.entries):
         policy.decoder.noise_connector = None
     notes = check_fit(policy, shards.shapes, folder / WEIGHTS, published)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.building import build_policy
 from models.image_policy import ImagePolicy
 from models.published import EDIT_CONNECTOR, EDIT_UNUSED, VISION_TOWER
 from models.shards import Shards
@@ -35,11 +35,15 @@ PARTS = {
 }
 
 
-def without_weights() -> AbstractContextManager[None]:
-    """Modules built within have parameters of the right shapes and no memory; buffers are real."""
+def empty_policy(config: Mapping[str, Any], text_tokenizer: Any) -> ImagePolicy:
+    """`build_policy` without memory for parameters: they have shapes only, while buffers are real."""
     from accelerate import init_empty_weights
 
-    return init_empty_weights(include_buffers=False)
+    with init_empty_weights(include_buffers=False):
+        policy = build_policy(config, text_tokenizer)
+    if is_tied(policy):  # each parameter was replaced on its own
+        policy.trainable.lm.tie_weights()
+    return policy
 
 
 def module_prefixes(policy: ImagePolicy) -> dict[str, nn.Module]:
@@ -105,7 +109,7 @@ def full_state(policy: ImagePolicy) -> dict[str, Tensor]:
 
 
 def fill(policy: ImagePolicy, shards: Shards, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Read a checkpoint into a policy built `without_weights`, tensor by tensor, floating-point numbers as `dtype`.
+    """Read a checkpoint into an `empty_policy`, tensor by tensor, floating-point numbers as `dtype`.
 
     The memory this needs is that of the policy and of one tensor, whatever the checkpoint's size."""
     wanted = slots(policy)

@@ -95,7 +95,12 @@ def test_a_misspelt_layout_and_an_adapter_in_another(place: Path, tmp_path: Path
 
 @pytest.mark.parametrize("lora", ["null", "{r: 4}"])
 def test_a_run_with_frozen_parts_in_bfloat16(place: Path, tmp_path: Path, lora: str) -> None:
-    overrides = (f"model.lora={lora}", "model.dtype=bf16", "engine.precision=bf16", f"run.output_dir={tmp_path / 'run'}")
+    overrides = (
+        f"model.lora={lora}",
+        "model.dtype=bf16",
+        "engine.precision=bf16",
+        f"run.output_dir={tmp_path / 'run'}",
+    )
     recipe = write_recipe(place, *overrides, "run.steps=1", name="bf16.yaml")
     assert call("train", str(recipe)) == 0
     export(tmp_path / "run", tmp_path / "out", dtype=torch.bfloat16, layout="blip3o")
