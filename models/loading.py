@@ -141,7 +141,7 @@ def load_policy(
     _require_image_tokens(text_tokenizer, config, folder)
     policy = empty_policy(config, text_tokenizer)
     if not any(name.startswith(EDIT_UNUSED) for name in shards.entries):
-        policy.decoder.noise_connector = None
+        policy.decoder.unused_connector = None
     notes = check_fit(policy, shards.shapes, folder / WEIGHTS, published)
     if notes:
         _logger.warning("%s: %s", folder, "; ".join(notes))

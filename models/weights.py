@@ -55,8 +55,8 @@ def module_prefixes(policy: ImagePolicy) -> dict[str, nn.Module]:
     }
     if policy.decoder.reference_connector is not None:
         parts[EDIT_CONNECTOR] = policy.decoder.reference_connector
-    if policy.decoder.noise_connector is not None:
-        parts[EDIT_UNUSED] = policy.decoder.noise_connector
+    if policy.decoder.unused_connector is not None:
+        parts[EDIT_UNUSED] = policy.decoder.unused_connector
     if policy.image_tokenizer is not None:
         parts[policy.image_tokenizer.key_prefix] = policy.image_tokenizer
     return parts

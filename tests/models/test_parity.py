@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from models import flow_decoder, sana
 from models.ar_sampler import TokenSampler
-from models.flow_decoder import FlowDecoder
 from models.image_policy import ImagePolicy
 from models.loading import full_shapes
 from tests.parity import VARIANTS, Fixture, fixture, policy_of
@@ -18,9 +18,12 @@ TOLERANCE = 1e-5
 
 
 def assert_equal(found: Tensor, wanted: Tensor) -> None:
+    """Off by at most 1e-5 of the largest value, or of 1. Processors differ by a few float32 roundings: diffusers' own
+    modules, composed plainly, are 1.3e-5 from the fixtures' latents (up to 17) on one and 0 on another."""
     assert found.shape == wanted.shape
     difference = (found - wanted).abs().max().item()
-    assert difference <= TOLERANCE, f"off by {difference:.2e}"
+    allowed = TOLERANCE * max(1.0, wanted.abs().max().item())
+    assert difference <= allowed, f"off by {difference:.2e}, allowed {allowed:.2e}"
 
 
 @pytest.fixture(params=VARIANTS, scope="module")
@@ -42,21 +45,20 @@ def hidden(given: Fixture, policy: ImagePolicy) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def drawn(given: Fixture, policy: ImagePolicy) -> Iterator[tuple[Tensor, list[Tensor]]]:
+def drawn(given: Fixture, policy: ImagePolicy) -> tuple[Tensor, list[Tensor]]:
     """Our latents from the fixture's hidden states, and the raw velocity of every step on the way."""
     velocities: list[Tensor] = []
-    whole = FlowDecoder.velocity
 
-    def spy(self: FlowDecoder, *arguments: Tensor) -> Tensor:
-        velocities.append(whole(self, *arguments))
+    def spy(*arguments: Any) -> Tensor:
+        velocities.append(sana.velocity(*arguments))
         return velocities[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FlowDecoder, "velocity", spy)
+        patch.setattr(flow_decoder, "velocity", spy)
         latents = policy.decoder.latents(
             given["hidden"], given["noise"], given.json["guidance"], given.json["steps"], given.reference
         )
-    yield latents, velocities
+    return latents, velocities
 
 
 def test_keys_and_shapes_are_the_published_ones(given: Fixture, policy: ImagePolicy) -> None:
