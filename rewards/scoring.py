@@ -50,7 +50,7 @@ def _column(entries: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array([np.nan if entry is None else float(entry) for entry in entries]), nones
 
 
-def _to_values(output: Any, size: int) -> RewardValues:
+def to_values(output: Any, size: int) -> RewardValues:
     """A reward's output as arrays. Raises TypeError or ValueError when it is not a list of `size` numbers."""
     rewards, parts = (output.rewards, output.breakdown) if isinstance(output, RewardOutput) else (output, {})
     values, nones = _column(rewards, size)
@@ -86,7 +86,7 @@ def call_reward(reward: LoadedReward, request: RewardRequest) -> RewardValues:
             return RewardValues.failed(size, one_line(error))
     else:
         try:
-            return _to_values(output, size)
+            return to_values(output, size)
         except (TypeError, ValueError) as error:
             return RewardValues.failed(size, one_line(error))
     halves = slice(0, size // 2), slice(size // 2, size)

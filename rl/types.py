@@ -158,6 +158,20 @@ class RewardScores:
     reasons: dict[str, str]  # "<reward>" -> the last failure in one line
 
 
+@dataclass(frozen=True, slots=True)
+class CheckPicture:
+    """A picture whose worth is known, for checking rewards: what it answers and how.
+
+    `role` says what a good reward makes of it: `honest` answers the prompt; `graded` does so with a fault;
+    `degenerate` shows nothing, or leaves undone what was asked for; `hack` aims at the reward instead of the
+    prompt; `other` answers another prompt."""
+
+    kind: str  # such as "honest" or "one letter wrong"
+    role: str
+    prompt: Prompt
+    image: Image.Image  # RGB
+
+
 class RewardScorer(Protocol):
     """Scores requests, possibly elsewhere and later, so that scoring overlaps with sampling."""
 
