@@ -21,6 +21,7 @@ from rl.errors import ImageRLError
 from rl.kl import masked, penalised_rewards
 from rl.losses import action_weights, loss_denominator, resolve_loss
 from rl.metrics import PhaseTimer
+from rl.reward_stats import mixing_metrics
 from rl.rollout import RolloutEngine, reward_request
 from rl.seeding import generator
 from rl.types import LossInputs, Policy, Prompt, RewardScorer, RewardScores, RolloutGroup, TrainBatch
@@ -82,7 +83,7 @@ class Trainer:
             for chunk in self.rollout.generate(
                 prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk
             ):
-                tickets.append(self.scorer.submit(reward_request(chunk)))
+                tickets.append(self.scorer.submit(reward_request(chunk, step)))
                 groups += chunk
         return groups, tickets
 
@@ -243,6 +244,11 @@ class Trainer:
             known = values[np.isfinite(values)]
             metrics[f"reward/{name}/mean"] = float(known.mean()) if len(known) else math.nan
             metrics[f"reward/{name}/std"] = float(known.std(ddof=1)) if len(known) > 1 else math.nan
+        metrics |= mixing_metrics(
+            merge_scores(self.engine.gather_objects(scores)),
+            self.recipe.rollout.group_size,
+            self.algorithm.scale_rewards,
+        )
         metrics |= {f"advantages/{name}": value for name, value in advantages.metrics.items()}
         metrics |= update_metrics(updates, on_policy=self.algorithm.updates_per_rollout == 1)
         timing = self.timer.metrics()
@@ -305,6 +311,8 @@ def merge_scores(parts: Sequence[RewardScores]) -> RewardScores:
         components=join_components([(len(part.totals), part.components) for part in parts]),
         failures=failures,
         reasons={label: reason for part in parts for label, reason in part.reasons.items()},
+        gated=join_components([(len(part.totals), part.gated) for part in parts]),
+        weights=dict(parts[0].weights),
     )
 
 
