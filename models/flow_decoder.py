@@ -71,8 +71,8 @@ class FlowDecoder(nn.Module):
     def unconditional(self, hidden_size: int) -> Tensor:
         """The condition of the unguided branch [1, 1, inner]: the connector applied to zeros. All rows and pictures
         have the same, and softmax over equal keys is their mean, so one row stands for them all."""
-        weight = self.connector[0].weight
-        return self.condition(torch.zeros(1, 1, hidden_size, device=weight.device, dtype=weight.dtype))
+        like = next(self.connector.parameters())
+        return self.condition(like.new_zeros(1, 1, hidden_size))
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
         """Velocity [B, C, h, w] at noise levels `sigma` [B], given a projected condition [B, T + 1, inner]."""
