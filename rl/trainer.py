@@ -23,6 +23,7 @@ from rl.losses import action_weights, loss_denominator
 from rl.metrics import PhaseTimer
 from rl.policy_weights import entropy_threshold, highest_entropy, policy_weights
 from rl.resampling import Drawn, resample
+from rl.reward_stats import mixing_metrics
 from rl.rollout import RolloutEngine, reward_request
 from rl.scores import merge_scores
 from rl.seeding import generator
@@ -128,7 +129,7 @@ class Trainer:
             for chunk in self.rollout.generate(
                 prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk
             ):
-                tickets.append(self.scorer.submit(reward_request(chunk)))
+                tickets.append(self.scorer.submit(reward_request(chunk, step)))
                 groups += chunk
         return groups, tickets
 
@@ -221,12 +222,12 @@ class Trainer:
             penalty = kl_penalty(
                 batch.rollout_logprobs, batch.ref_logprobs, batch.action_mask, self.kl_coef
             ).cpu()
-        rewards = self.recipe.rewards.functions
-        components = [scores.components[reward.label] for reward in rewards]
+        labels = [reward.label for reward in self.recipe.rewards.functions]
+        components = [scores.gated[label] for label in labels]
         return AdvantageInputs(
             rewards=torch.from_numpy(scores.totals),
             components=torch.from_numpy(np.stack(components, axis=1)),
-            weights=tuple(reward.weight for reward in rewards),
+            weights=tuple(scores.weights[label] for label in labels),
             group_size=self.recipe.rollout.group_size,
             action_mask=batch.action_mask.cpu(),
             penalty=penalty,
@@ -284,13 +285,15 @@ class Trainer:
         return {**totals, "grad_norm": grad_norm, "lr": self.engine.lr}
 
     def _metrics(self, drawn: RewardScores, advantages: AdvantageOutput, updates: list[Metrics]) -> Metrics:
+        size, algorithm = self.recipe.rollout.group_size, self.algorithm
         metrics = reward_metrics(drawn) | {f"advantages/{k}": v for k, v in advantages.metrics.items()}
+        metrics |= mixing_metrics(drawn, size, algorithm.scale_rewards, algorithm.decouple_rewards)
         metrics |= update_metrics(updates, on_policy=self.algorithm.updates_per_rollout == 1)
         if self.algorithm.kl_target is not None:
             metrics["kl/coef"] = self.kl_coef
         if self.algorithm.max_resamples:
             trained = len(advantages.valid) * self.engine.world_size
-            replaced = (len(drawn.totals) - trained) / self.recipe.rollout.group_size
+            replaced = (len(drawn.totals) - trained) / size
             metrics["rollout/resampled_groups"] = replaced
         timing = self.timer.metrics()
         images = float(len(drawn.totals))
