@@ -44,6 +44,9 @@ class LoraConfig(RecipeModel):
 class ModelConfig(RecipeModel):
     path: str = Field("tiny", min_length=1, description='model folder, or "tiny": the shipped checkpoint')
     lora: LoraConfig | None = Field(None, description="train adapters instead of full weights")
+    freeze: list[str] = Field(
+        default_factory=list, description="patterns of parameters that are not trained, as in *embed_tokens*"
+    )
 
 
 class PromptSetConfig(RecipeModel):
@@ -158,7 +161,11 @@ class OptimConfig(RecipeModel):
     betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="AdamW's two decay rates")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon; too large swamps small gradients")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="linear, cosine: to 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="linear, cosine: to min_lr"
+    )
+    decay_share: float = Field(1.0, gt=0, le=1, description="last share of the updates, in which lr falls")
+    min_lr: float = Field(0.0, ge=0, description="what the linear and cosine schedules fall to")
     warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient norm to this; 0: never")
 
@@ -168,6 +175,12 @@ class OptimConfig(RecipeModel):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError("optim.betas must lie in [0, 1)")
         return betas
+
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr ({self.min_lr:g}) is more than optim.lr ({self.lr:g})")
+        return self
 
 
 class EngineConfig(RecipeModel):
