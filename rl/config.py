@@ -42,7 +42,12 @@ class LoraConfig(RecipeModel):
 
 
 class ModelConfig(RecipeModel):
-    path: str = Field("tiny", min_length=1, description='model folder, or "tiny": the shipped checkpoint')
+    path: str = Field(
+        "tiny", min_length=1, description='model folder, hub name, or "tiny": the shipped checkpoint'
+    )
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of frozen weights: decoder, reference, a LoRA base; what trains is fp32"
+    )
     lora: LoraConfig | None = Field(None, description="train adapters instead of full weights")
     freeze: list[str] = Field(
         default_factory=list, description="patterns of parameters that are not trained, as in *embed_tokens*"
@@ -295,6 +300,11 @@ class Recipe(RecipeModel):
         if self.algorithm.reference_every and self.model.lora:
             raise ValueError(
                 "algorithm.reference_every needs full weights: with model.lora the reference is the base model"
+            )
+        if self.model.dtype == "bf16" and self.engine.precision != "bf16":
+            raise ValueError(
+                "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "
+                "precision than the policy"
             )
         updates = self.run.steps * self.algorithm.updates_per_rollout
         if self.optim.warmup_steps >= updates:
