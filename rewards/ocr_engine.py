@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rewards.ocr_lines import HEIGHT, Line, LineReader
+from rewards.ocr_lines import HEIGHT, Line, LineReader, characters_of, open_model
 from rl.types import ImageRLError
 
 DETECTOR, RECOGNISER = "PP-OCRv6_small_det", "PP-OCRv6_small_rec"
@@ -57,10 +57,6 @@ def _detector_config() -> dict[str, Any]:
 
 
 def _recogniser_config(onnx: Path) -> dict[str, Any]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(onnx), providers=["CPUExecutionProvider"])
-    characters = session.get_modelmeta().custom_metadata_map["character"].split("\n")
     return {
         "Global": {"model_name": RECOGNISER},
         "PreProcess": {
@@ -70,7 +66,7 @@ def _recogniser_config(onnx: Path) -> dict[str, Any]:
                 {"KeepKeys": {"keep_keys": ["image", "label_ctc"]}},
             ]
         },
-        "PostProcess": {"name": "CTCLabelDecode", "character_dict": characters},
+        "PostProcess": {"name": "CTCLabelDecode", "character_dict": characters_of(open_model(onnx, 1))},
     }
 
 
@@ -127,6 +123,18 @@ def model_folder(weights: Path, model: str) -> Path:
     return folder
 
 
+def _bgr(image: Image.Image, number: int) -> np.ndarray:
+    """A picture as [H, W, 3] uint8 BGR. Raises ValueError in one line for one that cannot be decoded."""
+    try:
+        array = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"picture {number} cannot be decoded ({type(error).__name__}: {reason})") from error
+    if not array.size:
+        raise ValueError(f"picture {number} is empty: {image.width}×{image.height} pixels")
+    return np.ascontiguousarray(array[:, :, ::-1])
+
+
 class OCREngine:
     """Reads pictures. `mode="full"` finds lines and reads them; `mode="recognise"` reads the whole picture as
     one line, three times as fast and right for pictures of one word.
@@ -135,6 +143,8 @@ class OCREngine:
     "auto" downloads only when the wheel is missing. `threads` is ONNX Runtime's count per picture.
     `recognition_width` (pixels at 48 pixels of height, recognise mode) is the least canvas a picture is
     padded to: smaller is faster, wider pictures are never squeezed.
+
+    `characters` are those that it can read; None when they are not known, as with downloaded models.
 
     Raises ImageRLError when PaddleOCR or ONNX Runtime is missing or the models cannot be loaded."""
 
@@ -162,10 +172,14 @@ class OCREngine:
             # Must be set before paddleocr is imported: it looks for its model hosts on import.
             os.environ.setdefault("PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK", "True")
         self._lines: LineReader | None = None
+        self.characters: frozenset[str] | None = None
         try:
-            if mode == "recognise" and weights is not None:
-                self._lines = LineReader(weights / _WHEEL_FILES[RECOGNISER], threads, recognition_width)
-            else:
+            if weights is not None:
+                recogniser = open_model(weights / _WHEEL_FILES[RECOGNISER], threads)
+                self.characters = frozenset(characters_of(recogniser))
+                if mode == "recognise":
+                    self._lines = LineReader(recogniser, recognition_width)
+            if self._lines is None:
                 self._engine = self._build(weights, threads)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
@@ -195,12 +209,12 @@ class OCREngine:
     def read(self, images: Sequence[Image.Image]) -> list[list[Line]]:
         """The lines of each picture, top to bottom. A picture's result depends on that picture alone: it is
         run as a batch of one, since padding to a common width and the kernels picked by batch size both
-        change the numbers, while a larger batch is no faster on a CPU: 97 % of the time is the network."""
+        change the numbers, while a larger batch is no faster on a CPU: 97 % of the time is the network.
+
+        Raises ValueError for a picture that cannot be decoded or has no pixels."""
         if not images:
             return []
-        arrays = [
-            np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1]) for image in images
-        ]  # BGR
+        arrays = [_bgr(image, number) for number, image in enumerate(images, 1)]
         if self._lines is not None:
             return [[self._lines(array)] for array in arrays]
         if self.mode == "recognise":

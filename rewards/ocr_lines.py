@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,18 +58,27 @@ def decode(probabilities: np.ndarray, characters: Sequence[str]) -> Line:
     return Line("".join(characters[index] for index in best[kept]), float(np.mean(certainty)))
 
 
+def open_model(onnx: Path, threads: int) -> Any:
+    """A session of ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+
+
+def characters_of(model: Any) -> list[str]:
+    """The characters of a recogniser that names them in its metadata, as those of `rapidocr` do, in order."""
+    return model.get_modelmeta().custom_metadata_map["character"].split("\n")
+
+
 class LineReader:
-    """The recogniser of an ONNX file that names its characters in its metadata, as those of `rapidocr` do."""
+    """A recogniser that reads."""
 
-    def __init__(self, onnx: Path, threads: int, width: int) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        self._session = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
-        self._input = self._session.get_inputs()[0].name
-        known = self._session.get_modelmeta().custom_metadata_map["character"].split("\n")
-        self._characters = ["", *known, " "]  # the blank stands first
+    def __init__(self, model: Any, width: int) -> None:
+        self._session = model
+        self._input = model.get_inputs()[0].name
+        self._characters = ["", *characters_of(model), " "]  # the blank stands first
         self._width = width
 
     def __call__(self, image: np.ndarray) -> Line:
