@@ -21,7 +21,9 @@ GB = 1e9
 def require_memory(needed_gb: float, what: str, smaller: str) -> None:
     """Raises ImageRLError unless a GPU with that much memory is here."""
     if not torch.cuda.is_available():
-        raise ImageRLError(f"{what} needs a GPU with about {needed_gb:.0f} GB and there is none here; {smaller}")
+        raise ImageRLError(
+            f"{what} needs a GPU with about {needed_gb:.0f} GB and there is none here; {smaller}"
+        )
     found = torch.cuda.get_device_properties(0).total_memory / GB
     if found < needed_gb:
         raise ImageRLError(f"{what} needs about {needed_gb:.0f} GB, this GPU has {found:.0f} GB; {smaller}")

@@ -58,7 +58,9 @@ def bench_step(
 
 @bench.command("model")
 def bench_model(
-    size: Annotated[str, typer.Option(help="full: the published 3B model; or tiny, or a model folder")] = "full",
+    size: Annotated[
+        str, typer.Option(help="full: the published 3B model; or tiny, or a model folder")
+    ] = "full",
     samples: Annotated[int, typer.Option(min=1, help="pictures of one prompt, sampled together")] = 16,
     micro_batch: Annotated[int, typer.Option(min=1, help="samples of one training update")] = 4,
     flow_steps: Annotated[int, typer.Option(min=1, help="denoising steps")] = 30,
