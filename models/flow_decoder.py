@@ -89,6 +89,20 @@ class FlowDecoder(nn.Module):
         x = x.reshape(batch, rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(batch, -1, height, width)
 
+    def guided_condition(self, hidden: Tensor, guidance: float) -> Tensor:
+        """What `guided_velocity` is conditioned on: with guidance both branches, the unconditional one first."""
+        condition = self.condition(hidden)
+        if guidance == 1.0:
+            return condition
+        return torch.cat([self.unconditional(condition, hidden.shape[-1]), condition])
+
+    def guided_velocity(self, x: Tensor, sigma: Tensor, condition: Tensor, guidance: float) -> Tensor:
+        """Velocity [B, C, h, w] at noise levels `sigma` [B] under classifier-free guidance (arXiv 2207.12598)."""
+        if guidance == 1.0:
+            return self.velocity(x, sigma, condition)
+        without, given = self.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), condition).chunk(2)
+        return without + guidance * (given - without)
+
     @torch.no_grad()
     def latents(self, hidden: Tensor, noise: Tensor, guidance: float, steps: int) -> Tensor:
         """Integrate from `noise` [B, C, h, w] to latents with Euler steps under classifier-free guidance

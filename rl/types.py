@@ -55,6 +55,47 @@ class TokenScores(NamedTuple):
     entropy: Tensor  # [B, T] float32, nats, of the same distribution
 
 
+@dataclass(frozen=True, slots=True)
+class FlowSampling:
+    """How the decoder draws where its denoising steps are actions."""
+
+    sampler: str  # kind of the stochastic steps: sde, dance, cps; ode: there are none
+    noise_level: float
+    window: range  # the stochastic steps, of 0 .. steps - 2; empty: a deterministic chain
+    guidance: float
+    steps: int
+
+
+class FlowSchedule(NamedTuple):
+    """The stochastic steps of a `FlowSampling`, on the CPU. A step is N(latents·x + velocity·v, std^2)."""
+
+    sigma: Tensor  # [S] noise level that the step begins at
+    dt: Tensor  # [S] change of the noise level, negative
+    latents: Tensor  # [S]
+    velocity: Tensor  # [S]
+    std: Tensor  # [S] of the transition, sqrt(|dt|) included
+
+
+@dataclass(slots=True)
+class FlowTrajectory:
+    """What a replay of B samples needs: where each stochastic step began and ended, and what it was
+    conditioned on. No pixels, and nothing of the deterministic steps."""
+
+    hidden: Tensor  # [B, R, D]
+    latents: Tensor  # [B, S + 1, C, h, w] before each step and after the last; S = 0: the finished ones
+    rollout_logprobs: Tensor  # [B, S] float32, nats per dimension
+
+    def rows(self, which: slice) -> FlowTrajectory:
+        return FlowTrajectory(self.hidden[which], self.latents[which], self.rollout_logprobs[which])
+
+
+class FlowScores(NamedTuple):
+    """What a velocity makes of given steps. Differentiable."""
+
+    logprobs: Tensor  # [B, S] float32, nats per dimension
+    means: Tensor  # [B, S, C, h, w] float32, of the transitions
+
+
 @dataclass(slots=True)
 class RolloutGroup:
     """G samples of one prompt."""
@@ -64,6 +105,7 @@ class RolloutGroup:
     rollout_logprobs: Tensor  # [G, T]
     action_mask: Tensor  # [G, T]
     images: np.ndarray  # [G, H, W, 3] uint8 RGB
+    flow: FlowTrajectory | None = None  # where the decoder trains
 
 
 @dataclass(slots=True)
@@ -193,6 +235,27 @@ class RewardScorer(Protocol):
     def collect(self, ticket: int) -> RewardScores: ...
 
     def close(self) -> None: ...
+
+
+class FlowHalf(Protocol):
+    """The decoder as a policy over denoising steps. See `models.flow_policy`."""
+
+    @property
+    def trainable(self) -> nn.Module:
+        """forward(hidden [B, R, D], latents [B, N, C, h, w], sigma [B, N], guidance) -> velocity [B, N, C, h, w]"""
+        ...
+
+    def sample(
+        self, hidden: Tensor, noise: Tensor, step_noise: Tensor, sampling: FlowSampling
+    ) -> tuple[Tensor, FlowTrajectory]: ...
+
+    def schedule(self, sampling: FlowSampling) -> FlowSchedule: ...
+
+    def score(self, velocity: Tensor, latents: Tensor, schedule: FlowSchedule) -> FlowScores: ...
+
+    def reference_velocity(
+        self, hidden: Tensor, latents: Tensor, sigma: Tensor, guidance: float
+    ) -> Tensor: ...
 
 
 class Policy(Protocol):
