@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.sana import caption_keys, velocity
 from rl.types import ImageRLError
 
 CONNECTOR_EPS = 1e-5
@@ -67,27 +68,15 @@ class FlowDecoder(nn.Module):
         features = self.connector(hidden)
         return self.sana.caption_norm(self.sana.caption_projection(features))
 
-    def unconditional(self, condition: Tensor, hidden_size: int) -> Tensor:
-        """The condition of the unguided branch, of the same shape: the connector applied to zeros. One row is
-        computed and shared, since all are equal."""
-        zeros = condition.new_zeros(1, 1, hidden_size)
-        return self.condition(zeros).expand_as(condition)
+    def unconditional(self, hidden_size: int) -> Tensor:
+        """The condition of the unguided branch [1, 1, inner]: the connector applied to zeros. All rows and pictures
+        have the same, and softmax over equal keys is their mean, so one row stands for them all."""
+        weight = self.connector[0].weight
+        return self.condition(torch.zeros(1, 1, hidden_size, device=weight.device, dtype=weight.dtype))
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
-        """Velocity [B, C, h, w] at noise levels `sigma` [B], given a projected condition [B, T + 1, inner].
-
-        This is the transformer's own forward after its caption projection, which `condition` has done."""
-        sana = self.sana
-        batch, _, height, width = latents.shape
-        patch = sana.config.patch_size
-        rows, columns = height // patch, width // patch
-        x = sana.patch_embed(latents)
-        timestep, embedded = sana.time_embed(sigma * 1000.0, batch_size=batch, hidden_dtype=x.dtype)
-        for block in sana.transformer_blocks:
-            x = block(x, None, condition, None, timestep, rows, columns)
-        x = sana.proj_out(sana.norm_out(x, embedded, sana.scale_shift_table))
-        x = x.reshape(batch, rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(batch, -1, height, width)
+        """Velocity [B, C, h, w] at noise levels `sigma` [B], given a projected condition [B, T + 1, inner]."""
+        return velocity(self.sana, latents, sigma, [caption_keys(self.sana, condition)])
 
     def guided_condition(self, hidden: Tensor, guidance: float) -> Tensor:
         """What `guided_velocity` is conditioned on: with guidance both branches, the unconditional one first."""
@@ -107,19 +96,19 @@ class FlowDecoder(nn.Module):
     def latents(self, hidden: Tensor, noise: Tensor, guidance: float, steps: int) -> Tensor:
         """Integrate from `noise` [B, C, h, w] to latents with Euler steps under classifier-free guidance
         (arXiv 2207.12598). guidance 1 skips the unconditional branch."""
-        condition = self.condition(hidden)
+        branches = [caption_keys(self.sana, self.condition(hidden))]
         guided = guidance != 1.0
         if guided:
-            condition = torch.cat([self.unconditional(condition, hidden.shape[-1]), condition])
+            branches.insert(0, caption_keys(self.sana, self.unconditional(hidden.shape[-1])))
         sigmas = self.sigmas(steps).to(noise.device)
         x = noise
         for sigma, following in pairwise(sigmas):
-            pair = torch.cat([x, x]) if guided else x
-            velocity = self.velocity(pair, sigma.expand(pair.shape[0]), condition)
+            pair = torch.cat([x] * len(branches))
+            v = velocity(self.sana, pair, sigma.expand(len(pair)), branches)
             if guided:
-                without, given = velocity.chunk(2)
-                velocity = without + guidance * (given - without)
-            x = x + (following - sigma) * velocity.to(x.dtype)  # the state stays in the noise's precision
+                without, given = v.chunk(2)
+                v = without + guidance * (given - without)
+            x = x + (following - sigma) * v.to(x.dtype)  # the state stays in the noise's precision
         return x
 
     @torch.no_grad()
@@ -142,8 +131,8 @@ class FlowDecoder(nn.Module):
         condition = self.condition(torch.where(drop[:, None, None], 0.0, hidden))
         level = sigma[:, None, None, None]
         noisy = (1 - level) * latents + level * noise
-        velocity = self.velocity(noisy, sigma, condition)
-        return (velocity.float() - (noise - latents)).square().mean()
+        v = self.velocity(noisy, sigma, condition)
+        return (v.float() - (noise - latents)).square().mean()
 
     def require_shape(self, noise: Tensor) -> None:
         if tuple(noise.shape[1:]) != self.latent_shape:
