@@ -6,14 +6,14 @@ velocity field from noise to latents, an autoencoder draws the pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.sana import caption_keys, velocity
+from models.sana import CaptionKeys, caption_keys, velocity
 from rl.types import ImageRLError
 
 CONNECTOR_EPS = 1e-5
@@ -78,36 +78,31 @@ class FlowDecoder(nn.Module):
         """Velocity [B, C, h, w] at noise levels `sigma` [B], given a projected condition [B, T + 1, inner]."""
         return velocity(self.sana, latents, sigma, [caption_keys(self.sana, condition)])
 
-    def guided_condition(self, hidden: Tensor, guidance: float) -> Tensor:
-        """What `guided_velocity` is conditioned on: with guidance both branches, the unconditional one first."""
-        condition = self.condition(hidden)
+    def branches(self, hidden: Tensor, guidance: float) -> list[CaptionKeys]:
+        """What the cross-attentions see of a picture's hidden states [B, R, D], once for all its steps: the caption's
+        branch, and unless guidance is 1 the unconditional one before it."""
+        given = caption_keys(self.sana, self.condition(hidden))
         if guidance == 1.0:
-            return condition
-        return torch.cat([self.unconditional(condition, hidden.shape[-1]), condition])
+            return [given]
+        return [caption_keys(self.sana, self.unconditional(hidden.shape[-1])), given]
 
-    def guided_velocity(self, x: Tensor, sigma: Tensor, condition: Tensor, guidance: float) -> Tensor:
+    def guided_velocity(
+        self, x: Tensor, sigma: Tensor, branches: Sequence[CaptionKeys], guidance: float
+    ) -> Tensor:
         """Velocity [B, C, h, w] at noise levels `sigma` [B] under classifier-free guidance (arXiv 2207.12598)."""
-        if guidance == 1.0:
-            return self.velocity(x, sigma, condition)
-        without, given = self.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), condition).chunk(2)
+        v = velocity(self.sana, torch.cat([x] * len(branches)), sigma.repeat(len(branches)), branches)
+        if len(branches) == 1:
+            return v
+        without, given = v.chunk(2)
         return without + guidance * (given - without)
 
     @torch.no_grad()
     def latents(self, hidden: Tensor, noise: Tensor, guidance: float, steps: int) -> Tensor:
-        """Integrate from `noise` [B, C, h, w] to latents with Euler steps under classifier-free guidance
-        (arXiv 2207.12598). guidance 1 skips the unconditional branch."""
-        branches = [caption_keys(self.sana, self.condition(hidden))]
-        guided = guidance != 1.0
-        if guided:
-            branches.insert(0, caption_keys(self.sana, self.unconditional(hidden.shape[-1])))
-        sigmas = self.sigmas(steps).to(noise.device)
+        """Integrate from `noise` [B, C, h, w] to latents with Euler steps under classifier-free guidance."""
+        branches = self.branches(hidden, guidance)
         x = noise
-        for sigma, following in pairwise(sigmas):
-            pair = torch.cat([x] * len(branches))
-            v = velocity(self.sana, pair, sigma.expand(len(pair)), branches)
-            if guided:
-                without, given = v.chunk(2)
-                v = without + guidance * (given - without)
+        for sigma, following in pairwise(self.sigmas(steps).to(noise.device)):
+            v = self.guided_velocity(x, sigma.expand(len(x)), branches, guidance)
             x = x + (following - sigma) * v.to(x.dtype)  # the state stays in the noise's precision
         return x
 

@@ -38,9 +38,9 @@ class FlowNetwork(nn.Module):
 
         What depends on the hidden states alone is computed once for the N points, gradients included."""
         (decoder,) = self._decoder
-        condition = decoder.guided_condition(hidden, guidance)
+        branches = decoder.branches(hidden, guidance)
         points = zip(latents.unbind(1), sigma.unbind(1), strict=True)
-        return torch.stack([decoder.guided_velocity(x, s, condition, guidance).float() for x, s in points], 1)
+        return torch.stack([decoder.guided_velocity(x, s, branches, guidance).float() for x, s in points], 1)
 
 
 class FlowPolicy:
@@ -65,12 +65,12 @@ class FlowPolicy:
         sigmas = decoder.sigmas(sampling.steps)
         plain = step_coefficients("ode", sigmas)
         drawing = step_coefficients(sampling.sampler, sigmas, sampling.noise_level)  # type: ignore[arg-type]
-        condition = decoder.guided_condition(hidden, sampling.guidance)
+        branches = decoder.branches(hidden, sampling.guidance)
         x = noise.float()
         visited, logprobs = [], []
         for step in range(sampling.steps):
             sigma = sigmas[step].to(x.device).expand(len(x))
-            velocity = decoder.guided_velocity(x, sigma, condition, sampling.guidance)
+            velocity = decoder.guided_velocity(x, sigma, branches, sampling.guidance)
             if step not in window:
                 x = transition_mean(plain, step, x, velocity)
                 continue
