@@ -29,7 +29,7 @@ def sample(
     _, rollout = loaded_rollout(model, seed, temperature, guidance, flow_steps)
     wanted = [Prompt(index, text) for index, text in enumerate(prompts)]
     captions, images = [], []
-    for (group,) in rollout.generate(wanted, count, "sample", 1):
+    for (group,) in rollout.generate(wanted, count, "sample", 1, 1):
         for number, image in enumerate(group.images):
             save_image(_picture(image), out / f"{group.prompt.index:03d}_{number:02d}.png")
             captions.append(group.prompt.text)
