@@ -30,10 +30,10 @@ from rl.types import (
 
 @dataclass(slots=True)
 class FlowBatch:
-    """B samples with N actions each, group-major: denoising steps, or noised copies of the finished sample. Both
+    """B pictures with N actions each, group-major: denoising steps, or noised copies of the finished latents. Both
     are points where the network is asked for a velocity."""
 
-    hidden: Tensor  # [B, R, D]
+    hidden: Tensor  # [B / M, R, D] of the token sequences
     points: Tensor  # [B, N, C, h, w]
     sigma: Tensor  # [B, N]
     latents: Tensor  # [B, S + 1, C, h, w] as in `FlowTrajectory`

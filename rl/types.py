@@ -34,6 +34,7 @@ class SamplingParams:
     guidance: float = 2.0
     flow_steps: int = 30
     shared_noise: bool = False  # one decoder noise per group instead of one per sample
+    decodes: int = 1  # pictures drawn of each token sequence, M
 
 
 @dataclass(slots=True)
@@ -78,15 +79,18 @@ class FlowSchedule(NamedTuple):
 
 @dataclass(slots=True)
 class FlowTrajectory:
-    """What a replay of B samples needs: where each stochastic step began and ended, and what it was
+    """What a replay of B pictures needs: where each stochastic step began and ended, and what it was
     conditioned on. No pixels, and nothing of the deterministic steps."""
 
-    hidden: Tensor  # [B, R, D]
+    hidden: Tensor  # [B / M, R, D] of the token sequences
     latents: Tensor  # [B, S + 1, C, h, w] before each step and after the last; S = 0: the finished ones
     rollout_logprobs: Tensor  # [B, S] float32, nats per dimension
 
-    def rows(self, which: slice) -> FlowTrajectory:
-        return FlowTrajectory(self.hidden[which], self.latents[which], self.rollout_logprobs[which])
+    def part(self, number: int, parts: int) -> FlowTrajectory:
+        """The `number`-th of equal parts."""
+        return FlowTrajectory(
+            *(getattr(self, name).chunk(parts)[number] for name in ("hidden", "latents", "rollout_logprobs"))
+        )
 
 
 class FlowScores(NamedTuple):
@@ -104,8 +108,8 @@ class RolloutGroup:
     tokens: Tensor  # [G, T]
     rollout_logprobs: Tensor  # [G, T]
     action_mask: Tensor  # [G, T]
-    images: np.ndarray  # [G, H, W, 3] uint8 RGB
-    flow: FlowTrajectory | None = None  # where the decoder trains
+    images: np.ndarray  # [G·M, H, W, 3] uint8 RGB
+    flow: FlowTrajectory | None = None  # of the G·M pictures, where the decoder trains
 
 
 @dataclass(slots=True)
@@ -267,6 +271,11 @@ class Policy(Protocol):
         ...
 
     @property
+    def flow(self) -> FlowHalf | None:
+        """The decoder as a policy; None where it does not train."""
+        ...
+
+    @property
     def num_actions(self) -> int: ...
 
     @property
@@ -281,6 +290,10 @@ class Policy(Protocol):
     ) -> TokenTrajectory: ...
 
     def decode(self, hidden: Tensor, noise: Tensor, guidance: float, steps: int) -> Tensor: ...
+
+    def decode_steps(
+        self, hidden: Tensor, noise: Tensor, step_noise: Tensor, sampling: FlowSampling
+    ) -> tuple[Tensor, FlowTrajectory]: ...
 
     def reference_scores(
         self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, temperature: float

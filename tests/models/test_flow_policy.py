@@ -57,7 +57,7 @@ def test_replay_repeats_the_log_probs_of_the_rollout(policy: ImagePolicy, sample
     assert trajectory.latents.shape == (3, 3, *policy.latent_shape)
     schedule = flow.schedule(sampling)
     for row in range(3):
-        part = trajectory.rows(slice(row, row + 1))
+        part = trajectory.part(row, 3)
         velocity = flow.trainable(part.hidden, part.latents[:, :-1], schedule.sigma.expand(1, 2), guidance)
         scores = flow.score(velocity, part.latents, schedule)
         torch.testing.assert_close(scores.logprobs, part.rollout_logprobs, rtol=0, atol=1e-5)
