@@ -111,9 +111,7 @@ class FlowPolicy:
             self._reference = FlowNetwork(decoder).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def reference_velocity(
-        self, hidden: Tensor, latents: Tensor, sigma: Tensor, guidance: float
-    ) -> Tensor:
+    def reference_velocity(self, hidden: Tensor, latents: Tensor, sigma: Tensor, guidance: float) -> Tensor:
         """`FlowNetwork.forward` of the frozen reference."""
         if self._reference is not None:
             return self._reference(hidden, latents, sigma, guidance)

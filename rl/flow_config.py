@@ -25,7 +25,9 @@ class FlowLoraConfig(RecipeModel):
     r: int = Field(32, ge=1, description="rank of the decoder's adapters")
     alpha: float = Field(64.0, gt=0, description="adapters are scaled by alpha / r")
     target_modules: list[str] = Field(
-        ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="names of the decoder's layers to adapt"
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        min_length=1,
+        description="names of the decoder's layers to adapt",
     )
 
 
@@ -70,13 +72,17 @@ class FlowConfig(RecipeModel):
     points: int = Field(4, ge=1, description="nft, awm: noise levels that a sample is matched at per update")
 
     kl_coef: float = Field(
-        ROW.kl_coef, ge=0, description="weight of the KL to the frozen decoder, per step and dimension; 0: none"
+        ROW.kl_coef,
+        ge=0,
+        description="weight of the KL to the frozen decoder, per step and dimension; 0: none",
     )
     kl_form: KLForm = Field(
         "exact", description="exact KL of a step, or that times |dt| as flow_grpo has it; nft, awm: neither"
     )
     max_logprob_diff: float | None = Field(
-        None, gt=0, description="stop when replay differs more from the rollout on a log-prob; null: 1e-5, bf16 0.1"
+        None,
+        gt=0,
+        description="stop when replay differs more from the rollout on a log-prob; null: 1e-5, bf16 0.1",
     )
 
     @property
@@ -105,7 +111,9 @@ class FlowConfig(RecipeModel):
                 "name: nft or awm"
             )
         if self.sampler == "cps" and self.noise_level >= 1:
-            raise ValueError("algorithm.flow.noise_level must be below 1 with sampler cps: at 1 all noise is new")
+            raise ValueError(
+                "algorithm.flow.noise_level must be below 1 with sampler cps: at 1 all noise is new"
+            )
         return self
 
     def check_steps(self, steps: int) -> None:

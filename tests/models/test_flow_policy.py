@@ -42,13 +42,17 @@ def test_an_empty_window_is_the_deterministic_sampler(policy: ImagePolicy, guida
     hidden, noise, step_noise = inputs(policy)
     sampling = FlowSampling("ode", 0.0, range(0), guidance, 4)
     finished, trajectory = FlowPolicy(policy.decoder).sample(hidden, noise, step_noise[:, :0], sampling)
-    torch.testing.assert_close(finished, policy.decoder.latents(hidden, noise, guidance, 4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        finished, policy.decoder.latents(hidden, noise, guidance, 4), rtol=0, atol=1e-6
+    )
     assert torch.equal(trajectory.latents[:, 0], finished) and trajectory.rollout_logprobs.shape == (3, 0)
 
 
 @pytest.mark.parametrize("sampler", ["sde", "dance", "cps"])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_replay_repeats_the_log_probs_of_the_rollout(policy: ImagePolicy, sampler: str, guidance: float) -> None:
+def test_replay_repeats_the_log_probs_of_the_rollout(
+    policy: ImagePolicy, sampler: str, guidance: float
+) -> None:
     """In another batch, on the way on which gradients flow."""
     flow = FlowPolicy(policy.decoder)
     sampling = replace(SAMPLING, sampler=sampler, guidance=guidance)

@@ -32,13 +32,14 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
 def watch_loss(trainer: Trainer) -> list[tuple[LossInputs, dict[str, Any]]]:
     """Everything that the loss is called with from now on."""
     calls: list[tuple[LossInputs, dict[str, Any]]] = []
-    loss = trainer.loss
+    assert trainer.tokens is not None
+    loss = trainer.tokens.policy_loss
 
     def watched(inputs: LossInputs, **settings: Any) -> Any:
         calls.append((replace(inputs, logprobs=inputs.logprobs.detach().clone()), settings))
         return loss(inputs, **settings)
 
-    trainer.loss = watched
+    trainer.tokens.policy_loss = watched
     return calls
 
 
@@ -128,7 +129,8 @@ def test_microbatches_add_up_to_the_batch(normaliser: str) -> None:
 
 def test_chunks_of_prompts_change_nothing() -> None:
     whole, chunked = (
-        small_trainer(f"rollout.decode_chunk={size}", f"rollout.sample_chunk={size}") for size in ("null", "1")
+        small_trainer(f"rollout.decode_chunk={size}", f"rollout.sample_chunk={size}")
+        for size in ("null", "1")
     )
     assert chunked.step(0)["loss"] == pytest.approx(whole.step(0)["loss"], abs=1e-6)
     assert largest_difference(weights(whole), weights(chunked)) < 1e-5
@@ -266,7 +268,7 @@ def test_an_entropy_bonus_raises_entropy(normaliser: str) -> None:
 
     common = ("algorithm.kl_coef=0", f"algorithm.normaliser={normaliser}", "rollout.temperature=0.1")
     trainer = small_trainer(*common, "algorithm.entropy_coef=1", equal=equal)
-    batch = trainer._assemble(trainer._roll_out(trainer.sampler.step(0), 0)[0])
+    batch = trainer._assemble(trainer._roll_out(trainer.sampler.step(0), 0)[0], 0)[0]
     arguments = (batch.prompt_ids, batch.prompt_mask, batch.tokens, 0.1)
     before = trainer.policy.trainable(*arguments).entropy.mean().item()
     trainer.step(0)
