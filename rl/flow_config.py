@@ -77,7 +77,8 @@ class FlowConfig(RecipeModel):
         description="weight of the KL to the frozen decoder, per step and dimension; 0: none",
     )
     kl_form: KLForm = Field(
-        "exact", description="exact KL of a step, or that times |dt| as flow_grpo has it; nft, awm: neither"
+        "exact",
+        description="exact, or times the step's length as flow_grpo has it; nft, awm: squared velocities",
     )
     max_logprob_diff: float | None = Field(
         None,

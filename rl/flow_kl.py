@@ -23,8 +23,8 @@ def gaussian_kl(mean: Tensor, other: Tensor, std: Tensor) -> Tensor:
 
 
 def kl_as_flow_grpo(mean: Tensor, other: Tensor, std: Tensor, dt: Tensor) -> Tensor:
-    """flow_grpo's KL term of each step, [B, S]: it divides by 2·std_dev_t^2 where the transition's standard
-    deviation is std_dev_t·sqrt(|dt|), and so is `gaussian_kl` times |dt|.
+    """flow_grpo's KL term of each step of its `sde`, [B, S]: it divides by 2·std_dev_t^2 where the transition's
+    standard deviation is std_dev_t·sqrt(|dt|), and so is `gaussian_kl` times |dt|.
 
     It weighs long steps more, and at N equal steps it is N times smaller: a kl_coef from there is N times too
     large here.
