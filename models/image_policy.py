@@ -147,6 +147,7 @@ class ImagePolicy:
     def refresh_sampler(self) -> None:
         """Lay out the present weights for sampling, in `sampler_dtype`. Call after every update, parameters
         gathered."""
+        self._sampler = None  # before the new one needs its memory
         self._sampler = TokenSampler(self.trainable, self.sampler_dtype)
 
     def sample_tokens(

@@ -98,12 +98,12 @@ def reward_inputs(
     recipe: Recipe, scores: RewardScores, group_size: int, action_mask: Tensor
 ) -> AdvantageInputs:
     """Advantages' inputs without what only one half knows."""
-    rewards = recipe.rewards.functions
-    components = [scores.components[reward.label] for reward in rewards]
+    labels = [reward.label for reward in recipe.rewards.functions]
+    components = [scores.gated[label] for label in labels]
     return AdvantageInputs(
         rewards=torch.from_numpy(scores.totals),
         components=torch.from_numpy(np.stack(components, axis=1)),
-        weights=tuple(reward.weight for reward in rewards),
+        weights=tuple(scores.weights[label] for label in labels),
         group_size=group_size,
         action_mask=action_mask.cpu(),
     )

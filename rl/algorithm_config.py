@@ -86,7 +86,7 @@ class AlgorithmConfig(RecipeModel):
         None, gt=0, description="adapt kl_coef towards this KL, nats per action; null: fixed"
     )
     kl_rate: float = Field(
-        0.1, gt=0, lt=5, description="of that adaption: 0.1 changes kl_coef by at most 2 % a step"
+        0.1, gt=0, lt=5, description="of that adaptation: 0.1 changes kl_coef by at most 2 % a step"
     )
     measure_kl: bool = Field(False, description="log the KL even with kl_coef 0; costs a forward pass")
     reference_every: int = Field(

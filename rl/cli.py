@@ -13,6 +13,7 @@ from rl.commands.bench import bench
 from rl.commands.evaluate import evaluate_model
 from rl.commands.export import export
 from rl.commands.pretrain import pretrain
+from rl.commands.reward import reward
 from rl.commands.sample import sample
 from rl.commands.sft import sft
 from rl.commands.tokenize import tokenize
@@ -34,6 +35,7 @@ app.command()(tokenize)
 app.command()(export)
 app.command()(pretrain)
 app.add_typer(bench, name="bench")
+app.add_typer(reward, name="reward")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

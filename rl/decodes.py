@@ -19,6 +19,7 @@ def average_decodes(scores: RewardScores, decodes: int) -> RewardScores:
         scores,
         totals=_mean(scores.totals, decodes),
         components={name: _mean(values, decodes) for name, values in scores.components.items()},
+        gated={name: _mean(values, decodes) for name, values in scores.gated.items()},
     )
 
 

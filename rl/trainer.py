@@ -18,12 +18,13 @@ from rl.advantages import AdvantageInputs, AdvantageOutput, moved_mean, shuffled
 from rl.algorithm_loading import load_advantages
 from rl.config import Recipe
 from rl.data import GroupedSampler
-from rl.decodes import variance_split
+from rl.decodes import average_decodes, variance_split
 from rl.engine import Engine
 from rl.flow_actor import FlowActor
 from rl.halves import FLOW, TOKENS, trained_halves
 from rl.metrics import PhaseTimer
 from rl.resampling import Drawn, resample
+from rl.reward_stats import mixing_metrics
 from rl.rollout import RolloutEngine, reward_request
 from rl.scores import merge_scores
 from rl.seeding import generator
@@ -140,7 +141,7 @@ class Trainer:
             for chunk in self.rollout.generate(
                 prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk, flow
             ):
-                tickets.append(self.scorer.submit(reward_request(chunk)))
+                tickets.append(self.scorer.submit(reward_request(chunk, step)))
                 groups += chunk
         return groups, tickets
 
@@ -260,6 +261,12 @@ class Trainer:
     ) -> Metrics:
         rollout = self.recipe.rollout
         metrics = reward_metrics(drawn)
+        metrics |= mixing_metrics(
+            average_decodes(drawn, rollout.decodes),
+            rollout.group_size,
+            self.algorithm.scale_rewards,
+            self.algorithm.decouple_rewards,
+        )
         split = variance_split(drawn.totals, rollout.group_size, rollout.decodes)
         metrics |= {f"reward/variance/{name}": value for name, value in split.items()}
         for actor, output, own in zip(self.actors, advantages, zip(*updates, strict=True), strict=True):

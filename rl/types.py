@@ -222,6 +222,7 @@ class RewardRequest:
     images: np.ndarray  # [B, H, W, 3] uint8 RGB
     columns: dict[str, list[Any]]
     group_size: int
+    step: int = 0  # of training, counted from 0: weights may depend on it
 
 
 @dataclass(slots=True)
@@ -232,6 +233,24 @@ class RewardScores:
     components: dict[str, np.ndarray]  # raw values by "<reward>" and "<reward>/<part>", [B] float64
     failures: dict[str, int]  # "<reward>" -> samples lost to errors, time-outs, None, NaN or inf
     reasons: dict[str, str]  # "<reward>" -> the last failure in one line
+    # What the total is made of, for algorithms that look at each reward: values by "<reward>" [B] float64 with
+    # gates applied, NaN where missing or not applicable, and their weights at this step.
+    gated: dict[str, np.ndarray] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckPicture:
+    """A picture whose worth is known, for checking rewards: what it answers and how.
+
+    `role` says what a good reward makes of it: `honest` answers the prompt; `graded` does so with a fault;
+    `degenerate` shows nothing, or leaves undone what was asked for; `hack` aims at the reward instead of the
+    prompt; `other` answers another prompt."""
+
+    kind: str  # such as "honest" or "one letter wrong"
+    role: str
+    prompt: Prompt
+    image: Image.Image  # RGB
 
 
 class RewardScorer(Protocol):

@@ -87,7 +87,8 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
         else:
             on_main(engine, folder.refuse_foreign if overwrite else folder.refuse_run)
         checkpoint = load_checkpoint(newest) if newest else None
-        policy, _ = load_policy(recipe.model.path, engine.device)
+        storage = torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
+        policy, _ = load_policy(recipe.model.path, engine.device, storage)
         if recipe.engine.precision == "bf16":
             policy.sampler_dtype = torch.bfloat16
         module = trained_module(policy, recipe)
