@@ -361,7 +361,8 @@ class Recipe(RecipeModel):
             raise ValueError(
                 "algorithm.reference_every needs full weights: with model.lora the reference is the base model"
             )
-        self._possible_flow()
+        if self.algorithm.flow is not None:
+            self.algorithm.flow.check(self)
         if self.model.dtype == "bf16" and self.engine.precision != "bf16":
             raise ValueError(
                 "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "
@@ -373,26 +374,6 @@ class Recipe(RecipeModel):
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below the run's {updates} updates"
             )
         return self
-
-    def _possible_flow(self) -> None:
-        flow = self.algorithm.flow
-        if flow is None:
-            return
-        flow.check_steps(flow.steps or self.rollout.flow_steps)
-        if self.engine.zero_stage == 3:
-            raise ValueError(
-                "algorithm.flow samples from the weights it trains; set engine.zero_stage to 2 or less"
-            )
-        if not flow.joint and self.model.lora:
-            raise ValueError(
-                "model.lora is of the language model, which does not train; set algorithm.flow.lora, or "
-                "algorithm.flow.joint: true"
-            )
-        if not flow.joint and (self.algorithm.kl_in == "reward" or self.algorithm.reference_every):
-            raise ValueError(
-                "algorithm.kl_in: reward and algorithm.reference_every are of the tokens, which do not train; "
-                "remove them, or set algorithm.flow.joint: true"
-            )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -117,9 +117,28 @@ class FlowConfig(RecipeModel):
             )
         return self
 
-    def check_steps(self, steps: int) -> None:
-        """Raises ValueError when no window fits into `steps` denoising steps, the last of which stays
-        deterministic: noise put in there would stay in the picture."""
+    def check(self, recipe: Any) -> None:
+        """Raises ValueError where the rest of a training recipe leaves this section impossible."""
+        self._check_steps(self.steps or recipe.rollout.flow_steps)
+        if recipe.engine.zero_stage == 3:
+            raise ValueError(
+                "algorithm.flow samples from the weights it trains; set engine.zero_stage to 2 or less"
+            )
+        if self.joint:
+            return
+        if recipe.model.lora:
+            raise ValueError(
+                "model.lora is of the language model, which does not train; set algorithm.flow.lora, or "
+                "algorithm.flow.joint: true"
+            )
+        if recipe.algorithm.kl_in == "reward" or recipe.algorithm.reference_every:
+            raise ValueError(
+                "algorithm.kl_in: reward and algorithm.reference_every are of the tokens, which do not train; "
+                "remove them, or set algorithm.flow.joint: true"
+            )
+
+    def _check_steps(self, steps: int) -> None:
+        """The last denoising step stays deterministic: noise put in there would stay in the picture."""
         if self.is_matching:
             return
         room = min(steps - 1, self.window_stop or steps)
