@@ -149,9 +149,8 @@ def _values(first: RewardValues, pictures: Sequence[CheckPicture]) -> Finding:
 def _nones(first: RewardValues) -> Finding:
     share = float(first.not_applicable.mean())
     if share == 1:
-        return Finding(
-            "applies", "fail", "None for every picture: it applies to none; which column does it miss?"
-        )
+        why = first.reason or "which column does it miss?"
+        return Finding("applies", "fail", f"None for every picture: it applies to none; {why}")
     verdict: Verdict = "note" if share > 0.5 else "pass"
     return Finding(
         "applies", verdict, "to every picture" if not share else f"None for {share:.0%} of pictures"

@@ -57,6 +57,8 @@ def to_values(output: Any, size: int) -> RewardValues:
     values, nones = _column(rewards, size)
     broken = values[~np.isfinite(values) & ~nones]
     reason = f"returned {broken[-1]}" if broken.size else None
+    if isinstance(output, RewardOutput) and output.reason:
+        reason = " ".join(output.reason.split())
     columns = {name: _column(entries, size)[0] for name, entries in parts.items()}
     for column in (values, *columns.values()):
         column[~np.isfinite(column)] = np.nan

@@ -189,10 +189,12 @@ class LossOutput:
 
 @dataclass(slots=True)
 class RewardOutput:
-    """What a reward may return instead of a bare list. None or NaN marks a sample without a value."""
+    """What a reward may return instead of a bare list. None or NaN marks a sample without a value, and `reason`
+    says in one line why one of them has none."""
 
     rewards: Sequence[float | None]
     breakdown: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    reason: str | None = None
 
 
 @runtime_checkable
