@@ -32,13 +32,14 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
 def watch_loss(trainer: Trainer) -> list[tuple[LossInputs, dict[str, Any]]]:
     """Everything that the loss is called with from now on."""
     calls: list[tuple[LossInputs, dict[str, Any]]] = []
-    loss = trainer.loss
+    assert trainer.tokens is not None
+    loss = trainer.tokens.policy_loss
 
     def watched(inputs: LossInputs, **settings: Any) -> Any:
         calls.append((replace(inputs, logprobs=inputs.logprobs.detach().clone()), settings))
         return loss(inputs, **settings)
 
-    trainer.loss = watched
+    trainer.tokens.policy_loss = watched
     return calls
 
 
@@ -267,7 +268,7 @@ def test_an_entropy_bonus_raises_entropy(normaliser: str) -> None:
 
     common = ("algorithm.kl_coef=0", f"algorithm.normaliser={normaliser}", "rollout.temperature=0.1")
     trainer = small_trainer(*common, "algorithm.entropy_coef=1", equal=equal)
-    batch = trainer._assemble(trainer._roll_out(trainer.sampler.step(0), 0)[0])
+    batch = trainer._assemble(trainer._roll_out(trainer.sampler.step(0), 0)[0], 0)[0]
     arguments = (batch.prompt_ids, batch.prompt_mask, batch.tokens, 0.1)
     before = trainer.policy.trainable(*arguments).entropy.mean().item()
     trainer.step(0)
