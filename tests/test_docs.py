@@ -21,7 +21,8 @@ from rl.advantages import group_advantages
 from rl.cli import app
 from rl.config import Recipe
 from rl.pretrain_config import PretrainRecipe
-from rl.recipe import load_yaml_recipe
+from rl.recipe import RecipeModel, load_yaml_recipe
+from rl.sft_config import SFTRecipe
 from rl.trainer import update_metrics
 from rl.types import RewardRequest
 
@@ -58,8 +59,8 @@ def check_command(words: Sequence[str]) -> None:
         context = command.make_context(name, list(rest), parent=context)
     values = context.params
     if "recipe" in values:
-        schema = PretrainRecipe if words[0] == "pretrain" else Recipe
-        load_yaml_recipe(schema, values["recipe"], values["overrides"] or [])
+        schemas: dict[str, type[RecipeModel]] = {"pretrain": PretrainRecipe, "sft": SFTRecipe}
+        load_yaml_recipe(schemas.get(words[0], Recipe), values["recipe"], values["overrides"] or [])
 
 
 def example_rewards() -> list[tuple[str, str]]:
