@@ -87,7 +87,7 @@ class FlowDecoder(nn.Module):
     def condition(self, hidden: Tensor, reference: Tensor | None = None) -> Tensor:
         """Hidden states [B, T + 1, D] -> projected caption [B, T + 1, inner], once per image, not per step. For an
         edit the reference latents [B, C, h, w] follow, h·w rows more."""
-        features = self.connector(hidden)
+        features = self.connector(hidden.to(self.sana.dtype))
         if reference is not None:
             features = torch.cat([features, self.reference_features(reference)], dim=1)
         return self._project(features)
@@ -147,13 +147,13 @@ class FlowDecoder(nn.Module):
     @torch.no_grad()
     def draw(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> pictures [B, 3, H, W] in [0, 1]."""
-        pictures = self.vae.decode(latents / self.scaling_factor).sample
+        pictures = self.vae.decode((latents / self.scaling_factor).to(self.vae.dtype)).sample
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] at the transformer's scale."""
-        return self.vae.encode(pictures).latent * self.scaling_factor
+        return self.vae.encode(pictures.to(self.vae.dtype)).latent * self.scaling_factor
 
     def flow_loss(
         self,

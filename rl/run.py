@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from rl.checkpoint import CHECKPOINTS, Checkpoint, latest_checkpoint, save_checkpoint, step_of
 from rl.config import Recipe
-from rl.engine import Engine
+from rl.engine import Engine, StateDict
 from rl.errors import ImageRLError
 from rl.evaluate import Evaluation, evaluate
 from rl.files import is_temporary, write_atomic
@@ -242,10 +242,14 @@ class Loop:
         return every > 0 and step % every == 0
 
     def _save(self, step: int) -> None:
-        tensors, state = self.engine.state_dict(), self._state()
+        tensors, state = self._tensors(), self._state()
         if self.engine.is_main:
             save_checkpoint(self.folder.checkpoints, step, tensors, state, self.recipe.checkpoint.keep)
         self.engine.barrier()
+
+    def _tensors(self) -> StateDict:
+        """The tensors of a checkpoint, whole, on the main process. Collective."""
+        return self.engine.state_dict()
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors. Called by all processes, what the main one returns counts."""
@@ -314,6 +318,12 @@ class Run(Loop):
             (groups,) = self.eval_rollout.generate(prompts, 1, occasion)
             images = [group.images[0] for group in groups]
             self.folder.save_grid(step, images, [prompt.text for prompt in prompts])
+
+    def _tensors(self) -> StateDict:
+        return self.engine.state_dict() | self.trainer.tensors()
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "trainer": self.trainer.state()}
 
     def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
         if log is None:
