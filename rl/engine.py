@@ -199,6 +199,8 @@ class Engine:
         """
         model: dict[str, Tensor] = {}
         optimizer: dict[str, Tensor] = {}
+        if self.zero_stage and self.updates:
+            zero.link_moments(self.module, self.zero_stage)
         for name, parameter in self._parameters.items():
             if self.zero_stage:
                 whole = zero.whole_state(parameter, self.updates)

@@ -22,7 +22,8 @@ from rl.cli import app
 from rl.config import Recipe
 from rl.flow_actor import PER_ACTION as FLOW_PER_ACTION
 from rl.pretrain_config import PretrainRecipe
-from rl.recipe import load_yaml_recipe
+from rl.recipe import RecipeModel, load_yaml_recipe
+from rl.sft_config import SFTRecipe
 from rl.step_metrics import OTHER_SUMS, PER_ACTION, update_metrics
 from rl.types import RewardRequest
 
@@ -59,8 +60,8 @@ def check_command(words: Sequence[str]) -> None:
         context = command.make_context(name, list(rest), parent=context)
     values = context.params
     if "recipe" in values:
-        schema = PretrainRecipe if words[0] == "pretrain" else Recipe
-        load_yaml_recipe(schema, values["recipe"], values["overrides"] or [])
+        schemas: dict[str, type[RecipeModel]] = {"pretrain": PretrainRecipe, "sft": SFTRecipe}
+        load_yaml_recipe(schemas.get(words[0], Recipe), values["recipe"], values["overrides"] or [])
 
 
 def example_rewards() -> list[tuple[str, str]]:
