@@ -164,7 +164,19 @@ class FlowDecoder(nn.Module):
         drop: Tensor,
         reference: Tensor | None = None,
     ) -> Tensor:
-        """Mean of ‖v − (noise − x)‖² over all numbers: the flow-matching objective.
+        """Mean of ‖v − (noise − x)‖² over all numbers: the flow-matching objective."""
+        return self.flow_residual(hidden, latents, sigma, noise, drop, reference).square().mean()
+
+    def flow_residual(
+        self,
+        hidden: Tensor,
+        latents: Tensor,
+        sigma: Tensor,
+        noise: Tensor,
+        drop: Tensor,
+        reference: Tensor | None = None,
+    ) -> Tensor:
+        """v − (noise − x) [B, C, h, w] in float32.
 
         `sigma` [B] in (0, 1); `drop` [B] bool, where the condition is replaced by the unconditional one. With
         `reference` [B, C, h, w] the objective of an edit: the velocity of the reference's own half is free."""
@@ -176,7 +188,7 @@ class FlowDecoder(nn.Module):
         level = sigma[:, None, None, None]
         noisy = beside((1 - level) * latents + level * noise, reference)
         v = self.velocity(noisy, sigma, self._project(features))[..., : latents.shape[-1]]
-        return (v.float() - (noise - latents)).square().mean()
+        return v.float() - (noise - latents)
 
     def require_edit(self) -> nn.Sequential:
         """The reference connector. Raises ImageRLError when the model has none."""

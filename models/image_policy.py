@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -117,19 +118,28 @@ class ImagePolicy:
 
         `pictures` are PIL pictures of any size and mode, or a tensor [P, 3, H, W] in [-1, 1] of the decoder's size.
         Raises ImageRLError when the model cannot edit or a picture cannot be read."""
-        tokenizer = self.image_tokenizer
-        if tokenizer is None:
-            raise ImageRLError("this model has no image tokenizer: it cannot read pictures")
+        tokenizer = self.require_tokenizer()
         self.decoder.require_edit()
-        size, token_size = self.decoder.picture_size, tokenizer.picture_size
         if isinstance(pictures, Tensor):
-            large = pictures
-            small = F.interpolate(large, token_size, mode="bicubic", antialias=True).clamp(-1, 1)
-            small = large if token_size == size else small
-        else:
-            large = torch.stack([prepare_picture(p, size, Image.Resampling.BILINEAR) for p in pictures])
-            small = torch.stack([prepare_picture(p, token_size) for p in pictures])
+            return self.tokens_of(pictures), self.decoder.encode(pictures.to(self.device))
+        size = self.decoder.picture_size
+        large = torch.stack([prepare_picture(p, size, Image.Resampling.BILINEAR) for p in pictures])
+        small = torch.stack([prepare_picture(p, tokenizer.picture_size) for p in pictures])
         return tokenizer.encode(small.to(self.device)), self.decoder.encode(large.to(self.device))
+
+    def tokens_of(self, pictures: Tensor) -> Tensor:
+        """Image tokens [P, T] of pictures [P, 3, H, W] in [-1, 1] of the decoder's size."""
+        tokenizer = self.require_tokenizer()
+        if tokenizer.picture_size != self.decoder.picture_size:
+            small = F.interpolate(pictures, tokenizer.picture_size, mode="bicubic", antialias=True)
+            pictures = small.clamp(-1, 1)
+        return tokenizer.encode(pictures.to(self.device))
+
+    def require_tokenizer(self) -> ImageTokenizer:
+        """Raises ImageRLError when the model came without its image tokenizer."""
+        if self.image_tokenizer is None:
+            raise ImageRLError("this model has no image tokenizer: it cannot read pictures")
+        return self.image_tokenizer
 
     def refresh_sampler(self) -> None:
         """Lay out the present weights for sampling, in `sampler_dtype`. Call after every update, parameters
@@ -160,11 +170,30 @@ class ImagePolicy:
 
     def freeze_reference(self) -> None:
         """Remember the present policy as the KL reference: a frozen copy of the autoregressive half, or nothing
-        at all with LoRA, where the reference is the base with adapters off."""
-        import copy
-
-        if self.trainable.adapter is None:
+        at all with LoRA, where the reference is the base with adapters off. Called again, parameters gathered, it
+        renews the copy."""
+        if self.trainable.adapter is not None:
+            return
+        if self._reference is None:
             self._reference = copy.deepcopy(self.trainable).requires_grad_(False).eval()
+        else:
+            self.load_reference({n: p.data for n, p in self.trainable.named_parameters()})
+
+    def reference_state(self) -> dict[str, Tensor]:
+        """The weights of the frozen copy by name; empty where there is none."""
+        return {} if self._reference is None else {n: p.data for n, p in self._reference.named_parameters()}
+
+    @torch.no_grad()
+    def load_reference(self, state: Mapping[str, Tensor]) -> None:
+        """Give the frozen copy other weights."""
+        own = self.reference_state()
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())[0]
+            raise ImageRLError(
+                f"the checkpoint's reference is of another model ({odd}); resume with the same model"
+            )
+        for name, weight in state.items():
+            own[name].copy_(weight)
 
     @torch.no_grad()
     def reference_scores(

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rewards.mixing import Gate, Weight
 from rl.types import ImageRLError, RewardFn, RewardOutput
 
 REWARDS: dict[str, str] = {
@@ -36,20 +37,26 @@ class RewardSpec:
     "package.module:function"; `settings` go to a class's constructor, or to a function at every call."""
 
     target: str
-    weight: float = 1.0
+    weight: Weight = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    gate: Gate | None = None
 
     @classmethod
     def from_mapping(cls, entry: Mapping[str, Any]) -> RewardSpec:
-        """From `{name | import_path, weight, **settings}`; a None stands for an absent key."""
+        """From `{name | import_path, weight, gate, **settings}`; a None stands for an absent key."""
         settings = dict(entry)
-        weight = settings.pop("weight", None)
+        weight, gate = settings.pop("weight", None), settings.pop("gate", None)
         targets = [
             t for t in (settings.pop("name", None), settings.pop("import_path", None)) if t is not None
         ]
         if len(targets) != 1:
             raise ImageRLError(f"a reward needs either name or import_path, got {dict(entry)}")
-        return cls(targets[0], 1.0 if weight is None else float(weight), settings)
+        return cls(
+            targets[0],
+            1.0 if weight is None else weight,
+            settings,
+            None if gate is None else Gate.from_mapping(gate),
+        )
 
     def absolute(self) -> RewardSpec:
         """The same spec with a file's path made absolute, so that another process finds the same file."""
@@ -65,7 +72,8 @@ class LoadedReward:
 
     label: str
     fn: RewardFn
-    weight: float = 1.0
+    weight: Weight = 1.0
+    gate: Gate | None = None
 
 
 class _KeywordReward:
@@ -244,7 +252,7 @@ def load_rewards(specs: Sequence[RewardSpec]) -> list[LoadedReward]:
     loaded = [load_reward(spec.target, **spec.settings) for spec in specs]
     labels = unique_labels([label for label, _ in loaded])
     return [
-        LoadedReward(label, fn, spec.weight)
+        LoadedReward(label, fn, spec.weight, spec.gate)
         for label, (_, fn), spec in zip(labels, loaded, specs, strict=True)
     ]
 

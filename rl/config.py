@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from rl.algorithm_config import AlgorithmConfig
 from rl.recipe import Loc, RecipeModel, load_yaml_recipe
 
 
@@ -92,7 +94,9 @@ class RolloutConfig(RecipeModel):
         None, ge=1, description="prompts drawn, then handed to the rewards, at a time; null: as sampled"
     )
     max_logprob_diff: float | None = Field(
-        None, gt=0, description="stop when sampler and trainer differ more on a log-prob; null: 0.01, bf16 1"
+        None,
+        gt=0,
+        description="stop when sampler and trainer differ more on a log-prob; null: 0.01, bf16 1",
     )
 
     @field_validator("top_k", "top_p")
@@ -103,6 +107,28 @@ class RolloutConfig(RecipeModel):
                              "distribution but be scored by the whole one")  # fmt: skip
 
 
+class GateConfig(RecipeModel):
+    by: str = Field(
+        min_length=1, description="another reward of the list, or one of its parts: ocr/exact_match"
+    )
+    at_least: float | None = Field(None, description="it passes from this value on")
+    at_most: float | None = Field(None, description="it passes up to this value; give one of the two")
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError("a gate needs exactly one of at_least and at_most")
+        return self
+
+
+# The fields of a row of an evaluation: a reward of such a name would overwrite one.
+EVALUATION_FIELDS = ("index", "prompt", "reward", "exact_match", "confidence")
+
+
+# YAML's keys are texts to the recipe reader.
+Step = Annotated[int, Field(strict=False)]
+
+
 class RewardSpec(RecipeModel):
     """One reward. Unknown keys are arguments of its constructor."""
 
@@ -110,7 +136,23 @@ class RewardSpec(RecipeModel):
 
     name: str | None = Field(None, description="a reward that ships with imagerl")
     import_path: str | None = Field(None, description="your own: file.py:function or package.module:function")
-    weight: float = Field(1.0, description="factor in the total reward; 0: measured only")
+    weight: float | dict[Step, float] = Field(
+        1.0, description="factor in the total reward; 0: measured only; {step: weight}: linear between steps"
+    )
+    gate: GateConfig | None = Field(
+        None, description="count it only where another reward passes, as 0 elsewhere"
+    )
+
+    @property
+    def scheduled(self) -> bool:
+        return isinstance(self.weight, dict)
+
+    @field_validator("weight")
+    @classmethod
+    def _schedule(cls, weight: float | dict[int, float]) -> float | dict[int, float]:
+        if isinstance(weight, dict) and (not weight or min(weight) < 0):
+            raise ValueError("a schedule of weights needs steps from 0 on, for example {0: 1.0, 100: 0.2}")
+        return weight
 
     @property
     def label(self) -> str:
@@ -131,6 +173,10 @@ class RewardSpec(RecipeModel):
             raise ValueError("a reward needs exactly one of name and import_path")
         if self.import_path is not None and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", self.import_path):
             raise ValueError(f'import_path "{self.import_path}" should look like file.py:function')
+        if self.label in EVALUATION_FIELDS:
+            raise ValueError(
+                f'a reward cannot be called "{self.label}": evaluations have a field of that name; rename the function'
+            )
         return self
 
 
@@ -152,40 +198,18 @@ class RewardsConfig(RecipeModel):
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f'two rewards are called "{label}"; metrics could not tell them apart')
-        if not any(spec.weight for spec in functions):
+        weights = [spec.weight for spec in functions]
+        if not any(any(w.values()) if isinstance(w, dict) else w for w in weights):
             raise ValueError("the weights are all 0: there is nothing to learn from")
+        for spec in functions:
+            by = spec.gate.by.partition("/")[0] if spec.gate else None
+            if spec.gate and (by not in labels or by == spec.label):
+                others = ", ".join(label for label in labels if label != spec.label) or "none"
+                raise ValueError(
+                    f'the gate of "{spec.label}" asks for "{spec.gate.by}", which is no other reward; '
+                    f"there is: {others}"
+                )
         return functions
-
-
-class AlgorithmConfig(RecipeModel):
-    name: Literal["grpo"] = Field("grpo", description="policy-gradient algorithm (grpo: arXiv 2402.03300)")
-    scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="divide advantages by the standard deviation of the group, of the batch, or not"
-    )
-    advantage_eps: float = Field(1e-4, gt=0, description="added to that standard deviation")
-    clip_low: float = Field(0.2, gt=0, lt=1, description="ratios below 1 - clip_low get no gradient")
-    clip_high: float = Field(0.2, gt=0, description="ratios above 1 + clip_high get no gradient")
-    normaliser: Literal["sequence", "tokens", "constant"] = Field(
-        "sequence", description="mean per sample first, over all tokens, or sum over a constant (2503.20783)"
-    )
-    kl_coef: float = Field(0.001, ge=0, description="weight of the KL to the frozen reference; 0: none")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="which estimate of the KL is minimised")
-    kl_in: Literal["loss", "reward"] = Field(
-        "loss", description="KL as a loss term or subtracted from rewards"
-    )
-    entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus")
-    updates_per_rollout: int = Field(1, ge=1, description="passes over a rollout; above 1 the clip matters")
-    shuffle_rewards: bool = Field(
-        False, description="control: permute rewards over the batch; nothing is learned"
-    )
-
-    @model_validator(mode="after")
-    def _kl(self) -> Self:
-        if self.kl_in == "reward" and self.kl_coef == 0:
-            raise ValueError(
-                "algorithm.kl_in is reward but algorithm.kl_coef is 0; raise it or set kl_in: loss"
-            )
-        return self
 
 
 class OptimConfig(RecipeModel):
@@ -193,8 +217,11 @@ class OptimConfig(RecipeModel):
     betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="AdamW's two decay rates")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon; too large swamps small gradients")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="linear, cosine: to 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="linear, cosine: to min_lr"
+    )
     decay_share: float = Field(1.0, gt=0, le=1, description="last share of the updates, in which lr falls")
+    min_lr: float = Field(0.0, ge=0, description="what the linear and cosine schedules fall to")
     warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient norm to this; 0: never")
 
@@ -204,6 +231,12 @@ class OptimConfig(RecipeModel):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError("optim.betas must lie in [0, 1)")
         return betas
+
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr ({self.min_lr:g}) is more than optim.lr ({self.lr:g})")
+        return self
 
 
 class EngineConfig(RecipeModel):
@@ -287,7 +320,10 @@ class Recipe(RecipeModel):
 
     @property
     def logprob_limit(self) -> float:
-        """`rollout.max_logprob_diff`, or what rounding explains: bfloat16 keeps 8 bits of every activation."""
+        """`rollout.max_logprob_diff`, or what rounding explains: bfloat16 keeps 8 bits of every activation. No
+        limit where differences are expected and corrected."""
+        if self.rollout.max_logprob_diff is None and self.algorithm.importance_cap is not None:
+            return math.inf
         return self.rollout.max_logprob_diff or (1.0 if self.engine.precision == "bf16" else 0.01)
 
     @model_validator(mode="after")
@@ -297,6 +333,10 @@ class Recipe(RecipeModel):
             if spec.label in trained:
                 raise ValueError(
                     f'gold.{index} ("{spec.label}") is among the rewards; a gold metric must not be'
+                )
+            if spec.gate or spec.scheduled:
+                raise ValueError(
+                    f'gold.{index} ("{spec.label}") enters no total; remove its gate and schedule'
                 )
         gold = [spec.label for spec in self.gold]
         if len(set(gold)) < len(gold):
@@ -312,6 +352,10 @@ class Recipe(RecipeModel):
         ):
             if size is not None and size < needed[1]:
                 raise ValueError(f"{needed[0]} ({needed[1]}) is more than {key} ({size})")
+        if self.algorithm.reference_every and self.model.lora:
+            raise ValueError(
+                "algorithm.reference_every needs full weights: with model.lora the reference is the base model"
+            )
         if self.model.dtype == "bf16" and self.engine.precision != "bf16":
             raise ValueError(
                 "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "

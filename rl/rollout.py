@@ -20,8 +20,8 @@ def to_uint8(pictures: Tensor) -> np.ndarray:
     return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def reward_request(groups: Sequence[RolloutGroup]) -> RewardRequest:
-    """What rewards get to see of some groups of equal size."""
+def reward_request(groups: Sequence[RolloutGroup], step: int = 0) -> RewardRequest:
+    """What rewards get to see of some groups of equal size, at a training step."""
     size = len(groups[0].images)
     repeated = [group.prompt for group in groups for _ in range(size)]
     return RewardRequest(
@@ -30,6 +30,7 @@ def reward_request(groups: Sequence[RolloutGroup]) -> RewardRequest:
         images=np.concatenate([group.images for group in groups]),
         columns={name: [prompt.columns[name] for prompt in repeated] for name in groups[0].prompt.columns},
         group_size=size,
+        step=step,
     )
 
 

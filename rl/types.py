@@ -77,7 +77,9 @@ class TrainBatch:
     rollout_logprobs: Tensor  # [B, N] from the sampler
     old_logprobs: Tensor | None  # [B, N] from the trainer before the update; None: ratio is 1 by design
     ref_logprobs: Tensor | None  # [B, N] from the frozen reference; None without KL
-    advantages: Tensor  # [B]
+    advantages: Tensor  # [B, 1] or [B, N]
+    entropy: Tensor | None = None  # [B, N] nats, before the update; None unless it decides what trains
+    selected: Tensor | None = None  # [B, N] bool, actions that the policy term trains; None: all
 
     def rows(self, which: slice) -> TrainBatch:
         """Some of the samples, as views."""
@@ -100,6 +102,7 @@ class LossInputs:
     advantages: Tensor  # [B, N] or [B, 1]
     action_mask: Tensor  # [B, N] bool
     denominator: float
+    policy_weights: Tensor | None = None  # [B, N] factors of the policy term, not of the KL; None: all 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +116,12 @@ class LossOutput:
 
 @dataclass(slots=True)
 class RewardOutput:
-    """What a reward may return instead of a bare list. None or NaN marks a sample without a value."""
+    """What a reward may return instead of a bare list. None or NaN marks a sample without a value, and `reason`
+    says in one line why one of them has none."""
 
     rewards: Sequence[float | None]
     breakdown: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    reason: str | None = None
 
 
 @runtime_checkable
@@ -146,6 +151,7 @@ class RewardRequest:
     images: np.ndarray  # [B, H, W, 3] uint8 RGB
     columns: dict[str, list[Any]]
     group_size: int
+    step: int = 0  # of training, counted from 0: weights may depend on it
 
 
 @dataclass(slots=True)
@@ -156,6 +162,24 @@ class RewardScores:
     components: dict[str, np.ndarray]  # raw values by "<reward>" and "<reward>/<part>", [B] float64
     failures: dict[str, int]  # "<reward>" -> samples lost to errors, time-outs, None, NaN or inf
     reasons: dict[str, str]  # "<reward>" -> the last failure in one line
+    # What the total is made of, for algorithms that look at each reward: values by "<reward>" [B] float64 with
+    # gates applied, NaN where missing or not applicable, and their weights at this step.
+    gated: dict[str, np.ndarray] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckPicture:
+    """A picture whose worth is known, for checking rewards: what it answers and how.
+
+    `role` says what a good reward makes of it: `honest` answers the prompt; `graded` does so with a fault;
+    `degenerate` shows nothing, or leaves undone what was asked for; `hack` aims at the reward instead of the
+    prompt; `other` answers another prompt."""
+
+    kind: str  # such as "honest" or "one letter wrong"
+    role: str
+    prompt: Prompt
+    image: Image.Image  # RGB
 
 
 class RewardScorer(Protocol):
@@ -195,3 +219,9 @@ class Policy(Protocol):
     def reference_scores(
         self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, temperature: float
     ) -> TokenScores: ...
+
+    def freeze_reference(self) -> None: ...
+
+    def reference_state(self) -> dict[str, Tensor]: ...
+
+    def load_reference(self, state: Mapping[str, Tensor]) -> None: ...
