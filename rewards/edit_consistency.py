@@ -152,7 +152,9 @@ class EditConsistencyReward:
         **columns: Any,
     ) -> RewardOutput:
         if reference is None or edited is None:
-            raise ImageRLError("reward 'edit_consistency' needs the columns reference and edited in the prompt set")
+            raise ImageRLError(
+                "reward 'edit_consistency' needs the columns reference and edited in the prompt set"
+            )
         asked = [i for i, (source, part) in enumerate(zip(reference, edited, strict=True)) if source and part]
         parts: dict[str, list[float | None]] = {name: [None] * len(images) for name in PARTS}
         values: list[float | None] = [None] * len(images)

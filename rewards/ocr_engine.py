@@ -8,17 +8,27 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from rewards.ocr_lines import HEIGHT, Line, LineReader, characters_of, open_model
 from rl.types import ImageRLError
 
 DETECTOR, RECOGNISER = "PP-OCRv6_small_det", "PP-OCRv6_small_rec"
 FULL_WIDTH = 320  # pixels, the recogniser's own canvas
+HEIGHT = 48  # pixels, to which the recogniser scales every line
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of text and the mean probability of its characters."""
+
+    text: str
+    confidence: float
 
 
 def wheel_models() -> Path | None:
@@ -56,17 +66,26 @@ def _detector_config() -> dict[str, Any]:
     }
 
 
-def _recogniser_config(onnx: Path) -> dict[str, Any]:
+@cache
+def characters_of(onnx: Path) -> tuple[str, ...]:
+    """The characters that a recogniser of the `rapidocr` wheel can read, in order."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(onnx), providers=["CPUExecutionProvider"])
+    return tuple(session.get_modelmeta().custom_metadata_map["character"].split("\n"))
+
+
+def _recogniser_config(onnx: Path, width: int) -> dict[str, Any]:
     return {
         "Global": {"model_name": RECOGNISER},
         "PreProcess": {
             "transform_ops": [
                 {"DecodeImage": {"channel_first": False, "img_mode": "BGR"}},
-                {"RecResizeImg": {"image_shape": [3, HEIGHT, FULL_WIDTH]}},
+                {"RecResizeImg": {"image_shape": [3, HEIGHT, width]}},
                 {"KeepKeys": {"keep_keys": ["image", "label_ctc"]}},
             ]
         },
-        "PostProcess": {"name": "CTCLabelDecode", "character_dict": characters_of(open_model(onnx, 1))},
+        "PostProcess": {"name": "CTCLabelDecode", "character_dict": list(characters_of(onnx))},
     }
 
 
@@ -74,23 +93,23 @@ def _cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagerl" / "paddleocr"
 
 
-def _write_model_folder(folder: Path, onnx: Path, model: str) -> None:
+def _write_model_folder(folder: Path, onnx: Path, model: str, width: int) -> None:
     import yaml
 
-    config = _detector_config() if model == DETECTOR else _recogniser_config(onnx)
+    config = _detector_config() if model == DETECTOR else _recogniser_config(onnx, width)
     shutil.copyfile(onnx, folder / "inference.onnx")
     with open(folder / "inference.yml", "w", encoding="utf-8") as file:
         yaml.safe_dump(config, file, allow_unicode=True)
 
 
-def model_folder(weights: Path, model: str) -> Path:
+def model_folder(weights: Path, model: str, width: int = FULL_WIDTH) -> Path:
     """A folder with `inference.onnx` and `inference.yml` as PaddleOCR wants them, made once per user.
 
     It is built beside its place and renamed into it, so that processes starting together never see half of
     one. Where the cache cannot be written it is a temporary folder."""
     onnx = weights / _WHEEL_FILES[model]
     config_version = 1  # raise it when the written configuration changes
-    key = hashlib.sha256(onnx.read_bytes() + f"{FULL_WIDTH} {config_version}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(onnx.read_bytes() + f"{width} {config_version}".encode()).hexdigest()[:16]
     folder = _cache_root() / f"{model}-{key}"
 
     def complete() -> bool:
@@ -108,10 +127,10 @@ def model_folder(weights: Path, model: str) -> Path:
         built = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError:
         built = Path(tempfile.mkdtemp(prefix=f"imagerl-{folder.name}-"))
-        _write_model_folder(built, onnx, model)
+        _write_model_folder(built, onnx, model, width)
         return built
     try:
-        _write_model_folder(built, onnx, model)
+        _write_model_folder(built, onnx, model, width)
         if folder.exists() and not complete():
             shutil.rmtree(folder, ignore_errors=True)
         built.rename(folder)
@@ -171,29 +190,25 @@ class OCREngine:
         if weights is not None:
             # Must be set before paddleocr is imported: it looks for its model hosts on import.
             os.environ.setdefault("PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK", "True")
-        self._lines: LineReader | None = None
-        self.characters: frozenset[str] | None = None
         try:
-            if weights is not None:
-                recogniser = open_model(weights / _WHEEL_FILES[RECOGNISER], threads)
-                self.characters = frozenset(characters_of(recogniser))
-                if mode == "recognise":
-                    self._lines = LineReader(recogniser, recognition_width)
-            if self._lines is None:
-                self._engine = self._build(weights, threads)
+            self._engine = self._build(weights, threads, recognition_width)
+            self.characters = (
+                frozenset(characters_of(weights / _WHEEL_FILES[RECOGNISER])) if weights else None
+            )
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ImageRLError(
                 f"reward 'ocr': PaddleOCR could not load its models ({type(error).__name__}: {reason})"
             ) from error
 
-    def _build(self, weights: Path | None, threads: int) -> Any:
+    def _build(self, weights: Path | None, threads: int, width: int) -> Any:
         import paddleocr
 
         run: dict[str, Any] = {"engine": "onnxruntime", "device": "cpu"}
         run["engine_config"] = {"intra_op_num_threads": threads}
         if self.mode == "recognise":
-            return paddleocr.TextRecognition(model_name=RECOGNISER, **run)
+            folder = str(model_folder(weights, RECOGNISER, width)) if weights else None
+            return paddleocr.TextRecognition(model_name=RECOGNISER, model_dir=folder, **run)
         return paddleocr.PaddleOCR(
             text_detection_model_name=DETECTOR,
             text_detection_model_dir=str(model_folder(weights, DETECTOR)) if weights else None,
@@ -209,14 +224,12 @@ class OCREngine:
     def read(self, images: Sequence[Image.Image]) -> list[list[Line]]:
         """The lines of each picture, top to bottom. A picture's result depends on that picture alone: it is
         run as a batch of one, since padding to a common width and the kernels picked by batch size both
-        change the numbers, while a larger batch is no faster on a CPU: 97 % of the time is the network.
+        change the numbers, while a larger batch is no faster on a CPU.
 
         Raises ValueError for a picture that cannot be decoded or has no pixels."""
         if not images:
             return []
         arrays = [_bgr(image, number) for number, image in enumerate(images, 1)]
-        if self._lines is not None:
-            return [[self._lines(array)] for array in arrays]
         if self.mode == "recognise":
             results = self._engine.predict(arrays, batch_size=1)
             return [[Line(result["rec_text"], float(result["rec_score"]))] for result in results]

@@ -15,6 +15,8 @@ from rl.commands.export import export
 from rl.commands.pretrain import pretrain
 from rl.commands.reward import reward
 from rl.commands.sample import sample
+from rl.commands.sft import sft
+from rl.commands.tokenize import tokenize
 from rl.commands.train import train
 from rl.errors import ImageRLError
 
@@ -26,8 +28,10 @@ app = typer.Typer(
     help="Reinforcement-learning post-training for autoregressive + flow-matching image generators.",
 )
 app.command()(train)
+app.command()(sft)
 app.command()(sample)
 app.command("eval")(evaluate_model)
+app.command()(tokenize)
 app.command()(export)
 app.command()(pretrain)
 app.add_typer(bench, name="bench")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from rl.algorithm_config import AlgorithmConfig
 from rl.recipe import Loc, RecipeModel, load_yaml_recipe
 
 
@@ -40,7 +42,12 @@ class LoraConfig(RecipeModel):
 
 
 class ModelConfig(RecipeModel):
-    path: str = Field("tiny", min_length=1, description='model folder, or "tiny": the shipped checkpoint')
+    path: str = Field(
+        "tiny", min_length=1, description='model folder, hub name, or "tiny": the shipped checkpoint'
+    )
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of frozen weights: decoder, reference, a LoRA base; what trains is fp32"
+    )
     lora: LoraConfig | None = Field(None, description="train adapters instead of full weights")
     freeze: list[str] = Field(
         default_factory=list, description="patterns of parameters that are not trained, as in *embed_tokens*"
@@ -87,7 +94,9 @@ class RolloutConfig(RecipeModel):
         None, ge=1, description="prompts drawn, then handed to the rewards, at a time; null: as sampled"
     )
     max_logprob_diff: float | None = Field(
-        None, gt=0, description="stop when sampler and trainer differ more on a log-prob; null: 0.01, bf16 1"
+        None,
+        gt=0,
+        description="stop when sampler and trainer differ more on a log-prob; null: 0.01, bf16 1",
     )
 
     @field_validator("top_k", "top_p")
@@ -203,44 +212,16 @@ class RewardsConfig(RecipeModel):
         return functions
 
 
-class AlgorithmConfig(RecipeModel):
-    name: Literal["grpo"] = Field("grpo", description="policy-gradient algorithm (grpo: arXiv 2402.03300)")
-    scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="divide advantages by the standard deviation of the group, of the batch, or not"
-    )
-    advantage_eps: float = Field(1e-4, gt=0, description="added to that standard deviation")
-    clip_low: float = Field(0.2, gt=0, lt=1, description="ratios below 1 - clip_low get no gradient")
-    clip_high: float = Field(0.2, gt=0, description="ratios above 1 + clip_high get no gradient")
-    normaliser: Literal["sequence", "tokens", "constant"] = Field(
-        "sequence", description="mean per sample first, over all tokens, or sum over a constant (2503.20783)"
-    )
-    kl_coef: float = Field(0.001, ge=0, description="weight of the KL to the frozen reference; 0: none")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="which estimate of the KL is minimised")
-    kl_in: Literal["loss", "reward"] = Field(
-        "loss", description="KL as a loss term or subtracted from rewards"
-    )
-    entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus")
-    updates_per_rollout: int = Field(1, ge=1, description="passes over a rollout; above 1 the clip matters")
-    shuffle_rewards: bool = Field(
-        False, description="control: permute rewards over the batch; nothing is learned"
-    )
-
-    @model_validator(mode="after")
-    def _kl(self) -> Self:
-        if self.kl_in == "reward" and self.kl_coef == 0:
-            raise ValueError(
-                "algorithm.kl_in is reward but algorithm.kl_coef is 0; raise it or set kl_in: loss"
-            )
-        return self
-
-
 class OptimConfig(RecipeModel):
     lr: float = Field(1e-6, gt=0, description="learning rate after the warm-up")
     betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="AdamW's two decay rates")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon; too large swamps small gradients")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="linear, cosine: to 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="linear, cosine: to min_lr"
+    )
     decay_share: float = Field(1.0, gt=0, le=1, description="last share of the updates, in which lr falls")
+    min_lr: float = Field(0.0, ge=0, description="what the linear and cosine schedules fall to")
     warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient norm to this; 0: never")
 
@@ -250,6 +231,12 @@ class OptimConfig(RecipeModel):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError("optim.betas must lie in [0, 1)")
         return betas
+
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr ({self.min_lr:g}) is more than optim.lr ({self.lr:g})")
+        return self
 
 
 class EngineConfig(RecipeModel):
@@ -333,7 +320,10 @@ class Recipe(RecipeModel):
 
     @property
     def logprob_limit(self) -> float:
-        """`rollout.max_logprob_diff`, or what rounding explains: bfloat16 keeps 8 bits of every activation."""
+        """`rollout.max_logprob_diff`, or what rounding explains: bfloat16 keeps 8 bits of every activation. No
+        limit where differences are expected and corrected."""
+        if self.rollout.max_logprob_diff is None and self.algorithm.importance_cap is not None:
+            return math.inf
         return self.rollout.max_logprob_diff or (1.0 if self.engine.precision == "bf16" else 0.01)
 
     @model_validator(mode="after")
@@ -362,6 +352,15 @@ class Recipe(RecipeModel):
         ):
             if size is not None and size < needed[1]:
                 raise ValueError(f"{needed[0]} ({needed[1]}) is more than {key} ({size})")
+        if self.algorithm.reference_every and self.model.lora:
+            raise ValueError(
+                "algorithm.reference_every needs full weights: with model.lora the reference is the base model"
+            )
+        if self.model.dtype == "bf16" and self.engine.precision != "bf16":
+            raise ValueError(
+                "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "
+                "precision than the policy"
+            )
         updates = self.run.steps * self.algorithm.updates_per_rollout
         if self.optim.warmup_steps >= updates:
             raise ValueError(

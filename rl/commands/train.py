@@ -86,7 +86,8 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
         else:
             on_main(engine, folder.refuse_foreign if overwrite else folder.refuse_run)
         checkpoint = load_checkpoint(newest) if newest else None
-        policy, _ = load_policy(recipe.model.path, engine.device)
+        storage = torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
+        policy, _ = load_policy(recipe.model.path, engine.device, storage)
         if recipe.engine.precision == "bf16":
             policy.sampler_dtype = torch.bfloat16
         if recipe.model.lora:
@@ -94,7 +95,7 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
             torch.manual_seed(derive_seed(recipe.run.seed, "lora"))  # adapters begin at random
             policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
         policy.trainable.freeze(recipe.model.freeze)
-        if recipe.algorithm.kl_coef > 0:
+        if recipe.algorithm.needs_reference:
             policy.freeze_reference()
         scorer = RewardWorkers(
             [spec.model_dump() for spec in recipe.rewards.functions],
@@ -122,6 +123,8 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
         )
         eval_rollout = RolloutEngine(policy, shown, recipe.eval.seed, engine.autocast)
         trainer = Trainer(recipe, policy, scorer, sampler, rollout, engine)
+        if checkpoint:
+            trainer.restore(checkpoint.state.get("trainer", {}), checkpoint.tensors)
         scorer.wait_until_ready()
 
         def begin() -> None:

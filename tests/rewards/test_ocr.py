@@ -246,12 +246,12 @@ def test_model_folders_are_built_whole_by_several_at_once(
     weights = wheel_models()
     assert weights is not None
     with ThreadPoolExecutor(4) as pool:
-        folders = list(pool.map(lambda _: model_folder(weights, RECOGNISER), range(4)))
+        folders = list(pool.map(lambda _: model_folder(weights, RECOGNISER, 96), range(4)))
     assert len(set(folders)) == 1
     assert [path.name for path in folders[0].parent.iterdir()] == [folders[0].name]  # no half-built ones left
     size = (folders[0] / "inference.onnx").stat().st_size
     (folders[0] / "inference.onnx").write_bytes(b"cut short")
-    assert (model_folder(weights, RECOGNISER) / "inference.onnx").stat().st_size == size
+    assert (model_folder(weights, RECOGNISER, 96) / "inference.onnx").stat().st_size == size
 
 
 @pytest.mark.parametrize(
