@@ -224,6 +224,11 @@ def check_reward(spec: RewardSpec, columns: Iterable[str] | None = None) -> str:
     return label
 
 
+def asks_for(spec: RewardSpec, name: str) -> bool:
+    """Whether a reward names a column among its arguments. Raises ImageRLError like `check_reward`."""
+    return any(parameter.name == name for parameter in _call_parameters(_resolve(spec)[1]))
+
+
 def load_reward(target: str, /, **settings: Any) -> tuple[str, RewardFn]:
     """Label and callable of a reward by name or import path (see RewardSpec).
 

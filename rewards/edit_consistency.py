@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from rewards.base import import_target, load_reward
+from rewards.base import SAMPLE_NAMES, import_target, load_reward
 from rewards.colours import estimate_background, estimate_ink
-from rewards.similarity import colour_similarity, feature_similarity, gradient_features, ssim
+from rewards.similarity import colour_similarity, correlation, feature_similarity, gradient_features, ssim
 from rl.types import ImageRLError, RewardOutput
 
-JUDGES = {"text": "ocr", "ink": "colour", "background": "colour"}  # by the column `edited`
+COLOUR = "colour"
+JUDGES = {"text": "ocr", "ink": COLOUR, "background": COLOUR}  # by the column `edited`
 JUDGE_SETTINGS: dict[str, dict[str, Any]] = {"ocr": {"mode": "recognise"}}
 PARTS = ("done", "kept", "colour", "structure", "features", "inside")
 CHANGED = 24 / 255  # difference of source and ideal from which a pixel belongs to the edited region
@@ -44,7 +45,8 @@ def score_kept(
     features: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict[str, float]:
     """What was left alone: `colour`, `structure` (SSIM) and `features` where `weight` [H, W] is 1, and `inside`: what
-    the edited part of a picture of one ink on one ground keeps of itself. `kept` is their geometric mean.
+    the edited part of a picture of one ink on one ground keeps of itself. `kept` is the product of colour, the mean
+    of structure and features, which see the same thing with other eyes, and inside; what is NaN is left out.
 
     `picture` and `source` are [H, W, 3] in 0..255, `features` those of both, gradients by default. `inside` is the
     ink's colour for a new text, and the shape of the strokes for new colours; NaN for another `part`."""
@@ -56,8 +58,9 @@ def score_kept(
         "features": feature_similarity(*pair, weight),
         "inside": _inside(picture, source, part),
     }
-    known = [value for value in kept.values() if np.isfinite(value)]
-    return kept | {"kept": float(np.prod(known) ** (1 / len(known))) if known else 1.0}
+    shape = (kept["structure"] + kept["features"]) / 2
+    factors = [value for value in (kept["colour"], shape, kept["inside"]) if np.isfinite(value)]
+    return kept | {"kept": float(np.prod(factors))}
 
 
 def region_to_keep(
@@ -98,8 +101,7 @@ def _inside(picture: np.ndarray, source: np.ndarray, part: str | None) -> float:
         distance = np.linalg.norm(_colour_of(picture, "ink") - _colour_of(source, "ink"))
         return max(0.0, 1.0 - float(distance) / INK_RANGE)
     if part in ("ink", "background"):
-        shape = ink_share(source)
-        return ssim(ink_share(picture), shape, np.ones_like(shape))
+        return correlation(ink_share(picture), ink_share(source))
     return float("nan")
 
 
@@ -139,8 +141,8 @@ class EditConsistencyReward:
         self._settings = {**JUDGE_SETTINGS, **(judge_settings or {})}
         self._features = import_target(features) if features else None
         self._loaded: dict[str, Callable[..., Any]] = {}
-        for name in set((judges or {}).values()) - {"colour"}:
-            self._judge(name)  # mistakes show at the start
+        for name in set((judges or {}).values()) - {COLOUR}:
+            self._loaded_judge(name)  # mistakes show at the start
 
     def __call__(
         self,
@@ -156,54 +158,32 @@ class EditConsistencyReward:
                 "reward 'edit_consistency' needs the columns reference and edited in the prompt set"
             )
         asked = [i for i, (source, part) in enumerate(zip(reference, edited, strict=True)) if source and part]
+        columns = {name: values for name, values in columns.items() if name not in SAMPLE_NAMES}
         parts: dict[str, list[float | None]] = {name: [None] * len(images) for name in PARTS}
         values: list[float | None] = [None] * len(images)
-        done = self._done(asked, prompts, images, reference, edited, columns)
+        done: dict[int, float | None] = {}
+        for part in dict.fromkeys(edited[index] for index in asked):
+            which = [index for index in asked if edited[index] == part]
+            if self._judge_of(part) == COLOUR:
+                done |= _done_by_colour(str(part), which, images, reference, columns)
+            else:
+                judge = self._loaded_judge(self._judge_of(part))
+                done |= _done_by_judge(judge, which, prompts, images, reference, columns)
         for index, kept in zip(asked, self._kept(asked, images, reference, edited, columns), strict=True):
             for name, value in kept.items():
                 parts[name][index] = value if np.isfinite(value) else None
-            parts["done"][index] = done[index]
-            values[index] = None if done[index] is None else done[index] * kept["kept"]
-        reason = None if len(asked) == len(images) else "a sample has no reference or no edited part"
+            told = parts["done"][index] = done[index]
+            values[index] = None if told is None else told * kept["kept"]
+        reason = None if len(asked) == len(images) else "a sample has no reference or says not what is edited"
         return RewardOutput(values, parts, reason)
 
-    def _done(
-        self,
-        asked: Sequence[int],
-        prompts: Sequence[str],
-        images: Sequence[Image.Image],
-        reference: Sequence[Any],
-        edited: Sequence[Any],
-        columns: Mapping[str, Any],
-    ) -> dict[int, Any]:
-        """Progress by sample; None where the judge has no value."""
-        done: dict[int, Any] = {}
-        for part in dict.fromkeys(edited[index] for index in asked):
-            which = [index for index in asked if edited[index] == part]
-            if part not in self.judges:
-                known = ", ".join(self.judges)
-                raise ImageRLError(
-                    f"reward 'edit_consistency': no judge for edited={part!r}; there is one for: {known} (judges: ...)"
-                )
-            if self.judges[part] == "colour":
-                for index in which:
-                    wanted = columns.get(f"{part}_rgb", [None] * len(images))[index]
-                    source = _array(reference[index])
-                    picture = _array(images[index])
-                    done[index] = None if wanted is None else colour_score(picture, part, wanted, source)
-                continue
-            judge = self._judge(self.judges[part])
-            # One source serves a whole group: it is judged once.
-            keys = [(id(reference[i]), *(str(columns[name][i]) for name in sorted(columns))) for i in which]
-            first = {key: index for key, index in reversed(list(zip(keys, which, strict=True)))}
-            sources = list(first.values())
-            told = _call(judge, [*which, *sources], prompts, columns, [*(images[i] for i in which),
-                         *(reference[i] for i in sources)])  # fmt: skip
-            before = dict(zip(first, told[len(which) :], strict=True))
-            for index, key, score in zip(which, keys, told, strict=False):
-                known = score is not None and before[key] is not None
-                done[index] = progress(score, before[key]) if known else None
-        return done
+    def _judge_of(self, part: str | None) -> str:
+        if part not in self.judges:
+            known = ", ".join(self.judges)
+            raise ImageRLError(
+                f"reward 'edit_consistency': no judge for edited={part!r}, only for {known}; name one in judges"
+            )
+        return self.judges[part]
 
     def _kept(
         self,
@@ -214,7 +194,7 @@ class EditConsistencyReward:
         columns: Mapping[str, Any],
     ) -> list[dict[str, float]]:
         """`score_kept` of each sample; a picture of another size than its source is scaled to it."""
-        pictures = [images[i].convert("RGB").resize(reference[i].size) for i in asked]
+        pictures = [images[i].convert("RGB").resize(reference[i].size, Image.Resampling.BOX) for i in asked]
         own = self._features_of(pictures)
         sources = {id(reference[i]): reference[i] for i in asked}
         theirs = dict(zip(sources, self._features_of(list(sources.values())), strict=True))
@@ -242,11 +222,56 @@ class EditConsistencyReward:
         made = self._features([picture.convert("RGB") for picture in pictures])
         return [np.asarray(features, dtype=np.float64) for features in made]
 
-    def _judge(self, name: str) -> Callable[..., Any]:
+    def _loaded_judge(self, name: str) -> Callable[..., Any]:
         """Loaded when first needed: a set without text edits needs no OCR."""
         if name not in self._loaded:
             self._loaded[name] = load_reward(name, **self._settings.get(name, {}))[1]
         return self._loaded[name]
+
+
+def _done_by_colour(
+    part: str,
+    which: Sequence[int],
+    images: Sequence[Image.Image],
+    reference: Sequence[Any],
+    columns: Mapping[str, Any],
+) -> dict[int, float | None]:
+    """Progress of some samples towards the column `ink_rgb` or `background_rgb`."""
+    wanted = columns.get(f"{part}_rgb")
+    if wanted is None:
+        raise ImageRLError(f"reward 'edit_consistency' needs the column {part}_rgb for edited={part!r}")
+    return {
+        i: None
+        if wanted[i] is None
+        else colour_score(_array(images[i]), part, wanted[i], _array(reference[i]))
+        for i in which
+    }
+
+
+def _done_by_judge(
+    judge: Callable[..., Any],
+    which: Sequence[int],
+    prompts: Sequence[str],
+    images: Sequence[Image.Image],
+    reference: Sequence[Any],
+    columns: Mapping[str, Any],
+) -> dict[int, float | None]:
+    """Progress of some samples as a reward sees it; None where it has no value. A source that serves a whole group
+    is judged once."""
+    keys = [
+        (id(reference[i]), prompts[i], *(str(columns[name][i]) for name in sorted(columns))) for i in which
+    ]
+    first: dict[Any, int] = {}
+    for key, index in zip(keys, which, strict=True):
+        first.setdefault(key, index)
+    pictures = [*(images[i] for i in which), *(reference[i] for i in first.values())]
+    told = _call(judge, [*which, *first.values()], prompts, columns, pictures)
+    before = dict(zip(first, told[len(which) :], strict=True))
+    done: dict[int, float | None] = {}
+    for index, key, score in zip(which, keys, told[: len(which)], strict=True):
+        start = before[key]
+        done[index] = None if score is None or start is None else progress(score, start)
+    return done
 
 
 def _call(
@@ -259,12 +284,10 @@ def _call(
     """What a judge says of pictures, each with the columns of its sample."""
     output = judge(
         prompts=[prompts[i] for i in which],
-        images=images,
-        **{name: [values[i] for i in which] for name, values in columns.items()
-           if name not in ("completions", "completion_ids")},
         completions=[[] for _ in which],
-        completion_ids=[[] for _ in which],
-    )  # fmt: skip
+        images=images,
+        **{name: [values[i] for i in which] for name, values in columns.items()},
+    )
     rewards = output.rewards if isinstance(output, RewardOutput) else output
     return [None if value is None else float(value) for value in rewards]
 

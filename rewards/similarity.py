@@ -10,7 +10,7 @@ import numpy as np
 WINDOW = 7  # pixels, of SSIM
 LUMINANCE, CONTRAST = 0.01**2, 0.03**2  # SSIM's constants for values in [0, 1] (Wang et al., 2004)
 LEAST = 0.01  # share of the picture that must be looked at
-COLOUR_RANGE = 0.25  # mean absolute difference from which colours have nothing in common
+COLOUR_RANGE = 0.15  # mean absolute difference from which colours have nothing in common
 ORIENTATIONS = 8  # of the gradient features
 CELL = 4  # pixels a side, over which they are summed
 FLAT = 0.05  # gradient energy of a cell that counts as structure
@@ -41,6 +41,15 @@ def ssim(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
     values = (2 * mean_a * mean_b + LUMINANCE) * (2 * covariance + CONTRAST)
     values /= (mean_a**2 + mean_b**2 + LUMINANCE) * (variance_a + variance_b + CONTRAST)
     return max(0.0, float((values.mean(axis=-1) * weight).sum() / weight.sum()))
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's of two maps, at least 0; 0 where just one of them is constant, 1 where both are."""
+    a, b = a - a.mean(), b - b.mean()
+    spreads = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    if not spreads:
+        return float(not (a.any() or b.any()))
+    return max(0.0, float((a * b).sum()) / spreads)
 
 
 def feature_similarity(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
