@@ -49,7 +49,7 @@ def velocity(sana: Any, latents: Tensor, sigma: Tensor, branches: Sequence[Capti
     batch, _, height, width = latents.shape
     patch = sana.config.patch_size
     rows, columns = height // patch, width // patch
-    x = sana.patch_embed(latents)
+    x = sana.patch_embed(latents.to(sana.dtype))
     timestep, embedded = sana.time_embed(sigma * 1000.0, batch_size=batch, hidden_dtype=x.dtype)
     for layer, block in enumerate(sana.transformer_blocks):
         arguments = (block, x, timestep.view(batch, 6, -1), branches, layer, rows, columns)

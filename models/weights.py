@@ -121,6 +121,22 @@ def fill(policy: ImagePolicy, shards: Shards, dtype: torch.dtype, device: torch.
         policy.trainable.lm.tie_weights()
 
 
+def fill_randomly(policy: ImagePolicy, dtype: torch.dtype, device: torch.device | str, seed: int) -> None:
+    """Give an `empty_policy` weights that keep the size of what passes through them: for measuring speed."""
+    numbers = torch.Generator(device).manual_seed(seed)
+    for name, (module, leaf) in slots(policy).items():
+        if leaf not in module._parameters:
+            continue
+        tensor = torch.empty(getattr(module, leaf).shape, dtype=dtype, device=device)
+        if tensor.ndim > 1:
+            tensor.normal_(0.0, tensor[0].numel() ** -0.5, generator=numbers)
+        else:
+            tensor.fill_(float(name.endswith("weight")))
+        _put(module, leaf, tensor, dtype, device)
+    if is_tied(policy):
+        policy.trainable.lm.tie_weights()
+
+
 def _put(
     module: nn.Module, leaf: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str
 ) -> None:

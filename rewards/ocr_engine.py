@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +65,12 @@ def _detector_config() -> dict[str, Any]:
     }
 
 
-@cache
-def characters_of(onnx: Path) -> tuple[str, ...]:
-    """The characters that a recogniser of the `rapidocr` wheel can read, in order."""
+def characters_of(onnx: Path) -> list[str]:
+    """The characters of a recogniser that names them in its metadata, as those of `rapidocr` do, in order."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(onnx), providers=["CPUExecutionProvider"])
-    return tuple(session.get_modelmeta().custom_metadata_map["character"].split("\n"))
+    return session.get_modelmeta().custom_metadata_map["character"].split("\n")
 
 
 def _recogniser_config(onnx: Path, width: int) -> dict[str, Any]:
@@ -85,7 +83,7 @@ def _recogniser_config(onnx: Path, width: int) -> dict[str, Any]:
                 {"KeepKeys": {"keep_keys": ["image", "label_ctc"]}},
             ]
         },
-        "PostProcess": {"name": "CTCLabelDecode", "character_dict": list(characters_of(onnx))},
+        "PostProcess": {"name": "CTCLabelDecode", "character_dict": characters_of(onnx)},
     }
 
 
@@ -190,11 +188,11 @@ class OCREngine:
         if weights is not None:
             # Must be set before paddleocr is imported: it looks for its model hosts on import.
             os.environ.setdefault("PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK", "True")
+        self.characters: frozenset[str] | None = None
         try:
+            if weights is not None:
+                self.characters = frozenset(characters_of(weights / _WHEEL_FILES[RECOGNISER]))
             self._engine = self._build(weights, threads, recognition_width)
-            self.characters = (
-                frozenset(characters_of(weights / _WHEEL_FILES[RECOGNISER])) if weights else None
-            )
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ImageRLError(

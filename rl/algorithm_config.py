@@ -18,6 +18,7 @@ from rl.algorithms import (
     RatioLevel,
     Scale,
 )
+from rl.flow_config import FlowConfig
 from rl.recipe import RecipeModel
 
 GRPO = ALGORITHMS["grpo"]
@@ -91,6 +92,8 @@ class AlgorithmConfig(RecipeModel):
     reference_every: int = Field(
         0, ge=0, description="steps after which the policy becomes the reference again; 0: never"
     )
+
+    flow: FlowConfig | None = Field(None, description="train the decoder's denoising steps: docs/flow.md")
 
     updates_per_rollout: int = Field(1, ge=1, description="passes over a rollout; above 1 the clip matters")
     shuffle_rewards: bool = Field(

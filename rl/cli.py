@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 from rl.commands.bench import bench
 from rl.commands.evaluate import evaluate_model
 from rl.commands.export import export
+from rl.commands.plan import plan
 from rl.commands.pretrain import pretrain
 from rl.commands.reward import reward
 from rl.commands.sample import sample
@@ -34,6 +35,7 @@ app.command("eval")(evaluate_model)
 app.command()(tokenize)
 app.command()(export)
 app.command()(pretrain)
+app.command()(plan)
 app.add_typer(bench, name="bench")
 app.add_typer(reward, name="reward")
 

@@ -87,6 +87,11 @@ class RolloutConfig(RecipeModel):
     guidance: float = Field(2.0, ge=0, description="classifier-free guidance of the decoder; 1: none")
     flow_steps: int = Field(30, ge=1, description="denoising steps of the decoder")
     shared_noise: bool = Field(False, description="one decoder noise a group: rewards differ by tokens only")
+    decodes: int = Field(
+        1,
+        ge=1,
+        description="pictures drawn of each token sequence, whose rewards are averaged for the tokens",
+    )
     sample_chunk: int | None = Field(
         None, ge=1, description="prompts whose tokens are sampled together; null: all of a step"
     )
@@ -356,6 +361,8 @@ class Recipe(RecipeModel):
             raise ValueError(
                 "algorithm.reference_every needs full weights: with model.lora the reference is the base model"
             )
+        if self.algorithm.flow is not None:
+            self.algorithm.flow.check(self)
         if self.model.dtype == "bf16" and self.engine.precision != "bf16":
             raise ValueError(
                 "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "

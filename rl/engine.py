@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,6 +168,19 @@ class Engine:
             )
         self.updates += 1
         return norm
+
+    def gradient_norms(self, parts: Sequence[str]) -> dict[str, float]:
+        """Norm of the present gradient of each part of the module, named by its attribute; empty under ZeRO 1 and
+        above, where no rank holds whole gradients. To be called before `step`, after the last microbatch."""
+        if self.zero_stage:
+            return {}
+        norms = {}
+        for part in parts:
+            own = [
+                p.grad for n, p in self._parameters.items() if n.startswith(f"{part}.") and p.grad is not None
+            ]
+            norms[part] = float(nn.utils.get_total_norm(own))
+        return norms
 
     @contextlib.contextmanager
     def gathered_parameters(self) -> Iterator[None]:

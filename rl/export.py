@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.adapters import save_adapter
 from models.exporting import (
@@ -25,6 +25,7 @@ from rl.checkpoint import CHECKPOINTS, latest_checkpoint, load_checkpoint, packa
 from rl.config import Recipe
 from rl.errors import ImageRLError
 from rl.files import atomic_folder
+from rl.halves import trained_module
 from rl.metrics import read_metrics, to_json
 from rl.recipe import validate_recipe
 from rl.seeding import generator
@@ -69,18 +70,17 @@ def trained_policy(source: Path) -> tuple[ImagePolicy, dict[str, Any], Recipe, P
     checkpoint = load_checkpoint(folder)
     recipe = validate_recipe(Recipe, dict(checkpoint.state["recipe"]), f"{folder}/state.json")
     policy, config = load_policy(recipe.model.path)
-    if recipe.model.lora:
-        lora = recipe.model.lora
-        policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
-    load_trained(policy, checkpoint.tensors["model"])
+    load_trained(trained_module(policy, recipe), checkpoint.tensors["model"])
+    if policy.flow is not None:
+        policy.flow.merge_lora()
     return policy, config, recipe, folder
 
 
-def load_trained(policy: ImagePolicy, weights: Mapping[str, Tensor]) -> None:
-    """Put a checkpoint's weights, named as the trainable module names its parameters, into a policy.
+def load_trained(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put a checkpoint's weights, named as the trained module names its parameters, into that module.
 
     Raises ImageRLError when they belong to another model."""
-    parameters = dict(policy.trainable.named_parameters())
+    parameters = dict(module.named_parameters())
     for name, tensor in weights.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise ImageRLError(
@@ -152,7 +152,7 @@ def export(
 
     The folder appears only once it has been loaded back and has repeated exactly what the policy does: tokens and
     pixels, or the logits or pixels of the half that was written. With LoRA the adapters are merged, or with
-    `adapter_only` kept as a PEFT adapter beside the base's path.
+    `adapter_only` kept as a PEFT adapter beside the base's path. Those of a trained decoder are always merged.
 
     Raises ImageRLError when `target` exists, the source has no checkpoint, or the proof fails."""
     if target.exists():
@@ -162,6 +162,10 @@ def export(
     if adapter_only and layout != "imagerl":
         raise ImageRLError(f"an adapter has a layout of its own; export without --layout {layout}")
     policy, config, recipe, folder = trained_policy(source)
+    if adapter_only and policy.flow is not None:
+        raise ImageRLError(
+            "the run trained the decoder, which no adapter file holds; export without --adapter"
+        )
     if adapter_only and policy.trainable.adapter is None:
         raise ImageRLError("the run has no LoRA adapter (model.lora is null); export without --adapter")
     if not adapter_only:

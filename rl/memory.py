@@ -8,7 +8,7 @@ of a layer and of the rest, and any depth follows.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +28,9 @@ SHALLOW, DEEPER = 2, 4  # layers of the models that are run
 class StepShape:
     """What a process does at once in a training step."""
 
-    prompts: int  # prompts of a rollout chunk
+    sampled: int  # prompts whose tokens are sampled together
     group: int
+    pictures: int  # drawn together
     prompt_tokens: int
     image_tokens: int
     micro_batch: int  # samples of a forward and backward pass
@@ -41,7 +42,8 @@ class StepShape:
 
     @property
     def samples(self) -> int:
-        return self.prompts * self.group
+        """Token sequences sampled together."""
+        return self.sampled * self.group
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
@@ -104,7 +106,9 @@ def without_content(module: nn.Module, dtype: torch.dtype) -> None:
                 part._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
 
 
-def language_model_bytes(policy: Any, shape: StepShape, lora: Mapping[str, Any] | None) -> Bytes:
+def language_model_bytes(
+    policy: Any, shape: StepShape, lora: Mapping[str, Any] | None = None, freeze: Sequence[str] = ()
+) -> Bytes:
     """What the autoregressive half of a policy without weights costs: parameters by kind (counted), and bytes beyond
     its weights in each phase. `policy` is a `models.image_policy.ImagePolicy`, which is used up."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -114,6 +118,7 @@ def language_model_bytes(policy: Any, shape: StepShape, lora: Mapping[str, Any] 
     ar.requires_grad_(True).eval()
     if lora is not None:
         ar.add_lora(**lora)  # here, where PEFT may still move modules about
+    ar.freeze(freeze)
     with FakeTensorMode(allow_non_fake_inputs=True):
         without_content(ar, shape.storage)
         if lm.config.tie_word_embeddings:
@@ -123,8 +128,14 @@ def language_model_bytes(policy: Any, shape: StepShape, lora: Mapping[str, Any] 
         for parameter in ar.parameters():
             if parameter.requires_grad:  # what trains is float32, whatever its storage; see `Engine.prepare`
                 parameter.data = parameter.data.float()
-        trained = [parameter.numel() for parameter in ar.parameters() if parameter.requires_grad]
-        counts = {"weights": weights, "trained": sum(trained), "largest": max(trained)}
+        trained = {name: p.numel() for name, p in ar.named_parameters() if p.requires_grad}
+        own = sum(size for name, size in trained.items() if ".lora_" not in name)
+        counts = {
+            "weights": weights,
+            "trained": sum(trained.values()),
+            "trained_base": own,
+            "largest": max(trained.values()),
+        }
         costs = {"reference": reference, **_sampling(policy, shape), **_update(ar, shape)}
         return {name: float(value) for name, value in (counts | costs).items()}
 
@@ -137,8 +148,8 @@ def decoder_bytes(policy: Any, shape: StepShape) -> Bytes:
     width = policy.trainable.lm.config.hidden_size
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         without_content(decoder, shape.storage)
-        hidden = torch.empty(shape.samples, shape.image_tokens + 1, width, dtype=shape.sampler_dtype)
-        noise = torch.empty(shape.samples, *policy.latent_shape)
+        hidden = torch.empty(shape.pictures, shape.image_tokens + 1, width, dtype=shape.sampler_dtype)
+        noise = torch.empty(shape.pictures, *policy.latent_shape)
         with LiveBytes() as memory, shape.autocast():
             latents = decoder.latents(hidden, noise, shape.guidance, 2)
             integrating = memory.peak
@@ -158,8 +169,8 @@ def _sampling(policy: Any, shape: StepShape) -> dict[str, int]:
         policy.refresh_sampler()
         copies, laying_out = memory.live, memory.peak
         memory.restart()
-        ids = torch.empty(shape.prompts, shape.prompt_tokens, dtype=torch.int64)
-        mask = torch.empty(shape.prompts, shape.prompt_tokens, dtype=torch.bool)
+        ids = torch.empty(shape.sampled, shape.prompt_tokens, dtype=torch.int64)
+        mask = torch.empty(shape.sampled, shape.prompt_tokens, dtype=torch.bool)
         uniforms = torch.empty(shape.samples, steps, dtype=torch.float64)
         policy.sample_tokens(ids, mask, uniforms, 1.0)
     config = policy.trainable.lm.config
@@ -172,6 +183,7 @@ def _sampling(policy: Any, shape: StepShape) -> dict[str, int]:
         "laying_out": laying_out,
         "cache": keys_values * shape.samples * shape.image_tokens,
         "sampling": memory.peak - copies + rest * (keys_values + hidden),
+        "hidden": shape.samples * (shape.image_tokens + 1) * config.hidden_size * width,
     }
 
 

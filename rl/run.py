@@ -42,6 +42,7 @@ CONTENTS = {
 # What may change between a run and its continuation without making it another experiment.
 CHANGEABLE = {
     *("run.steps", "run.output_dir", "checkpoint.every", "checkpoint.keep", "rollout.max_logprob_diff"),
+    "algorithm.flow.max_logprob_diff",
     *(f"rewards.{key}" for key in ("workers", "timeout_s", "max_failure_rate", "max_restarts")),
     *("data.workers", "data.max_bad_share", "run.model_dtype"),
 }

@@ -34,6 +34,7 @@ class SamplingParams:
     guidance: float = 2.0
     flow_steps: int = 30
     shared_noise: bool = False  # one decoder noise per group instead of one per sample
+    decodes: int = 1  # pictures drawn of each token sequence, M
 
 
 @dataclass(slots=True)
@@ -55,6 +56,50 @@ class TokenScores(NamedTuple):
     entropy: Tensor  # [B, T] float32, nats, of the same distribution
 
 
+@dataclass(frozen=True, slots=True)
+class FlowSampling:
+    """How the decoder draws where its denoising steps are actions."""
+
+    sampler: str  # kind of the stochastic steps: sde, dance, cps; ode: there are none
+    noise_level: float
+    window: range  # the stochastic steps, of 0 .. steps - 2; empty: a deterministic chain
+    guidance: float
+    steps: int
+
+
+class FlowSchedule(NamedTuple):
+    """The stochastic steps of a `FlowSampling`, on the CPU. A step is N(latents·x + velocity·v, std^2)."""
+
+    sigma: Tensor  # [S] noise level that the step begins at
+    dt: Tensor  # [S] change of the noise level, negative
+    latents: Tensor  # [S]
+    velocity: Tensor  # [S]
+    std: Tensor  # [S] of the transition, sqrt(|dt|) included
+
+
+@dataclass(slots=True)
+class FlowTrajectory:
+    """What a replay of B pictures needs: where each stochastic step began and ended, and what it was
+    conditioned on. No pixels, and nothing of the deterministic steps."""
+
+    hidden: Tensor  # [B / M, R, D] of the token sequences
+    latents: Tensor  # [B, S + 1, C, h, w] before each step and after the last; S = 0: the finished ones
+    rollout_logprobs: Tensor  # [B, S] float32, nats per dimension
+
+    def part(self, number: int, parts: int) -> FlowTrajectory:
+        """The `number`-th of equal parts."""
+        return FlowTrajectory(
+            *(getattr(self, name).chunk(parts)[number] for name in ("hidden", "latents", "rollout_logprobs"))
+        )
+
+
+class FlowScores(NamedTuple):
+    """What a velocity makes of given steps. Differentiable."""
+
+    logprobs: Tensor  # [B, S] float32, nats per dimension
+    means: Tensor  # [B, S, C, h, w] float32, of the transitions
+
+
 @dataclass(slots=True)
 class RolloutGroup:
     """G samples of one prompt."""
@@ -63,7 +108,8 @@ class RolloutGroup:
     tokens: Tensor  # [G, T]
     rollout_logprobs: Tensor  # [G, T]
     action_mask: Tensor  # [G, T]
-    images: np.ndarray  # [G, H, W, 3] uint8 RGB
+    images: np.ndarray  # [G·M, H, W, 3] uint8 RGB
+    flow: FlowTrajectory | None = None  # of the G·M pictures, where the decoder trains
 
 
 @dataclass(slots=True)
@@ -103,6 +149,33 @@ class LossInputs:
     action_mask: Tensor  # [B, N] bool
     denominator: float
     policy_weights: Tensor | None = None  # [B, N] factors of the policy term, not of the KL; None: all 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowLossInputs(LossInputs):
+    """Arguments of a policy loss over denoising steps, N = S. What tokens can only estimate is exact here: the
+    KL of a step is known from the two means. `*_kl` are nats per latent dimension, [B, S], with gradient."""
+
+    std: Tensor  # [S] or [B, S] standard deviation of the transition, sqrt(|dt|) included
+    dt: Tensor  # the same shape, change of sigma of the step
+    old_kl: Tensor | None = None  # against `old_logprobs`' policy; None: it is the present one, so 0
+    ref_kl: Tensor | None = None  # against the frozen reference; None without KL
+
+
+@dataclass(frozen=True, slots=True)
+class MatchingInputs:
+    """Arguments of a loss on the forward process: an action is a noise level with a noise, at which the network
+    is asked for the velocity of a finished sample. M of them per sample; velocities are [B, M, C, h, w]."""
+
+    velocity: Tensor  # with gradient
+    old_velocity: Tensor | None  # of the policy that drew the samples; None: the present one
+    ref_velocity: Tensor | None  # of the frozen reference; None without KL
+    latents: Tensor  # [B, C, h, w] the finished samples
+    noise: Tensor  # [B, M, C, h, w]; the network saw (1 - sigma) latents + sigma noise
+    sigma: Tensor  # [B, M] in (0, 1]
+    advantages: Tensor  # [B, M] or [B, 1]
+    action_mask: Tensor  # [B, M] bool
+    denominator: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +265,38 @@ class RewardScorer(Protocol):
     def close(self) -> None: ...
 
 
+class FlowHalf(Protocol):
+    """The decoder as a policy over denoising steps. See `models.flow_policy`."""
+
+    @property
+    def trainable(self) -> nn.Module:
+        """forward(hidden [B, R, D], latents [B, N, C, h, w], sigma [B, N], guidance) -> velocity [B, N, C, h, w]"""
+        ...
+
+    def sample(
+        self, hidden: Tensor, noise: Tensor, step_noise: Tensor, sampling: FlowSampling
+    ) -> tuple[Tensor, FlowTrajectory]: ...
+
+    def schedule(self, sampling: FlowSampling) -> FlowSchedule: ...
+
+    def score(self, velocity: Tensor, latents: Tensor, schedule: FlowSchedule) -> FlowScores: ...
+
+    def reference_velocity(
+        self, hidden: Tensor, latents: Tensor, sigma: Tensor, guidance: float
+    ) -> Tensor: ...
+
+
 class Policy(Protocol):
     """An image generator with a trainable autoregressive half. See `models.image_policy`."""
 
     @property
     def trainable(self) -> nn.Module:
         """forward(prompt_ids, prompt_mask, tokens, temperature) -> TokenScores"""
+        ...
+
+    @property
+    def flow(self) -> FlowHalf | None:
+        """The decoder as a policy; None where it does not train."""
         ...
 
     @property
@@ -215,6 +314,10 @@ class Policy(Protocol):
     ) -> TokenTrajectory: ...
 
     def decode(self, hidden: Tensor, noise: Tensor, guidance: float, steps: int) -> Tensor: ...
+
+    def decode_steps(
+        self, hidden: Tensor, noise: Tensor, step_noise: Tensor, sampling: FlowSampling
+    ) -> tuple[Tensor, FlowTrajectory]: ...
 
     def reference_scores(
         self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, temperature: float

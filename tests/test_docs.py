@@ -20,6 +20,7 @@ from rewards.scoring import call_reward
 from rl.advantages import group_advantages
 from rl.cli import app
 from rl.config import Recipe
+from rl.flow_actor import PER_ACTION as FLOW_PER_ACTION
 from rl.pretrain_config import PretrainRecipe
 from rl.recipe import load_yaml_recipe
 from rl.step_metrics import OTHER_SUMS, PER_ACTION, update_metrics
@@ -85,6 +86,9 @@ def test_metric_keys_are_those_of_the_trainer() -> None:
     logged |= {f"advantages/{name}" for name in group_advantages(torch.tensor([0.0, 1.0]), 2).metrics}
     logged |= {"kl/coef", "rollout/images", "rollout/resampled_groups"}  # of the trainer itself
     assert {key for key in logged if "/" in key} == described
+    decoder = {"updates", "loss", "lr", "logprob_diff_mean", "logprob_diff_max", "grad_norm", "grad_part"}
+    described = set(re.findall(r"`flow/(\w+)`", text))
+    assert decoder | set(FLOW_PER_ACTION.values()) == described
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
