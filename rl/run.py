@@ -145,9 +145,21 @@ def differing_keys(stored: AnyRecipe, given: AnyRecipe) -> list[str]:
             else:
                 yield (*prefix, key), value
 
-    old, new = dict(flat(stored.model_dump())), dict(flat(given.model_dump()))
+    old, new = (dict(flat(without_addresses(recipe.model_dump()))) for recipe in (stored, given))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     return [key for key in map(".".join, keys) if key not in CHANGEABLE]
+
+
+def without_addresses(value: Any) -> Any:
+    """A recipe's values without the hosts of served rewards: they are the same ones wherever they are served."""
+    if isinstance(value, dict):
+        return {
+            key: entry.rpartition("/")[2]
+            if key == "url" and isinstance(entry, str)
+            else without_addresses(entry)
+            for key, entry in value.items()
+        }
+    return [without_addresses(entry) for entry in value] if isinstance(value, list) else value
 
 
 @contextmanager
