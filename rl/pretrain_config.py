@@ -38,6 +38,16 @@ class GeneratorStage(StageConfig):
     snapshot_every: int = Field(1000, gt=0, description="steps between saved and measured snapshots")
 
 
+class TasksStage(StageConfig):
+    """The stage that teaches the language model to draw, to edit and to read, without the decoder."""
+
+    edit_share: float = Field(0.5, ge=0, le=1, description="share of the batch that edits a picture")
+    question_share: float = Field(0.25, ge=0, le=1, description="share that answers; the rest draws captions")
+    edit_text_share: float = Field(1 / 3, ge=0, le=1, description="share of edits that replace the text")
+    question_text_share: float = Field(1 / 3, ge=0, le=1, description="share of questions for the text")
+    snapshot_every: int = Field(1000, gt=0, description="steps between saved snapshots")
+
+
 class DecoderStage(StageConfig):
     """A new connector and decoder, trained on the hidden states of a language model that no longer changes."""
 
