@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from models.ar import ARPolicy, ImageVocabulary
 from models.flow_decoder import FlowDecoder
-from models.image_policy import REQUEST, SYSTEM, ImagePolicy
-from models.image_tokenizer import FSQTokenizer, FSQTokenizerConfig
+from models.image_policy import ImagePolicy
+from models.image_tokenizer import FSQTokenizer, FSQTokenizerConfig, ImageTokenizer
+from models.prompts import PICTURE_END, PICTURE_START, REQUEST, SYSTEM, TURN_END
+from models.ta_tok import TATokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+PAD, TURN_START = "<|endoftext|>", "<|im_start|>"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -50,6 +52,7 @@ def build_text_tokenizer(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=TURN_END, padding_side="left"
     )
     wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.add_tokens([PICTURE_START, PICTURE_END], special_tokens=True)
     wrapped.add_tokens(["<im_start>", "<im_end>", "<S0>", "<S1>", "<S2>"], special_tokens=True)
     wrapped.add_tokens([f"<I{i}>" for i in range(image_tokens)], special_tokens=True)
     return wrapped
@@ -78,13 +81,24 @@ def build_policy(config: Mapping[str, Any], text_tokenizer: PreTrainedTokenizerF
     ar = ARPolicy(Qwen3ForCausalLM(Qwen3Config(**config["qwen3"])), ImageVocabulary.from_config(config))
     height, width = config["latent_size"]
     decoder = FlowDecoder(
-        config["qwen3"]["hidden_size"], config["sana"], config["vae"], config["scheduler"], (height, width)
+        config["qwen3"]["hidden_size"],
+        config["sana"],
+        config["vae"],
+        config["scheduler"],
+        (height, width),
+        edit=bool(config.get("edit", False)),
     )
-    tokenizer_config = config.get("image_tokenizer")
-    image_tokenizer = (
-        FSQTokenizer(FSQTokenizerConfig.from_dict(tokenizer_config)) if tokenizer_config else None
-    )
-    return ImagePolicy(ar, decoder, text_tokenizer, int(config["num_image_positions"]), image_tokenizer)
+    positions = int(config["num_image_positions"])
+    return ImagePolicy(ar, decoder, text_tokenizer, positions, build_image_tokenizer(config))
+
+
+def build_image_tokenizer(config: Mapping[str, Any]) -> ImageTokenizer | None:
+    """The tokenizer a config describes: `ta_tok`, `image_tokenizer`, or none."""
+    if config.get("ta_tok"):
+        return TATokenizer(config["ta_tok"])
+    if config.get("image_tokenizer"):
+        return FSQTokenizer(FSQTokenizerConfig.from_dict(config["image_tokenizer"]))
+    return None
 
 
 def new_policy(

@@ -28,8 +28,19 @@ def build_connector(hidden_size: int, caption_channels: int) -> nn.Sequential:
     )
 
 
+def build_noise_connector(channels: int) -> nn.Sequential:
+    """A layer that published edit checkpoints hold and never use; kept so that they round-trip."""
+    return nn.Sequential(nn.Conv2d(2 * channels, channels, 1))
+
+
+def beside(latents: Tensor, reference: Tensor | None) -> Tensor:
+    """Latents [B, C, h, w] and the reference's to their right, [B, C, h, 2w]; without a reference the latents."""
+    return latents if reference is None else torch.cat([latents, reference.to(latents.dtype)], dim=-1)
+
+
 class FlowDecoder(nn.Module):
-    """Connector, transformer and autoencoder, built from their configurations alone.
+    """Connector, transformer and autoencoder, built from their configurations alone. With `edit` also the half that
+    reads a reference picture's latents.
 
     Velocities follow v = noise − x with x_σ = (1 − σ)·x + σ·noise (arXiv 2210.02747, 2209.03003)."""
 
@@ -40,11 +51,16 @@ class FlowDecoder(nn.Module):
         vae: Mapping[str, Any],
         scheduler: Mapping[str, Any],
         latent_size: tuple[int, int],
+        edit: bool = False,
     ) -> None:
         super().__init__()
         from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
 
         self.connector = build_connector(hidden_size, int(sana["caption_channels"]))
+        self.reference_connector = (
+            build_connector(int(vae["latent_channels"]), int(sana["caption_channels"])) if edit else None
+        )
+        self.noise_connector = build_noise_connector(int(vae["latent_channels"])) if edit else None
         self.sana = SanaTransformer2DModel.from_config(dict(sana))
         self.vae = AutoencoderDC.from_config(dict(vae))
         self.scheduler_config = dict(scheduler)
@@ -55,6 +71,13 @@ class FlowDecoder(nn.Module):
     def scaling_factor(self) -> float:
         return self.vae.config.scaling_factor
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """H, W in pixels."""
+        _, rows, columns = self.latent_shape
+        ratio = self.vae.spatial_compression_ratio
+        return rows * ratio, columns * ratio
+
     def sigmas(self, steps: int) -> Tensor:
         """[steps + 1] noise levels from 1 to 0 on the CPU: linspace(1, 1/steps, steps), shifted as the scheduler
         says, then 0."""
@@ -62,16 +85,33 @@ class FlowDecoder(nn.Module):
         scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1.0 / steps, steps).tolist())
         return scheduler.sigmas.float()
 
-    def condition(self, hidden: Tensor) -> Tensor:
-        """Hidden states [B, T + 1, D] -> projected caption [B, T + 1, inner], once per image, not per step."""
+    def condition(self, hidden: Tensor, reference: Tensor | None = None) -> Tensor:
+        """Hidden states [B, T + 1, D], and for an edit reference latents [B, C, h, w] -> projected caption
+        [B, T + 1 (+ h·w), inner], once per image, not per step."""
         features = self.connector(hidden)
-        return self.sana.caption_norm(self.sana.caption_projection(features))
+        if reference is not None:
+            features = torch.cat([features, self.reference_features(reference)], dim=1)
+        return self._project(features)
 
-    def unconditional(self, condition: Tensor, hidden_size: int) -> Tensor:
-        """The condition of the unguided branch, of the same shape: the connector applied to zeros. One row is
-        computed and shared, since all are equal."""
+    def unconditional(self, condition: Tensor, hidden_size: int, reference: Tensor | None = None) -> Tensor:
+        """The condition of the unguided branch, of the same shape: the connector applied to zeros for the hidden
+        states, zeros themselves for the reference. One row of each is computed and shared, since all are equal."""
         zeros = condition.new_zeros(1, 1, hidden_size)
-        return self.condition(zeros).expand_as(condition)
+        features = self.connector(zeros)
+        if reference is None:
+            return self._project(features).expand_as(condition)
+        pixels = reference.shape[-2] * reference.shape[-1]
+        without, empty = self._project(torch.cat([features, torch.zeros_like(features)])).unsqueeze(1)
+        batch, length, _ = condition.shape
+        return torch.cat([without.expand(batch, length - pixels, -1), empty.expand(batch, pixels, -1)], dim=1)
+
+    def reference_features(self, reference: Tensor) -> Tensor:
+        """Reference latents [B, C, h, w] -> caption features [B, h·w, caption_channels]."""
+        connector = self.require_edit()
+        return connector(reference.to(next(connector.parameters()).dtype).flatten(2).transpose(1, 2))
+
+    def _project(self, features: Tensor) -> Tensor:
+        return self.sana.caption_norm(self.sana.caption_projection(features))
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
         """Velocity [B, C, h, w] at noise levels `sigma` [B], given a projected condition [B, T + 1, inner].
@@ -90,18 +130,25 @@ class FlowDecoder(nn.Module):
         return x.reshape(batch, -1, height, width)
 
     @torch.no_grad()
-    def latents(self, hidden: Tensor, noise: Tensor, guidance: float, steps: int) -> Tensor:
+    def latents(
+        self, hidden: Tensor, noise: Tensor, guidance: float, steps: int, reference: Tensor | None = None
+    ) -> Tensor:
         """Integrate from `noise` [B, C, h, w] to latents with Euler steps under classifier-free guidance
-        (arXiv 2207.12598). guidance 1 skips the unconditional branch."""
-        condition = self.condition(hidden)
+        (arXiv 2207.12598). guidance 1 skips the unconditional branch.
+
+        With `reference` [B, C, h, w], scaled latents, an edit: they join the condition, and stand to the right of
+        the noise in both branches at every step."""
+        condition = self.condition(hidden, reference)
         guided = guidance != 1.0
         if guided:
-            condition = torch.cat([self.unconditional(condition, hidden.shape[-1]), condition])
+            without = self.unconditional(condition, hidden.shape[-1], reference)
+            condition = torch.cat([without, condition])
         sigmas = self.sigmas(steps).to(noise.device)
         x = noise
         for sigma, following in pairwise(sigmas):
-            pair = torch.cat([x, x]) if guided else x
-            velocity = self.velocity(pair, sigma.expand(pair.shape[0]), condition)
+            seen = beside(x, reference)
+            pair = torch.cat([seen, seen]) if guided else seen
+            velocity = self.velocity(pair, sigma.expand(pair.shape[0]), condition)[..., : x.shape[-1]]
             if guided:
                 without, given = velocity.chunk(2)
                 velocity = without + guidance * (given - without)
@@ -120,16 +167,32 @@ class FlowDecoder(nn.Module):
         return self.vae.encode(pictures).latent * self.scaling_factor
 
     def flow_loss(
-        self, hidden: Tensor, latents: Tensor, sigma: Tensor, noise: Tensor, drop: Tensor
+        self,
+        hidden: Tensor,
+        latents: Tensor,
+        sigma: Tensor,
+        noise: Tensor,
+        drop: Tensor,
+        reference: Tensor | None = None,
     ) -> Tensor:
         """Mean of ‖v − (noise − x)‖² over all numbers: the flow-matching objective.
 
-        `sigma` [B] in (0, 1); `drop` [B] bool, where the condition is replaced by the unconditional one."""
-        condition = self.condition(torch.where(drop[:, None, None], 0.0, hidden))
+        `sigma` [B] in (0, 1); `drop` [B] bool, where the condition is replaced by the unconditional one. With
+        `reference` [B, C, h, w] the objective of an edit; the reference's own half of the velocity is free."""
+        condition = self.condition(torch.where(drop[:, None, None], 0.0, hidden), reference)
+        if reference is not None:
+            without = self.unconditional(condition, hidden.shape[-1], reference)
+            condition = torch.where(drop[:, None, None], without, condition)
         level = sigma[:, None, None, None]
         noisy = (1 - level) * latents + level * noise
-        velocity = self.velocity(noisy, sigma, condition)
+        velocity = self.velocity(beside(noisy, reference), sigma, condition)[..., : latents.shape[-1]]
         return (velocity.float() - (noise - latents)).square().mean()
+
+    def require_edit(self) -> nn.Sequential:
+        """The reference connector. Raises ImageRLError when the model has none."""
+        if self.reference_connector is None:
+            raise ImageRLError("this model draws from captions only; give a model trained to edit pictures")
+        return self.reference_connector
 
     def require_shape(self, noise: Tensor) -> None:
         if tuple(noise.shape[1:]) != self.latent_shape:

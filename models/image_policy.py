@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from models.ar import ARPolicy, ImageVocabulary
 from models.ar_sampler import TokenSampler
 from models.flow_decoder import FlowDecoder
-from models.image_tokenizer import FSQTokenizer
+from models.image_tokenizer import ImageTokenizer
+from models.pictures import prepare_picture
+from models.prompts import TURN_END, PromptEncoder, Rows, pad_left
+from models.understanding import greedy_text
 from rl.types import ImageRLError, TokenScores, TokenTrajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SYSTEM = "You are a helpful assistant."
-REQUEST = "Please generate image based on the following caption: {caption}"
 
 
 class ImagePolicy:
@@ -30,7 +33,7 @@ class ImagePolicy:
         decoder: FlowDecoder,
         text_tokenizer: PreTrainedTokenizerBase,
         num_tokens: int,
-        image_tokenizer: FSQTokenizer | None = None,
+        image_tokenizer: ImageTokenizer | None = None,
     ) -> None:
         self.trainable = ar
         self.decoder = decoder
@@ -69,31 +72,64 @@ class ImagePolicy:
             old.vae.config,
             old.scheduler_config,
             (old.latent_shape[1], old.latent_shape[2]),
+            edit=old.reference_connector is not None,
         )
         new.vae.load_state_dict(old.vae.state_dict())
         self.decoder = new.to(self.device)
         return self.decoder
 
-    def encode_prompts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Captions -> ids and mask [B, L], left-padded, each ending in `<im_start><S0>`."""
-        for text in texts:
-            if not text.strip():
-                raise ImageRLError("a prompt is empty; every prompt needs a caption")
-        tags = [self.vocabulary.image_start_tag_id, self.vocabulary.scale_start_token_id]
-        rows = [self._chat_ids(text) + tags for text in texts]
-        longest = max(len(row) for row in rows)
-        pad = self.text_tokenizer.pad_token_id or 0
-        ids = [[pad] * (longest - len(row)) + row for row in rows]
-        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-        return torch.tensor(ids, device=self.device), torch.tensor(mask, dtype=torch.bool, device=self.device)
+    @cached_property
+    def prompts(self) -> PromptEncoder:
+        return PromptEncoder(self.text_tokenizer, self.vocabulary)
 
-    def _chat_ids(self, caption: str) -> list[int]:
-        messages = [
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": REQUEST.format(caption=caption)},
-        ]
-        text = self.text_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.text_tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _padded(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        ids, mask = pad_left(rows, self.prompts.pad)
+        return ids.to(self.device), mask.to(self.device)
+
+    def encode_prompts(
+        self, texts: Sequence[str], reference_tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Captions -> ids and mask [P, L], left-padded, each ending in `<im_start><S0>`. With the tokens [P, T] of
+        reference pictures the texts are instructions that edit these.
+
+        Raises ImageRLError for an empty text, and for references when the model cannot read pictures."""
+        if reference_tokens is None:
+            return self._padded(self.prompts.captions(texts))
+        return self._padded(self.prompts.edits(texts, reference_tokens))
+
+    def encode_questions(self, texts: Sequence[str], picture_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Questions about pictures of tokens [P, T] -> ids and mask [P, L], left-padded; the answer follows."""
+        return self._padded(self.prompts.questions(texts, picture_tokens))
+
+    def answer(self, picture_tokens: Tensor, questions: Sequence[str], max_new_tokens: int = 64) -> list[str]:
+        """The model's own words about pictures of tokens [P, T]: greedy decoding up to the end of its turn."""
+        ids, mask = self.encode_questions(questions, picture_tokens)
+        stop = {
+            self.prompts.id_of(TURN_END),
+            self.text_tokenizer.eos_token_id,
+            self.text_tokenizer.pad_token_id,
+        }
+        rows = greedy_text(self.trainable, ids, mask, stop, max_new_tokens)
+        return [self.text_tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+    def reference_of(self, pictures: Sequence[Image.Image] | Tensor) -> tuple[Tensor, Tensor]:
+        """What an edit needs of its reference pictures: tokens [P, T] and latents [P, C, h, w].
+
+        `pictures` are PIL pictures of any size and mode, or a tensor [P, 3, H, W] in [-1, 1] of the decoder's size.
+        Raises ImageRLError when the model cannot edit or a picture cannot be read."""
+        tokenizer = self.image_tokenizer
+        if tokenizer is None:
+            raise ImageRLError("this model has no image tokenizer: it cannot read pictures")
+        self.decoder.require_edit()
+        size, token_size = self.decoder.picture_size, tokenizer.picture_size
+        if isinstance(pictures, Tensor):
+            large = pictures
+            small = F.interpolate(large, token_size, mode="bicubic", antialias=True).clamp(-1, 1)
+            small = large if token_size == size else small
+        else:
+            large = torch.stack([prepare_picture(p, size, Image.Resampling.BILINEAR) for p in pictures])
+            small = torch.stack([prepare_picture(p, token_size) for p in pictures])
+        return tokenizer.encode(small.to(self.device)), self.decoder.encode(large.to(self.device))
 
     def refresh_sampler(self) -> None:
         """Lay out the present weights for sampling, in `sampler_dtype`. Call after every update, parameters
@@ -109,11 +145,17 @@ class ImagePolicy:
         assert self._sampler is not None
         return self._sampler.sample(prompt_ids, prompt_mask, uniforms.to(self.device), temperature)
 
-    def decode(self, hidden: Tensor, noise: Tensor, guidance: float, steps: int) -> Tensor:
-        """Hidden states [B, T + 1, D] and noise [B, C, h, w] -> pictures [B, 3, H, W] in [0, 1]."""
+    def decode(
+        self, hidden: Tensor, noise: Tensor, guidance: float, steps: int, reference: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states [B, T + 1, D] and noise [B, C, h, w] -> pictures [B, 3, H, W] in [0, 1].
+
+        `reference` [P, C, h, w] are the latents of the pictures that an edit starts from, B = P·G group-major."""
         self.decoder.require_shape(noise)
         noise = noise.to(self.device)
-        return self.decoder.draw(self.decoder.latents(hidden, noise, guidance, steps))
+        if reference is not None:
+            reference = reference.to(self.device).repeat_interleave(len(noise) // len(reference), 0)
+        return self.decoder.draw(self.decoder.latents(hidden, noise, guidance, steps, reference))
 
     def freeze_reference(self) -> None:
         """Remember the present policy as the KL reference: a frozen copy of the autoregressive half, or nothing

@@ -1,4 +1,4 @@
-"""Pictures to discrete tokens and back: the training targets of the autoregressive half."""
+"""Pictures to discrete tokens: what every tokenizer offers, and the small one that also draws its tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,39 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+
+from rl.types import ImageRLError
+
+
+class ImageTokenizer(nn.Module):
+    """Reads pictures twice: as discrete tokens, which the language model writes and reads, and as the continuous
+    features that these were rounded from."""
+
+    key_prefix: str  # where its weights live in a model folder
+    picture_size: tuple[int, int]  # H, W in pixels
+    grid: tuple[int, int]  # rows and columns of tokens
+    num_codes: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] -> tokens [B, T] int64, row by row."""
+        raise NotImplementedError
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] -> features [B, T, C]."""
+        raise NotImplementedError
+
+    def require_size(self, pictures: Tensor) -> None:
+        """Raises ImageRLError when pictures [B, 3, H, W] have another size than the tokenizer reads."""
+        if pictures.ndim != 4 or tuple(pictures.shape[1:]) != (3, *self.picture_size):
+            height, width = self.picture_size
+            raise ImageRLError(
+                f"the image tokenizer reads RGB pictures of {width}x{height} pixels, not tensors of shape "
+                f"{tuple(pictures.shape)}; use prepare_picture"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +108,20 @@ class ResidualBlock(nn.Module):
         return x + self.body(x)
 
 
-class FSQTokenizer(nn.Module):
+class FSQTokenizer(ImageTokenizer):
     """A convolutional autoencoder on a grid of patches with an FSQ bottleneck: one token per patch."""
+
+    key_prefix = "image_tokenizer."
 
     def __init__(self, config: FSQTokenizerConfig) -> None:
         super().__init__()
         self.config = config
+        self.grid, self.picture_size = config.grid, config.image_size
         height, width = config.patch
         pixels = 3 * height * width
         codes = len(config.levels)
         self.quantizer = FiniteScalarQuantizer(config.levels)
+        self.num_codes = self.quantizer.num_codes
         self.encoder = nn.Sequential(
             nn.Conv2d(3, config.width, config.patch, stride=config.patch),
             *(ResidualBlock(config.width) for _ in range(config.depth)),
@@ -96,30 +133,28 @@ class FSQTokenizer(nn.Module):
             nn.Conv2d(config.width, pixels, 1),
         )
 
-    @property
-    def num_tokens(self) -> int:
-        rows, columns = self.config.grid
-        return rows * columns
-
-    @property
-    def num_codes(self) -> int:
-        return self.quantizer.num_codes
-
     def forward(self, images: Tensor) -> Tensor:
         """Reconstruction [B, 3, H, W] of images in [-1, 1], differentiable through the codes."""
         digits = self.quantizer.digits(self.encoder(images).permute(0, 2, 3, 1))
         return self._draw(digits)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, pictures: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> [B, T] int64, row by row."""
-        digits = self.quantizer.digits(self.encoder(images).permute(0, 2, 3, 1))
+        self.require_size(pictures)
+        digits = self.quantizer.digits(self.encoder(pictures).permute(0, 2, 3, 1))
         return self.quantizer.index(digits).flatten(1)
+
+    @torch.no_grad()
+    def features(self, pictures: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> [B, T, width]: what the last projection reads."""
+        self.require_size(pictures)
+        return self.encoder[:-1](pictures).flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """[B, T] -> [B, 3, H, W], about [-1, 1]."""
-        rows, columns = self.config.grid
+        rows, columns = self.grid
         return self._draw(self.quantizer.digits_of(tokens.reshape(-1, rows, columns)))
 
     def _draw(self, digits: Tensor) -> Tensor:

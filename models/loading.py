@@ -54,8 +54,12 @@ def module_prefixes(policy: ImagePolicy) -> dict[str, nn.Module]:
         "model.sana.": policy.decoder.sana,
         "model.sana_vae.": policy.decoder.vae,
     }
+    decoder = policy.decoder
+    if decoder.reference_connector is not None and decoder.noise_connector is not None:
+        parts["model.und_image_vae_connector."] = decoder.reference_connector
+        parts["model.und_image_vae_as_noise_connector."] = decoder.noise_connector
     if policy.image_tokenizer is not None:
-        parts["image_tokenizer."] = policy.image_tokenizer
+        parts[policy.image_tokenizer.key_prefix] = policy.image_tokenizer
     return parts
 
 

@@ -1,0 +1,133 @@
+"""What the language model reads: the published chat prompts around a user's words and a picture's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from models.ar import ImageVocabulary
+from rl.types import ImageRLError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SYSTEM = "You are a helpful assistant."
+REQUEST = "Please generate image based on the following caption: {caption}"
+EDIT = "Please edit this image according to the following instruction: {instruction}.\n"
+PICTURE_START, PICTURE_END = "<|vision_start|>", "<|vision_end|>"
+TURN_END = "<|im_end|>"
+MARK = "\ue000"  # a private-use character, where the chat template puts the user's words
+
+Rows = list[list[int]]
+
+
+def pad_left(rows: Rows, pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, L] int64 and bool."""
+    longest = max(map(len, rows))
+    ids = [[pad] * (longest - len(row)) + row for row in rows]
+    mask = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+class PromptEncoder:
+    """Prompts as ids. A user's words are encoded as plain text: `<I5>` or `<|im_end|>` in a caption are seven or more
+    letters, never the token of that name, so that nobody can end a turn or draw from inside a caption."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: ImageVocabulary) -> None:
+        self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
+        self.pad = tokenizer.pad_token_id or 0
+        self._ids_of_names = tokenizer.get_added_vocab()  # built anew at every call, of 65,000 names
+        self._named = set(self._ids_of_names.values())
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": MARK}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        before, self._after = prompt.split(MARK)
+        # Between named tokens text is encoded as one piece, so the user's words must be joined to what touches them.
+        cut = max((end for _, end in self._named_spans(before)), default=0)
+        self._head, self._lead = self._ids(before[:cut]), before[cut:]
+        cut = min((start for start, _ in self._named_spans(self._after)), default=len(self._after))
+        self._trail, self._tail = self._after[:cut], self._ids(self._after[cut:])
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def _named_spans(self, text: str) -> list[tuple[int, int]]:
+        """Where the tokenizer would see one of its named tokens in a text."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [span for id_, span in pairs if id_ in self._named]
+
+    def plain(self, text: str) -> list[int]:
+        """Ids of a text in which names of tokens are mere letters; those of any other text are the tokenizer's own."""
+        ids = self._ids(text)
+        if self._named.isdisjoint(ids):
+            return ids
+        start, end = self._named_spans(text)[0]
+        cut = start + 1 if end - start > 1 else end
+        return self.plain(text[:cut]) + self.plain(text[cut:]) if cut < len(text) else ids
+
+    def captions(self, texts: Sequence[str]) -> Rows:
+        """Text-to-image prompts, each ending in `<im_start><S0>`."""
+        require_words(texts, "prompt", "a caption")
+        return [
+            self._head
+            + self.plain(self._lead + REQUEST.format(caption=text) + self._trail)
+            + self._tail
+            + self._image_tags
+            for text in texts
+        ]
+
+    def edits(self, texts: Sequence[str], reference_tokens: Tensor) -> Rows:
+        """Edit prompts around the references' tokens [P, T], each ending in `<im_start><S0>`."""
+        require_words(texts, "prompt", "an instruction")
+        return [
+            self._head
+            + self.plain(self._lead + EDIT.format(instruction=text))
+            + picture
+            + self._ids(self._after)
+            + self._image_tags
+            for text, picture in zip(texts, self._pictures(reference_tokens, len(texts)), strict=True)
+        ]
+
+    def questions(self, texts: Sequence[str], picture_tokens: Tensor) -> Rows:
+        """Questions about pictures of tokens [P, T], each ending where the answer starts. The picture stands before
+        the words."""
+        require_words(texts, "question", "words")
+        return [
+            self._head + self.plain(self._lead) + picture + self.plain(f"\n{text}{self._trail}") + self._tail
+            for text, picture in zip(texts, self._pictures(picture_tokens, len(texts)), strict=True)
+        ]
+
+    def answers(self, texts: Sequence[str]) -> Rows:
+        """What the model should say: the words and the end of its turn."""
+        return [[*self.plain(text), self.id_of(TURN_END)] for text in texts]
+
+    @property
+    def _image_tags(self) -> list[int]:
+        return [self.vocabulary.image_start_tag_id, self.vocabulary.scale_start_token_id]
+
+    def _pictures(self, tokens: Tensor, count: int) -> Rows:
+        if tokens.ndim != 2 or len(tokens) != count:
+            raise ImageRLError(
+                f"{count} prompts need picture tokens of shape [{count}, T], not {list(tokens.shape)}"
+            )
+        start, end = self.id_of(PICTURE_START), self.id_of(PICTURE_END)
+        first = self.vocabulary.image_start_token_id
+        return [[start, *(first + token for token in row), end] for row in tokens.tolist()]
+
+    def id_of(self, name: str) -> int:
+        id_ = self._ids_of_names.get(name)
+        if id_ is None:
+            raise ImageRLError(
+                f"this model's text tokenizer has no {name}: it cannot read pictures; use a model trained to edit"
+            )
+        return int(id_)
+
+
+def require_words(texts: Sequence[str], what: str, needed: str) -> None:
+    for text in texts:
+        if not text.strip():
+            raise ImageRLError(f"a {what} is empty; every {what} needs {needed}")
