@@ -63,9 +63,7 @@ class EditReward:
             success = exact * ink * background
             error, likeness = kept_fidelity(pixels, reference[index], ideal[index])
             rewards.append(score_text(read, target[index]) * ink * background)
-            for name, value in zip(
-                names, (success, exact, ink, background, error, likeness), strict=True
-            ):
+            for name, value in zip(names, (success, exact, ink, background, error, likeness), strict=True):
                 parts[name].append(value)
             for part in PARTS:
                 parts[f"success_{part}"].append(success if part == edited[index] else None)

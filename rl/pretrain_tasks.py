@@ -105,9 +105,7 @@ def fit_tasks(
             on_snapshot(step)
             module.train()
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=stage.bf16):
-            parts = {
-                task: losses[task](policy, stage, seed, step, size) for task, size in sizes.items()
-            }
+            parts = {task: losses[task](policy, stage, seed, step, size) for task, size in sizes.items()}
         total = torch.stack([parts[task] * (size / stage.batch_size) for task, size in sizes.items()]).sum()
         return total, {task: part.item() for task, part in parts.items()}
 
