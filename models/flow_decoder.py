@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.sana import CaptionKeys, caption_keys, velocity
 from rl.types import ImageRLError
 
 CONNECTOR_EPS = 1e-5
@@ -28,19 +29,19 @@ def build_connector(hidden_size: int, caption_channels: int) -> nn.Sequential:
     )
 
 
-def build_noise_connector(channels: int) -> nn.Sequential:
-    """A layer that published edit checkpoints hold and never use; kept so that they round-trip."""
+def build_unused_connector(channels: int) -> nn.Sequential:
+    """A layer that published edit checkpoints hold and their code never calls; kept so that they round-trip."""
     return nn.Sequential(nn.Conv2d(2 * channels, channels, 1))
 
 
 def beside(latents: Tensor, reference: Tensor | None) -> Tensor:
-    """Latents [B, C, h, w] and the reference's to their right, [B, C, h, 2w]; without a reference the latents."""
+    """Latents [B, C, h, w] with a reference's to their right, [B, C, h, 2w]; without a reference the latents."""
     return latents if reference is None else torch.cat([latents, reference.to(latents.dtype)], dim=-1)
 
 
 class FlowDecoder(nn.Module):
-    """Connector, transformer and autoencoder, built from their configurations alone. With `edit` also the half that
-    reads a reference picture's latents.
+    """Connector, transformer and autoencoder, built from their configurations alone. With `edit` also the connector
+    through which a reference picture's latents join the condition.
 
     Velocities follow v = noise − x with x_σ = (1 − σ)·x + σ·noise (arXiv 2210.02747, 2209.03003)."""
 
@@ -56,16 +57,15 @@ class FlowDecoder(nn.Module):
         super().__init__()
         from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
 
-        self.connector = build_connector(hidden_size, int(sana["caption_channels"]))
-        self.reference_connector = (
-            build_connector(int(vae["latent_channels"]), int(sana["caption_channels"])) if edit else None
-        )
-        self.noise_connector = build_noise_connector(int(vae["latent_channels"])) if edit else None
+        channels, caption_channels = int(sana["in_channels"]), int(sana["caption_channels"])
+        self.connector = build_connector(hidden_size, caption_channels)
+        self.reference_connector = build_connector(channels, caption_channels) if edit else None
+        self.unused_connector = build_unused_connector(channels) if edit else None
         self.sana = SanaTransformer2DModel.from_config(dict(sana))
         self.vae = AutoencoderDC.from_config(dict(vae))
         self.scheduler_config = dict(scheduler)
         self._scheduler_class = FlowMatchEulerDiscreteScheduler
-        self.latent_shape: tuple[int, int, int] = (int(sana["in_channels"]), *latent_size)
+        self.latent_shape: tuple[int, int, int] = (channels, *latent_size)
 
     @property
     def scaling_factor(self) -> float:
@@ -75,8 +75,7 @@ class FlowDecoder(nn.Module):
     def picture_size(self) -> tuple[int, int]:
         """H, W in pixels."""
         _, rows, columns = self.latent_shape
-        ratio = self.vae.spatial_compression_ratio
-        return rows * ratio, columns * ratio
+        return rows * self.vae.spatial_compression_ratio, columns * self.vae.spatial_compression_ratio
 
     def sigmas(self, steps: int) -> Tensor:
         """[steps + 1] noise levels from 1 to 0 on the CPU: linspace(1, 1/steps, steps), shifted as the scheduler
@@ -86,24 +85,21 @@ class FlowDecoder(nn.Module):
         return scheduler.sigmas.float()
 
     def condition(self, hidden: Tensor, reference: Tensor | None = None) -> Tensor:
-        """Hidden states [B, T + 1, D], and for an edit reference latents [B, C, h, w] -> projected caption
-        [B, T + 1 (+ h·w), inner], once per image, not per step."""
+        """Hidden states [B, T + 1, D] -> projected caption [B, T + 1, inner], once per image, not per step. For an
+        edit the reference latents [B, C, h, w] follow, h·w rows more."""
         features = self.connector(hidden)
         if reference is not None:
             features = torch.cat([features, self.reference_features(reference)], dim=1)
         return self._project(features)
 
-    def unconditional(self, condition: Tensor, hidden_size: int, reference: Tensor | None = None) -> Tensor:
-        """The condition of the unguided branch, of the same shape: the connector applied to zeros for the hidden
-        states, zeros themselves for the reference. One row of each is computed and shared, since all are equal."""
-        zeros = condition.new_zeros(1, 1, hidden_size)
-        features = self.connector(zeros)
-        if reference is None:
-            return self._project(features).expand_as(condition)
-        pixels = reference.shape[-2] * reference.shape[-1]
-        without, empty = self._project(torch.cat([features, torch.zeros_like(features)])).unsqueeze(1)
-        batch, length, _ = condition.shape
-        return torch.cat([without.expand(batch, length - pixels, -1), empty.expand(batch, pixels, -1)], dim=1)
+    def unconditional(self, hidden_size: int, edit: bool = False) -> Tensor:
+        """The condition of the unguided branch [1, 1, inner]: the connector applied to zeros. All rows and pictures
+        have the same, and softmax over equal keys is their mean, so one row stands for them all.
+
+        With `edit` [1, 2, inner]: a second row stands for the reference's, which are zeros after their connector."""
+        weight = next(self.connector.parameters())
+        rows = self.connector(weight.new_zeros(1, 1, hidden_size))
+        return self._project(torch.cat([rows, torch.zeros_like(rows)], dim=1) if edit else rows)
 
     def reference_features(self, reference: Tensor) -> Tensor:
         """Reference latents [B, C, h, w] -> caption features [B, h·w, caption_channels]."""
@@ -114,20 +110,8 @@ class FlowDecoder(nn.Module):
         return self.sana.caption_norm(self.sana.caption_projection(features))
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
-        """Velocity [B, C, h, w] at noise levels `sigma` [B], given a projected condition [B, T + 1, inner].
-
-        This is the transformer's own forward after its caption projection, which `condition` has done."""
-        sana = self.sana
-        batch, _, height, width = latents.shape
-        patch = sana.config.patch_size
-        rows, columns = height // patch, width // patch
-        x = sana.patch_embed(latents)
-        timestep, embedded = sana.time_embed(sigma * 1000.0, batch_size=batch, hidden_dtype=x.dtype)
-        for block in sana.transformer_blocks:
-            x = block(x, None, condition, None, timestep, rows, columns)
-        x = sana.proj_out(sana.norm_out(x, embedded, sana.scale_shift_table))
-        x = x.reshape(batch, rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(batch, -1, height, width)
+        """Velocity [B, C, h, w] at noise levels `sigma` [B], given a projected condition [B, R, inner]."""
+        return velocity(self.sana, latents, sigma, [caption_keys(self.sana, condition)])
 
     @torch.no_grad()
     def latents(
@@ -136,24 +120,29 @@ class FlowDecoder(nn.Module):
         """Integrate from `noise` [B, C, h, w] to latents with Euler steps under classifier-free guidance
         (arXiv 2207.12598). guidance 1 skips the unconditional branch.
 
-        With `reference` [B, C, h, w], scaled latents, an edit: they join the condition, and stand to the right of
-        the noise in both branches at every step."""
-        condition = self.condition(hidden, reference)
+        An edit starts from `reference` [B, C, h, w], a picture's latents: they join the condition, and stand to the
+        right of the noise in both branches at every step."""
+        branches = [caption_keys(self.sana, self.condition(hidden, reference))]
         guided = guidance != 1.0
         if guided:
-            without = self.unconditional(condition, hidden.shape[-1], reference)
-            condition = torch.cat([without, condition])
+            branches.insert(0, self._unconditional_keys(hidden, reference))
         sigmas = self.sigmas(steps).to(noise.device)
         x = noise
         for sigma, following in pairwise(sigmas):
-            seen = beside(x, reference)
-            pair = torch.cat([seen, seen]) if guided else seen
-            velocity = self.velocity(pair, sigma.expand(pair.shape[0]), condition)[..., : x.shape[-1]]
+            pair = torch.cat([beside(x, reference)] * len(branches))
+            v = velocity(self.sana, pair, sigma.expand(len(pair)), branches)[..., : x.shape[-1]]
             if guided:
-                without, given = velocity.chunk(2)
-                velocity = without + guidance * (given - without)
-            x = x + (following - sigma) * velocity.to(x.dtype)  # the state stays in the noise's precision
+                without, given = v.chunk(2)
+                v = without + guidance * (given - without)
+            x = x + (following - sigma) * v.to(x.dtype)  # the state stays in the noise's precision
         return x
+
+    def _unconditional_keys(self, hidden: Tensor, reference: Tensor | None) -> CaptionKeys:
+        condition = self.unconditional(hidden.shape[-1], reference is not None)
+        if reference is None:
+            return caption_keys(self.sana, condition)
+        counts = torch.tensor([hidden.shape[1], reference[0, 0].numel()], device=condition.device)
+        return caption_keys(self.sana, condition, counts)
 
     @torch.no_grad()
     def draw(self, latents: Tensor) -> Tensor:
@@ -178,15 +167,16 @@ class FlowDecoder(nn.Module):
         """Mean of ‖v − (noise − x)‖² over all numbers: the flow-matching objective.
 
         `sigma` [B] in (0, 1); `drop` [B] bool, where the condition is replaced by the unconditional one. With
-        `reference` [B, C, h, w] the objective of an edit; the reference's own half of the velocity is free."""
-        condition = self.condition(torch.where(drop[:, None, None], 0.0, hidden), reference)
+        `reference` [B, C, h, w] the objective of an edit: the velocity of the reference's own half is free."""
+        dropped = drop[:, None, None]
+        features = self.connector(torch.where(dropped, 0.0, hidden))
         if reference is not None:
-            without = self.unconditional(condition, hidden.shape[-1], reference)
-            condition = torch.where(drop[:, None, None], without, condition)
+            kept = torch.where(dropped, 0.0, self.reference_features(reference))
+            features = torch.cat([features, kept], dim=1)
         level = sigma[:, None, None, None]
-        noisy = (1 - level) * latents + level * noise
-        velocity = self.velocity(beside(noisy, reference), sigma, condition)[..., : latents.shape[-1]]
-        return (velocity.float() - (noise - latents)).square().mean()
+        noisy = beside((1 - level) * latents + level * noise, reference)
+        v = self.velocity(noisy, sigma, self._project(features))[..., : latents.shape[-1]]
+        return (v.float() - (noise - latents)).square().mean()
 
     def require_edit(self) -> nn.Sequential:
         """The reference connector. Raises ImageRLError when the model has none."""

@@ -55,9 +55,9 @@ def module_prefixes(policy: ImagePolicy) -> dict[str, nn.Module]:
         "model.sana_vae.": policy.decoder.vae,
     }
     decoder = policy.decoder
-    if decoder.reference_connector is not None and decoder.noise_connector is not None:
+    if decoder.reference_connector is not None and decoder.unused_connector is not None:
         parts["model.und_image_vae_connector."] = decoder.reference_connector
-        parts["model.und_image_vae_as_noise_connector."] = decoder.noise_connector
+        parts["model.und_image_vae_as_noise_connector."] = decoder.unused_connector
     if policy.image_tokenizer is not None:
         parts[policy.image_tokenizer.key_prefix] = policy.image_tokenizer
     return parts

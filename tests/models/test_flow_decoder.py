@@ -6,6 +6,7 @@ from torch import Tensor
 
 from models.flow_decoder import FlowDecoder, build_connector
 from models.image_policy import ImagePolicy
+from models.sana import caption_keys, velocity
 from rl.types import ImageRLError
 from tests.micro import MODEL
 from tests.models.helpers import lively_policy, stir
@@ -92,18 +93,13 @@ def test_integration_is_that_of_the_diffusers_scheduler(decoder: FlowDecoder, gu
     assert (drawn - noise).abs().mean() > 0.1
 
 
-def test_guidance_one_runs_one_branch(decoder: FlowDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_one_runs_one_branch(decoder: FlowDecoder) -> None:
     hidden, noise, _ = inputs(decoder)
-    batches = []
-    plain = decoder.velocity
-
-    def counted(latents: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
-        batches.append(len(latents))
-        return plain(latents, sigma, condition)
-
-    monkeypatch.setattr(decoder, "velocity", counted)
+    batches: list[int] = []
+    handle = decoder.sana.patch_embed.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
     decoder.latents(hidden, noise, 1.0, 2)
     decoder.latents(hidden, noise, 2.0, 2)
+    handle.remove()
     assert batches == [3, 3, 6, 6]
 
 
@@ -116,14 +112,38 @@ def test_captions_are_projected_once_per_picture_not_once_per_step(decoder: Flow
     assert len(calls) == 2  # the pictures', and the one unconditional row
 
 
-def test_the_unconditional_branch_is_the_connector_of_zeros(decoder: FlowDecoder) -> None:
-    hidden, _, _ = inputs(decoder)
+def test_keys_and_values_are_computed_once_per_picture(decoder: FlowDecoder) -> None:
+    rows: list[int] = []
+    key = decoder.sana.transformer_blocks[0].attn2.to_k
+    handle = key.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0] * args[0].shape[1]))
+    hidden, noise, _ = inputs(decoder)
+    decoder.latents(hidden, noise, 2.0, 7)
+    handle.remove()
+    assert sorted(rows) == [1, 3 * 9]
+
+
+def test_one_row_with_a_count_stands_for_equal_rows(decoder: FlowDecoder) -> None:
+    hidden, latents, sigma = inputs(decoder, batch=1)
     with torch.no_grad():
-        condition = decoder.condition(hidden)
-        without = decoder.unconditional(condition, HIDDEN)
-        wanted = decoder.condition(torch.zeros_like(hidden))
-    assert without.shape == condition.shape
-    torch.testing.assert_close(without, wanted, rtol=1e-6, atol=1e-6)
+        condition = decoder.condition(hidden[:, :3])
+        counts = torch.tensor([4.0, 1.0, 2.0])
+        repeated = condition.repeat_interleave(counts.long(), dim=1)
+        wanted = decoder.velocity(latents, sigma, repeated)
+        short = velocity(decoder.sana, latents, sigma, [caption_keys(decoder.sana, condition, counts)])
+        uncounted = decoder.velocity(latents, sigma, condition)
+    torch.testing.assert_close(short, wanted, rtol=1e-5, atol=1e-5)
+    assert (uncounted - wanted).abs().max() > 1e-3
+
+
+def test_the_unconditional_branch_is_the_connector_of_zeros(decoder: FlowDecoder) -> None:
+    hidden, latents, sigma = inputs(decoder)
+    with torch.no_grad():
+        without = decoder.unconditional(HIDDEN)
+        every_row = decoder.condition(torch.zeros_like(hidden))
+        one = velocity(decoder.sana, latents, sigma, [caption_keys(decoder.sana, without)])
+        wanted = decoder.velocity(latents, sigma, every_row)
+    torch.testing.assert_close(without.expand_as(every_row), every_row, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(one, wanted, rtol=1e-5, atol=1e-5)
     assert without.abs().max() > 0.1  # zeros in, but by its biases not zeros out
 
 
