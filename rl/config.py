@@ -77,8 +77,11 @@ class RolloutConfig(RecipeModel):
     guidance: float = Field(2.0, ge=0, description="classifier-free guidance of the decoder; 1: none")
     flow_steps: int = Field(30, ge=1, description="denoising steps of the decoder")
     shared_noise: bool = Field(False, description="one decoder noise a group: rewards differ by tokens only")
-    chunk_prompts: int | None = Field(
-        None, ge=1, description="prompts sampled at a time; null: all of a step"
+    sample_chunk: int | None = Field(
+        None, ge=1, description="prompts whose tokens are sampled together; null: all of a step"
+    )
+    decode_chunk: int | None = Field(
+        None, ge=1, description="prompts drawn, then handed to the rewards, at a time; null: as sampled"
     )
     max_logprob_diff: float | None = Field(
         None, gt=0, description="stop when sampler and trainer differ more on a log-prob; null: 0.01, bf16 1"
@@ -90,15 +93,6 @@ class RolloutConfig(RecipeModel):
         if value is not None:
             raise ValueError("top_k and top_p must be null in training: samples would come from a truncated "
                              "distribution but be scored by the whole one")  # fmt: skip
-
-    @model_validator(mode="after")
-    def _chunks(self) -> Self:
-        if self.chunk_prompts is not None and self.prompts_per_step % self.chunk_prompts:
-            raise ValueError(
-                f"rollout.chunk_prompts ({self.chunk_prompts}) must divide rollout.prompts_per_step "
-                f"({self.prompts_per_step})"
-            )
-        return self
 
 
 class RewardSpec(RecipeModel):
@@ -230,6 +224,8 @@ class EvalConfig(RecipeModel):
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
     size: int = Field(256, ge=1, description="held-out prompts evaluated, one sample each")
     batch_size: int = Field(64, ge=1, description="samples drawn at a time")
+    guidance: float | None = Field(None, ge=0, description="of the decoder; null: as in rollout")
+    flow_steps: int | None = Field(None, ge=1, description="of the decoder; null: as in rollout")
     seed: int = Field(0, ge=0, description="seed of the samples, the same at every evaluation")
 
 

@@ -52,7 +52,8 @@ class Source(Protocol):
         prompts: Sequence[Prompt],
         group_size: int,
         occasion: int | str,
-        chunk_prompts: int | None = None,
+        decode_chunk: int | None = None,
+        sample_chunk: int | None = None,
     ) -> Iterator[list[RolloutGroup]]: ...
 
 
@@ -67,7 +68,8 @@ class GroundTruth:
         prompts: Sequence[Prompt],
         group_size: int,
         occasion: int | str,
-        chunk_prompts: int | None = None,
+        decode_chunk: int | None = None,
+        sample_chunk: int | None = None,
     ) -> Iterator[list[RolloutGroup]]:
         nothing = torch.zeros(group_size, 0)
         for prompt in prompts:
@@ -84,7 +86,7 @@ def evaluate(
     same draws. A metric named `<suite>` is reported as `reward`, its parts `<suite>/<part>` as `<part>`, those of
     other rewards under their own names."""
     images, rows, tickets = [], [], []
-    for groups in rollout.generate(prompts, 1, f"eval {suite}", batch_size):
+    for groups in rollout.generate(prompts, 1, f"eval {suite}", batch_size, batch_size):
         request = reward_request(groups)
         tickets.append((groups, scorer.submit(request, with_gold=True)))
         images.append(request.images)

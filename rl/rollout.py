@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rl.seeding import generator
-from rl.types import Policy, Prompt, RewardRequest, RolloutGroup, SamplingParams
+from rl.types import Policy, Prompt, RewardRequest, RolloutGroup, SamplingParams, TokenTrajectory
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -70,40 +70,59 @@ class RolloutEngine:
         ]
         return torch.stack(rows)
 
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Prompt],
         group_size: int,
         occasion: int | str,
-        chunk_prompts: int | None = None,
+        decode_chunk: int | None = None,
+        sample_chunk: int | None = None,
     ) -> Iterator[list[RolloutGroup]]:
-        """Yields the groups of `chunk_prompts` prompts at a time, so that scoring can begin with the first.
+        """Yields the groups of `decode_chunk` prompts at a time, so that scoring can begin with the first while
+        the next are drawn. Tokens of `sample_chunk` prompts are sampled together: the more, the faster and the
+        more memory for keys and values. None: all at once.
 
         `occasion` names the use of the random numbers: a training step, or an evaluation."""
-        size = chunk_prompts or len(prompts)
-        for start in range(0, len(prompts), size):
-            yield self._generate(prompts[start : start + size], group_size, occasion)
+        for together in _chunks(prompts, sample_chunk):
+            trajectory = self._sample(together, group_size, occasion)
+            first = 0
+            for part in _chunks(together, decode_chunk):
+                rows = slice(first, first + len(part) * group_size)
+                first = rows.stop
+                images = self._decode(part, trajectory.hidden[rows], group_size, occasion)
+                yield list(_groups(part, trajectory, rows, images))
 
-    @torch.no_grad()
-    def _generate(
-        self, prompts: Sequence[Prompt], group_size: int, occasion: int | str
-    ) -> list[RolloutGroup]:
-        sampling = self.sampling
+    def _sample(self, prompts: Sequence[Prompt], group_size: int, occasion: int | str) -> TokenTrajectory:
         prompt_ids, prompt_mask = self.policy.encode_prompts([prompt.text for prompt in prompts])
         uniforms = self.uniforms(occasion, prompts, group_size)
-        trajectory = self.policy.sample_tokens(prompt_ids, prompt_mask, uniforms, sampling.temperature)
+        return self.policy.sample_tokens(prompt_ids, prompt_mask, uniforms, self.sampling.temperature)
+
+    def _decode(
+        self, prompts: Sequence[Prompt], hidden: Tensor, group_size: int, occasion: int | str
+    ) -> np.ndarray:
         noise = self.noise(occasion, prompts, group_size)
         with self.autocast():
-            pictures = self.policy.decode(trajectory.hidden, noise, sampling.guidance, sampling.flow_steps)
-        images = to_uint8(pictures)
-        rows = [slice(i * group_size, (i + 1) * group_size) for i in range(len(prompts))]
-        return [
-            RolloutGroup(
-                prompt=prompt,
-                tokens=trajectory.tokens[row],
-                rollout_logprobs=trajectory.rollout_logprobs[row],
-                action_mask=trajectory.action_mask[row],
-                images=images[row],
-            )
-            for prompt, row in zip(prompts, rows, strict=True)
-        ]
+            pictures = self.policy.decode(hidden, noise, self.sampling.guidance, self.sampling.flow_steps)
+        return to_uint8(pictures)
+
+
+def _chunks(prompts: Sequence[Prompt], size: int | None) -> Iterator[Sequence[Prompt]]:
+    size = size or len(prompts)
+    return (prompts[start : start + size] for start in range(0, len(prompts), size))
+
+
+def _groups(
+    prompts: Sequence[Prompt], trajectory: TokenTrajectory, rows: slice, images: np.ndarray
+) -> Iterator[RolloutGroup]:
+    """The groups of some prompts, whose samples are `rows` of the trajectory and all of `images`."""
+    size = len(images) // len(prompts)
+    for number, prompt in enumerate(prompts):
+        own = slice(rows.start + number * size, rows.start + (number + 1) * size)
+        yield RolloutGroup(
+            prompt=prompt,
+            tokens=trajectory.tokens[own],
+            rollout_logprobs=trajectory.rollout_logprobs[own],
+            action_mask=trajectory.action_mask[own],
+            images=images[number * size : (number + 1) * size],
+        )

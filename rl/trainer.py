@@ -79,7 +79,9 @@ class Trainer:
         with self.timer("rollout"):
             with self.engine.gathered_parameters():
                 self.policy.refresh_sampler()
-            for chunk in self.rollout.generate(prompts, settings.group_size, step, settings.chunk_prompts):
+            for chunk in self.rollout.generate(
+                prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk
+            ):
                 tickets.append(self.scorer.submit(reward_request(chunk)))
                 groups += chunk
         return groups, tickets

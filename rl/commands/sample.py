@@ -36,7 +36,7 @@ def sample(
     columns = {} if edit is None else {"reference": picture_for(policy, edit)}
     wanted = [Prompt(index, text, columns) for index, text in enumerate(prompts)]
     captions, images = [], []
-    for (group,) in rollout.generate(wanted, count, "sample", 1):
+    for (group,) in rollout.generate(wanted, count, "sample", 1, 1):
         for number, image in enumerate(group.images):
             save_image(_picture(image), out / f"{group.prompt.index:03d}_{number:02d}.png")
             captions.append(group.prompt.text)

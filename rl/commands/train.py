@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -113,7 +114,12 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
             settings.temperature, settings.guidance, settings.flow_steps, settings.shared_noise
         )
         rollout = RolloutEngine(policy, sampling, recipe.run.seed, engine.autocast)
-        eval_rollout = RolloutEngine(policy, sampling, recipe.eval.seed, engine.autocast)
+        shown = replace(
+            sampling,
+            guidance=sampling.guidance if recipe.eval.guidance is None else recipe.eval.guidance,
+            flow_steps=recipe.eval.flow_steps or sampling.flow_steps,
+        )
+        eval_rollout = RolloutEngine(policy, shown, recipe.eval.seed, engine.autocast)
         trainer = Trainer(recipe, policy, scorer, sampler, rollout, engine)
         scorer.wait_until_ready()
 

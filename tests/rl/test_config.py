@@ -162,7 +162,6 @@ def test_mistakes_name_the_key_and_the_way_out(path: Path, override: str, parts:
         (["engine.zero_stage=2"], "engine.zero_stage needs engine.name: deepspeed"),
         (["rollout.top_k=50"], "top_k and top_p must be null in training"),
         (["rollout.top_p=0.9"], "top_k and top_p must be null in training"),
-        (["rollout.chunk_prompts=5"], "rollout.chunk_prompts (5) must divide rollout.prompts_per_step (16)"),
         (["algorithm.kl_in=reward", "algorithm.kl_coef=0"], "algorithm.kl_coef is 0"),
         (["rewards=[]"], '"rewards.functions"'),
         (["rewards=[{name: ocr}, {name: ocr}]"], 'two rewards are called "ocr"'),
@@ -188,7 +187,7 @@ def test_impossible_combinations(path: Path, overrides: list[str], part: str) ->
 def test_the_possible_neighbours_pass(path: Path) -> None:
     overrides = [
         "engine.name=deepspeed",
-        "rollout.chunk_prompts=4",
+        "rollout.decode_chunk=4",
         "rewards=[{name: a, weight: 1.0}, {name: b, weight: -1.0}]",
     ]
     recipe = load_recipe(path, [*overrides, "optim.warmup_steps=10", "algorithm.updates_per_rollout=2"])

@@ -83,14 +83,47 @@ def test_steps_and_seeds_draw_differently(policy: ImagePolicy, change: dict[str,
     assert not torch.equal(rollout.noise(change.get("step", 5), *rows), engine(policy).noise(5, *rows))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 99])
-def test_chunks_draw_the_same_samples(policy: ImagePolicy, chunk: int) -> None:
+@pytest.mark.parametrize(
+    ("decode", "sample", "sizes"),
+    [
+        (1, None, [1, 1, 1, 1]),
+        (2, None, [2, 2]),
+        (3, 99, [3, 1]),
+        (99, None, [4]),
+        (None, 3, [3, 1]),
+        (2, 3, [2, 1, 1]),
+    ],
+)
+def test_chunks_draw_the_same_samples(
+    policy: ImagePolicy, decode: int | None, sample: int | None, sizes: list[int]
+) -> None:
     rollout = engine(policy)
-    parts = list(rollout.generate(PROMPTS, GROUP, 5, chunk))
-    assert [len(part) for part in parts] == {1: [1] * 4, 2: [2, 2], 3: [3, 1], 99: [4]}[chunk]
+    parts = list(rollout.generate(PROMPTS, GROUP, 5, decode, sample))
+    assert [len(part) for part in parts] == sizes
+    assert [group.prompt for part in parts for group in part] == PROMPTS
     whole, chunked = draw(rollout), [group for part in parts for group in part]
     assert torch.equal(tokens_of(whole), tokens_of(chunked))
     assert abs(images_of(whole).astype(int) - images_of(chunked)).max() <= 1
+
+
+def test_tokens_of_all_prompts_are_sampled_before_the_first_is_drawn(
+    policy: ImagePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int]] = []
+    sample, decode = policy.sample_tokens, policy.decode
+
+    def sampled(ids: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> Any:
+        calls.append(("sample", len(uniforms)))
+        return sample(ids, mask, uniforms, temperature)
+
+    def decoded(hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append(("decode", len(hidden)))
+        return decode(hidden, *rest)
+
+    monkeypatch.setattr(policy, "sample_tokens", sampled)
+    monkeypatch.setattr(policy, "decode", decoded)
+    list(engine(policy).generate(PROMPTS, GROUP, 5, 2))
+    assert calls == [("sample", 4 * GROUP), ("decode", 2 * GROUP), ("decode", 2 * GROUP)]
 
 
 def test_one_prompt_alone_and_smaller_groups_use_the_same_numbers(policy: ImagePolicy) -> None:
