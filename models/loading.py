@@ -17,13 +17,14 @@ from rl.types import ImageRLError
 
 WEIGHTS = "model.safetensors"
 TINY = "tiny"
+SHIPPED = (TINY, "tiny_edit")
 ADAPTER_CONFIG = "adapter_config.json"
 REQUIRED = ("qwen3", "sana", "vae", "scheduler", "latent_size", "num_image_positions", "sampling")
 
 
 def model_folder(path: str) -> Path:
-    """The folder a recipe's `model.path` means: the shipped tiny model, or a path."""
-    folder = Path(__file__).parent / "tiny" if path == TINY else Path(path).expanduser()
+    """The folder a recipe's `model.path` means: a shipped model, or a path."""
+    folder = Path(__file__).parent / path if path in SHIPPED else Path(path).expanduser()
     if not folder.is_dir():
         raise ImageRLError(
             f"model {path!r} is no folder; give a model folder or {TINY!r} for the shipped one"
@@ -174,7 +175,7 @@ def save_adapter(policy: ImagePolicy, folder: Path, base: str) -> None:
     if adapter is None:
         raise ImageRLError("the policy has no LoRA adapter to save")
     adapter.peft_config["default"].base_model_name_or_path = (
-        base if base == TINY else str(Path(base).resolve())
+        base if base in SHIPPED else str(Path(base).resolve())
     )
     # PEFT's own choice asks a hub about the base, and may put the whole embedding beside the adapters.
     adapter.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)

@@ -25,6 +25,7 @@ from rl.types import ImageRLError, RewardFn, RewardOutput
 
 REWARDS: dict[str, str] = {
     "colours": "rewards.colours:ColoursReward",
+    "edit": "rewards.edit:EditReward",
     "ocr": "rewards.ocr:OCRReward",
 }
 SAMPLE_NAMES = ("prompts", "completions", "completion_ids", "images")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rl.errors import ImageRLError
 from rl.seeding import generator
 from rl.types import Policy, Prompt, RewardRequest, RolloutGroup, SamplingParams, TokenTrajectory
 
@@ -18,6 +20,31 @@ Autocast = Callable[[], AbstractContextManager[object]]
 def to_uint8(pictures: Tensor) -> np.ndarray:
     """[B, 3, H, W] in [0, 1] -> [B, H, W, 3] uint8, rounded to nearest."""
     return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompts:
+    """What the policy is given of P prompts."""
+
+    ids: Tensor  # [P, L] left-padded
+    mask: Tensor  # [P, L]
+    latents: Tensor | None  # [P, C, h, w] of the pictures to edit; None: draw new ones
+
+
+def encode(policy: Policy, prompts: Sequence[Prompt]) -> EncodedPrompts:
+    """Captions, or instructions with the pictures that they change.
+
+    Raises ImageRLError when only some of the prompts have a picture."""
+    texts = [prompt.text for prompt in prompts]
+    pictures = [prompt.reference for prompt in prompts if prompt.reference is not None]
+    if not pictures:
+        return EncodedPrompts(*policy.encode_prompts(texts), None)
+    if len(pictures) < len(texts):
+        raise ImageRLError(
+            f"{len(pictures)} of {len(texts)} prompts have a picture to edit; put edits in a prompt set of their own"
+        )
+    tokens, latents = policy.reference_of(pictures)
+    return EncodedPrompts(*policy.encode_prompts(texts, tokens), latents)
 
 
 def reward_request(groups: Sequence[RolloutGroup]) -> RewardRequest:
@@ -85,25 +112,35 @@ class RolloutEngine:
 
         `occasion` names the use of the random numbers: a training step, or an evaluation."""
         for together in _chunks(prompts, sample_chunk):
-            trajectory = self._sample(together, group_size, occasion)
+            encoded = encode(self.policy, together)
+            trajectory = self.policy.sample_tokens(
+                encoded.ids,
+                encoded.mask,
+                self.uniforms(occasion, together, group_size),
+                self.sampling.temperature,
+            )
             first = 0
             for part in _chunks(together, decode_chunk):
-                rows = slice(first, first + len(part) * group_size)
-                first = rows.stop
-                images = self._decode(part, trajectory.hidden[rows], group_size, occasion)
+                rows = slice(first * group_size, (first + len(part)) * group_size)
+                reference = None if encoded.latents is None else encoded.latents[first : first + len(part)]
+                first += len(part)
+                images = self._decode(part, trajectory.hidden[rows], group_size, occasion, reference)
                 yield list(_groups(part, trajectory, rows, images))
 
-    def _sample(self, prompts: Sequence[Prompt], group_size: int, occasion: int | str) -> TokenTrajectory:
-        prompt_ids, prompt_mask = self.policy.encode_prompts([prompt.text for prompt in prompts])
-        uniforms = self.uniforms(occasion, prompts, group_size)
-        return self.policy.sample_tokens(prompt_ids, prompt_mask, uniforms, self.sampling.temperature)
-
     def _decode(
-        self, prompts: Sequence[Prompt], hidden: Tensor, group_size: int, occasion: int | str
+        self,
+        prompts: Sequence[Prompt],
+        hidden: Tensor,
+        group_size: int,
+        occasion: int | str,
+        reference: Tensor | None,
     ) -> np.ndarray:
         noise = self.noise(occasion, prompts, group_size)
+        given = {} if reference is None else {"reference": reference}
         with self.autocast():
-            pictures = self.policy.decode(hidden, noise, self.sampling.guidance, self.sampling.flow_steps)
+            pictures = self.policy.decode(
+                hidden, noise, self.sampling.guidance, self.sampling.flow_steps, **given
+            )
         return to_uint8(pictures)
 
 

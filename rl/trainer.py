@@ -21,7 +21,7 @@ from rl.errors import ImageRLError
 from rl.kl import masked, penalised_rewards
 from rl.losses import action_weights, loss_denominator, resolve_loss
 from rl.metrics import PhaseTimer
-from rl.rollout import RolloutEngine, reward_request
+from rl.rollout import RolloutEngine, encode, reward_request
 from rl.seeding import generator
 from rl.types import LossInputs, Policy, Prompt, RewardScorer, RewardScores, RolloutGroup, TrainBatch
 
@@ -87,17 +87,17 @@ class Trainer:
         return groups, tickets
 
     def _assemble(self, groups: Sequence[RolloutGroup]) -> TrainBatch:
-        ids, mask = self.policy.encode_prompts([group.prompt.text for group in groups])
+        encoded = encode(self.policy, [group.prompt for group in groups])
         size = len(groups[0].images)
         return TrainBatch(
-            prompt_ids=ids.repeat_interleave(size, 0),
-            prompt_mask=mask.repeat_interleave(size, 0),
+            prompt_ids=encoded.ids.repeat_interleave(size, 0),
+            prompt_mask=encoded.mask.repeat_interleave(size, 0),
             tokens=torch.cat([group.tokens for group in groups]),
             action_mask=torch.cat([group.action_mask for group in groups]),
             rollout_logprobs=torch.cat([group.rollout_logprobs for group in groups]),
             old_logprobs=None,
             ref_logprobs=None,
-            advantages=torch.zeros(len(groups) * size, device=ids.device),
+            advantages=torch.zeros(len(groups) * size, device=encoded.ids.device),
         )
 
     def _microbatches(self, batch: TrainBatch) -> list[TrainBatch]:

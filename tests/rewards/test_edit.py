@@ -25,7 +25,9 @@ def score(reward: EditReward, images: list[Image.Image], prompts: list[Prompt] =
     columns: dict[str, list[Any]] = {
         name: [prompt.columns[name] for prompt in prompts] for name in prompts[0].columns
     }
-    return reward(prompts=[p.text for p in prompts], completions=[[]] * len(prompts), images=images, **columns)
+    return reward(
+        prompts=[p.text for p in prompts], completions=[[]] * len(prompts), images=images, **columns
+    )
 
 
 def test_the_perfect_edit_scores_one_in_everything(reward: EditReward) -> None:

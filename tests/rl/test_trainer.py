@@ -128,7 +128,8 @@ def test_microbatches_add_up_to_the_batch(normaliser: str) -> None:
 
 def test_chunks_of_prompts_change_nothing() -> None:
     whole, chunked = (
-        small_trainer(f"rollout.decode_chunk={size}", f"rollout.sample_chunk={size}") for size in ("null", "1")
+        small_trainer(f"rollout.decode_chunk={size}", f"rollout.sample_chunk={size}")
+        for size in ("null", "1")
     )
     assert chunked.step(0)["loss"] == pytest.approx(whole.step(0)["loss"], abs=1e-6)
     assert largest_difference(weights(whole), weights(chunked)) < 1e-5
