@@ -7,7 +7,8 @@ alone, divided by the temperature. Nothing but an image token has any probabilit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -147,6 +148,21 @@ class ARPolicy(nn.Module):
         """Scores of `tokens` [B, T] after the prompt. The last token is predicted, never fed."""
         hidden = self.hidden_states(prompt_ids, prompt_mask, tokens[:, :-1])
         return score_tokens(hidden, self.head, tokens, temperature)
+
+    def freeze(self, patterns: Sequence[str]) -> None:
+        """Leave the parameters whose names match a pattern such as "*embed_tokens*" as they are.
+
+        Raises ImageRLError when a pattern matches no parameter: it would silently train what was to be kept."""
+        names = dict(self.named_parameters())
+        for pattern in patterns:
+            matching = fnmatch.filter(names, pattern)
+            if not matching:
+                raise ImageRLError(
+                    f"model.freeze: no parameter is named like {pattern!r}; they are called, for example, "
+                    f"{', '.join(list(names)[:3])}"
+                )
+            for name in matching:
+                names[name].requires_grad_(False)
 
     def add_lora(self, rank: int, alpha: float, dropout: float, target_modules: list[str] | str) -> None:
         """Freeze the weights and train low-rank adapters instead (arXiv 2106.09685), by PEFT."""

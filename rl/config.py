@@ -42,6 +42,9 @@ class LoraConfig(RecipeModel):
 class ModelConfig(RecipeModel):
     path: str = Field("tiny", min_length=1, description='model folder, or "tiny": the shipped checkpoint')
     lora: LoraConfig | None = Field(None, description="train adapters instead of full weights")
+    freeze: list[str] = Field(
+        default_factory=list, description="patterns of parameters that are not trained, as in *embed_tokens*"
+    )
 
 
 class PromptSetConfig(RecipeModel):
@@ -186,6 +189,7 @@ class OptimConfig(RecipeModel):
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon; too large swamps small gradients")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="linear, cosine: to 0")
+    decay_share: float = Field(1.0, gt=0, le=1, description="last share of the updates, in which lr falls")
     warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient norm to this; 0: never")
 

@@ -276,13 +276,14 @@ class Engine:
 def learning_rate(update: int, total: int, optim: OptimConfig) -> float:
     """The learning rate of 0-based `update` out of `total`, a pure function so that resuming needs no state.
 
-    Warm-up rises linearly and its first update is not wasted on zero; then constant, or down to zero
-    after the last update along a line or half a cosine.
+    Warm-up rises linearly and its first update is not wasted on zero; then constant, or constant up to the last
+    `decay_share` of the updates and from there down to zero along a line or half a cosine.
     """
     warmup = optim.warmup_steps
     if update < warmup:
         return optim.lr * (update + 1) / (warmup + 1)
-    progress = min(1.0, (update - warmup) / max(1, total - warmup))
+    begin = max(float(warmup), (1.0 - optim.decay_share) * total)
+    progress = min(1.0, max(0.0, update - begin) / max(1.0, total - begin))
     if optim.schedule == "linear":
         return optim.lr * (1.0 - progress)
     if optim.schedule == "cosine":

@@ -93,6 +93,7 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
             lora = recipe.model.lora
             torch.manual_seed(derive_seed(recipe.run.seed, "lora"))  # adapters begin at random
             policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
+        policy.trainable.freeze(recipe.model.freeze)
         if recipe.algorithm.kl_coef > 0:
             policy.freeze_reference()
         scorer = RewardWorkers(

@@ -193,3 +193,13 @@ def test_vocabulary_comes_from_the_config_and_must_add_up(policy: ImagePolicy) -
         ImageVocabulary.from_config({k: v for k, v in config.items() if k != "image_end_tag_id"})
     with pytest.raises(ImageRLError, match="num_image_tokens=17"):
         ImageVocabulary.from_config({**config, "num_image_tokens": 17})
+
+
+def test_frozen_parameters_get_no_gradient_and_others_do() -> None:
+    policy = lively_policy().trainable
+    policy.freeze(["*embed_tokens*", "lm.model.layers.0.*"])
+    frozen = {name for name, parameter in policy.named_parameters() if not parameter.requires_grad}
+    assert "lm.model.embed_tokens.weight" in frozen and "lm.model.layers.0.mlp.up_proj.weight" in frozen
+    assert all("embed_tokens" in name or ".layers.0." in name for name in frozen)
+    with pytest.raises(ImageRLError, match=r"model.freeze: no parameter is named like 'embed'.*lm.model"):
+        policy.freeze(["embed"])

@@ -297,6 +297,7 @@ def train(
         weight_decay=0.1,
         schedule="cosine",
         warmup_steps=1,
+        decay_share=1.0,
         max_grad_norm=0.5,
     )
     engine.prepare(net, optim, 6, state=state)  # type: ignore[arg-type]

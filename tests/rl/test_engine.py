@@ -33,6 +33,7 @@ def optim(**changes: Any) -> Any:
         "weight_decay": 0.01,
         "schedule": "cosine",
         "warmup_steps": 1,
+        "decay_share": 1.0,
         "max_grad_norm": 1.0,
     }
     return SimpleNamespace(**(defaults | changes))
@@ -280,6 +281,8 @@ def test_schedules_match_by_hand() -> None:
     assert curve(schedule="constant", warmup_steps=0) == [1.0] * 8
     assert curve(schedule="constant", warmup_steps=3) == [0.25, 0.5, 0.75] + [1.0] * 5
     assert curve(schedule="linear", warmup_steps=0) == [1 - k / 8 for k in range(8)]
+    late = curve(schedule="linear", warmup_steps=0, decay_share=0.5)
+    assert late == [1.0] * 4 + [1.0, 0.75, 0.5, 0.25]
     half = curve(schedule="cosine", warmup_steps=4)
     assert half == pytest.approx(
         [0.2, 0.4, 0.6, 0.8, 1.0, (1 + math.sqrt(0.5)) / 2, 0.5, 0.5 - math.sqrt(0.125)]
