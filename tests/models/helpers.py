@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 
+from models.building import new_policy
 from models.image_policy import ImagePolicy
-from tests.micro import micro_policy
+from rl.pretrain import captions
+from tests.micro import MODEL, micro_policy
 
 CAPTIONS = ("CAT", 'a sign that says "42" in red', 'ünïcödé and a much longer caption, padded less: "ZEBRA"')
 
@@ -51,3 +54,14 @@ def random_tokens(policy: ImagePolicy, batch: int, seed: int = 0) -> torch.Tenso
 def uniforms(policy: ImagePolicy, batch: int, seed: int = 0) -> torch.Tensor:
     random_numbers = torch.Generator().manual_seed(seed)
     return torch.rand(batch, policy.num_actions, generator=random_numbers, dtype=torch.float64)
+
+
+def edit_policy(seed: int = 0) -> ImagePolicy:
+    """A policy that can edit, every weight of it lively."""
+    torch.manual_seed(seed)
+    policy, _ = new_policy({**copy.deepcopy(MODEL), "edit": True}, captions(0, 20), 300)
+    for module in (policy.trainable, policy.decoder, policy.image_tokenizer):
+        assert module is not None
+        stir(module, seed)
+        module.requires_grad_(False).eval()
+    return policy
