@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -159,11 +160,30 @@ class ImagePolicy:
 
     def freeze_reference(self) -> None:
         """Remember the present policy as the KL reference: a frozen copy of the autoregressive half, or nothing
-        at all with LoRA, where the reference is the base with adapters off."""
-        import copy
-
-        if self.trainable.adapter is None:
+        at all with LoRA, where the reference is the base with adapters off. Called again, parameters gathered, it
+        renews the copy."""
+        if self.trainable.adapter is not None:
+            return
+        if self._reference is None:
             self._reference = copy.deepcopy(self.trainable).requires_grad_(False).eval()
+        else:
+            self.load_reference({n: p.data for n, p in self.trainable.named_parameters()})
+
+    def reference_state(self) -> dict[str, Tensor]:
+        """The weights of the frozen copy by name; empty where there is none."""
+        return {} if self._reference is None else {n: p.data for n, p in self._reference.named_parameters()}
+
+    @torch.no_grad()
+    def load_reference(self, state: Mapping[str, Tensor]) -> None:
+        """Give the frozen copy other weights."""
+        own = self.reference_state()
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())[0]
+            raise ImageRLError(
+                f"the checkpoint's reference is of another model ({odd}); resume with the same model"
+            )
+        for name, weight in state.items():
+            own[name].copy_(weight)
 
     @torch.no_grad()
     def reference_scores(

@@ -19,12 +19,21 @@ class ImageTokenizer(nn.Module):
     picture_size: tuple[int, int]  # H, W in pixels
     grid: tuple[int, int]  # rows and columns of tokens
     num_codes: int
+    scales: tuple[int, ...] = (1,)  # how many patches of a side one token may stand for
 
     @property
     def num_tokens(self) -> int:
         return self.grid[0] * self.grid[1]
 
-    def encode(self, pictures: Tensor) -> Tensor:
+    def grid_at(self, scale: int) -> tuple[int, int]:
+        """Rows and columns of tokens at a scale. Raises ImageRLError for a scale that the tokenizer has not."""
+        if scale not in self.scales:
+            raise ImageRLError(
+                f"this model's pictures have no scale {scale}, only {', '.join(map(str, self.scales))}"
+            )
+        return self.grid[0] // scale, self.grid[1] // scale
+
+    def encode(self, pictures: Tensor, scale: int = 1) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] -> tokens [B, T] int64, row by row."""
         raise NotImplementedError
 
@@ -139,9 +148,10 @@ class FSQTokenizer(ImageTokenizer):
         return self._draw(digits)
 
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, pictures: Tensor, scale: int = 1) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> [B, T] int64, row by row."""
         self.require_size(pictures)
+        self.grid_at(scale)
         digits = self.quantizer.digits(self.encoder(pictures).permute(0, 2, 3, 1))
         return self.quantizer.index(digits).flatten(1)
 

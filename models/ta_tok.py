@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from models.image_tokenizer import ImageTokenizer
 from rl.types import ImageRLError
 
-SCALES = (1, 2, 3)  # pooling windows; `<S0>`, `<S1>`, `<S2>` announce them
 PUBLISHED_HEADS, PUBLISHED_IMAGE_SIZE = 16, 384  # SigLIP2-so400m; weights alone do not tell these two
 DECODER_DEPTH = 3
 MAX_SCORES_PER_CHUNK = 1 << 25  # cosines alive at once: 128 MiB in float32
@@ -81,6 +80,7 @@ class TATokenizer(ImageTokenizer):
     `config` holds `siglip` (a SigLIP vision configuration), `bottleneck`, and may hold `decoder_depth`."""
 
     key_prefix = "model.vision_tower.vision_tower."
+    scales = (1, 2, 3)  # announced to the language model by `<S0>`, `<S1>`, `<S2>`
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -109,11 +109,6 @@ class TATokenizer(ImageTokenizer):
         self.grid = (side, side)
         self.picture_size = (siglip.image_size, siglip.image_size)
         self.num_codes = int(bottleneck["regularizer"]["args"]["codebook_size"])
-
-    def grid_at(self, scale: int) -> tuple[int, int]:
-        if scale not in SCALES:
-            raise ImageRLError(f"scale {scale} is none of {', '.join(map(str, SCALES))}")
-        return self.grid[0] // scale, self.grid[1] // scale
 
     @torch.no_grad()
     def features(self, pictures: Tensor, scale: int = 1) -> Tensor:
@@ -154,10 +149,12 @@ def load_ta_tok(
 
     Sizes are read off the weights; `heads` and `image_size` (pixels) cannot be. Nothing but tensors and plain
     containers is unpickled. Raises ImageRLError when the file is damaged or no TA-Tok."""
+    stored = _read_tensors(path)
+    prefix = TATokenizer.key_prefix if any(name.startswith(TATokenizer.key_prefix) for name in stored) else ""
     state = {
-        name.removeprefix(TATokenizer.key_prefix): tensor.float()
-        for name, tensor in _read_tensors(path).items()
-        if not name.startswith("teacher")
+        name.removeprefix(prefix): tensor.float()
+        for name, tensor in stored.items()
+        if name.startswith(prefix) and not name.startswith("teacher")
     }
     try:
         tokenizer = TATokenizer(_config_of(state, heads, image_size))

@@ -15,6 +15,7 @@ from rl.commands.evaluate import evaluate_model
 from rl.commands.export import export
 from rl.commands.pretrain import pretrain
 from rl.commands.sample import sample
+from rl.commands.tokenize import tokenize
 from rl.commands.train import train
 from rl.errors import ImageRLError
 
@@ -29,6 +30,7 @@ app.command()(train)
 app.command()(sample)
 app.command()(ask)
 app.command("eval")(evaluate_model)
+app.command()(tokenize)
 app.command()(export)
 app.command()(pretrain)
 app.add_typer(bench, name="bench")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from rl.algorithm_config import AlgorithmConfig
 from rl.recipe import Loc, RecipeModel, load_yaml_recipe
 
 
@@ -87,7 +89,9 @@ class RolloutConfig(RecipeModel):
         None, ge=1, description="prompts drawn, then handed to the rewards, at a time; null: as sampled"
     )
     max_logprob_diff: float | None = Field(
-        None, gt=0, description="stop when sampler and trainer differ more on a log-prob; null: 0.01, bf16 1"
+        None,
+        gt=0,
+        description="stop when sampler and trainer differ more on a log-prob; null: 0.01, bf16 1",
     )
 
     @field_validator("top_k", "top_p")
@@ -150,37 +154,6 @@ class RewardsConfig(RecipeModel):
         if not any(spec.weight for spec in functions):
             raise ValueError("the weights are all 0: there is nothing to learn from")
         return functions
-
-
-class AlgorithmConfig(RecipeModel):
-    name: Literal["grpo"] = Field("grpo", description="policy-gradient algorithm (grpo: arXiv 2402.03300)")
-    scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="divide advantages by the standard deviation of the group, of the batch, or not"
-    )
-    advantage_eps: float = Field(1e-4, gt=0, description="added to that standard deviation")
-    clip_low: float = Field(0.2, gt=0, lt=1, description="ratios below 1 - clip_low get no gradient")
-    clip_high: float = Field(0.2, gt=0, description="ratios above 1 + clip_high get no gradient")
-    normaliser: Literal["sequence", "tokens", "constant"] = Field(
-        "sequence", description="mean per sample first, over all tokens, or sum over a constant (2503.20783)"
-    )
-    kl_coef: float = Field(0.001, ge=0, description="weight of the KL to the frozen reference; 0: none")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="which estimate of the KL is minimised")
-    kl_in: Literal["loss", "reward"] = Field(
-        "loss", description="KL as a loss term or subtracted from rewards"
-    )
-    entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus")
-    updates_per_rollout: int = Field(1, ge=1, description="passes over a rollout; above 1 the clip matters")
-    shuffle_rewards: bool = Field(
-        False, description="control: permute rewards over the batch; nothing is learned"
-    )
-
-    @model_validator(mode="after")
-    def _kl(self) -> Self:
-        if self.kl_in == "reward" and self.kl_coef == 0:
-            raise ValueError(
-                "algorithm.kl_in is reward but algorithm.kl_coef is 0; raise it or set kl_in: loss"
-            )
-        return self
 
 
 class OptimConfig(RecipeModel):
@@ -282,7 +255,10 @@ class Recipe(RecipeModel):
 
     @property
     def logprob_limit(self) -> float:
-        """`rollout.max_logprob_diff`, or what rounding explains: bfloat16 keeps 8 bits of every activation."""
+        """`rollout.max_logprob_diff`, or what rounding explains: bfloat16 keeps 8 bits of every activation. No
+        limit where differences are expected and corrected."""
+        if self.rollout.max_logprob_diff is None and self.algorithm.importance_cap is not None:
+            return math.inf
         return self.rollout.max_logprob_diff or (1.0 if self.engine.precision == "bf16" else 0.01)
 
     @model_validator(mode="after")
@@ -307,6 +283,10 @@ class Recipe(RecipeModel):
         ):
             if size is not None and size < needed[1]:
                 raise ValueError(f"{needed[0]} ({needed[1]}) is more than {key} ({size})")
+        if self.algorithm.reference_every and self.model.lora:
+            raise ValueError(
+                "algorithm.reference_every needs full weights: with model.lora the reference is the base model"
+            )
         updates = self.run.steps * self.algorithm.updates_per_rollout
         if self.optim.warmup_steps >= updates:
             raise ValueError(

@@ -158,6 +158,13 @@ class GroupedSampler:
         first = place * self.prompts_per_step
         return [self._prompts[i] for i in self._order(epoch)[first : first + self.prompts_per_step]]
 
+    def others(self, step: int) -> list[Prompt]:
+        """All prompts but the step's own, in an order drawn for that step: what may replace some of them."""
+        own = {prompt.index for prompt in self.step(step)}
+        rest = [prompt for prompt in self._prompts if prompt.index not in own]
+        random.Random(derive_seed(self._seed, "resample", step)).shuffle(rest)
+        return rest
+
     def _permutation(self, epoch: int) -> list[int]:
         order = list(range(len(self._prompts)))
         random.Random(derive_seed(self._seed, "prompt order", epoch)).shuffle(order)

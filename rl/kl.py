@@ -18,20 +18,20 @@ the ratio. Units are nats per action.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-KLEstimator = Literal["k1", "k2", "k3"]
+from rl.algorithms import KLEstimator
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """log p - log q, shape of the inputs.
 
     Value: unbiased for KL(p || q). Gradient: grad log p, whose mean over p is 0, so in a loss it adds
-    variance and regularises nothing; as a penalty in the reward it is the right one (`penalised_rewards`).
+    variance and regularises nothing; as a penalty in the reward it is the right one (`kl_penalty`).
     """
     return logprobs - ref_logprobs
 
@@ -75,29 +75,38 @@ def kl_sums(logprobs: Tensor, ref_logprobs: Tensor, action_mask: Tensor) -> dict
     return {f"kl_{name}": estimate(p, q).sum(dtype=torch.float64) for name, estimate in ESTIMATORS.items()}
 
 
-def penalised_rewards(
-    rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, action_mask: Tensor, kl_coef: float
-) -> Tensor:
-    """KL control in the reward instead of the loss: r - kl_coef * sum over actions of k1 (arXiv 2009.01325).
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, action_mask: Tensor, kl_coef: float) -> Tensor:
+    """KL control in the reward instead of the loss: what each action costs, kl_coef * k1 (arXiv 2009.01325).
 
     Always k1: with it the policy gradient of the penalised reward is exactly that of
-    E[r] - kl_coef * KL(p || q) of whole sequences. k2 or k3 as a reward would be biased. The penalty is
-    summed over the N actions, not averaged, so a kl_coef tuned for a loss that averages is about N times
+    E[r] - kl_coef * KL(p || q) of whole sequences. k2 or k3 as a reward would be biased. A sample pays the
+    sum over its N actions, not their mean, so a kl_coef tuned for a loss that averages is about N times
     too large here.
 
     Args:
-        rewards: [B]; NaN stays NaN.
         logprobs: [B, N] of the policy that sampled the actions (`old_logprobs` or `rollout_logprobs`).
         ref_logprobs: [B, N].
         action_mask: [B, N] bool; other positions may hold anything.
 
     Returns:
-        [B] in the dtype of `rewards`, without gradient.
+        [B, N] float64 in the unit of the reward, 0 where masked, without gradient.
     """
-    penalty = k1(masked(logprobs.detach(), action_mask), masked(ref_logprobs.detach(), action_mask)).sum(
-        dim=1, dtype=torch.float64
-    )
-    return (rewards.double() - kl_coef * penalty.to(rewards.device)).to(rewards.dtype)
+    p, q = (masked(values.detach().double(), action_mask) for values in (logprobs, ref_logprobs))
+    return kl_coef * k1(p, q)
+
+
+def adapted_coef(kl_coef: float, kl: float, target: float, rate: float) -> float:
+    """The coefficient of the next step: kl_coef * (1 + rate * e), e = kl / target - 1 within ±0.2.
+
+    A proportional controller in log space (arXiv 1909.08593 section 2.2, where rate is 0.1).
+
+    Args:
+        kl: measured on samples of the present policy, nats per action, as is `target`. What is not finite, such as
+            that of a step without any action, leaves the coefficient alone.
+    """
+    if not math.isfinite(kl):
+        return kl_coef
+    return kl_coef * (1 + rate * min(max(kl / target - 1, -0.2), 0.2))
 
 
 def masked(values: Tensor, action_mask: Tensor) -> Tensor:

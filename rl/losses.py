@@ -7,17 +7,15 @@ given. The normaliser is split in two so that microbatches and ranks add up to o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from difflib import get_close_matches
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from rl.kl import KLEstimator, k3, kl_estimate, kl_sums, masked
-from rl.types import ImageRLError, LossInputs, LossOutput
-
-Normaliser = Literal["sequence", "tokens", "constant"]
+from rl.algorithms import Clip, KLEstimator, Normaliser, RatioLevel
+from rl.kl import k3, kl_estimate, kl_sums, masked
+from rl.surrogates import Bounds, surrogate
+from rl.types import LossInputs, LossOutput
 
 
 def loss_denominator(action_mask: Tensor, normaliser: Normaliser, max_length: int) -> float:
@@ -26,7 +24,8 @@ def loss_denominator(action_mask: Tensor, normaliser: Normaliser, max_length: in
     - `sequence`: samples that train, so the loss is the mean over samples of the mean over their actions
       (GRPO, arXiv 2402.03300 equation 3);
     - `tokens`: actions that train (DAPO, arXiv 2503.14476 equation 8), long samples weigh more;
-    - `constant`: samples that train times max_length (Dr. GRPO, arXiv 2503.20783), no length bias at all.
+    - `constant`: samples that train times max_length (Dr. GRPO, arXiv 2503.20783), no length bias at all;
+    - `sum`: samples that train, each with the sum over its actions (LUSPO, arXiv 2602.05261; REINFORCE).
 
     A sample without any action (all False) counts in none of them, so that lost rewards do not shrink the
     step. TRL divides by all rows instead; without such samples the two are equal.
@@ -48,7 +47,8 @@ def loss_denominator(action_mask: Tensor, normaliser: Normaliser, max_length: in
 def action_weights(action_mask: Tensor, normaliser: Normaliser) -> Tensor:
     """Weight of each action in the sum that `loss_denominator` divides: [B, N] float64, 0 where masked.
 
-    1 / (actions of the sample) for `sequence`, else 1.
+    1 / (actions of the sample) for `sequence`, else 1. A gradient under `sum` is thus about max_length times
+    that under `sequence`, and so is the weight of a KL or entropy term.
     """
     _check(normaliser)
     weights = action_mask.double()
@@ -57,25 +57,30 @@ def action_weights(action_mask: Tensor, normaliser: Normaliser) -> Tensor:
     return weights
 
 
-def grpo_loss(
+def policy_loss(
     inputs: LossInputs,
     *,
+    ratio_level: RatioLevel = "token",
+    clip: Clip = "ratio",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    soft_positive: float = 1.0,
+    soft_negative: float = 1.05,
     kl_coef: float = 0.0,
     kl_estimator: KLEstimator = "k3",
     normaliser: Normaliser = "sequence",
 ) -> LossOutput:
-    """Clipped surrogate with a KL term (PPO, arXiv 1707.06347 equation 7; GRPO, arXiv 2402.03300 equation 3).
+    """The loss of every algorithm in `rl.algorithms`; the defaults are GRPO's (arXiv 2402.03300 equation 3).
 
-    loss = sum of weight * (-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * KL)
-    over the actions, divided by `inputs.denominator`; ratio = exp(logprobs - old_logprobs).
-    clip_high > clip_low is DAPO's asymmetric clip. With old_logprobs = logprobs.detach() the ratio is 1,
-    nothing is clipped and the gradient is that of -A * logprobs, the plain policy gradient.
+    loss = sum of weight * (-policy_weight * surrogate + kl_coef * KL) over the actions, divided by
+    `inputs.denominator`. The surrogate is that of `rl.surrogates`; with `clip="ratio"` it is PPO's
+    min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = exp(logprobs - old_logprobs). With
+    old_logprobs = logprobs.detach() the ratio is 1, nothing is clipped, and every clip and level has the
+    gradient of -A * logprobs, the plain policy gradient.
 
     The KL is that of equation 4 as published. TRL 1.16 by default multiplies it by the ratio
     (`use_bias_correction_kl`, arXiv 2512.02556), which changes its gradient even on-policy; with that
-    switched off the two losses are equal.
+    switched off the losses are equal.
 
     Positions outside the mask may hold NaN or inf anywhere: they reach neither loss nor gradient.
 
@@ -85,10 +90,11 @@ def grpo_loss(
             are needed if kl_coef > 0; if given, KL is measured even at kl_coef 0.
 
     Returns:
-        The loss, and sums over the given actions (float64 scalars without gradient): `actions`; `ratio`;
-        `ratio_deviation` = |ratio - 1|, exactly 0 on-policy; `clip_low`, `clip_high` = actions whose gradient
-        the lower or upper clip removed; `old_kl` = k3 of the policy against `old_logprobs`, how far this
-        update has moved; with a reference `kl_k1`, `kl_k2`, `kl_k3`.
+        The loss, and sums over the given actions (float64 scalars without gradient): `actions`; `ratio`, the one
+        that the level gives each action; `ratio_deviation` = |ratio - 1|, exactly 0 on-policy, and its square
+        `ratio_deviation_squared`; `clip_low`, `clip_high` = actions on which the lower or upper bound took
+        effect; `old_kl` = k3 of the policy against `old_logprobs`, how far this update has moved; with policy
+        weights `policy_weight`; with a reference `kl_k1`, `kl_k2`, `kl_k3`.
 
     Raises:
         ValueError: kl_coef without ref_logprobs, a denominator that is not positive, advantages that are
@@ -105,9 +111,12 @@ def grpo_loss(
     logprobs, old_logprobs = masked(inputs.logprobs, mask), masked(inputs.old_logprobs.detach(), mask)
     advantages = masked(inputs.advantages.expand_as(logprobs), mask)
 
-    ratio = torch.exp(logprobs - old_logprobs)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    per_action = -torch.minimum(ratio * advantages, clipped * advantages)
+    bounds = Bounds(clip_low, clip_high, soft_positive, soft_negative)
+    maximised = surrogate(clip, ratio_level, logprobs, old_logprobs, advantages, mask, bounds)
+    per_action = -maximised.objective
+    if inputs.policy_weights is not None:
+        policy_weights = masked(inputs.policy_weights.detach().to(per_action.dtype), mask)
+        per_action = per_action * policy_weights
     if kl_coef and inputs.ref_logprobs is not None:
         ref_logprobs = masked(inputs.ref_logprobs.detach(), mask)
         per_action = per_action + kl_coef * kl_estimate(kl_estimator, logprobs, ref_logprobs)
@@ -115,14 +124,19 @@ def grpo_loss(
     loss = (weights * per_action).sum() / inputs.denominator
 
     with torch.no_grad():
+        ratio = masked(maximised.ratio, mask)
+        deviation = masked(ratio - 1, mask)
         sums = {
             "actions": mask,
-            "ratio": masked(ratio, mask),
-            "ratio_deviation": (ratio - 1).abs(),
-            "clip_low": (ratio < 1 - clip_low) & (advantages < 0),
-            "clip_high": (ratio > 1 + clip_high) & (advantages > 0),
+            "ratio": ratio,
+            "ratio_deviation": deviation.abs(),
+            "ratio_deviation_squared": deviation.square(),
+            "clip_low": maximised.low & mask,
+            "clip_high": maximised.high & mask,
             "old_kl": k3(logprobs, old_logprobs),
         }
+        if inputs.policy_weights is not None:
+            sums["policy_weight"] = policy_weights
         metrics = {name: values.sum(dtype=torch.float64) for name, values in sums.items()}
         if inputs.ref_logprobs is not None:
             metrics |= kl_sums(logprobs, inputs.ref_logprobs, mask)
@@ -132,19 +146,3 @@ def grpo_loss(
 def _check(normaliser: Normaliser) -> None:
     if normaliser not in get_args(Normaliser):
         raise ValueError(f"normaliser must be one of {', '.join(get_args(Normaliser))}, got {normaliser!r}")
-
-
-LOSSES: dict[str, Callable[..., LossOutput]] = {"grpo": grpo_loss}
-
-
-def resolve_loss(name: str) -> Callable[..., LossOutput]:
-    """The loss called `name` in a recipe's `algorithm.name`; called with `LossInputs` and keyword settings.
-
-    Raises:
-        ImageRLError: no such loss; names the nearest and all that exist.
-    """
-    if name in LOSSES:
-        return LOSSES[name]
-    nearest = get_close_matches(name, LOSSES, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise ImageRLError(f"algorithm.name: unknown algorithm {name!r}; {hint}known: {', '.join(LOSSES)}")

@@ -252,9 +252,14 @@ class Run:
         save_image(grid, self.folder.path / "samples" / f"step_{step:06d}.png")
 
     def _save(self, step: int) -> None:
-        tensors = self.engine.state_dict()
+        tensors = self.engine.state_dict() | self.trainer.tensors()
         if self.engine.is_main:
-            state = {"first_eval": self.first, "last_eval": self.last, "recipe": self.recipe.model_dump()}
+            state = {
+                "first_eval": self.first,
+                "last_eval": self.last,
+                "recipe": self.recipe.model_dump(),
+                "trainer": self.trainer.state(),
+            }
             save_checkpoint(self.folder.checkpoints, step, tensors, state, self.recipe.checkpoint.keep)
         self.engine.barrier()
 

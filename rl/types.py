@@ -83,7 +83,9 @@ class TrainBatch:
     rollout_logprobs: Tensor  # [B, N] from the sampler
     old_logprobs: Tensor | None  # [B, N] from the trainer before the update; None: ratio is 1 by design
     ref_logprobs: Tensor | None  # [B, N] from the frozen reference; None without KL
-    advantages: Tensor  # [B]
+    advantages: Tensor  # [B, 1] or [B, N]
+    entropy: Tensor | None = None  # [B, N] nats, before the update; None unless it decides what trains
+    selected: Tensor | None = None  # [B, N] bool, actions that the policy term trains; None: all
 
     def rows(self, which: slice) -> TrainBatch:
         """Some of the samples, as views."""
@@ -106,6 +108,7 @@ class LossInputs:
     advantages: Tensor  # [B, N] or [B, 1]
     action_mask: Tensor  # [B, N] bool
     denominator: float
+    policy_weights: Tensor | None = None  # [B, N] factors of the policy term, not of the KL; None: all 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,3 +212,9 @@ class Policy(Protocol):
     def reference_scores(
         self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, temperature: float
     ) -> TokenScores: ...
+
+    def freeze_reference(self) -> None: ...
+
+    def reference_state(self) -> dict[str, Tensor]: ...
+
+    def load_reference(self, state: Mapping[str, Tensor]) -> None: ...

@@ -94,25 +94,29 @@ def low_tokens(completions: list[list[int]], **_: Any) -> list[float]:
 def small_trainer(
     *overrides: str,
     policy: ImagePolicy | None = None,
+    state: Mapping[str, Any] | None = None,
     **rewards: Callable[..., Any],
 ) -> Trainer:
-    """A trainer on a fresh micro policy, put together as the command line does it."""
-    recipe = validate_recipe(Recipe, recipe_data(Path("unused"), *overrides), "test")
+    """A trainer on a fresh micro policy, put together as the command line does it; `state` is the engine's."""
+    rewards = rewards or {"low_tokens": low_tokens}
+    named = [{"import_path": f"unused.py:{name}"} for name in rewards]
+    recipe = validate_recipe(Recipe, recipe_data(Path("unused"), *overrides, f"rewards={named}"), "test")
     policy = policy or micro_policy()[0]
     engine = Engine(recipe.engine)
     if recipe.model.lora:
         lora = recipe.model.lora
         policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
-    if recipe.algorithm.kl_coef > 0:
+    if recipe.algorithm.needs_reference:
         policy.freeze_reference()
-    engine.prepare(policy.trainable, recipe.optim, recipe.run.steps * recipe.algorithm.updates_per_rollout)
+    total = recipe.run.steps * recipe.algorithm.updates_per_rollout
+    engine.prepare(policy.trainable, recipe.optim, total, state)
     settings = recipe.rollout
     sampling = SamplingParams(
         settings.temperature, settings.guidance, settings.flow_steps, settings.shared_noise
     )
     sampler = GroupedSampler(prompt_set("train", 32), settings.prompts_per_step, recipe.run.seed)
     rollout = RolloutEngine(policy, sampling, recipe.run.seed, engine.autocast)
-    scorer = FunctionScorer(rewards or {"low_tokens": low_tokens})
+    scorer = FunctionScorer(rewards)
     return Trainer(recipe, policy, scorer, sampler, rollout, engine)
 
 

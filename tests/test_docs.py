@@ -22,7 +22,7 @@ from rl.cli import app
 from rl.config import Recipe
 from rl.pretrain_config import PretrainRecipe
 from rl.recipe import load_yaml_recipe
-from rl.trainer import update_metrics
+from rl.step_metrics import OTHER_SUMS, PER_ACTION, update_metrics
 from rl.types import RewardRequest
 
 ROOT = Path(__file__).parents[1]
@@ -80,20 +80,10 @@ def test_recipe_keys_are_those_of_the_schemas() -> None:
 def test_metric_keys_are_those_of_the_trainer() -> None:
     text = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
     described = set(re.findall(r"`((?:advantages|policy|kl|rollout)/\w+)`", text))
-    names = (
-        "actions",
-        "entropy",
-        "ratio",
-        "ratio_deviation",
-        "clip_low",
-        "clip_high",
-        "old_kl",
-        "kl_k1",
-        "kl_k2",
-    )
-    names += ("kl_k3", "loss", "grad_norm", "lr", "replay_gap", "replay_gap_max")
+    names = (*PER_ACTION, *OTHER_SUMS)
     logged = update_metrics([dict.fromkeys(names, 1.0)], on_policy=True).keys()
     logged |= {f"advantages/{name}" for name in group_advantages(torch.tensor([0.0, 1.0]), 2).metrics}
+    logged |= {"kl/coef", "rollout/images", "rollout/resampled_groups"}  # of the trainer itself
     assert {key for key in logged if "/" in key} == described
 
 

@@ -10,6 +10,7 @@ import typer
 from rl.commands.options import Model, Overrides, loaded_rollout
 from rl.commands.train import run_training
 from rl.config import load_recipe
+from rl.errors import ImageRLError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed, as ratios and shares within one run.")
 ReportFile = Annotated[Path | None, typer.Option("--json", help="write the numbers here too")]
@@ -53,3 +54,24 @@ def bench_step(
         batch = settings.rollout.prompts_per_step * settings.rollout.group_size
         report = benchmarks.bench_step(Path(scratch) / "run", batch * tokens)
     benchmarks.show(report, json)
+
+
+@bench.command("algorithms")
+def bench_algorithms(
+    samples: Annotated[int, typer.Option(min=2, help="samples of an update")] = 96,
+    actions: Annotated[int, typer.Option(min=1, help="image tokens of a sample")] = 64,
+    group_size: Annotated[int, typer.Option(min=2, help="samples of a prompt; divides them")] = 16,
+    vocabulary: Annotated[int, typer.Option(min=2, help="image tokens to choose from")] = 1000,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds; the median counts")] = 20,
+    json: ReportFile = None,
+) -> None:
+    """What each algorithm's update costs over plain GRPO's, on the same tensors."""
+    import torch
+
+    from rl import bench as benchmarks
+    from rl.bench_algorithms import bench_algorithms as measure
+
+    if samples % group_size:
+        raise ImageRLError(f"--group-size {group_size} must divide --samples {samples}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    benchmarks.show(measure(samples, actions, group_size, vocabulary, repeats, device), json)

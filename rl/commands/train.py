@@ -94,7 +94,7 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
             torch.manual_seed(derive_seed(recipe.run.seed, "lora"))  # adapters begin at random
             policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
         policy.trainable.freeze(recipe.model.freeze)
-        if recipe.algorithm.kl_coef > 0:
+        if recipe.algorithm.needs_reference:
             policy.freeze_reference()
         scorer = RewardWorkers(
             [spec.model_dump() for spec in recipe.rewards.functions],
@@ -122,6 +122,8 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
         )
         eval_rollout = RolloutEngine(policy, shown, recipe.eval.seed, engine.autocast)
         trainer = Trainer(recipe, policy, scorer, sampler, rollout, engine)
+        if checkpoint:
+            trainer.restore(checkpoint.state.get("trainer", {}), checkpoint.tensors)
         scorer.wait_until_ready()
 
         def begin() -> None:

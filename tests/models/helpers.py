@@ -56,12 +56,12 @@ def uniforms(policy: ImagePolicy, batch: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(batch, policy.num_actions, generator=random_numbers, dtype=torch.float64)
 
 
-def edit_policy(seed: int = 0) -> ImagePolicy:
-    """A policy that can edit, every weight of it lively."""
+def edit_policy(seed: int = 0) -> tuple[ImagePolicy, dict[str, Any]]:
+    """A policy that can edit, every weight of it lively, and its config."""
     torch.manual_seed(seed)
-    policy, _ = new_policy({**copy.deepcopy(MODEL), "edit": True}, captions(0, 20), 300)
+    policy, config = new_policy({**copy.deepcopy(MODEL), "edit": True}, captions(0, 20), 300)
     for module in (policy.trainable, policy.decoder, policy.image_tokenizer):
         assert module is not None
         stir(module, seed)
         module.requires_grad_(False).eval()
-    return policy
+    return policy, config

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.building import build_text_tokenizer, new_policy
+from models.building import build_image_tokenizer, build_text_tokenizer, new_policy
 from models.image_policy import ImagePolicy
+from models.image_tokenizer import FSQTokenizer
+from models.ta_tok import TATokenizer
 from rl.tiny_world import DIGITS, LETTERS
 from rl.types import ImageRLError
 from tests.micro import MODEL, micro_policy
@@ -49,7 +51,16 @@ def test_capitals_digits_and_quotes_are_tokens_of_their_own(policy: ImagePolicy)
 def test_image_tokens_stand_at_the_end_in_the_published_order(policy: ImagePolicy) -> None:
     tokenizer, vocabulary = policy.text_tokenizer, policy.vocabulary
     codes = vocabulary.num_image_tokens
-    wanted = ["<im_start>", "<im_end>", "<S0>", "<S1>", "<S2>", *(f"<I{i}>" for i in range(codes))]
+    wanted = [
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<im_start>",
+        "<im_end>",
+        "<S0>",
+        "<S1>",
+        "<S2>",
+        *(f"<I{i}>" for i in range(codes)),
+    ]
     last = len(tokenizer)
     assert tokenizer.convert_ids_to_tokens(list(range(last - len(wanted), last))) == wanted
     assert vocabulary.image_end_token_id == last - 1 == policy.trainable.lm.config.vocab_size - 1
@@ -58,7 +69,7 @@ def test_image_tokens_stand_at_the_end_in_the_published_order(policy: ImagePolic
         vocabulary.image_start_tag_id,
         vocabulary.image_end_tag_id,
         vocabulary.scale_start_token_id,
-    ] == list(range(last - len(wanted), last - len(wanted) + 3))
+    ] == list(range(last - len(wanted) + 2, last - len(wanted) + 5))
 
 
 def test_a_prompt_is_the_chat_template_and_ends_where_the_image_begins(policy: ImagePolicy) -> None:
@@ -109,3 +120,29 @@ def test_building_is_repeatable() -> None:
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     vocabularies = [build_text_tokenizer(texts, 270, 4).get_vocab() for _ in range(2)]
     assert vocabularies[0] == vocabularies[1]
+
+
+@pytest.mark.parametrize("edit", [True, False])
+def test_the_edit_half_is_there_when_asked_for(edit: bool) -> None:
+    policy, config = new_policy({**MODEL, "edit": edit}, ["a sign"], 300)
+    assert config["edit"] is edit
+    parts = (policy.decoder.reference_connector, policy.decoder.unused_connector)
+    assert [part is not None for part in parts] == [edit, edit]
+    renewed = policy.renew_decoder()
+    assert (renewed.reference_connector is not None) is edit
+
+
+def test_a_config_names_its_image_tokenizer() -> None:
+    sizes = {
+        "hidden_size": 24,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    codebook = {"name": "simvq", "args": {"codebook_size": 8, "l2_normalized": True}}
+    ta_tok = {"siglip": sizes, "bottleneck": {"bottleneck_dim": 4, "regularizer": codebook}}
+    tokenizer = build_image_tokenizer({"ta_tok": ta_tok})
+    assert isinstance(tokenizer, TATokenizer) and tokenizer.num_codes == 8 and tokenizer.num_tokens == 4
+    assert isinstance(build_image_tokenizer(MODEL), FSQTokenizer)
+    assert build_image_tokenizer({}) is None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.image_policy import ImagePolicy
+from models.loading import load_policy, read_weights, save_policy
 from models.sana import caption_keys, velocity
 from rl.types import ImageRLError
 from tests.micro import micro_policy
@@ -19,8 +23,13 @@ GROUP = 2
 
 
 @pytest.fixture(scope="module")
-def policy() -> ImagePolicy:
+def edit_model() -> tuple[ImagePolicy, dict[str, Any]]:
     return edit_policy()
+
+
+@pytest.fixture(scope="module")
+def policy(edit_model: tuple[ImagePolicy, dict[str, Any]]) -> ImagePolicy:
+    return edit_model[0]
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +148,7 @@ def test_references_come_as_files_or_tensors(policy: ImagePolicy) -> None:
 
 
 def test_a_tokenizer_of_another_size_sees_the_same_picture() -> None:
-    policy = edit_policy()
+    policy, _ = edit_policy()
     assert policy.image_tokenizer is not None
     smooth = torch.linspace(-1, 1, 64).expand(1, 3, 32, 64)
     seen: list[Tensor] = []
@@ -150,6 +159,19 @@ def test_a_tokenizer_of_another_size_sees_the_same_picture() -> None:
     policy.reference_of([Image.fromarray(picture)])
     assert seen[0].shape == seen[1].shape == (1, 3, 16, 32)
     assert (seen[0] - seen[1]).abs().max() < 0.02
+
+
+def test_an_edit_model_survives_its_folder(
+    edit_model: tuple[ImagePolicy, dict[str, Any]], pictures: Tensor, tmp_path: Path
+) -> None:
+    policy, config = edit_model
+    save_policy(policy, tmp_path, config)
+    stored = read_weights(tmp_path)
+    assert stored["model.und_image_vae_connector.0.weight"].shape == (24, 4)
+    assert stored["model.und_image_vae_as_noise_connector.0.weight"].shape == (4, 8, 1, 1)
+    again, _ = load_policy(str(tmp_path))
+    for one, other in zip(edited(policy, pictures, [0]), edited(again, pictures, [0]), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

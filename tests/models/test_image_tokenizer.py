@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.image_tokenizer import FiniteScalarQuantizer, FSQTokenizer, FSQTokenizerConfig
+from rl.types import ImageRLError
 
 
 def tokenizer(levels: tuple[int, ...] = (4, 3), depth: int = 1) -> FSQTokenizer:
@@ -119,3 +120,22 @@ def test_the_config_survives_json() -> None:
 @pytest.mark.parametrize("levels", [(2,), (8, 8, 5, 5)])
 def test_the_codebook_has_the_product_of_the_levels(levels: tuple[int, ...]) -> None:
     assert tokenizer(levels).num_codes == torch.tensor(levels).prod()
+
+
+def test_features_are_what_the_codes_were_rounded_from() -> None:
+    model = tokenizer((4, 3))
+    images = torch.rand(2, 3, *model.picture_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    features = model.features(images)
+    assert features.shape == (2, model.num_tokens, model.config.width)
+    rows, columns = model.grid
+    grid = features.transpose(1, 2).reshape(2, -1, rows, columns)
+    digits = model.quantizer.digits(model.encoder[-1](grid).permute(0, 2, 3, 1))
+    assert torch.equal(model.quantizer.index(digits).flatten(1), model.encode(images))
+
+
+def test_pictures_of_another_size_and_scales_are_refused() -> None:
+    model = tokenizer((4, 3))
+    with pytest.raises(ImageRLError, match="use prepare_picture"):
+        model.encode(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ImageRLError, match="no scale 2, only 1"):
+        model.encode(torch.zeros(1, 3, *model.picture_size), 2)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl.kl import ESTIMATORS, KLEstimator, k1, k2, k3, kl_estimate, kl_sums, penalised_rewards
+from rl.algorithms import KLEstimator
+from rl.kl import ESTIMATORS, adapted_coef, k1, k2, k3, kl_estimate, kl_penalty, kl_sums
 
 LOG = math.log
 
@@ -107,22 +108,37 @@ def test_sums_ignore_what_is_masked():
     assert not any(value.requires_grad for value in sums.values())
 
 
-def test_penalised_rewards():
-    p = torch.tensor([[-1.0, -2.0], [-1.0, math.inf], [-1.0, -1.0]])
+def test_penalty_by_hand():
+    p = torch.tensor([[-1.0, -2.0], [-1.0, math.inf], [-1.0, -1.0]], requires_grad=True)
     q = torch.tensor([[-1.5, -4.0], [-3.0, math.nan], [-1.0, -1.0]])
     mask = torch.tensor([[True, True], [True, False], [True, True]])
-    rewards = torch.tensor([1.0, 2.0, math.nan], dtype=torch.float64)
-    result = penalised_rewards(rewards, p, q, mask, kl_coef=0.1)
-    expected = torch.tensor([1 - 0.1 * 2.5, 2 - 0.1 * 2.0, math.nan], dtype=torch.float64)
-    torch.testing.assert_close(result, expected, equal_nan=True)
+    penalty = kl_penalty(p, q, mask, kl_coef=0.1)
+    torch.testing.assert_close(penalty, torch.tensor([[0.05, 0.2], [0.2, 0], [0, 0]], dtype=torch.float64))
+    assert not penalty.requires_grad
 
 
 def test_penalty_in_the_reward_has_the_gradient_of_the_true_divergence():
     policy, q = categorical()
     p = policy.log_softmax(0)
-    rewards = penalised_rewards(
-        torch.zeros(50, dtype=torch.float64), p[:, None], q[:, None], torch.ones(50, 1, dtype=torch.bool), 1.0
-    )
-    (gradient,) = torch.autograd.grad(-(p.detach().exp() * rewards * p).sum(), policy, retain_graph=True)
+    penalty = kl_penalty(p[:, None], q[:, None], torch.ones(50, 1, dtype=torch.bool), 1.0)[:, 0]
+    (gradient,) = torch.autograd.grad((p.detach().exp() * penalty * p).sum(), policy, retain_graph=True)
     (exact,) = torch.autograd.grad(divergence(p, q), policy)
     torch.testing.assert_close(gradient, exact, rtol=1e-10, atol=1e-15)
+
+
+def test_the_controller_by_hand():
+    # Proportional within 20 % of the target, then at most rate * 0.2.
+    assert adapted_coef(0.5, kl=0.11, target=0.1, rate=0.1) == pytest.approx(0.5 * 1.01)
+    assert adapted_coef(0.5, kl=0.09, target=0.1, rate=0.1) == pytest.approx(0.5 * 0.99)
+    assert adapted_coef(0.5, kl=9.0, target=0.1, rate=0.1) == pytest.approx(0.5 * 1.02)
+    assert adapted_coef(0.5, kl=0.0, target=0.1, rate=0.1) == pytest.approx(0.5 * 0.98)
+    assert adapted_coef(0.5, kl=0.1, target=0.1, rate=0.1) == 0.5
+    assert adapted_coef(0.5, kl=math.nan, target=0.1, rate=0.1) == 0.5
+
+
+def test_the_controller_finds_the_coefficient_that_holds_the_target():
+    """In a world where the KL is 0.02 / coefficient the target 0.1 needs 0.2."""
+    coef = 5.0
+    for _ in range(400):
+        coef = adapted_coef(coef, kl=0.02 / coef, target=0.1, rate=0.1)
+    assert coef == pytest.approx(0.2, rel=0.01)

@@ -1,53 +1,16 @@
 import math
 from dataclasses import replace
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
-from torch import Tensor
 
-from rl.losses import Normaliser, action_weights, grpo_loss, loss_denominator, resolve_loss
-from rl.types import ImageRLError, LossInputs
+from rl.algorithms import ALGORITHMS, Normaliser
+from rl.losses import action_weights, loss_denominator, policy_loss
+from rl.types import LossInputs
+from tests.loss_examples import LENGTHS, backward, example, rows, settings_of
 
 NORMALISERS = get_args(Normaliser)
-LENGTHS = [7, 3, 5, 1, 7, 2]
-
-
-def example(normaliser: Normaliser = "sequence", dtype=torch.float64, lengths=LENGTHS, seed=0) -> LossInputs:
-    """Six samples of unequal lengths whose ratios lie on both sides of every clip."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (len(lengths), 7)
-    logprobs, moved, reference = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(3))
-    advantages = torch.randn(shape[0], 1, generator=generator, dtype=dtype)
-    mask = torch.arange(7) < torch.tensor(lengths)[:, None]
-    logprobs = logprobs - 3
-    return LossInputs(
-        logprobs=logprobs.clone().requires_grad_(),
-        old_logprobs=logprobs + 0.4 * moved,
-        ref_logprobs=logprobs + 0.3 * reference,
-        advantages=advantages,
-        action_mask=mask,
-        denominator=loss_denominator(mask, normaliser, max_length=7),
-    )
-
-
-def rows(inputs: LossInputs, index: Any) -> LossInputs:
-    """Some samples of a batch, as leaves of their own; the denominator stays that of the batch."""
-    assert inputs.ref_logprobs is not None
-    return LossInputs(
-        inputs.logprobs.detach()[index].requires_grad_(),
-        inputs.old_logprobs[index],
-        inputs.ref_logprobs[index],
-        inputs.advantages[index],
-        inputs.action_mask[index],
-        inputs.denominator,
-    )
-
-
-def backward(inputs: LossInputs, **settings: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    output = grpo_loss(inputs, **settings)
-    (gradient,) = torch.autograd.grad(output.loss, inputs.logprobs)
-    return output.loss.detach(), gradient, output.metrics
 
 
 def hand_inputs(denominator: float) -> LossInputs:
@@ -70,6 +33,7 @@ def hand_inputs(denominator: float) -> LossInputs:
         ("sequence", 2, ((-1.2 - 1.0) / 2 + 0.8) / 2, -1 / 4),
         ("tokens", 3, (-1.2 - 1.0 + 0.8) / 3, -1 / 3),
         ("constant", 4, (-1.2 - 1.0 + 0.8) / 4, -1 / 4),
+        ("sum", 2, (-1.2 - 1.0 + 0.8) / 2, -1 / 2),
     ],
 )
 def test_hand_values_of_the_clipped_surrogate(normaliser, denominator, loss, gradient):
@@ -113,15 +77,19 @@ def test_each_side_has_its_own_clip():
     assert (metrics["clip_low"].item(), metrics["clip_high"].item()) == (0, 1)
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
-def test_on_policy_gradient_is_the_policy_gradient(normaliser):
-    inputs = example(normaliser)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_on_policy_gradient_is_the_policy_gradient(name):
+    settings = settings_of(name)
+    inputs = example(settings["normaliser"])
     inputs = replace(inputs, old_logprobs=inputs.logprobs.detach())
-    _, gradient, metrics = backward(inputs, normaliser=normaliser)
-    weights = action_weights(inputs.action_mask, normaliser)
+    _, gradient, metrics = backward(inputs, **settings)
+    weights = action_weights(inputs.action_mask, settings["normaliser"])
+    if settings["ratio_level"] == "product":  # of log pi(sample), a sum over its actions
+        weights = inputs.action_mask.double()
     torch.testing.assert_close(gradient, -inputs.advantages * weights / inputs.denominator)
     assert metrics["ratio"] == metrics["actions"] == sum(LENGTHS)
     assert all(metrics[name] == 0 for name in ("ratio_deviation", "clip_low", "clip_high", "old_kl"))
+    assert metrics["ratio_deviation_squared"] == 0
 
 
 def test_advantages_may_differ_between_actions():
@@ -130,14 +98,17 @@ def test_advantages_may_differ_between_actions():
     for one, other in zip(backward(inputs)[:2], backward(per_action)[:2], strict=True):
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match=r"\[B, N\] or \[B, 1\]"):
-        grpo_loss(replace(inputs, advantages=inputs.advantages[:, 0]))
+        policy_loss(replace(inputs, advantages=inputs.advantages[:, 0]))
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("sizes", [[1] * 6, [2, 4], [5, 1]])
-def test_accumulated_microbatches_equal_one_batch(normaliser, sizes):
+def test_accumulated_microbatches_equal_one_batch(name, sizes):
+    settings = settings_of(name, kl_coef=0.1)
+    normaliser = settings["normaliser"]
     whole = example(normaliser)
-    settings = {"normaliser": normaliser, "kl_coef": 0.1}
+    weights = torch.rand(6, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    whole = replace(whole, policy_weights=weights)
     loss, gradient, metrics = backward(whole, **settings)
     parts = [backward(rows(whole, torch.arange(6).split(sizes)[i]), **settings) for i in range(len(sizes))]
     torch.testing.assert_close(torch.stack([p[0] for p in parts]).sum(), loss, rtol=0, atol=1e-14)
@@ -148,21 +119,22 @@ def test_accumulated_microbatches_equal_one_batch(normaliser, sizes):
     assert sum(ranks) == whole.denominator
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
-def test_permuting_the_batch_permutes_the_gradient(normaliser):
-    whole, order = example(normaliser), torch.tensor([3, 0, 5, 1, 4, 2])
-    settings = {"normaliser": normaliser, "kl_coef": 0.1, "kl_estimator": "k2"}
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_permuting_the_batch_permutes_the_gradient(name):
+    settings = settings_of(name, kl_coef=0.1, kl_estimator="k2")
+    whole, order = example(settings["normaliser"]), torch.tensor([3, 0, 5, 1, 4, 2])
     loss, gradient, _ = backward(whole, **settings)
     permuted_loss, permuted_gradient, _ = backward(rows(whole, order), **settings)
     torch.testing.assert_close(permuted_loss, loss, rtol=0, atol=1e-14)
     assert torch.equal(permuted_gradient, gradient[order])
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
-def test_what_is_masked_cannot_poison(normaliser, garbage):
-    lengths = [7, 0, 5, 1, 0, 2]
-    clean = example(normaliser, lengths=lengths)
+def test_what_is_masked_cannot_poison(name, garbage):
+    lengths, settings = [7, 0, 5, 1, 0, 2], settings_of(name, kl_coef=0.1)
+    clean = example(settings["normaliser"], lengths=lengths)
+    clean = replace(clean, policy_weights=torch.full((6, 7), 0.5, dtype=torch.float64))
     hole = ~clean.action_mask
     assert clean.ref_logprobs is not None
     dirty = replace(
@@ -171,8 +143,8 @@ def test_what_is_masked_cannot_poison(normaliser, garbage):
         old_logprobs=clean.old_logprobs.masked_fill(hole, -garbage),
         ref_logprobs=clean.ref_logprobs.masked_fill(hole, garbage),
         advantages=clean.advantages.repeat(1, 7).masked_fill(hole, garbage),
+        policy_weights=clean.policy_weights.masked_fill(hole, garbage),
     )
-    settings = {"normaliser": normaliser, "kl_coef": 0.1}
     expected, result = backward(clean, **settings), backward(dirty, **settings)
     assert torch.equal(result[0], expected[0])
     assert torch.isfinite(result[0])
@@ -188,8 +160,8 @@ def test_a_sample_that_must_not_train_leaves_no_trace(normaliser):
     alone = rows(padded, keep)
     assert loss_denominator(alone.action_mask, normaliser, 7) == padded.denominator
     torch.testing.assert_close(
-        grpo_loss(alone, normaliser=normaliser, kl_coef=0.1).loss,
-        grpo_loss(padded, normaliser=normaliser, kl_coef=0.1).loss,
+        policy_loss(alone, normaliser=normaliser, kl_coef=0.1).loss,
+        policy_loss(padded, normaliser=normaliser, kl_coef=0.1).loss,
         rtol=0,
         atol=1e-14,
     )
@@ -197,113 +169,21 @@ def test_a_sample_that_must_not_train_leaves_no_trace(normaliser):
 
 def test_a_microbatch_without_actions_is_zero_and_differentiable():
     inputs = example(lengths=[0] * 6)
-    assert [loss_denominator(inputs.action_mask, n, 7) for n in NORMALISERS] == [0.0] * 3
+    assert [loss_denominator(inputs.action_mask, n, 7) for n in NORMALISERS] == [0.0] * 4
     loss, gradient, metrics = backward(replace(inputs, denominator=5.0), kl_coef=0.1)
     assert loss == 0
     assert torch.equal(gradient, torch.zeros_like(gradient))
     assert all(value == 0 for value in metrics.values())
     with pytest.raises(ValueError, match="nothing trains"):
-        grpo_loss(inputs)
+        policy_loss(inputs)
 
 
 def test_wrong_settings_are_refused():
     inputs = example()
     with pytest.raises(ValueError, match="ref_logprobs"):
-        grpo_loss(replace(inputs, ref_logprobs=None), kl_coef=0.1)
-    assert "kl_k3" not in grpo_loss(replace(inputs, ref_logprobs=None)).metrics
-    with pytest.raises(ValueError, match="sequence, tokens, constant"):
+        policy_loss(replace(inputs, ref_logprobs=None), kl_coef=0.1)
+    assert "kl_k3" not in policy_loss(replace(inputs, ref_logprobs=None)).metrics
+    with pytest.raises(ValueError, match="sequence, tokens, constant, sum"):
         loss_denominator(inputs.action_mask, "mean", 7)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="sequence, tokens, constant"):
-        grpo_loss(inputs, normaliser="mean")  # type: ignore[arg-type]
-
-
-def test_algorithms_resolve_by_name():
-    assert resolve_loss("grpo") is grpo_loss
-    with pytest.raises(ImageRLError, match=r"'gppo'; did you mean 'grpo'\? known: grpo") as error:
-        resolve_loss("gppo")
-    assert "\n" not in str(error.value)
-    with pytest.raises(ImageRLError, match=r"'zzz'; known: grpo"):
-        resolve_loss("zzz")
-
-
-# TRL 1.16 as the oracle: its own trainer's loss on the same log-probs, by value and by gradient.
-
-
-@pytest.fixture(scope="module")
-def trl_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """TRL's GRPOTrainer around a model too small to matter: the tests hand it the log-probs."""
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-    from trl import GRPOConfig, GRPOTrainer
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2}, unk_token="<pad>"))
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
-    return GRPOTrainer(
-        model=Qwen2ForCausalLM(Qwen2Config(**sizes, **heads)),
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=GRPOConfig(
-            str(tmp_path_factory.mktemp("trl")),
-            use_cpu=True,
-            report_to=[],
-            max_completion_length=7,
-            per_device_train_batch_size=6,
-            num_generations=6,
-            gradient_accumulation_steps=1,
-            use_bias_correction_kl=False,  # on by default, and not in the published objective
-        ),
-        train_dataset=Dataset.from_dict({"prompt": ["a"] * 6}),
-        processing_class=PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
-        ),
-    )
-
-
-def trl_loss(
-    trainer: Any, inputs: LossInputs, loss_type: str, low: float, high: float, beta: float
-) -> tuple[Tensor, Tensor]:
-    trainer.loss_type, trainer.beta = loss_type, beta
-    trainer.epsilon_low, trainer.epsilon_high = low, high
-    trainer.current_gradient_accumulation_steps = 1
-    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (
-        inputs.logprobs,
-        torch.zeros_like(inputs.logprobs),
-        None,
-    )
-    size = len(inputs.logprobs)
-    loss = trainer.compute_loss(
-        trainer.model.train(),
-        {
-            "prompt_ids": torch.full((size, 1), 2),
-            "prompt_mask": torch.ones(size, 1, dtype=torch.long),
-            "completion_ids": torch.full((size, 7), 2),
-            "completion_mask": inputs.action_mask.long(),
-            "advantages": inputs.advantages[:, 0],
-            "old_per_token_logps": inputs.old_logprobs,
-            "ref_per_token_logps": inputs.ref_logprobs,
-            "num_items_in_batch": inputs.action_mask.sum(),
-        },
-    )
-    (gradient,) = torch.autograd.grad(loss, inputs.logprobs)
-    return loss.detach(), gradient
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("loss_type", "normaliser"),
-    [("grpo", "sequence"), ("bnpo", "tokens"), ("dapo", "tokens"), ("dr_grpo", "constant")],
-)
-@pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28), (0.3, 0.05)])
-@pytest.mark.parametrize("beta", [0.0, 0.04, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equals_the_loss_of_trl(trl_trainer, loss_type, normaliser, low, high, beta, dtype):
-    inputs = example(normaliser, dtype)
-    theirs, their_gradient = trl_loss(trl_trainer, inputs, loss_type, low, high, beta)
-    ours, our_gradient, metrics = backward(
-        inputs, clip_low=low, clip_high=high, kl_coef=beta, normaliser=normaliser
-    )
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-12)
-    torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-5, atol=1e-6)
-    assert metrics["clip_low"] > 0
-    assert metrics["clip_high"] > 0
+    with pytest.raises(ValueError, match="sequence, tokens, constant, sum"):
+        policy_loss(inputs, normaliser="mean")  # type: ignore[arg-type]
