@@ -16,9 +16,10 @@ from pydantic.fields import FieldInfo
 from rl.config import Recipe
 from rl.pretrain_config import PretrainRecipe
 from rl.recipe import RecipeModel, iter_fields
+from rl.sft_config import SFTRecipe
 
 PAGE = Path(__file__).with_name("recipes.md")
-SCHEMAS: dict[str, type[RecipeModel]] = {"train": Recipe, "pretrain": PretrainRecipe}
+SCHEMAS: dict[str, type[RecipeModel]] = {"train": Recipe, "pretrain": PretrainRecipe, "sft": SFTRecipe}
 MARKERS = re.compile(r"(<!-- keys of (\w+), from the schema: make docs -->\n).*?(<!-- end -->)", re.DOTALL)
 TYPES = {bool: "true, false", int: "integer", float: "number", str: "text", dict: "mapping"}
 SIGNS = {"Ge": "≥", "Gt": ">", "Le": "≤", "Lt": "<"}

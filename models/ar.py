@@ -109,15 +109,19 @@ class ARPolicy(nn.Module):
 
         `prompt_ids`, `prompt_mask` [P, L] left-padded; `tokens` [B, T] 0-based image tokens, B = P·G in
         group-major order. With G > 1 a prompt is read once for its whole group, gradients included."""
-        image_ids = tokens + self.vocabulary.image_start_token_id
         if len(prompt_ids) < len(tokens):
+            image_ids = tokens + self.vocabulary.image_start_token_id
             return self._hidden_states_of_groups(prompt_ids, prompt_mask.bool(), image_ids)
-        ids = torch.cat([prompt_ids, image_ids], dim=1)
+        return self.sequence_states(prompt_ids, prompt_mask, tokens)[:, prompt_ids.shape[1] - 1 :]
+
+    def sequence_states(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor) -> Tensor:
+        """Final-norm hidden states [B, L + T, D] of whole sequences: prompts [B, L], then image tokens [B, T]."""
+        ids = torch.cat([prompt_ids, tokens + self.vocabulary.image_start_token_id], dim=1)
         mask = torch.cat([prompt_mask.bool(), torch.ones_like(tokens, dtype=torch.bool)], dim=1)
         out = self.lm.model(
             input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
         )
-        return out.last_hidden_state[:, prompt_ids.shape[1] - 1 :]
+        return out.last_hidden_state
 
     def _hidden_states_of_groups(self, prompt_ids: Tensor, prompt_mask: Tensor, image_ids: Tensor) -> Tensor:
         group, rest = divmod(len(image_ids), len(prompt_ids))

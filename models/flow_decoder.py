@@ -6,7 +6,7 @@ velocity field from noise to latents, an autoencoder draws the pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -87,7 +87,7 @@ class FlowDecoder(nn.Module):
     def condition(self, hidden: Tensor, reference: Tensor | None = None) -> Tensor:
         """Hidden states [B, T + 1, D] -> projected caption [B, T + 1, inner], once per image, not per step. For an
         edit the reference latents [B, C, h, w] follow, h·w rows more."""
-        features = self.connector(hidden)
+        features = self.connector(hidden.to(self.sana.dtype))
         if reference is not None:
             features = torch.cat([features, self.reference_features(reference)], dim=1)
         return self._project(features)
@@ -113,27 +113,40 @@ class FlowDecoder(nn.Module):
         """Velocity [B, C, h, w] at noise levels `sigma` [B], given a projected condition [B, R, inner]."""
         return velocity(self.sana, latents, sigma, [caption_keys(self.sana, condition)])
 
+    def branches(self, hidden: Tensor, guidance: float, reference: Tensor | None = None) -> list[CaptionKeys]:
+        """What the cross-attentions see of a picture's hidden states [B, R, D] and of an edit's reference latents,
+        once for all its steps: the caption's branch, and unless guidance is 1 the unconditional one before it."""
+        given = caption_keys(self.sana, self.condition(hidden, reference))
+        return [given] if guidance == 1.0 else [self._unconditional_keys(hidden, reference), given]
+
+    def guided_velocity(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        branches: Sequence[CaptionKeys],
+        guidance: float,
+        reference: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity [B, C, h, w] at noise levels `sigma` [B] under classifier-free guidance (arXiv 2207.12598)."""
+        seen = torch.cat([beside(x, reference)] * len(branches))
+        v = velocity(self.sana, seen, sigma.repeat(len(branches)), branches)[..., : x.shape[-1]]
+        if len(branches) == 1:
+            return v
+        without, given = v.chunk(2)
+        return without + guidance * (given - without)
+
     @torch.no_grad()
     def latents(
         self, hidden: Tensor, noise: Tensor, guidance: float, steps: int, reference: Tensor | None = None
     ) -> Tensor:
-        """Integrate from `noise` [B, C, h, w] to latents with Euler steps under classifier-free guidance
-        (arXiv 2207.12598). guidance 1 skips the unconditional branch.
+        """Integrate from `noise` [B, C, h, w] to latents with Euler steps under classifier-free guidance.
 
         An edit starts from `reference` [B, C, h, w], a picture's latents: they join the condition, and stand to the
         right of the noise in both branches at every step."""
-        branches = [caption_keys(self.sana, self.condition(hidden, reference))]
-        guided = guidance != 1.0
-        if guided:
-            branches.insert(0, self._unconditional_keys(hidden, reference))
-        sigmas = self.sigmas(steps).to(noise.device)
+        branches = self.branches(hidden, guidance, reference)
         x = noise
-        for sigma, following in pairwise(sigmas):
-            pair = torch.cat([beside(x, reference)] * len(branches))
-            v = velocity(self.sana, pair, sigma.expand(len(pair)), branches)[..., : x.shape[-1]]
-            if guided:
-                without, given = v.chunk(2)
-                v = without + guidance * (given - without)
+        for sigma, following in pairwise(self.sigmas(steps).to(noise.device)):
+            v = self.guided_velocity(x, sigma.expand(len(x)), branches, guidance, reference)
             x = x + (following - sigma) * v.to(x.dtype)  # the state stays in the noise's precision
         return x
 
@@ -147,13 +160,13 @@ class FlowDecoder(nn.Module):
     @torch.no_grad()
     def draw(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> pictures [B, 3, H, W] in [0, 1]."""
-        pictures = self.vae.decode(latents / self.scaling_factor).sample
+        pictures = self.vae.decode((latents / self.scaling_factor).to(self.vae.dtype)).sample
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] at the transformer's scale."""
-        return self.vae.encode(pictures).latent * self.scaling_factor
+        return self.vae.encode(pictures.to(self.vae.dtype)).latent * self.scaling_factor
 
     def flow_loss(
         self,
@@ -164,7 +177,19 @@ class FlowDecoder(nn.Module):
         drop: Tensor,
         reference: Tensor | None = None,
     ) -> Tensor:
-        """Mean of ‖v − (noise − x)‖² over all numbers: the flow-matching objective.
+        """Mean of ‖v − (noise − x)‖² over all numbers: the flow-matching objective."""
+        return self.flow_residual(hidden, latents, sigma, noise, drop, reference).square().mean()
+
+    def flow_residual(
+        self,
+        hidden: Tensor,
+        latents: Tensor,
+        sigma: Tensor,
+        noise: Tensor,
+        drop: Tensor,
+        reference: Tensor | None = None,
+    ) -> Tensor:
+        """v − (noise − x) [B, C, h, w] in float32.
 
         `sigma` [B] in (0, 1); `drop` [B] bool, where the condition is replaced by the unconditional one. With
         `reference` [B, C, h, w] the objective of an edit: the velocity of the reference's own half is free."""
@@ -176,7 +201,7 @@ class FlowDecoder(nn.Module):
         level = sigma[:, None, None, None]
         noisy = beside((1 - level) * latents + level * noise, reference)
         v = self.velocity(noisy, sigma, self._project(features))[..., : latents.shape[-1]]
-        return (v.float() - (noise - latents)).square().mean()
+        return v.float() - (noise - latents)
 
     def require_edit(self) -> nn.Sequential:
         """The reference connector. Raises ImageRLError when the model has none."""

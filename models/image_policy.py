@@ -15,18 +15,20 @@ from torch.nn import functional as F
 from models.ar import ARPolicy, ImageVocabulary
 from models.ar_sampler import TokenSampler
 from models.flow_decoder import FlowDecoder
+from models.flow_policy import FlowPolicy
 from models.image_tokenizer import ImageTokenizer
 from models.pictures import prepare_picture
 from models.prompts import TURN_END, PromptEncoder, Rows, pad_left
 from models.understanding import greedy_text
-from rl.types import ImageRLError, TokenScores, TokenTrajectory
+from rl.types import FlowSampling, FlowTrajectory, ImageRLError, TokenScores, TokenTrajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class ImagePolicy:
-    """Implements `rl.types.Policy`. Only `trainable`, the autoregressive half, ever has gradients in RL."""
+    """Implements `rl.types.Policy`. In RL only `trainable`, the autoregressive half, has gradients, and
+    `flow.trainable` of the decoder once `train_decoder` was called."""
 
     def __init__(
         self,
@@ -38,6 +40,7 @@ class ImagePolicy:
     ) -> None:
         self.trainable = ar
         self.decoder = decoder
+        self.flow: FlowPolicy | None = None
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
         self.num_actions = num_tokens
@@ -118,23 +121,33 @@ class ImagePolicy:
 
         `pictures` are PIL pictures of any size and mode, or a tensor [P, 3, H, W] in [-1, 1] of the decoder's size.
         Raises ImageRLError when the model cannot edit or a picture cannot be read."""
-        tokenizer = self.image_tokenizer
-        if tokenizer is None:
-            raise ImageRLError("this model has no image tokenizer: it cannot read pictures")
+        tokenizer = self.require_tokenizer()
         self.decoder.require_edit()
-        size, token_size = self.decoder.picture_size, tokenizer.picture_size
         if isinstance(pictures, Tensor):
-            large = pictures
-            small = F.interpolate(large, token_size, mode="bicubic", antialias=True).clamp(-1, 1)
-            small = large if token_size == size else small
-        else:
-            large = torch.stack([prepare_picture(p, size, Image.Resampling.BILINEAR) for p in pictures])
-            small = torch.stack([prepare_picture(p, token_size) for p in pictures])
+            return self.tokens_of(pictures), self.decoder.encode(pictures.to(self.device))
+        size = self.decoder.picture_size
+        large = torch.stack([prepare_picture(p, size, Image.Resampling.BILINEAR) for p in pictures])
+        small = torch.stack([prepare_picture(p, tokenizer.picture_size) for p in pictures])
         return tokenizer.encode(small.to(self.device)), self.decoder.encode(large.to(self.device))
+
+    def tokens_of(self, pictures: Tensor) -> Tensor:
+        """Image tokens [P, T] of pictures [P, 3, H, W] in [-1, 1] of the decoder's size."""
+        tokenizer = self.require_tokenizer()
+        if tokenizer.picture_size != self.decoder.picture_size:
+            small = F.interpolate(pictures, tokenizer.picture_size, mode="bicubic", antialias=True)
+            pictures = small.clamp(-1, 1)
+        return tokenizer.encode(pictures.to(self.device))
+
+    def require_tokenizer(self) -> ImageTokenizer:
+        """Raises ImageRLError when the model came without its image tokenizer."""
+        if self.image_tokenizer is None:
+            raise ImageRLError("this model has no image tokenizer: it cannot read pictures")
+        return self.image_tokenizer
 
     def refresh_sampler(self) -> None:
         """Lay out the present weights for sampling, in `sampler_dtype`. Call after every update, parameters
         gathered."""
+        self._sampler = None  # before the new one needs its memory
         self._sampler = TokenSampler(self.trainable, self.sampler_dtype)
 
     def sample_tokens(
@@ -157,6 +170,24 @@ class ImagePolicy:
         if reference is not None:
             reference = reference.to(self.device).repeat_interleave(len(noise) // len(reference), 0)
         return self.decoder.draw(self.decoder.latents(hidden, noise, guidance, steps, reference))
+
+    def train_decoder(self) -> FlowPolicy:
+        """Make the decoder a policy over its denoising steps, with gradients."""
+        self.flow = FlowPolicy(self.decoder)
+        return self.flow
+
+    def decode_steps(
+        self, hidden: Tensor, noise: Tensor, step_noise: Tensor, sampling: FlowSampling
+    ) -> tuple[Tensor, FlowTrajectory]:
+        """`decode` by stochastic steps: pictures [B, 3, H, W] in [0, 1], and what replaying the steps needs.
+
+        `step_noise` [B, S, C, h, w] is the noise of the steps in `sampling.window`."""
+        if self.flow is None:
+            raise ImageRLError("the decoder does not train: call train_decoder() first")
+        self.decoder.require_shape(noise)
+        noise, step_noise = noise.to(self.device), step_noise.to(self.device)
+        latents, trajectory = self.flow.sample(hidden, noise, step_noise, sampling)
+        return self.decoder.draw(latents), trajectory
 
     def freeze_reference(self) -> None:
         """Remember the present policy as the KL reference: a frozen copy of the autoregressive half, or nothing

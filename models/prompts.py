@@ -42,9 +42,7 @@ class PromptEncoder:
         self.pad = tokenizer.pad_token_id or 0
         self._ids_of_names = tokenizer.get_added_vocab()  # built anew at every call, of 65,000 names
         self._named = set(self._ids_of_names.values())
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": MARK}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        before, self._after = prompt.split(MARK)
+        before, self._after = _chat_frame(tokenizer)
         # Between named tokens text is encoded as one piece, so the user's words must be joined to what touches them.
         cut = max((end for _, end in self._named_spans(before)), default=0)
         self._head, self._lead = self._ids(before[:cut]), before[cut:]
@@ -125,6 +123,25 @@ class PromptEncoder:
                 f"this model's text tokenizer has no {name}: it cannot read pictures; use a model trained to edit"
             )
         return int(id_)
+
+
+def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template puts before and after the user's words, up to where the model goes on.
+
+    Raises ImageRLError when there is no template, or it does not show the user's words exactly once."""
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": MARK}]
+    try:
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except ValueError as error:
+        raise ImageRLError(
+            "the model's text tokenizer has no chat template; copy it from the base model"
+        ) from error
+    before, *after = prompt.split(MARK)
+    if len(after) != 1:
+        raise ImageRLError(
+            f"the chat template of the model's text tokenizer shows the user's words {len(after)} times, not once"
+        )
+    return before, after[0]
 
 
 def require_words(texts: Sequence[str], what: str, needed: str) -> None:

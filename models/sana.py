@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +43,20 @@ def caption_keys(sana: Any, condition: Tensor, counts: Tensor | None = None) -> 
 
 def velocity(sana: Any, latents: Tensor, sigma: Tensor, branches: Sequence[CaptionKeys]) -> Tensor:
     """Velocity [B, C, h, w] of latents [B, C, h, w] at noise levels `sigma` [B]. The batch is as many equal parts
-    as there are branches, one after the other."""
+    as there are branches, one after the other.
+
+    After `sana.enable_gradient_checkpointing()` only the inputs of the blocks are kept for the backward pass."""
     batch, _, height, width = latents.shape
     patch = sana.config.patch_size
     rows, columns = height // patch, width // patch
-    x = sana.patch_embed(latents)
+    x = sana.patch_embed(latents.to(sana.dtype))
     timestep, embedded = sana.time_embed(sigma * 1000.0, batch_size=batch, hidden_dtype=x.dtype)
     for layer, block in enumerate(sana.transformer_blocks):
-        x = _block(block, x, timestep.view(batch, 6, -1), branches, layer, rows, columns)
+        arguments = (block, x, timestep.view(batch, 6, -1), branches, layer, rows, columns)
+        if sana.gradient_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(_block, *arguments, use_reentrant=False)
+        else:
+            x = _block(*arguments)
     x = sana.proj_out(sana.norm_out(x, embedded, sana.scale_shift_table))
     x = x.reshape(batch, rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(batch, -1, height, width)

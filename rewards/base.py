@@ -21,11 +21,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rewards.mixing import Gate, Weight
 from rl.types import ImageRLError, RewardFn, RewardOutput
 
 REWARDS: dict[str, str] = {
     "colours": "rewards.colours:ColoursReward",
     "edit": "rewards.edit:EditReward",
+    "edit_consistency": "rewards.edit_consistency:EditConsistencyReward",
     "ocr": "rewards.ocr:OCRReward",
 }
 SAMPLE_NAMES = ("prompts", "completions", "completion_ids", "images")
@@ -37,20 +39,26 @@ class RewardSpec:
     "package.module:function"; `settings` go to a class's constructor, or to a function at every call."""
 
     target: str
-    weight: float = 1.0
+    weight: Weight = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    gate: Gate | None = None
 
     @classmethod
     def from_mapping(cls, entry: Mapping[str, Any]) -> RewardSpec:
-        """From `{name | import_path, weight, **settings}`; a None stands for an absent key."""
+        """From `{name | import_path, weight, gate, **settings}`; a None stands for an absent key."""
         settings = dict(entry)
-        weight = settings.pop("weight", None)
+        weight, gate = settings.pop("weight", None), settings.pop("gate", None)
         targets = [
             t for t in (settings.pop("name", None), settings.pop("import_path", None)) if t is not None
         ]
         if len(targets) != 1:
             raise ImageRLError(f"a reward needs either name or import_path, got {dict(entry)}")
-        return cls(targets[0], 1.0 if weight is None else float(weight), settings)
+        return cls(
+            targets[0],
+            1.0 if weight is None else weight,
+            settings,
+            None if gate is None else Gate.from_mapping(gate),
+        )
 
     def absolute(self) -> RewardSpec:
         """The same spec with a file's path made absolute, so that another process finds the same file."""
@@ -66,7 +74,8 @@ class LoadedReward:
 
     label: str
     fn: RewardFn
-    weight: float = 1.0
+    weight: Weight = 1.0
+    gate: Gate | None = None
 
 
 class _KeywordReward:
@@ -130,7 +139,7 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _import_target(target: str) -> Any:
+def import_target(target: str) -> Any:
     """The function or class behind an import path; an ImageRLError says what is wrong with it."""
     place, _, attribute = target.rpartition(":")
     if not (place and attribute):
@@ -168,9 +177,9 @@ def _instance_call(cls: type) -> Any:
 def _resolve(spec: RewardSpec) -> tuple[str, Any]:
     """The label and the function or class of a spec, signature and settings checked, nothing constructed."""
     if ":" in spec.target or spec.target.endswith(".py"):
-        label, found = spec.target.rpartition(":")[2], _import_target(spec.target)
+        label, found = spec.target.rpartition(":")[2], import_target(spec.target)
     elif spec.target in REWARDS:
-        label, found = spec.target, _import_target(REWARDS[spec.target])
+        label, found = spec.target, import_target(REWARDS[spec.target])
     else:
         close = difflib.get_close_matches(spec.target, REWARDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"use one of: {', '.join(REWARDS)}"
@@ -216,6 +225,11 @@ def check_reward(spec: RewardSpec, columns: Iterable[str] | None = None) -> str:
     return label
 
 
+def asks_for(spec: RewardSpec, name: str) -> bool:
+    """Whether a reward names a column among its arguments. Raises ImageRLError like `check_reward`."""
+    return any(parameter.name == name for parameter in _call_parameters(_resolve(spec)[1]))
+
+
 def load_reward(target: str, /, **settings: Any) -> tuple[str, RewardFn]:
     """Label and callable of a reward by name or import path (see RewardSpec).
 
@@ -245,7 +259,7 @@ def load_rewards(specs: Sequence[RewardSpec]) -> list[LoadedReward]:
     loaded = [load_reward(spec.target, **spec.settings) for spec in specs]
     labels = unique_labels([label for label, _ in loaded])
     return [
-        LoadedReward(label, fn, spec.weight)
+        LoadedReward(label, fn, spec.weight, spec.gate)
         for label, (_, fn), spec in zip(labels, loaded, specs, strict=True)
     ]
 

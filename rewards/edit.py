@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from rewards.colours import score_colours
-from rewards.fidelity import absolute_error, kept_region, similarity
 from rewards.ocr import OCRReward, exact_match, score_text
+from rewards.similarity import ssim
 from rl.types import RewardOutput
 
 PARTS = ("text", "ink", "background")
@@ -74,9 +74,11 @@ def kept_fidelity(
     pixels: np.ndarray, reference: Image.Image, ideal: Image.Image
 ) -> tuple[float | None, float | None]:
     """Mean absolute error and mean SSIM of a picture [H, W, 3] uint8 against the ideal where that equals the
-    reference; (None, None) where no pixel does."""
+    reference; None where no pixel does, or too few for SSIM."""
     wanted = np.asarray(ideal.convert("RGB"))
-    kept = kept_region(np.asarray(reference.convert("RGB")), wanted)
+    kept = (np.asarray(reference.convert("RGB")) == wanted).all(-1)
     if not kept.any():
         return None, None
-    return float(absolute_error(pixels, wanted)[kept].mean()), float(similarity(pixels, wanted)[kept].mean())
+    got, best = pixels / 255.0, wanted / 255.0
+    likeness = ssim(got, best, kept.astype(np.float64))
+    return float(np.abs(got - best)[kept].mean()), None if np.isnan(likeness) else likeness

@@ -5,6 +5,8 @@ The score is that of BLIP3o-NEXT (arXiv 2510.15857) and Flow-GRPO (arXiv 2505.05
 from __future__ import annotations
 
 import re
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -18,6 +20,9 @@ from rl.types import ImageRLError, RewardOutput
 # A double quote after a digit is an inch mark.
 _QUOTED = re.compile(
     r"“(?P<curly>[^”]*)”"
+    r"|„(?P<low>[^“”]*)[“”]"
+    r"|«(?P<angle>[^»]*)»"
+    r"|「(?P<corner>[^」]*)」"
     r'|(?<!\d)"(?P<double>[^"]*)"'
     r"|(?<!\w)‘(?P<curly_single>.+?)’(?!\w)"
     r"|(?<!\w)'(?P<single>.+?)'(?!\w)",
@@ -25,9 +30,23 @@ _QUOTED = re.compile(
 )
 
 
+_FOLDED = str.maketrans(
+    dict.fromkeys("‘’‚‛′", "'") | dict.fromkeys("“”„‟″", '"') | dict.fromkeys("‐‑‒–—−", "-")
+)
+_EMOJI = range(0x1F000, 0x20000)
+
+
 def normalise(text: str) -> str:
-    """Lower case, without white space."""
-    return "".join(text.split()).lower()
+    """Lower case, without white space, emoji and invisible characters. Characters that look alike are one: composed
+    and decomposed, full-width and plain (Unicode NFKC), straight and curly quotes, dashes of any length."""
+    plain = unicodedata.normalize("NFKC", text).translate(_FOLDED)
+    return "".join(c for c in plain if not (c.isspace() or _is_ornament(c))).lower()
+
+
+def _is_ornament(character: str) -> bool:
+    """Emoji, their modifiers, and what is not seen: no reader can be asked for them."""
+    invisible = unicodedata.category(character) in ("Cf", "Cc") or "\ufe00" <= character <= "\ufe0f"
+    return invisible or ord(character) in _EMOJI
 
 
 def quoted_text(prompt: str) -> str | None:
@@ -65,8 +84,9 @@ def join_lines(lines: Sequence[Line], min_confidence: float) -> str:
 class OCRReward:
     """`score_text` of what PaddleOCR reads, with `exact_match` and `confidence` beside it.
 
-    The target is the column `target`, else the first quoted text of the prompt; without either the sample has
-    no value (None). `mode`, `models`, `threads` and `recognition_width` are those of `OCREngine`.
+    The target is the column `target`, else the first quoted text of the prompt. Without either, or where the engine
+    has no letter for one of the target's, the sample has no value (None) and the output's `reason` says why. `mode`,
+    `models`, `threads` and `recognition_width` are those of `OCREngine`.
 
     Raises ImageRLError when PaddleOCR cannot be loaded or a setting is impossible."""
 
@@ -100,14 +120,41 @@ class OCRReward:
         **_: Any,
     ) -> RewardOutput:
         given = target if target is not None else [None] * len(prompts)
-        targets = [text or quoted_text(prompt) for text, prompt in zip(given, prompts, strict=True)]
+        targets = [target_of(*pair) for pair in zip(given, prompts, strict=True)]
+        problems = [self._problem(text, prompt) for text, prompt in zip(targets, prompts, strict=True)]
         rewards: list[float | None] = [None] * len(prompts)
         exact: list[float | None] = [None] * len(prompts)
         confidence: list[float | None] = [None] * len(prompts)
-        wanted = [index for index, text in enumerate(targets) if text and text.strip()]
+        wanted = [index for index, problem in enumerate(problems) if problem is None]
         for index, lines in zip(wanted, self.engine.read([images[i] for i in wanted]), strict=True):
-            read = join_lines(lines, self.min_confidence)
-            rewards[index] = score_text(read, targets[index] or "")
-            exact[index] = exact_match(read, targets[index] or "")
+            read, text = join_lines(lines, self.min_confidence), targets[index] or ""
+            rewards[index] = score_text(read, text)
+            exact[index] = exact_match(read, text)
             confidence[index] = sum(line.confidence for line in lines) / len(lines) if lines else 0.0
-        return RewardOutput(rewards, {"exact_match": exact, "confidence": confidence})
+        reason = next((problem for problem in problems if problem), None)
+        return RewardOutput(rewards, {"exact_match": exact, "confidence": confidence}, reason)
+
+    def _problem(self, text: str | None, prompt: str) -> str | None:
+        """Why this target cannot be read, or None."""
+        if text is None:
+            return f"no column target and no quoted text in {prompt[:60]!r}"
+        wanted = normalise(text)
+        if not wanted:
+            return f"the target {text[:60]!r} holds nothing that can be read"
+        known = self.engine.characters
+        unknown = [c for c in wanted if known and not {c, c.upper()} & known]
+        if not unknown:
+            return None
+        problem = f"the OCR model has no character {unknown[0]!r}, which the target {text[:60]!r} asks for"
+        warnings.warn(f"reward 'ocr': {problem}; such prompts have no value", stacklevel=2)
+        return problem
+
+
+def target_of(given: Any, prompt: str) -> str | None:
+    """The text that a picture must show: what the column holds, numbers as text, else what the prompt quotes.
+
+    Raises ImageRLError when the column holds something else."""
+    if isinstance(given, bool) or not isinstance(given, str | int | float | None):
+        raise ImageRLError(f"reward 'ocr': the column target must hold texts, not {given!r}")
+    text = "" if given is None else str(given)
+    return text if text.strip() else quoted_text(prompt)

@@ -65,11 +65,15 @@ def _detector_config() -> dict[str, Any]:
     }
 
 
-def _recogniser_config(onnx: Path, width: int) -> dict[str, Any]:
+def characters_of(onnx: Path) -> list[str]:
+    """The characters of a recogniser that names them in its metadata, as those of `rapidocr` do, in order."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(onnx), providers=["CPUExecutionProvider"])
-    characters = session.get_modelmeta().custom_metadata_map["character"].split("\n")
+    return session.get_modelmeta().custom_metadata_map["character"].split("\n")
+
+
+def _recogniser_config(onnx: Path, width: int) -> dict[str, Any]:
     return {
         "Global": {"model_name": RECOGNISER},
         "PreProcess": {
@@ -79,7 +83,7 @@ def _recogniser_config(onnx: Path, width: int) -> dict[str, Any]:
                 {"KeepKeys": {"keep_keys": ["image", "label_ctc"]}},
             ]
         },
-        "PostProcess": {"name": "CTCLabelDecode", "character_dict": characters},
+        "PostProcess": {"name": "CTCLabelDecode", "character_dict": characters_of(onnx)},
     }
 
 
@@ -136,6 +140,18 @@ def model_folder(weights: Path, model: str, width: int = FULL_WIDTH) -> Path:
     return folder
 
 
+def _bgr(image: Image.Image, number: int) -> np.ndarray:
+    """A picture as [H, W, 3] uint8 BGR. Raises ValueError in one line for one that cannot be decoded."""
+    try:
+        array = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"picture {number} cannot be decoded ({type(error).__name__}: {reason})") from error
+    if not array.size:
+        raise ValueError(f"picture {number} is empty: {image.width}×{image.height} pixels")
+    return np.ascontiguousarray(array[:, :, ::-1])
+
+
 class OCREngine:
     """Reads pictures. `mode="full"` finds lines and reads them; `mode="recognise"` reads the whole picture as
     one line, three times as fast and right for pictures of one word.
@@ -144,6 +160,8 @@ class OCREngine:
     "auto" downloads only when the wheel is missing. `threads` is ONNX Runtime's count per picture.
     `recognition_width` (pixels at 48 pixels of height, recognise mode) is the least canvas a picture is
     padded to: smaller is faster, wider pictures are never squeezed.
+
+    `characters` are those that it can read; None when they are not known, as with downloaded models.
 
     Raises ImageRLError when PaddleOCR or ONNX Runtime is missing or the models cannot be loaded."""
 
@@ -170,7 +188,10 @@ class OCREngine:
         if weights is not None:
             # Must be set before paddleocr is imported: it looks for its model hosts on import.
             os.environ.setdefault("PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK", "True")
+        self.characters: frozenset[str] | None = None
         try:
+            if weights is not None:
+                self.characters = frozenset(characters_of(weights / _WHEEL_FILES[RECOGNISER]))
             self._engine = self._build(weights, threads, recognition_width)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
@@ -201,12 +222,12 @@ class OCREngine:
     def read(self, images: Sequence[Image.Image]) -> list[list[Line]]:
         """The lines of each picture, top to bottom. A picture's result depends on that picture alone: it is
         run as a batch of one, since padding to a common width and the kernels picked by batch size both
-        change the numbers, while a larger batch is no faster on a CPU."""
+        change the numbers, while a larger batch is no faster on a CPU.
+
+        Raises ValueError for a picture that cannot be decoded or has no pixels."""
         if not images:
             return []
-        arrays = [
-            np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1]) for image in images
-        ]  # BGR
+        arrays = [_bgr(image, number) for number, image in enumerate(images, 1)]
         if self.mode == "recognise":
             results = self._engine.predict(arrays, batch_size=1)
             return [[Line(result["rec_text"], float(result["rec_score"]))] for result in results]

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from rewards.base import SAMPLE_NAMES, LoadedReward, one_line
+from rewards.mixing import Mix, weight_at
 from rl.types import ImageRLError, RewardOutput, RewardRequest, RewardScores
 
 
@@ -50,12 +51,14 @@ def _column(entries: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array([np.nan if entry is None else float(entry) for entry in entries]), nones
 
 
-def _to_values(output: Any, size: int) -> RewardValues:
+def to_values(output: Any, size: int) -> RewardValues:
     """A reward's output as arrays. Raises TypeError or ValueError when it is not a list of `size` numbers."""
     rewards, parts = (output.rewards, output.breakdown) if isinstance(output, RewardOutput) else (output, {})
     values, nones = _column(rewards, size)
     broken = values[~np.isfinite(values) & ~nones]
     reason = f"returned {broken[-1]}" if broken.size else None
+    if isinstance(output, RewardOutput) and output.reason:
+        reason = " ".join(output.reason.split())
     columns = {name: _column(entries, size)[0] for name, entries in parts.items()}
     for column in (values, *columns.values()):
         column[~np.isfinite(column)] = np.nan
@@ -86,7 +89,7 @@ def call_reward(reward: LoadedReward, request: RewardRequest) -> RewardValues:
             return RewardValues.failed(size, one_line(error))
     else:
         try:
-            return _to_values(output, size)
+            return to_values(output, size)
         except (TypeError, ValueError) as error:
             return RewardValues.failed(size, one_line(error))
     halves = slice(0, size // 2), slice(size // 2, size)
@@ -101,6 +104,7 @@ def part_of(request: RewardRequest, which: slice) -> RewardRequest:
         images=request.images[which],
         columns={name: values[which] for name, values in request.columns.items()},
         group_size=request.group_size,
+        step=request.step,
     )
 
 
@@ -117,34 +121,61 @@ def concatenate(shards: Sequence[RewardValues]) -> RewardValues:
 
 
 def combine(
-    labels: Sequence[str], weights: Sequence[float], values: Sequence[RewardValues], group_size: int
+    mixes: Sequence[Mix], values: Sequence[RewardValues], group_size: int, step: int = 0
 ) -> RewardScores:
-    """Weighted sum of the components, per sample.
+    """Weighted sum of the components, per sample, with the weights of `step` and gates applied.
 
     A component that returned None for every sample of a group does not apply to that prompt and is left out
-    of the group's sums. Any other missing component makes the sample's total NaN and is one failure of that
-    reward; so is a sample to which no reward applies, because it has no total either. A reward of weight 0 is
-    measured only: what it lacks is counted and costs nothing.
-    Raises ValueError when the samples are not whole groups."""
+    of the group's sums; a gate by it stands open there. Any other missing component, or value to gate by, makes
+    the sample's total NaN and is one failure of that reward; so is a sample to which no reward applies, because
+    it has no total either. A reward of weight 0 is measured only: what it lacks is counted and costs nothing.
+
+    Raises ValueError when the samples are not whole groups, and ImageRLError when a gate names a part that its
+    reward does not have."""
     size = values[0].values.size
     if size % group_size:
         raise ValueError(f"{size} samples are not whole groups of {group_size}")
     applies = [
         ~np.repeat(value.not_applicable.reshape(-1, group_size).all(axis=1), group_size) for value in values
     ]
+    weights = [weight_at(mix.weight, step) for mix in mixes]
     weighted = [used for used, weight in zip(applies, weights, strict=True) if weight]
     orphaned = ~np.any(weighted, axis=0) if weighted else np.zeros(size, dtype=bool)  # [B]
     scores = RewardScores(np.where(orphaned, np.nan, 0.0), {}, {}, {})
-    for label, weight, value, used in zip(labels, weights, values, applies, strict=True):
+    places = {mix.label: place for place, mix in enumerate(mixes)}
+    for mix, weight, value, used in zip(mixes, weights, values, applies, strict=True):
+        gated = value.values
+        if mix.gate:
+            by = places[mix.gate.by.partition("/")[0]]
+            opening = mix.gate.opening(_gate_values(mix, values[by]))
+            gated = gated * np.where(applies[by], opening, 1.0)
         if weight:
-            scores.totals += np.where(used, weight * value.values, 0.0)
-        scores.components[label] = value.values
-        scores.components |= {f"{label}/{part}": column for part, column in value.parts.items()}
-        lost = (np.isnan(value.values) & used) | orphaned
-        scores.failures[label] = int(lost.sum())
+            scores.totals += np.where(used, weight * gated, 0.0)
+        scores.components[mix.label] = value.values
+        scores.components |= {f"{mix.label}/{part}": column for part, column in value.parts.items()}
+        scores.gated[mix.label] = np.where(used, gated, np.nan)
+        scores.weights[mix.label] = weight
+        lost = (np.isnan(gated) & used) | orphaned
+        scores.failures[mix.label] = int(lost.sum())
         if lost.any():
-            scores.reasons[label] = value.reason or "returned None"
+            gate_missing = mix.gate and np.isfinite(value.values[lost]).all()
+            reason = f"{mix.gate.by}, its gate, has no value" if mix.gate and gate_missing else value.reason
+            scores.reasons[mix.label] = reason or "returned None"
     return scores
+
+
+def _gate_values(mix: Mix, value: RewardValues) -> np.ndarray:
+    """What the gate of `mix` looks at, [B]. Raises ImageRLError for a part that does not exist."""
+    assert mix.gate is not None
+    label, _, part = mix.gate.by.partition("/")
+    if not part:
+        return value.values
+    if part not in value.parts and np.isfinite(value.values).any():
+        has = ", ".join(value.parts) or "none"
+        raise ImageRLError(
+            f"the gate of reward {mix.label!r} asks for {mix.gate.by}; the parts of {label!r} are: {has}"
+        )
+    return value.parts.get(part, np.full(value.values.size, np.nan))
 
 
 def score_request(functions: Sequence[LoadedReward], request: RewardRequest) -> RewardScores:
@@ -152,5 +183,5 @@ def score_request(functions: Sequence[LoadedReward], request: RewardRequest) -> 
 
     Raises ImageRLError when a reward says that the recipe must be mended."""
     values = [call_reward(reward, request) for reward in functions]
-    labels, weights = [reward.label for reward in functions], [reward.weight for reward in functions]
-    return combine(labels, weights, values, request.group_size)
+    mixes = [Mix(reward.label, reward.weight, reward.gate) for reward in functions]
+    return combine(mixes, values, request.group_size, request.step)

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from rewards.base import RewardSpec, check_reward, load_rewards, unique_labels
+from rewards.mixing import Mix
 from rewards.scoring import (
     RewardValues,
     call_reward,
@@ -240,8 +241,15 @@ class RewardWorkers:
         self._specs = [entry.absolute() for entry in entries]
         names = None if columns is None else list(columns)
         self.labels = unique_labels([check_reward(spec, names) for spec in self._specs])
-        self._weights = [spec.weight for spec in self._specs]
-        self._tickets: dict[int, tuple[int, list[list[Future[RewardValues]]]]] = {}
+        self._mixes = [
+            Mix(label, spec.weight, spec.gate) for label, spec in zip(self.labels, self._specs, strict=True)
+        ]
+        for mix in self._mixes:
+            if mix.gate and mix.gate.by.partition("/")[0] not in self.labels[: self._trained]:
+                raise ImageRLError(
+                    f"the gate of reward {mix.label!r} asks for {mix.gate.by}, which is no reward"
+                )
+        self._tickets: dict[int, tuple[int, int, list[list[Future[RewardValues]]]]] = {}
         self._done: dict[int, RewardScores] = {}
         self._next = 0
         self._workers: list[_Worker] = []
@@ -279,7 +287,7 @@ class RewardWorkers:
         used = len(self.labels) if with_gold else self._trained
         if not self._workers:
             values = [call_reward(reward, request) for reward in self._local[:used]]
-            self._done[ticket] = self._combine(values, request.group_size)
+            self._done[ticket] = self._combine(values, request.group_size, request.step)
             return ticket
         import ray
 
@@ -290,7 +298,7 @@ class RewardWorkers:
                 answer: Future[RewardValues] = Future()
                 answers[index].append(answer)
                 self._calls.put(_Call(index, label, reference, len(shard.prompts), answer))
-        self._tickets[ticket] = (request.group_size, answers)
+        self._tickets[ticket] = (request.group_size, request.step, answers)
         return ticket
 
     def collect(self, ticket: int) -> RewardScores:
@@ -298,15 +306,15 @@ class RewardWorkers:
         mending."""
         if ticket in self._done:
             return self._done.pop(ticket)
-        group_size, answers = self._tickets.pop(ticket)
+        group_size, step, answers = self._tickets.pop(ticket)
         values = [concatenate([answer.result() for answer in shards]) for shards in answers]
-        return self._combine(values, group_size)
+        return self._combine(values, group_size, step)
 
-    def _combine(self, values: Sequence[RewardValues], group_size: int) -> RewardScores:
+    def _combine(self, values: Sequence[RewardValues], group_size: int, step: int) -> RewardScores:
         trained = self._trained
-        scores = combine(self.labels[:trained], self._weights[:trained], values[:trained], group_size)
+        scores = combine(self._mixes[:trained], values[:trained], group_size, step)
         if len(values) > trained:
-            measured = combine(self.labels[trained:], self._weights[trained:], values[trained:], group_size)
+            measured = combine(self._mixes[trained:], values[trained:], group_size)
             scores.components |= measured.components
             scores.failures |= measured.failures
             scores.reasons |= measured.reasons

@@ -18,6 +18,7 @@ from rl.algorithms import (
     RatioLevel,
     Scale,
 )
+from rl.flow_config import FlowConfig
 from rl.recipe import RecipeModel
 
 GRPO = ALGORITHMS["grpo"]
@@ -85,12 +86,14 @@ class AlgorithmConfig(RecipeModel):
         None, gt=0, description="adapt kl_coef towards this KL, nats per action; null: fixed"
     )
     kl_rate: float = Field(
-        0.1, gt=0, lt=5, description="of that adaption: 0.1 changes kl_coef by at most 2 % a step"
+        0.1, gt=0, lt=5, description="of that adaptation: 0.1 changes kl_coef by at most 2 % a step"
     )
     measure_kl: bool = Field(False, description="log the KL even with kl_coef 0; costs a forward pass")
     reference_every: int = Field(
         0, ge=0, description="steps after which the policy becomes the reference again; 0: never"
     )
+
+    flow: FlowConfig | None = Field(None, description="train the decoder's denoising steps: docs/flow.md")
 
     updates_per_rollout: int = Field(1, ge=1, description="passes over a rollout; above 1 the clip matters")
     shuffle_rewards: bool = Field(

@@ -13,8 +13,11 @@ from rl.commands.ask import ask
 from rl.commands.bench import bench
 from rl.commands.evaluate import evaluate_model
 from rl.commands.export import export
+from rl.commands.plan import plan
 from rl.commands.pretrain import pretrain
+from rl.commands.reward import reward
 from rl.commands.sample import sample
+from rl.commands.sft import sft
 from rl.commands.tokenize import tokenize
 from rl.commands.train import train
 from rl.errors import ImageRLError
@@ -27,13 +30,16 @@ app = typer.Typer(
     help="Reinforcement-learning post-training for autoregressive + flow-matching image generators.",
 )
 app.command()(train)
+app.command()(sft)
 app.command()(sample)
 app.command()(ask)
 app.command("eval")(evaluate_model)
 app.command()(tokenize)
 app.command()(export)
 app.command()(pretrain)
+app.command()(plan)
 app.add_typer(bench, name="bench")
+app.add_typer(reward, name="reward")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -42,7 +42,12 @@ class LoraConfig(RecipeModel):
 
 
 class ModelConfig(RecipeModel):
-    path: str = Field("tiny", min_length=1, description='model folder, or "tiny": the shipped checkpoint')
+    path: str = Field(
+        "tiny", min_length=1, description='model folder, hub name, or "tiny": the shipped checkpoint'
+    )
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of frozen weights: decoder, reference, a LoRA base; what trains is fp32"
+    )
     lora: LoraConfig | None = Field(None, description="train adapters instead of full weights")
     freeze: list[str] = Field(
         default_factory=list, description="patterns of parameters that are not trained, as in *embed_tokens*"
@@ -82,6 +87,11 @@ class RolloutConfig(RecipeModel):
     guidance: float = Field(2.0, ge=0, description="classifier-free guidance of the decoder; 1: none")
     flow_steps: int = Field(30, ge=1, description="denoising steps of the decoder")
     shared_noise: bool = Field(False, description="one decoder noise a group: rewards differ by tokens only")
+    decodes: int = Field(
+        1,
+        ge=1,
+        description="pictures drawn of each token sequence, whose rewards are averaged for the tokens",
+    )
     sample_chunk: int | None = Field(
         None, ge=1, description="prompts whose tokens are sampled together; null: all of a step"
     )
@@ -102,6 +112,28 @@ class RolloutConfig(RecipeModel):
                              "distribution but be scored by the whole one")  # fmt: skip
 
 
+class GateConfig(RecipeModel):
+    by: str = Field(
+        min_length=1, description="another reward of the list, or one of its parts: ocr/exact_match"
+    )
+    at_least: float | None = Field(None, description="it passes from this value on")
+    at_most: float | None = Field(None, description="it passes up to this value; give one of the two")
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError("a gate needs exactly one of at_least and at_most")
+        return self
+
+
+# The fields of a row of an evaluation: a reward of such a name would overwrite one.
+EVALUATION_FIELDS = ("index", "prompt", "reward", "exact_match", "confidence")
+
+
+# YAML's keys are texts to the recipe reader.
+Step = Annotated[int, Field(strict=False)]
+
+
 class RewardSpec(RecipeModel):
     """One reward. Unknown keys are arguments of its constructor."""
 
@@ -109,7 +141,23 @@ class RewardSpec(RecipeModel):
 
     name: str | None = Field(None, description="a reward that ships with imagerl")
     import_path: str | None = Field(None, description="your own: file.py:function or package.module:function")
-    weight: float = Field(1.0, description="factor in the total reward; 0: measured only")
+    weight: float | dict[Step, float] = Field(
+        1.0, description="factor in the total reward; 0: measured only; {step: weight}: linear between steps"
+    )
+    gate: GateConfig | None = Field(
+        None, description="count it only where another reward passes, as 0 elsewhere"
+    )
+
+    @property
+    def scheduled(self) -> bool:
+        return isinstance(self.weight, dict)
+
+    @field_validator("weight")
+    @classmethod
+    def _schedule(cls, weight: float | dict[int, float]) -> float | dict[int, float]:
+        if isinstance(weight, dict) and (not weight or min(weight) < 0):
+            raise ValueError("a schedule of weights needs steps from 0 on, for example {0: 1.0, 100: 0.2}")
+        return weight
 
     @property
     def label(self) -> str:
@@ -130,6 +178,10 @@ class RewardSpec(RecipeModel):
             raise ValueError("a reward needs exactly one of name and import_path")
         if self.import_path is not None and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", self.import_path):
             raise ValueError(f'import_path "{self.import_path}" should look like file.py:function')
+        if self.label in EVALUATION_FIELDS:
+            raise ValueError(
+                f'a reward cannot be called "{self.label}": evaluations have a field of that name; rename the function'
+            )
         return self
 
 
@@ -151,8 +203,17 @@ class RewardsConfig(RecipeModel):
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f'two rewards are called "{label}"; metrics could not tell them apart')
-        if not any(spec.weight for spec in functions):
+        weights = [spec.weight for spec in functions]
+        if not any(any(w.values()) if isinstance(w, dict) else w for w in weights):
             raise ValueError("the weights are all 0: there is nothing to learn from")
+        for spec in functions:
+            by = spec.gate.by.partition("/")[0] if spec.gate else None
+            if spec.gate and (by not in labels or by == spec.label):
+                others = ", ".join(label for label in labels if label != spec.label) or "none"
+                raise ValueError(
+                    f'the gate of "{spec.label}" asks for "{spec.gate.by}", which is no other reward; '
+                    f"there is: {others}"
+                )
         return functions
 
 
@@ -161,8 +222,11 @@ class OptimConfig(RecipeModel):
     betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="AdamW's two decay rates")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon; too large swamps small gradients")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="linear, cosine: to 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="linear, cosine: to min_lr"
+    )
     decay_share: float = Field(1.0, gt=0, le=1, description="last share of the updates, in which lr falls")
+    min_lr: float = Field(0.0, ge=0, description="what the linear and cosine schedules fall to")
     warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient norm to this; 0: never")
 
@@ -172,6 +236,12 @@ class OptimConfig(RecipeModel):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError("optim.betas must lie in [0, 1)")
         return betas
+
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr ({self.min_lr:g}) is more than optim.lr ({self.lr:g})")
+        return self
 
 
 class EngineConfig(RecipeModel):
@@ -269,6 +339,10 @@ class Recipe(RecipeModel):
                 raise ValueError(
                     f'gold.{index} ("{spec.label}") is among the rewards; a gold metric must not be'
                 )
+            if spec.gate or spec.scheduled:
+                raise ValueError(
+                    f'gold.{index} ("{spec.label}") enters no total; remove its gate and schedule'
+                )
         gold = [spec.label for spec in self.gold]
         if len(set(gold)) < len(gold):
             raise ValueError("two gold metrics have the same name")
@@ -286,6 +360,13 @@ class Recipe(RecipeModel):
         if self.algorithm.reference_every and self.model.lora:
             raise ValueError(
                 "algorithm.reference_every needs full weights: with model.lora the reference is the base model"
+            )
+        if self.algorithm.flow is not None:
+            self.algorithm.flow.check(self)
+        if self.model.dtype == "bf16" and self.engine.precision != "bf16":
+            raise ValueError(
+                "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "
+                "precision than the policy"
             )
         updates = self.run.steps * self.algorithm.updates_per_rollout
         if self.optim.warmup_steps >= updates:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,8 +72,11 @@ class Engine:
         optim: OptimConfig,
         total_updates: int,
         state: Mapping[str, Mapping[str, Tensor]] | None = None,
+        lr_factor: Callable[[str], float] = lambda name: 1.0,
     ) -> None:
         """Take over a module's trainable parameters, fresh or as `state_dict` once described them.
+
+        `lr_factor` maps a parameter's name to its share of the scheduled learning rate.
 
         Trainable parameters become float32: at learning rates of RL an update is smaller than the spacing
         of bfloat16 numbers and would be rounded away.
@@ -94,8 +97,12 @@ class Engine:
             self._load_weights(state["model"])
         self._optim = optim
         self._total_updates = total_updates
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self._parameters.items():
+            groups.setdefault(lr_factor(name), []).append(parameter)
+        self._lr_factors = list(groups)
         self._base_optimizer = torch.optim.AdamW(
-            list(self._parameters.values()),
+            [{"params": parameters} for parameters in groups.values()],
             lr=optim.lr,
             betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
@@ -143,8 +150,8 @@ class Engine:
             ImageRLError: the gradient is NaN or infinite; the weights are as before.
         """
         self.lr = learning_rate(self.updates, self._total_updates, self._optim)
-        for group in self._base_optimizer.param_groups:
-            group["lr"] = self.lr
+        for group, factor in zip(self._base_optimizer.param_groups, self._lr_factors, strict=True):
+            group["lr"] = self.lr * factor
         if self.zero_stage:
             self.module.step()  # clips, and skips the update if the norm is not finite
             norm = float(self.module.get_global_grad_norm())
@@ -161,6 +168,19 @@ class Engine:
             )
         self.updates += 1
         return norm
+
+    def gradient_norms(self, parts: Sequence[str]) -> dict[str, float]:
+        """Norm of the present gradient of each part of the module, named by its attribute; empty under ZeRO 1 and
+        above, where no rank holds whole gradients. To be called before `step`, after the last microbatch."""
+        if self.zero_stage:
+            return {}
+        norms = {}
+        for part in parts:
+            own = [
+                p.grad for n, p in self._parameters.items() if n.startswith(f"{part}.") and p.grad is not None
+            ]
+            norms[part] = float(nn.utils.get_total_norm(own))
+        return norms
 
     @contextlib.contextmanager
     def gathered_parameters(self) -> Iterator[None]:
@@ -179,6 +199,8 @@ class Engine:
         """
         model: dict[str, Tensor] = {}
         optimizer: dict[str, Tensor] = {}
+        if self.zero_stage and self.updates:
+            zero.link_moments(self.module, self.zero_stage)
         for name, parameter in self._parameters.items():
             if self.zero_stage:
                 whole = zero.whole_state(parameter, self.updates)
@@ -277,7 +299,7 @@ def learning_rate(update: int, total: int, optim: OptimConfig) -> float:
     """The learning rate of 0-based `update` out of `total`, a pure function so that resuming needs no state.
 
     Warm-up rises linearly and its first update is not wasted on zero; then constant, or constant up to the last
-    `decay_share` of the updates and from there down to zero along a line or half a cosine.
+    `decay_share` of the updates and from there down to `min_lr` along a line or half a cosine.
     """
     warmup = optim.warmup_steps
     if update < warmup:
@@ -285,7 +307,7 @@ def learning_rate(update: int, total: int, optim: OptimConfig) -> float:
     begin = max(float(warmup), (1.0 - optim.decay_share) * total)
     progress = min(1.0, max(0.0, update - begin) / max(1.0, total - begin))
     if optim.schedule == "linear":
-        return optim.lr * (1.0 - progress)
+        return optim.min_lr + (optim.lr - optim.min_lr) * (1.0 - progress)
     if optim.schedule == "cosine":
-        return optim.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
     return optim.lr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from rl.errors import ImageRLError
 from rl.rollout import reward_request
 from rl.stats import Interval, summarise
 from rl.types import Prompt, RewardScorer, RolloutGroup
@@ -84,7 +85,7 @@ def evaluate(
 
     Random numbers depend on the rollout's seed and the prompt alone, so that two policies are compared on the
     same draws. A metric named `<suite>` is reported as `reward`, its parts `<suite>/<part>` as `<part>`, those of
-    other rewards under their own names."""
+    other rewards under their own names. Raises ImageRLError for a reward whose name is that of another field."""
     images, rows, tickets = [], [], []
     for groups in rollout.generate(prompts, 1, f"eval {suite}", batch_size, batch_size):
         request = reward_request(groups)
@@ -92,13 +93,21 @@ def evaluate(
         images.append(request.images)
     for groups, ticket in tickets:
         scores = scorer.collect(ticket)
+        names = _metric_names(scores.components, suite)
         for row, group in enumerate(groups):
-            values = {_metric_name(name, suite): float(v[row]) for name, v in scores.components.items()}
+            values = {names[component]: float(v[row]) for component, v in scores.components.items()}
             rows.append({"index": group.prompt.index, "prompt": group.prompt.text, **values})
     return Evaluation(suite, summarise(rows), rows, np.concatenate(images))
 
 
-def _metric_name(component: str, suite: str) -> str:
-    if component == suite:
-        return "reward"
-    return component.removeprefix(f"{suite}/")
+def _metric_names(components: Iterable[str], suite: str) -> dict[str, str]:
+    """What each component is called in a row, no two alike."""
+    names: dict[str, str] = {}
+    for component in components:
+        name = "reward" if component == suite else component.removeprefix(f"{suite}/")
+        if name in ("index", "prompt") or name in names.values():
+            raise ImageRLError(
+                f"reward {component!r}: an evaluation of {suite!r} has another field {name!r}; rename the reward"
+            )
+        names[component] = name
+    return names

@@ -9,14 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from models.adapters import save_adapter
+from models.exporting import (
+    load_diffusers,
+    load_language_model,
+    save_diffusers,
+    save_language_model,
+    save_published,
+)
 from models.image_policy import ImagePolicy
-from models.loading import load_policy, save_adapter, save_policy
+from models.loading import load_policy, model_folder, save_policy
 from rl.checkpoint import CHECKPOINTS, latest_checkpoint, load_checkpoint, package_versions, step_of
 from rl.config import Recipe
 from rl.errors import ImageRLError
 from rl.files import atomic_folder
+from rl.halves import trained_module
 from rl.metrics import read_metrics, to_json
 from rl.recipe import validate_recipe
 from rl.seeding import generator
@@ -26,7 +35,14 @@ PROOF_PROMPTS = (
     'a sign that says "472" in blue on a yellow background',
 )
 PROOF_SEED = 20_240_203
+Proof = dict[str, np.ndarray]
 PROVENANCE = "provenance.json"
+LAYOUTS = {
+    "imagerl": "a model folder for imagerl",
+    "blip3o": "the layout of the published BLIP3o-NEXT checkpoints, for its own code and for imagerl",
+    "qwen3": "the language model alone, for transformers, vLLM and SGLang",
+    "diffusers": "the decoder alone, as a diffusers pipeline",
+}
 
 
 def checkpoint_of(source: Path) -> Path:
@@ -54,18 +70,17 @@ def trained_policy(source: Path) -> tuple[ImagePolicy, dict[str, Any], Recipe, P
     checkpoint = load_checkpoint(folder)
     recipe = validate_recipe(Recipe, dict(checkpoint.state["recipe"]), f"{folder}/state.json")
     policy, config = load_policy(recipe.model.path)
-    if recipe.model.lora:
-        lora = recipe.model.lora
-        policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
-    load_trained(policy, checkpoint.tensors["model"])
+    load_trained(trained_module(policy, recipe), checkpoint.tensors["model"])
+    if policy.flow is not None:
+        policy.flow.merge_lora()
     return policy, config, recipe, folder
 
 
-def load_trained(policy: ImagePolicy, weights: Mapping[str, Tensor]) -> None:
-    """Put a checkpoint's weights, named as the trainable module names its parameters, into a policy.
+def load_trained(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put a checkpoint's weights, named as the trained module names its parameters, into that module.
 
     Raises ImageRLError when they belong to another model."""
-    parameters = dict(policy.trainable.named_parameters())
+    parameters = dict(module.named_parameters())
     for name, tensor in weights.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise ImageRLError(
@@ -74,19 +89,49 @@ def load_trained(policy: ImagePolicy, weights: Mapping[str, Tensor]) -> None:
         parameters[name].data.copy_(tensor)
 
 
+def _proof_noise(policy: ImagePolicy) -> tuple[Tensor, Tensor]:
+    """The uniforms [P, T] and the decoder noise [P, C, h, w] of the proof."""
+    draws = generator(PROOF_SEED, "proof")
+    count = len(PROOF_PROMPTS)
+    uniforms = torch.rand(count, policy.num_actions, generator=draws, dtype=torch.float64)
+    return uniforms, torch.randn(count, *policy.latent_shape, generator=draws)
+
+
 @torch.no_grad()
 def proof_samples(policy: ImagePolicy, config: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [P, T] and pixels [P, 3, H, W] of fixed prompts and random numbers: what an export must repeat."""
     sampling = config["sampling"]
     ids, mask = policy.encode_prompts(PROOF_PROMPTS)
-    count = len(PROOF_PROMPTS)
-    draws = generator(PROOF_SEED, "proof")
-    uniforms = torch.rand(count, policy.num_actions, generator=draws, dtype=torch.float64)
-    noise = torch.randn(count, *policy.latent_shape, generator=draws)
+    uniforms, noise = _proof_noise(policy)
     policy.refresh_sampler()
     trajectory = policy.sample_tokens(ids, mask, uniforms, 1.0)
     pixels = policy.decode(trajectory.hidden, noise, sampling["guidance"], sampling["flow_steps"])
     return trajectory.tokens.cpu().numpy(), pixels.cpu().numpy()
+
+
+@torch.no_grad()
+def repeated(
+    policy: ImagePolicy, config: Mapping[str, Any], folder: Path, layout: str
+) -> tuple[Proof, Proof]:
+    """The same quantities from a policy and from what was written of it, loaded as its users will load it."""
+    if layout == "qwen3":
+        ids, mask = policy.encode_prompts(PROOF_PROMPTS)
+        ours = policy.trainable.lm(input_ids=ids, attention_mask=mask).logits
+        theirs = load_language_model(folder)(ids, mask)
+        return {"logits": ours.numpy()}, {"logits": theirs.numpy()}
+    if layout == "diffusers":
+        width, sampling = policy.trainable.lm.config.hidden_size, config["sampling"]
+        decoder = load_diffusers(folder, width, policy.latent_shape[1:])
+        noise = _proof_noise(policy)[1]
+        draws = generator(PROOF_SEED, "hidden")
+        hidden = torch.randn(len(noise), policy.num_actions + 1, width, generator=draws)
+        pictures = [
+            each.draw(each.latents(hidden, noise, sampling["guidance"], sampling["flow_steps"])).numpy()
+            for each in (policy.decoder, decoder)
+        ]
+        return {"pixels": pictures[0]}, {"pixels": pictures[1]}
+    (tokens, pixels), again = proof_samples(policy, config), proof_samples(*load_policy(str(folder)))
+    return {"tokens": tokens, "pixels": pixels}, {"tokens": again[0], "pixels": again[1]}
 
 
 def round_weights(policy: ImagePolicy, dtype: torch.dtype) -> None:
@@ -97,37 +142,55 @@ def round_weights(policy: ImagePolicy, dtype: torch.dtype) -> None:
 
 
 def export(
-    source: Path, target: Path, adapter_only: bool = False, dtype: torch.dtype | None = None
+    source: Path,
+    target: Path,
+    adapter_only: bool = False,
+    dtype: torch.dtype | None = None,
+    layout: str = "imagerl",
 ) -> dict[str, Any]:
-    """Write the policy of a run or checkpoint as a model folder and return its provenance.
+    """Write the policy of a run or checkpoint in one of LAYOUTS and return its provenance.
 
-    The folder appears only once it has been loaded back and has repeated the same tokens and pixels exactly.
-    With LoRA the adapters are merged, or with `adapter_only` kept as a PEFT adapter beside the base's path.
+    The folder appears only once it has been loaded back and has repeated exactly what the policy does: tokens and
+    pixels, or the logits or pixels of the half that was written. With LoRA the adapters are merged, or with
+    `adapter_only` kept as a PEFT adapter beside the base's path. Those of a trained decoder are always merged.
 
     Raises ImageRLError when `target` exists, the source has no checkpoint, or the proof fails."""
     if target.exists():
         raise ImageRLError(f"{target} exists already; give another folder, or remove it first")
+    if layout not in LAYOUTS:
+        raise ImageRLError(f"there is no layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    if adapter_only and layout != "imagerl":
+        raise ImageRLError(f"an adapter has a layout of its own; export without --layout {layout}")
     policy, config, recipe, folder = trained_policy(source)
+    if adapter_only and policy.flow is not None:
+        raise ImageRLError(
+            "the run trained the decoder, which no adapter file holds; export without --adapter"
+        )
     if adapter_only and policy.trainable.adapter is None:
         raise ImageRLError("the run has no LoRA adapter (model.lora is null); export without --adapter")
-    if dtype is not None and not adapter_only:
+    if not adapter_only:
         merge_adapters(policy)
+    if dtype is not None and not adapter_only:
         round_weights(policy, dtype)
     with atomic_folder(target) as temporary:
         if adapter_only:
             save_adapter(policy, temporary, recipe.model.path)
+        elif layout == "blip3o":
+            save_published(policy, temporary, config, model_folder(recipe.model.path), dtype)
+        elif layout == "qwen3":
+            save_language_model(policy, temporary, config, dtype)
+        elif layout == "diffusers":
+            save_diffusers(policy, temporary, dtype)
         else:
             save_policy(policy, temporary, config, dtype)
-        wanted = proof_samples(policy, config)
-        again, stored_config = load_policy(str(temporary))
-        found = proof_samples(again, stored_config)
-        for what, one, other in zip(("tokens", "pixels"), wanted, found, strict=True):
-            if not np.array_equal(one, other):
-                share = float((one != other).mean())
+        wanted, found = repeated(policy, config, temporary, layout)
+        for what, values in wanted.items():
+            if not np.array_equal(values, found[what]):
+                share = float((values != found[what]).mean())
                 raise ImageRLError(
                     f"the export does not repeat the run's {what} ({share:.1%} differ); nothing was written"
                 )
-        provenance = describe(recipe, folder, temporary, wanted)
+        provenance = describe(recipe, folder, temporary, layout, wanted)
         (temporary / PROVENANCE).write_text(to_json(provenance, indent=2) + "\n", encoding="utf-8")
     return provenance
 
@@ -138,22 +201,18 @@ def merge_adapters(policy: ImagePolicy) -> None:
         policy.trainable.adapter.merge_adapter()
 
 
-def describe(
-    recipe: Recipe, checkpoint: Path, folder: Path, proof: tuple[np.ndarray, np.ndarray]
-) -> dict[str, Any]:
+def describe(recipe: Recipe, checkpoint: Path, folder: Path, layout: str, proof: Proof) -> dict[str, Any]:
     """Where a model came from: recipe, step, last metrics, versions, hashes of every file."""
     step = step_of(checkpoint)
     metrics: dict[str, Any] = {}
     for record in read_metrics(checkpoint.parent.parent):
         if record["step"] <= step:
             metrics |= record
-    hashes = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-    }
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {str(path.relative_to(folder)): _sha256(path) for path in files}
     return {
         "step": step,
+        "layout": layout,
         "base_model": recipe.model.path,
         "recipe": recipe.model_dump(mode="json"),
         "metrics": metrics,
@@ -161,7 +220,11 @@ def describe(
         "sha256": hashes,
         "proof": {
             "prompts": list(PROOF_PROMPTS),
-            "tokens_sha256": hashlib.sha256(proof[0].tobytes()).hexdigest(),
-            "pixels_sha256": hashlib.sha256(proof[1].tobytes()).hexdigest(),
+            **{f"{name}_sha256": hashlib.sha256(v.tobytes()).hexdigest() for name, v in proof.items()},
         },
     }
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

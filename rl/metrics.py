@@ -239,6 +239,8 @@ def progress_line(step: int, total: int, metrics: Mapping[str, Any], seconds_lef
         parts.append(f"reward {reward:.3f}")
     if (kl := metrics.get("kl/k3")) is not None:
         parts.append(f"KL {kl:.4f}")
+    if reward is None and (loss := metrics.get("loss")) is not None:
+        parts.append(f"loss {loss:.4f}")
     exact = [v for k, v in metrics.items() if k.startswith("reward/") and k.endswith("exact_match/mean")]
     if exact and exact[0] is not None:
         parts.append(f"exact {100 * exact[0]:.0f} %")

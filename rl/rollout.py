@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -12,7 +13,16 @@ from torch import Tensor
 
 from rl.errors import ImageRLError
 from rl.seeding import generator
-from rl.types import Policy, Prompt, RewardRequest, RolloutGroup, SamplingParams, TokenTrajectory
+from rl.types import (
+    FlowSampling,
+    FlowTrajectory,
+    Policy,
+    Prompt,
+    RewardRequest,
+    RolloutGroup,
+    SamplingParams,
+    TokenTrajectory,
+)
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -47,16 +57,18 @@ def encode(policy: Policy, prompts: Sequence[Prompt]) -> EncodedPrompts:
     return EncodedPrompts(*policy.encode_prompts(texts, tokens), latents)
 
 
-def reward_request(groups: Sequence[RolloutGroup]) -> RewardRequest:
-    """What rewards get to see of some groups of equal size."""
+def reward_request(groups: Sequence[RolloutGroup], step: int = 0) -> RewardRequest:
+    """What rewards get to see of some groups of equal size, at a training step."""
     size = len(groups[0].images)
+    decodes = size // len(groups[0].tokens)
     repeated = [group.prompt for group in groups for _ in range(size)]
     return RewardRequest(
         prompts=[prompt.text for prompt in repeated],
-        completions=[row for group in groups for row in group.tokens.tolist()],
+        completions=[row for group in groups for row in group.tokens.tolist() for _ in range(decodes)],
         images=np.concatenate([group.images for group in groups]),
         columns={name: [prompt.columns[name] for prompt in repeated] for name in groups[0].prompt.columns},
         group_size=size,
+        step=step,
     )
 
 
@@ -84,18 +96,30 @@ class RolloutEngine:
         return torch.stack(rows)
 
     def noise(self, occasion: int | str, prompts: Sequence[Prompt], group_size: int) -> Tensor:
-        """[P·G, C, h, w] decoder noise; with `shared_noise` the same for all samples of a prompt."""
+        """[P·G·M, C, h, w] decoder noise; with `shared_noise` the m-th is the same for all samples of a prompt."""
+        shape = self.policy.latent_shape
+        rows = []
+        for prompt, sample, decode in self._decodes(prompts, group_size):
+            own = 0 if self.sampling.shared_noise else sample
+            key = (self.seed, "noise", occasion, prompt.index, own, *([decode] if decode else []))
+            rows.append(torch.randn(shape, generator=generator(*key)))
+        return torch.stack(rows)
+
+    def step_noise(
+        self, occasion: int | str, prompts: Sequence[Prompt], group_size: int, steps: int
+    ) -> Tensor:
+        """[P·G·M, S, C, h, w] noise of stochastic denoising steps, each picture's own."""
+        shape = (steps, *self.policy.latent_shape)
         rows = [
             torch.randn(
-                self.policy.latent_shape,
-                generator=generator(
-                    self.seed, "noise", occasion, prompt.index, 0 if self.sampling.shared_noise else sample
-                ),
+                shape, generator=generator(self.seed, "steps", occasion, prompt.index, sample, decode)
             )
-            for prompt in prompts
-            for sample in range(group_size)
+            for prompt, sample, decode in self._decodes(prompts, group_size)
         ]
         return torch.stack(rows)
+
+    def _decodes(self, prompts: Sequence[Prompt], group_size: int) -> Iterator[tuple[Prompt, int, int]]:
+        return product(prompts, range(group_size), range(self.sampling.decodes))
 
     @torch.no_grad()
     def generate(
@@ -105,43 +129,57 @@ class RolloutEngine:
         occasion: int | str,
         decode_chunk: int | None = None,
         sample_chunk: int | None = None,
+        flow: FlowSampling | None = None,
     ) -> Iterator[list[RolloutGroup]]:
         """Yields the groups of `decode_chunk` prompts at a time, so that scoring can begin with the first while
         the next are drawn. Tokens of `sample_chunk` prompts are sampled together: the more, the faster and the
         more memory for keys and values. None: all at once.
 
-        `occasion` names the use of the random numbers: a training step, or an evaluation."""
+        `occasion` names the use of the random numbers: a training step, or an evaluation. With `flow` the decoder
+        draws as it says and the groups keep its stochastic steps."""
         for together in _chunks(prompts, sample_chunk):
             encoded = encode(self.policy, together)
+            uniforms = self.uniforms(occasion, together, group_size)
             trajectory = self.policy.sample_tokens(
-                encoded.ids,
-                encoded.mask,
-                self.uniforms(occasion, together, group_size),
-                self.sampling.temperature,
+                encoded.ids, encoded.mask, uniforms, self.sampling.temperature
             )
             first = 0
             for part in _chunks(together, decode_chunk):
                 rows = slice(first * group_size, (first + len(part)) * group_size)
-                reference = None if encoded.latents is None else encoded.latents[first : first + len(part)]
+                latents = None if encoded.latents is None else encoded.latents[first : first + len(part)]
                 first += len(part)
-                images = self._decode(part, trajectory.hidden[rows], group_size, occasion, reference)
-                yield list(_groups(part, trajectory, rows, images))
+                hidden = trajectory.hidden[rows]
+                images, steps = self._decode(part, hidden, latents, group_size, occasion, flow)
+                yield list(_groups(part, trajectory, rows, images, steps))
 
     def _decode(
         self,
         prompts: Sequence[Prompt],
         hidden: Tensor,
+        reference: Tensor | None,
         group_size: int,
         occasion: int | str,
-        reference: Tensor | None,
-    ) -> np.ndarray:
+        flow: FlowSampling | None,
+    ) -> tuple[np.ndarray, FlowTrajectory | None]:
+        sampling = self.sampling
         noise = self.noise(occasion, prompts, group_size)
+        repeated = hidden.repeat_interleave(sampling.decodes, 0)
+        steps = None
+        if flow is not None and reference is not None:
+            raise ImageRLError(
+                "denoising steps are trained on captions only; train edits with a token algorithm"
+            )
         given = {} if reference is None else {"reference": reference}
         with self.autocast():
-            pictures = self.policy.decode(
-                hidden, noise, self.sampling.guidance, self.sampling.flow_steps, **given
-            )
-        return to_uint8(pictures)
+            if flow is None:
+                pictures = self.policy.decode(
+                    repeated, noise, sampling.guidance, sampling.flow_steps, **given
+                )
+            else:
+                step_noise = self.step_noise(occasion, prompts, group_size, len(flow.window))
+                pictures, steps = self.policy.decode_steps(repeated, noise, step_noise, flow)
+                steps.hidden = hidden  # one row serves all decodes of a token sequence
+        return to_uint8(pictures), steps
 
 
 def _chunks(prompts: Sequence[Prompt], size: int | None) -> Iterator[Sequence[Prompt]]:
@@ -150,10 +188,14 @@ def _chunks(prompts: Sequence[Prompt], size: int | None) -> Iterator[Sequence[Pr
 
 
 def _groups(
-    prompts: Sequence[Prompt], trajectory: TokenTrajectory, rows: slice, images: np.ndarray
+    prompts: Sequence[Prompt],
+    trajectory: TokenTrajectory,
+    rows: slice,
+    images: np.ndarray,
+    steps: FlowTrajectory | None,
 ) -> Iterator[RolloutGroup]:
-    """The groups of some prompts, whose samples are `rows` of the trajectory and all of `images`."""
-    size = len(images) // len(prompts)
+    """The groups of some prompts, whose samples are `rows` of the trajectory and all of images and steps."""
+    size, drawn = (rows.stop - rows.start) // len(prompts), len(images) // len(prompts)
     for number, prompt in enumerate(prompts):
         own = slice(rows.start + number * size, rows.start + (number + 1) * size)
         yield RolloutGroup(
@@ -161,5 +203,6 @@ def _groups(
             tokens=trajectory.tokens[own],
             rollout_logprobs=trajectory.rollout_logprobs[own],
             action_mask=trajectory.action_mask[own],
-            images=images[number * size : (number + 1) * size],
+            images=images[number * drawn : (number + 1) * drawn],
+            flow=steps.part(number, len(prompts)) if steps is not None else None,
         )

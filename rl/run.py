@@ -9,26 +9,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rl.checkpoint import CHECKPOINTS, Checkpoint, latest_checkpoint, save_checkpoint, step_of
 from rl.config import Recipe
+from rl.engine import Engine, StateDict
 from rl.errors import ImageRLError
 from rl.evaluate import Evaluation, evaluate
 from rl.files import is_temporary, write_atomic
 from rl.metrics import METRICS_FILE, MetricsLog, Progress, image_grid, save_image, to_json
-from rl.recipe import validate_recipe
+from rl.recipe import load_yaml_recipe
 from rl.report import write_report
 from rl.rollout import RolloutEngine
+from rl.sft_config import SFTRecipe
 from rl.stats import compare
 from rl.trainer import Trainer
 from rl.types import Prompt
 
 RECIPE_FILE = "recipe.yaml"
+MODEL = "model"  # what supervised training leaves
 CONTENTS = {
     RECIPE_FILE,
     METRICS_FILE,
     CHECKPOINTS,
+    MODEL,
     "environment.json",
     "report.html",
     "eval",
@@ -38,8 +42,11 @@ CONTENTS = {
 # What may change between a run and its continuation without making it another experiment.
 CHANGEABLE = {
     *("run.steps", "run.output_dir", "checkpoint.every", "checkpoint.keep", "rollout.max_logprob_diff"),
+    "algorithm.flow.max_logprob_diff",
     *(f"rewards.{key}" for key in ("workers", "timeout_s", "max_failure_rate", "max_restarts")),
+    *("data.workers", "data.max_bad_share", "run.model_dtype"),
 }
+AnyRecipe = Recipe | SFTRecipe
 
 
 class RunFolder:
@@ -73,13 +80,13 @@ class RunFolder:
                 "move it away or set another run.output_dir"
             )
 
-    def resumable(self, recipe: Recipe) -> Path | None:
+    def resumable(self, recipe: AnyRecipe) -> Path | None:
         """The checkpoint to continue from; None when the run was stopped before its first, or never was.
 
         Raises ImageRLError when the folder belongs to another recipe, or to a longer run."""
         stored = self.path / RECIPE_FILE
         if stored.exists():
-            changed = differing_keys(read_stored_recipe(stored), recipe)
+            changed = differing_keys(read_stored_recipe(stored, type(recipe)), recipe)
             if changed:
                 raise ImageRLError(
                     f"{self.path} was started with another {changed[0]}; resume with the same recipe, "
@@ -93,7 +100,7 @@ class RunFolder:
             )
         return newest
 
-    def begin(self, recipe: Recipe, overwrite: bool = False) -> None:
+    def begin(self, recipe: AnyRecipe, overwrite: bool = False) -> None:
         """Write the recipe; with `overwrite` into an emptied folder."""
         if overwrite and self.path.exists():
             self.refuse_foreign()
@@ -104,14 +111,29 @@ class RunFolder:
         text = to_json(evaluation.to_dict(step=step, model=model, seed=seed), indent=1)
         write_atomic(self.path / "eval" / f"{evaluation.suite}_step_{step:06d}.json", text + "\n")
 
+    def write_comparison(self, comparison: Mapping[str, Any], suite: str, after_step: int) -> None:
+        document = {
+            "suite": suite,
+            "before_step": 0,
+            "after_step": after_step,
+            "metrics": {
+                name: {**entry, "difference": asdict(entry["difference"])}
+                for name, entry in comparison.items()
+            },
+        }
+        write_atomic(self.path / "eval" / "comparison.json", to_json(document, indent=1) + "\n")
 
-def read_stored_recipe(path: Path) -> Recipe:
-    from rl.recipe import read_recipe
+    def save_grid(self, step: int, images: Sequence[Any], captions: Sequence[str]) -> None:
+        scale = max(1, 192 // images[0].shape[1])
+        grid = image_grid(images, columns=4, captions=captions, scale=scale)
+        save_image(grid, self.path / "samples" / f"step_{step:06d}.png")
 
-    return validate_recipe(Recipe, read_recipe(path), str(path))
+
+def read_stored_recipe(path: Path, schema: type[AnyRecipe]) -> AnyRecipe:
+    return load_yaml_recipe(schema, path)
 
 
-def differing_keys(stored: Recipe, given: Recipe) -> list[str]:
+def differing_keys(stored: AnyRecipe, given: AnyRecipe) -> list[str]:
     """Dotted keys in which two recipes differ, those that may change left out."""
 
     def flat(
@@ -150,29 +172,34 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-class Run:
-    """Drives a `Trainer` over the steps of its recipe. Only the main process writes files."""
+class Stepper(Protocol):
+    """What a loop drives: a `Trainer`."""
+
+    engine: Engine
+
+    def step(self, step: int) -> Mapping[str, Any]: ...
+
+
+class Loop:
+    """Drives a trainer over the steps of its recipe. Only the main process writes files."""
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: Any,
         folder: RunFolder,
-        trainer: Trainer,
-        heldout: Sequence[Prompt],
-        eval_rollout: RolloutEngine,
+        trainer: Stepper,
         checkpoint: Checkpoint | None,
         progress_note: Callable[[str], None] = print,
     ) -> None:
         self.recipe = recipe
         self.folder = folder
-        self.trainer = trainer
         self.engine = trainer.engine
-        self.heldout = heldout[: recipe.eval.size]
-        self.eval_rollout = eval_rollout
+        self._step = trainer.step
         self.start_step = checkpoint.step if checkpoint else 0
         self.first: list[dict[str, Any]] | None = checkpoint.state.get("first_eval") if checkpoint else None
         self.last: list[dict[str, Any]] | None = checkpoint.state.get("last_eval") if checkpoint else None
         self.note = progress_note if self.engine.is_main else lambda _: None
+        self.finished = False  # the last step is done
 
     def execute(self, resumed: bool) -> dict[str, Any] | None:
         """Run to the last step, or until asked to stop.
@@ -189,7 +216,7 @@ class Run:
                 self._evaluate(0, log)
             with _progress(total, self.start_step, is_main) as progress:
                 for step in range(self.start_step + 1, total + 1):
-                    metrics = self.trainer.step(step - 1)
+                    metrics = self._step(step - 1)
                     last = step == total
                     stopping = any(self.engine.gather_objects(asked_to_stop()))
                     if log:
@@ -206,6 +233,7 @@ class Run:
                         self.note(f"stopped after step {step}; continue with --resume")
                         self._finish(log, None)
                         return None
+        self.finished = True
         comparison = compare(self.first or [], self.last or []) if is_main else None
         self._finish(log, comparison)
         return comparison
@@ -213,6 +241,51 @@ class Run:
     @staticmethod
     def _due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
+
+    def _save(self, step: int) -> None:
+        tensors, state = self._tensors(), self._state()
+        if self.engine.is_main:
+            save_checkpoint(self.folder.checkpoints, step, tensors, state, self.recipe.checkpoint.keep)
+        self.engine.barrier()
+
+    def _tensors(self) -> StateDict:
+        """The tensors of a checkpoint, whole, on the main process. Collective."""
+        return self.engine.state_dict()
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors. Called by all processes, what the main one returns counts."""
+        return {"first_eval": self.first, "last_eval": self.last, "recipe": self.recipe.model_dump()}
+
+    def _evaluate(self, step: int, log: MetricsLog | None) -> None:
+        """Held-out evaluation: sets `first` (once) and `last` on the main process."""
+        raise NotImplementedError
+
+    def _draw_samples(self, step: int) -> None:
+        """A grid of the fixed prompts."""
+        raise NotImplementedError
+
+    def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
+        """At the end of the run, and with no comparison when it was stopped early."""
+        raise NotImplementedError
+
+
+class Run(Loop):
+    """A run of reinforcement learning."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        trainer: Trainer,
+        heldout: Sequence[Prompt],
+        eval_rollout: RolloutEngine,
+        checkpoint: Checkpoint | None,
+        progress_note: Callable[[str], None] = print,
+    ) -> None:
+        super().__init__(recipe, folder, trainer, checkpoint, progress_note)
+        self.trainer = trainer
+        self.heldout = heldout[: recipe.eval.size]
+        self.eval_rollout = eval_rollout
 
     def _evaluate(self, step: int, log: MetricsLog | None) -> None:
         """Held-out evaluation on the main process; the others wait at the next collective."""
@@ -233,7 +306,7 @@ class Run:
         shown = "  ".join(f"{n} {v.mean:.3f}" for n, v in evaluation.metrics.items())
         self.note(f"held-out after step {step}: {shown}")
         count = self.recipe.run.sample_prompts
-        self._save_grid(step, list(evaluation.images[:count]), self.heldout[:count])
+        self.folder.save_grid(step, list(evaluation.images[:count]), [p.text for p in self.heldout[:count]])
         self.engine.barrier()
 
     def _draw_samples(self, step: int) -> None:
@@ -244,40 +317,21 @@ class Run:
             prompts = self.heldout[: self.recipe.run.sample_prompts]
             occasion = f"eval {self.recipe.eval.suite}"
             (groups,) = self.eval_rollout.generate(prompts, 1, occasion)
-            self._save_grid(step, [group.images[0] for group in groups], prompts)
+            images = [group.images[0] for group in groups]
+            self.folder.save_grid(step, images, [prompt.text for prompt in prompts])
 
-    def _save_grid(self, step: int, images: Sequence[Any], prompts: Sequence[Prompt]) -> None:
-        scale = max(1, 192 // images[0].shape[1])
-        grid = image_grid(images, columns=4, captions=[prompt.text for prompt in prompts], scale=scale)
-        save_image(grid, self.folder.path / "samples" / f"step_{step:06d}.png")
+    def _tensors(self) -> StateDict:
+        return self.engine.state_dict() | self.trainer.tensors()
 
-    def _save(self, step: int) -> None:
-        tensors = self.engine.state_dict() | self.trainer.tensors()
-        if self.engine.is_main:
-            state = {
-                "first_eval": self.first,
-                "last_eval": self.last,
-                "recipe": self.recipe.model_dump(),
-                "trainer": self.trainer.state(),
-            }
-            save_checkpoint(self.folder.checkpoints, step, tensors, state, self.recipe.checkpoint.keep)
-        self.engine.barrier()
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "trainer": self.trainer.state()}
 
     def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
         if log is None:
             return
         log.close()
         if comparison is not None:
-            document = {
-                "suite": self.recipe.eval.suite,
-                "before_step": 0,
-                "after_step": self.recipe.run.steps,
-                "metrics": {
-                    name: {**entry, "difference": asdict(entry["difference"])}
-                    for name, entry in comparison.items()
-                },
-            }
-            write_atomic(self.folder.path / "eval" / "comparison.json", to_json(document, indent=1) + "\n")
+            self.folder.write_comparison(comparison, self.recipe.eval.suite, self.recipe.run.steps)
         self.note(f"report: {write_report(self.folder.path)}")
 
 

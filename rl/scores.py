@@ -20,6 +20,8 @@ def merge_scores(parts: Sequence[RewardScores]) -> RewardScores:
         components=join_components([(len(part.totals), part.components) for part in parts]),
         failures=failures,
         reasons={label: reason for part in parts for label, reason in part.reasons.items()},
+        gated=join_components([(len(part.totals), part.gated) for part in parts]),
+        weights=dict(parts[0].weights),
     )
 
 

@@ -129,7 +129,8 @@ def truth(prompt: Prompt) -> Image.Image:
 
 
 @cache
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+def font_of(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """One of FONTS at a size in pixels."""
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
@@ -137,10 +138,10 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 def _fitting_font(text: str, name: str) -> ImageFont.FreeTypeFont:
     """The largest font up to FONT_SIZE in which the text leaves the margin free. Widths scale with size."""
-    full = _font(name, FONT_SIZE * SUPERSAMPLING)
+    full = font_of(name, FONT_SIZE * SUPERSAMPLING)
     left, _, right, _ = full.getbbox(text)
     room = (WIDTH - 2 * MARGIN) * SUPERSAMPLING
-    return _font(name, int(FONT_SIZE * SUPERSAMPLING * min(1.0, room / (right - left))))
+    return font_of(name, int(FONT_SIZE * SUPERSAMPLING * min(1.0, room / (right - left))))
 
 
 def render(scene: Scene) -> Image.Image:

@@ -13,26 +13,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rl.actor import Actor, train_on
 from rl.advantages import AdvantageInputs, AdvantageOutput, moved_mean, shuffled
-from rl.algorithm_loading import load_advantages, load_loss, loss_settings
+from rl.algorithm_loading import load_advantages
 from rl.config import Recipe
 from rl.data import GroupedSampler
+from rl.decodes import average_decodes, variance_split
 from rl.engine import Engine
-from rl.kl import adapted_coef, kl_penalty
-from rl.losses import action_weights, loss_denominator
+from rl.flow_actor import FlowActor
+from rl.halves import FLOW, TOKENS, trained_halves
 from rl.metrics import PhaseTimer
-from rl.policy_weights import entropy_threshold, highest_entropy, policy_weights
 from rl.resampling import Drawn, resample
-from rl.rollout import RolloutEngine, encode, reward_request
+from rl.reward_stats import mixing_metrics
+from rl.rollout import RolloutEngine, reward_request
 from rl.scores import merge_scores
 from rl.seeding import generator
-from rl.step_checks import refuse_failures, refuse_gap
-from rl.step_metrics import Metrics, microbatch_sums, replay_gap, reward_metrics, update_metrics
-from rl.types import LossInputs, Policy, Prompt, RewardScorer, RewardScores, RolloutGroup, TrainBatch
+from rl.step_checks import refuse_failures
+from rl.step_metrics import Metrics, reward_metrics
+from rl.token_actor import TokenActor
+from rl.types import FlowSampling, Policy, Prompt, RewardScorer, RewardScores, RolloutGroup
+
+Batches = list[Any]  # one per actor
 
 
 class Trainer:
-    """Every algorithm of `rl.algorithms` on the tokens of the autoregressive half."""
+    """Every algorithm of `rl.algorithms` on the tokens of the autoregressive half, every one of
+    `rl.flow_algorithms` on the denoising steps of the decoder, or both in one step from the same rewards."""
 
     def __init__(
         self,
@@ -50,10 +56,11 @@ class Trainer:
         self.sampler = sampler
         self.rollout = rollout
         self.engine = engine
-        self.loss = load_loss(recipe.algorithm)
+        self.halves = trained_halves(recipe)
+        self.tokens = TokenActor(recipe, policy, engine.gather_objects) if TOKENS in self.halves else None
+        self.flow = FlowActor(recipe, policy) if FLOW in self.halves else None
+        self.actors: list[Actor[Any]] = [actor for actor in (self.tokens, self.flow) if actor is not None]
         self.advantages = load_advantages(recipe.algorithm)
-        self.temperature = recipe.rollout.temperature
-        self.kl_coef = recipe.algorithm.kl_coef  # adapted where there is a target
         self.moving_mean: float | None = None  # of the rewards so far, for that baseline
         synchronise = torch.cuda.synchronize if engine.device.type == "cuda" else None
         self.timer = PhaseTimer(synchronise)
@@ -61,22 +68,32 @@ class Trainer:
     def step(self, step: int) -> Metrics:
         """Train on the prompts of `step` (counted from 0); returns what to log."""
         self.timer.start()
-        self._refresh_sampler()
         groups, tickets = self._roll_out(self._own_share(self.sampler.step(step)), step)
         if self.algorithm.max_resamples:
-            groups, scores, drawn = self._resample(groups, self._collect(tickets), step)
-            batch = self._score_frozen(self._assemble(groups))
+            groups, scores, drawn = resample(
+                groups,
+                self._collect(tickets),
+                self.sampler.others(step),
+                self.algorithm.max_resamples,
+                draw=lambda prompts: self._draw(prompts, step),
+                gather=self.engine.gather_objects,
+                rank=self.engine.rank,
+            )
+            batches = self._score_frozen(self._assemble(groups, step))
         else:
-            batch = self._score_frozen(self._assemble(groups))  # rewards are still being computed elsewhere
+            batches = self._score_frozen(self._assemble(groups, step))  # rewards are still being computed
             scores = drawn = self._collect(tickets)
         drawn = merge_scores(self.engine.gather_objects(drawn))
         refuse_failures(drawn, self.recipe.rewards.max_failure_rate)
         with self.timer("update"):
-            advantages = self._advantages(scores, batch, step)
-            batch = self._select(train_on(batch, advantages))
-            updates = [self._update(batch) for _ in range(self.algorithm.updates_per_rollout)]
+            advantages = self._advantages(scores, batches, step)
+            batches = [train_on(batch, output) for batch, output in zip(batches, advantages, strict=True)]
+            if self.tokens is not None:
+                batches[0] = self.tokens.select(batches[0])
+            updates = [self._update(batches) for _ in range(self.algorithm.updates_per_rollout)]
         metrics = self._metrics(drawn, advantages, updates)
-        self._adapt_kl(updates)
+        for actor, own in zip(self.actors, zip(*updates, strict=True), strict=True):
+            actor.after_step(step, own)
         self._renew_reference(step)
         return metrics
 
@@ -84,7 +101,10 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """All but weights and optimizer that the next step depends on, as JSON takes it."""
-        return {"kl_coef": self.kl_coef, "moving_mean": self.moving_mean}
+        state: dict[str, Any] = {"moving_mean": self.moving_mean}
+        for actor in self.actors:
+            state |= actor.state()
+        return state
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The same in tensors: the reference, where it is no longer the model that the run began from."""
@@ -92,17 +112,11 @@ class Trainer:
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Continue from what `state` and `tensors` returned."""
-        self.kl_coef = state.get("kl_coef", self.kl_coef)
         self.moving_mean = state.get("moving_mean")
+        for actor in self.actors:
+            actor.restore(state)
         if "reference" in tensors:
             self.policy.load_reference(tensors["reference"])
-
-    def _adapt_kl(self, updates: Sequence[Metrics]) -> None:
-        """The KL of the first update is that of the policy which drew the samples."""
-        target, first = self.algorithm.kl_target, updates[0]
-        if target is not None and first:
-            kl = first["kl_k3"] / first["actions"]
-            self.kl_coef = adapted_coef(self.kl_coef, kl, target, self.algorithm.kl_rate)
 
     def _renew_reference(self, step: int) -> None:
         every = self.algorithm.reference_every
@@ -117,18 +131,17 @@ class Trainer:
         size = len(prompts) // self.engine.world_size
         return prompts[self.engine.rank * size : (self.engine.rank + 1) * size]
 
-    def _refresh_sampler(self) -> None:
-        with self.timer("rollout"), self.engine.gathered_parameters():
-            self.policy.refresh_sampler()
-
     def _roll_out(self, prompts: Sequence[Prompt], step: int) -> tuple[list[RolloutGroup], list[int]]:
         settings = self.recipe.rollout
+        flow: FlowSampling | None = self.flow.sampling(step) if self.flow is not None else None
         groups, tickets = [], []
         with self.timer("rollout"):
+            with self.engine.gathered_parameters():
+                self.policy.refresh_sampler()
             for chunk in self.rollout.generate(
-                prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk
+                prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk, flow
             ):
-                tickets.append(self.scorer.submit(reward_request(chunk)))
+                tickets.append(self.scorer.submit(reward_request(chunk, step)))
                 groups += chunk
         return groups, tickets
 
@@ -136,173 +149,146 @@ class Trainer:
         with self.timer("reward_wait"):
             return merge_scores([self.scorer.collect(ticket) for ticket in tickets])
 
-    def _resample(
-        self, groups: Sequence[RolloutGroup], scores: RewardScores, step: int
-    ) -> tuple[list[RolloutGroup], RewardScores, RewardScores]:
-        """Groups to train on, their scores, and the scores of all samples drawn; see `rl.resampling`."""
+    def _draw(self, prompts: Sequence[Prompt], step: int) -> Drawn | None:
+        """More groups of this step with their scores."""
+        groups, tickets = self._roll_out(prompts, step)
+        return (groups, self._collect(tickets)) if groups else None
 
-        def draw(prompts: Sequence[Prompt]) -> Drawn | None:
-            if not prompts:
-                return None
-            fresh, tickets = self._roll_out(prompts, step)
-            return fresh, self._collect(tickets)
+    def _assemble(self, groups: Sequence[RolloutGroup], step: int) -> Batches:
+        return [actor.assemble(groups, step) for actor in self.actors]
 
-        others, rounds = self.sampler.others(step), self.algorithm.max_resamples
-        gather, rank = self.engine.gather_objects, self.engine.rank
-        return resample(groups, scores, others, rounds, draw, gather, rank)
-
-    def _assemble(self, groups: Sequence[RolloutGroup]) -> TrainBatch:
-        encoded = encode(self.policy, [group.prompt for group in groups])
-        size = len(groups[0].images)
-        return TrainBatch(
-            prompt_ids=encoded.ids.repeat_interleave(size, 0),
-            prompt_mask=encoded.mask.repeat_interleave(size, 0),
-            tokens=torch.cat([group.tokens for group in groups]),
-            action_mask=torch.cat([group.action_mask for group in groups]),
-            rollout_logprobs=torch.cat([group.rollout_logprobs for group in groups]),
-            old_logprobs=None,
-            ref_logprobs=None,
-            advantages=torch.zeros(len(groups) * size, 1, device=encoded.ids.device),
-        )
-
-    def _microbatches(self, batch: TrainBatch) -> list[TrainBatch]:
+    def _microbatches(self, batches: Batches) -> list[Batches]:
+        """The same token sequences of every actor, `micro_batch_size` at a time; the decoder has `decodes`
+        samples of each."""
         size = self.recipe.engine.micro_batch_size
-        return [batch.rows(slice(start, start + size)) for start in range(0, len(batch.tokens), size)]
+        sequences = min(len(batch.action_mask) for batch in batches)
+        if self.tokens is None:
+            sequences //= self.recipe.rollout.decodes
 
-    def _arguments(self, part: TrainBatch) -> tuple[Tensor, Tensor, Tensor, float]:
-        """What the policy scores a microbatch by. One of whole groups names each prompt once."""
-        group = self.recipe.rollout.group_size
-        share = group if self.recipe.engine.micro_batch_size % group == 0 else 1
-        return part.prompt_ids[::share], part.prompt_mask[::share], part.tokens, self.temperature
+        def part(batch: Any, start: int) -> Any:
+            each = len(batch.action_mask) // sequences
+            return batch.rows(slice(start * each, (start + size) * each))
+
+        return [[part(batch, start) for batch in batches] for start in range(0, sequences, size)]
+
+    def _scores(self, parts: Batches) -> Sequence[Any]:
+        """What the module says of a microbatch, one for every actor."""
+        arguments = [actor.arguments(part) for actor, part in zip(self.actors, parts, strict=True)]
+        with self.engine.autocast():
+            if len(self.actors) == 1:
+                return [self.engine.module(*arguments[0])]
+            return self.engine.module(*arguments)
 
     @torch.no_grad()
-    def _score_frozen(self, batch: TrainBatch) -> TrainBatch:
-        """Log-probs that need no gradient: the reference's, and the trainer's own before several updates."""
-        references, olds, entropies = [], [], []
-        measure_kl, several = self.algorithm.needs_reference, self.algorithm.updates_per_rollout > 1
-        choosy = self.algorithm.top_entropy < 1
+    def _score_frozen(self, batches: Batches) -> Batches:
+        """What needs no gradient: the references' scores, and the trainer's own before several updates."""
+        needs_old = any(actor.needs_old for actor in self.actors)
+        found: list[dict[str, list[Tensor]]] = [{} for _ in self.actors]
         with self.timer("reference"), self.engine.autocast():
-            for part in self._microbatches(batch) if measure_kl or several or choosy else ():
-                arguments = self._arguments(part)
-                if measure_kl:
-                    references.append(self.policy.reference_scores(*arguments).logprobs)
-                if several or choosy:
-                    scores = self.engine.module(*arguments)
-                    olds.append(scores.logprobs)
-                    entropies.append(scores.entropy)
-        return replace(
-            batch,
-            ref_logprobs=torch.cat(references) if measure_kl else None,
-            old_logprobs=torch.cat(olds) if several else None,
-            entropy=torch.cat(entropies) if choosy else None,
-        )
+            for parts in self._microbatches(batches):
+                olds = self._scores(parts) if needs_old else [None] * len(parts)
+                for actor, part, old, fields in zip(self.actors, parts, olds, found, strict=True):
+                    for name, value in actor.frozen(part, old).items():
+                        fields.setdefault(name, []).append(value)
+        return [
+            replace(batch, **{name: torch.cat(values) for name, values in fields.items()})
+            for batch, fields in zip(batches, found, strict=True)
+        ]
 
     # ---- update --------------------------------------------------------------------------------------------
 
-    def _advantages(self, scores: RewardScores, batch: TrainBatch, step: int) -> AdvantageOutput:
-        """The advantages of this rank's samples, made from the rewards of all ranks."""
-        inputs = AdvantageInputs.join(self.engine.gather_objects(self._advantage_inputs(scores, batch)))
-        if self.algorithm.shuffle_rewards:
-            seed = self.recipe.run.seed, "shuffle", step
-            inputs = replace(
-                inputs,
-                rewards=shuffled(inputs.rewards, generator(*seed)),
-                components=shuffled(inputs.components, generator(*seed)),
-            )
-        output = self.advantages(inputs)
-        self.moving_mean = moved_mean(self.moving_mean, inputs.rewards, self.algorithm.baseline_decay)
-        own = len(scores.totals)
-        return output.rows(slice(self.engine.rank * own, (self.engine.rank + 1) * own))
-
-    def _advantage_inputs(self, scores: RewardScores, batch: TrainBatch) -> AdvantageInputs:
-        penalty = None
-        if self.algorithm.kl_in == "reward":
-            assert batch.ref_logprobs is not None  # the recipe refuses kl_in=reward without kl_coef
-            penalty = kl_penalty(
-                batch.rollout_logprobs, batch.ref_logprobs, batch.action_mask, self.kl_coef
-            ).cpu()
-        rewards = self.recipe.rewards.functions
-        components = [scores.components[reward.label] for reward in rewards]
-        return AdvantageInputs(
-            rewards=torch.from_numpy(scores.totals),
-            components=torch.from_numpy(np.stack(components, axis=1)),
-            weights=tuple(reward.weight for reward in rewards),
-            group_size=self.recipe.rollout.group_size,
-            action_mask=batch.action_mask.cpu(),
-            penalty=penalty,
-            moving_mean=self.moving_mean,
-        )
-
-    def _select(self, batch: TrainBatch) -> TrainBatch:
-        """With `top_entropy` the actions that the policy term trains; the threshold is that of all ranks."""
-        if batch.entropy is None:
-            return batch
-        entropies = batch.entropy[batch.action_mask].float().cpu().numpy()
-        everywhere = np.concatenate(self.engine.gather_objects(entropies))
-        threshold = entropy_threshold(everywhere, self.algorithm.top_entropy)
-        return replace(batch, selected=highest_entropy(batch.entropy, batch.action_mask, threshold))
-
-    def _update(self, batch: TrainBatch) -> Metrics:
-        """One optimizer step over all microbatches; returns sums over ranks, and the gradient norm."""
-        algorithm = self.algorithm
-        local = loss_denominator(batch.action_mask, algorithm.normaliser, batch.tokens.shape[1])
-        denominator = self.engine.sum_over_ranks({"n": local})["n"]
-        if not denominator:
-            return {}
-        parts, settings = self._microbatches(batch), loss_settings(algorithm, self.kl_coef)
-        sums: dict[str, Tensor] = {}
-        worst = torch.zeros((), dtype=torch.float64)
-        for number, part in enumerate(parts, 1):
-            with self.engine.microbatch(last=number == len(parts)):
-                with self.engine.autocast():
-                    scores = self.engine.module(*self._arguments(part))
-                old = scores.logprobs.detach() if part.old_logprobs is None else part.old_logprobs
-                mask, cap = part.action_mask, algorithm.importance_cap
-                inputs = LossInputs(
-                    logprobs=scores.logprobs,
-                    old_logprobs=old,
-                    ref_logprobs=part.ref_logprobs,
-                    advantages=part.advantages,
-                    action_mask=mask,
-                    denominator=denominator,
-                    policy_weights=policy_weights(old, part.rollout_logprobs, mask, cap, part.selected),
+    def _advantages(self, scores: RewardScores, batches: Batches, step: int) -> list[AdvantageOutput]:
+        """The advantages of this rank's samples, made from the rewards of all ranks; one for every actor."""
+        outputs, mean = [], self.moving_mean
+        for actor, batch in zip(self.actors, batches, strict=True):
+            inputs = AdvantageInputs.join(self.engine.gather_objects(actor.advantage_inputs(scores, batch)))
+            inputs = replace(inputs, moving_mean=mean)
+            if self.algorithm.shuffle_rewards:
+                seed = self.recipe.run.seed, "shuffle", step
+                inputs = replace(
+                    inputs,
+                    rewards=shuffled(inputs.rewards, generator(*seed)),
+                    components=shuffled(inputs.components, generator(*seed)),
                 )
-                output = self.loss(inputs, **settings)
-                loss = output.loss
-                if algorithm.entropy_coef:  # else its gradient would be computed and multiplied by 0
-                    weights = action_weights(mask, algorithm.normaliser).to(loss.dtype)
-                    loss = loss - algorithm.entropy_coef * (weights * scores.entropy).sum() / denominator
-                self.engine.backward(loss)
-            worst = torch.maximum(worst, replay_gap(inputs, part).max().double().cpu())
-            measured = microbatch_sums(inputs, part, scores, cap) | {"loss": output.loss.detach()}
-            for name, value in {**output.metrics, **measured}.items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
-        replay_gap_max = max(self.engine.gather_objects(float(worst)))
-        refuse_gap(replay_gap_max, self.recipe.logprob_limit)
-        grad_norm = self.engine.step()
-        totals = self.engine.sum_over_ranks(sums) | {"replay_gap_max": replay_gap_max}
-        return {**totals, "grad_norm": grad_norm, "lr": self.engine.lr}
+            if actor is self.actors[0]:
+                self.moving_mean = moved_mean(mean, inputs.rewards, self.algorithm.baseline_decay)
+            own = len(batch.action_mask)
+            mine = slice(self.engine.rank * own, (self.engine.rank + 1) * own)
+            outputs.append(self.advantages(inputs).rows(mine))
+        return outputs
 
-    def _metrics(self, drawn: RewardScores, advantages: AdvantageOutput, updates: list[Metrics]) -> Metrics:
-        metrics = reward_metrics(drawn) | {f"advantages/{k}": v for k, v in advantages.metrics.items()}
-        metrics |= update_metrics(updates, on_policy=self.algorithm.updates_per_rollout == 1)
-        if self.algorithm.kl_target is not None:
-            metrics["kl/coef"] = self.kl_coef
+    def _update(self, batches: Batches) -> list[Metrics]:
+        """One optimizer step over all microbatches; returns for every actor sums over ranks, and the norm of
+        the gradient."""
+        denominators = [
+            self.engine.sum_over_ranks({"n": actor.denominator(batch)})["n"]
+            for actor, batch in zip(self.actors, batches, strict=True)
+        ]
+        if not all(denominators):
+            return [{} for _ in self.actors]
+        sums: list[dict[str, Tensor]] = [{} for _ in self.actors]
+        worst = [0.0 for _ in self.actors]
+        microbatches = self._microbatches(batches)
+        for number, parts in enumerate(microbatches, 1):
+            with self.engine.microbatch(last=number == len(microbatches)):
+                losses = [
+                    actor.loss(scores, part, denominator)
+                    for actor, scores, part, denominator in zip(
+                        self.actors, self._scores(parts), parts, denominators, strict=True
+                    )
+                ]
+                self.engine.backward(torch.stack([output.loss for output in losses]).sum())
+            for index, output in enumerate(losses):
+                worst[index] = max_or_nan(worst[index], float(output.gap))
+                for name, value in output.sums.items():
+                    total = sums[index].get(name, torch.zeros((), dtype=torch.float64))
+                    sums[index][name] = total + value.double().cpu()
+        gaps = [max_or_nan(*column) for column in zip(*self.engine.gather_objects(worst), strict=True)]
+        for actor, gap in zip(self.actors, gaps, strict=True):
+            actor.refuse_gap(gap)
+        parts_of_norm = self.engine.gradient_norms(self.halves) if len(self.actors) > 1 else {}
+        grad_norm = self.engine.step()
+        common = {"grad_norm": grad_norm, "lr": self.engine.lr}
+        return [
+            self.engine.sum_over_ranks(total)
+            | {"replay_gap_max": gap, **common}
+            | own_norm(half, parts_of_norm)
+            for half, total, gap in zip(self.halves, sums, gaps, strict=True)
+        ]
+
+    def _metrics(
+        self, drawn: RewardScores, advantages: list[AdvantageOutput], updates: list[list[Metrics]]
+    ) -> Metrics:
+        rollout = self.recipe.rollout
+        metrics = reward_metrics(drawn)
+        metrics |= mixing_metrics(
+            average_decodes(drawn, rollout.decodes),
+            rollout.group_size,
+            self.algorithm.scale_rewards,
+            self.algorithm.decouple_rewards,
+        )
+        split = variance_split(drawn.totals, rollout.group_size, rollout.decodes)
+        metrics |= {f"reward/variance/{name}": value for name, value in split.items()}
+        for actor, output, own in zip(self.actors, advantages, zip(*updates, strict=True), strict=True):
+            metrics |= {f"{actor.prefix}advantages/{k}": v for k, v in output.metrics.items()}
+            metrics |= actor.metrics(own)
         if self.algorithm.max_resamples:
-            trained = len(advantages.valid) * self.engine.world_size
-            replaced = (len(drawn.totals) - trained) / self.recipe.rollout.group_size
+            trained = sum(self.engine.gather_objects(len(advantages[-1].valid)))
+            replaced = (len(drawn.totals) - trained) / (rollout.group_size * rollout.decodes)
             metrics["rollout/resampled_groups"] = replaced
         timing = self.timer.metrics()
         images = float(len(drawn.totals))
         return metrics | timing | {"rollout/images": images, "images_per_s": images / timing["time/step_s"]}
 
 
-def train_on(batch: TrainBatch, advantages: AdvantageOutput) -> TrainBatch:
-    """The batch with its advantages; samples without a usable reward lose all their actions."""
-    valid = advantages.valid.to(batch.action_mask.device)
-    values = advantages.advantages.to(batch.tokens.device)
-    return replace(
-        batch,
-        advantages=values[:, None] if values.dim() == 1 else values,
-        action_mask=batch.action_mask & valid[:, None],
-    )
+def max_or_nan(*values: float) -> float:
+    """The largest, or NaN where there is one."""
+    return float(np.max(values))
+
+
+def own_norm(half: str, norms: Mapping[str, float]) -> Metrics:
+    """A half's own gradient norm, and its part of the squared norm of both."""
+    if not norms:
+        return {}
+    total = sum(norm**2 for norm in norms.values())
+    return {"own_grad_norm": norms[half], "own_grad_part": norms[half] ** 2 / total if total else 0.0}

@@ -40,6 +40,7 @@ class SamplingParams:
     guidance: float = 2.0
     flow_steps: int = 30
     shared_noise: bool = False  # one decoder noise per group instead of one per sample
+    decodes: int = 1  # pictures drawn of each token sequence, M
 
 
 @dataclass(slots=True)
@@ -61,6 +62,50 @@ class TokenScores(NamedTuple):
     entropy: Tensor  # [B, T] float32, nats, of the same distribution
 
 
+@dataclass(frozen=True, slots=True)
+class FlowSampling:
+    """How the decoder draws where its denoising steps are actions."""
+
+    sampler: str  # kind of the stochastic steps: sde, dance, cps; ode: there are none
+    noise_level: float
+    window: range  # the stochastic steps, of 0 .. steps - 2; empty: a deterministic chain
+    guidance: float
+    steps: int
+
+
+class FlowSchedule(NamedTuple):
+    """The stochastic steps of a `FlowSampling`, on the CPU. A step is N(latents·x + velocity·v, std^2)."""
+
+    sigma: Tensor  # [S] noise level that the step begins at
+    dt: Tensor  # [S] change of the noise level, negative
+    latents: Tensor  # [S]
+    velocity: Tensor  # [S]
+    std: Tensor  # [S] of the transition, sqrt(|dt|) included
+
+
+@dataclass(slots=True)
+class FlowTrajectory:
+    """What a replay of B pictures needs: where each stochastic step began and ended, and what it was
+    conditioned on. No pixels, and nothing of the deterministic steps."""
+
+    hidden: Tensor  # [B / M, R, D] of the token sequences
+    latents: Tensor  # [B, S + 1, C, h, w] before each step and after the last; S = 0: the finished ones
+    rollout_logprobs: Tensor  # [B, S] float32, nats per dimension
+
+    def part(self, number: int, parts: int) -> FlowTrajectory:
+        """The `number`-th of equal parts."""
+        return FlowTrajectory(
+            *(getattr(self, name).chunk(parts)[number] for name in ("hidden", "latents", "rollout_logprobs"))
+        )
+
+
+class FlowScores(NamedTuple):
+    """What a velocity makes of given steps. Differentiable."""
+
+    logprobs: Tensor  # [B, S] float32, nats per dimension
+    means: Tensor  # [B, S, C, h, w] float32, of the transitions
+
+
 @dataclass(slots=True)
 class RolloutGroup:
     """G samples of one prompt."""
@@ -69,7 +114,8 @@ class RolloutGroup:
     tokens: Tensor  # [G, T]
     rollout_logprobs: Tensor  # [G, T]
     action_mask: Tensor  # [G, T]
-    images: np.ndarray  # [G, H, W, 3] uint8 RGB
+    images: np.ndarray  # [G·M, H, W, 3] uint8 RGB
+    flow: FlowTrajectory | None = None  # of the G·M pictures, where the decoder trains
 
 
 @dataclass(slots=True)
@@ -111,6 +157,33 @@ class LossInputs:
     policy_weights: Tensor | None = None  # [B, N] factors of the policy term, not of the KL; None: all 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowLossInputs(LossInputs):
+    """Arguments of a policy loss over denoising steps, N = S. What tokens can only estimate is exact here: the
+    KL of a step is known from the two means. `*_kl` are nats per latent dimension, [B, S], with gradient."""
+
+    std: Tensor  # [S] or [B, S] standard deviation of the transition, sqrt(|dt|) included
+    dt: Tensor  # the same shape, change of sigma of the step
+    old_kl: Tensor | None = None  # against `old_logprobs`' policy; None: it is the present one, so 0
+    ref_kl: Tensor | None = None  # against the frozen reference; None without KL
+
+
+@dataclass(frozen=True, slots=True)
+class MatchingInputs:
+    """Arguments of a loss on the forward process: an action is a noise level with a noise, at which the network
+    is asked for the velocity of a finished sample. M of them per sample; velocities are [B, M, C, h, w]."""
+
+    velocity: Tensor  # with gradient
+    old_velocity: Tensor | None  # of the policy that drew the samples; None: the present one
+    ref_velocity: Tensor | None  # of the frozen reference; None without KL
+    latents: Tensor  # [B, C, h, w] the finished samples
+    noise: Tensor  # [B, M, C, h, w]; the network saw (1 - sigma) latents + sigma noise
+    sigma: Tensor  # [B, M] in (0, 1]
+    advantages: Tensor  # [B, M] or [B, 1]
+    action_mask: Tensor  # [B, M] bool
+    denominator: float
+
+
 @dataclass(frozen=True, slots=True)
 class LossOutput:
     """`loss` to call backward on; `metrics` are sums over the given actions, to be divided by
@@ -122,10 +195,12 @@ class LossOutput:
 
 @dataclass(slots=True)
 class RewardOutput:
-    """What a reward may return instead of a bare list. None or NaN marks a sample without a value."""
+    """What a reward may return instead of a bare list. None or NaN marks a sample without a value, and `reason`
+    says in one line why one of them has none."""
 
     rewards: Sequence[float | None]
     breakdown: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    reason: str | None = None
 
 
 @runtime_checkable
@@ -155,6 +230,7 @@ class RewardRequest:
     images: np.ndarray  # [B, H, W, 3] uint8 RGB
     columns: dict[str, list[Any]]
     group_size: int
+    step: int = 0  # of training, counted from 0: weights may depend on it
 
 
 @dataclass(slots=True)
@@ -165,6 +241,24 @@ class RewardScores:
     components: dict[str, np.ndarray]  # raw values by "<reward>" and "<reward>/<part>", [B] float64
     failures: dict[str, int]  # "<reward>" -> samples lost to errors, time-outs, None, NaN or inf
     reasons: dict[str, str]  # "<reward>" -> the last failure in one line
+    # What the total is made of, for algorithms that look at each reward: values by "<reward>" [B] float64 with
+    # gates applied, NaN where missing or not applicable, and their weights at this step.
+    gated: dict[str, np.ndarray] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckPicture:
+    """A picture whose worth is known, for checking rewards: what it answers and how.
+
+    `role` says what a good reward makes of it: `honest` answers the prompt; `graded` does so with a fault;
+    `degenerate` shows nothing, or leaves undone what was asked for; `hack` aims at the reward instead of the
+    prompt; `other` answers another prompt."""
+
+    kind: str  # such as "honest" or "one letter wrong"
+    role: str
+    prompt: Prompt
+    image: Image.Image  # RGB
 
 
 class RewardScorer(Protocol):
@@ -177,12 +271,38 @@ class RewardScorer(Protocol):
     def close(self) -> None: ...
 
 
+class FlowHalf(Protocol):
+    """The decoder as a policy over denoising steps. See `models.flow_policy`."""
+
+    @property
+    def trainable(self) -> nn.Module:
+        """forward(hidden [B, R, D], latents [B, N, C, h, w], sigma [B, N], guidance) -> velocity [B, N, C, h, w]"""
+        ...
+
+    def sample(
+        self, hidden: Tensor, noise: Tensor, step_noise: Tensor, sampling: FlowSampling
+    ) -> tuple[Tensor, FlowTrajectory]: ...
+
+    def schedule(self, sampling: FlowSampling) -> FlowSchedule: ...
+
+    def score(self, velocity: Tensor, latents: Tensor, schedule: FlowSchedule) -> FlowScores: ...
+
+    def reference_velocity(
+        self, hidden: Tensor, latents: Tensor, sigma: Tensor, guidance: float
+    ) -> Tensor: ...
+
+
 class Policy(Protocol):
     """An image generator with a trainable autoregressive half. See `models.image_policy`."""
 
     @property
     def trainable(self) -> nn.Module:
         """forward(prompt_ids, prompt_mask, tokens, temperature) -> TokenScores"""
+        ...
+
+    @property
+    def flow(self) -> FlowHalf | None:
+        """The decoder as a policy; None where it does not train."""
         ...
 
     @property
@@ -208,6 +328,10 @@ class Policy(Protocol):
     def decode(
         self, hidden: Tensor, noise: Tensor, guidance: float, steps: int, reference: Tensor | None = None
     ) -> Tensor: ...
+
+    def decode_steps(
+        self, hidden: Tensor, noise: Tensor, step_noise: Tensor, sampling: FlowSampling
+    ) -> tuple[Tensor, FlowTrajectory]: ...
 
     def reference_scores(
         self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, temperature: float

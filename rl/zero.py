@@ -119,8 +119,15 @@ def make_moments(module: Any, stage: int, updates: int) -> None:
     for partition in partitions:
         moments = {key: torch.zeros_like(partition) for key in MOMENTS}
         optimizer.optimizer.state[partition] = {"step": torch.tensor(float(updates)), **moments}
+    link_moments(module, stage)
+
+
+def link_moments(module: Any, stage: int) -> None:
+    """Let the getters and setters below find Adam's state. DeepSpeed does so itself for stages 1 and 2, but too early
+    where there are several parameter groups: before any but the first has a state."""
     if stage != 3:
-        optimizer._lazy_init_hp_params_optimizer_state()  # lets the setters below find it
+        module.optimizer._hp_optimizer_states_linked = False
+        module.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def scatter_moments(parameter: Any, moments: Mapping[str, Tensor]) -> None:

@@ -57,6 +57,11 @@ class Fixture:
         return self.tensors.get("reference_latents")
 
 
+def algorithms() -> dict[str, Tensor]:
+    """Advantages of verl, steps of flow_grpo, flow losses of verl-omni, on seeded tensors, by name."""
+    return load_file(FOLDER / "algorithms.safetensors")
+
+
 @cache
 def fixture(variant: str) -> Fixture:
     document = json.loads((FOLDER / f"{variant}.json").read_text(encoding="utf-8"))

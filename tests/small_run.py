@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rewards.scoring import score_request
 from rl.config import Recipe
 from rl.data import GroupedSampler
 from rl.engine import Engine
+from rl.halves import freeze_references, lr_factor, trained_module
 from rl.recipe import apply_override, validate_recipe
 from rl.rollout import RolloutEngine
 from rl.tiny_world import prompt_set
@@ -103,16 +104,17 @@ def small_trainer(
     recipe = validate_recipe(Recipe, recipe_data(Path("unused"), *overrides, f"rewards={named}"), "test")
     policy = policy or micro_policy()[0]
     engine = Engine(recipe.engine)
-    if recipe.model.lora:
-        lora = recipe.model.lora
-        policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
-    if recipe.algorithm.needs_reference:
-        policy.freeze_reference()
+    module = trained_module(policy, recipe)
+    freeze_references(policy, recipe)
     total = recipe.run.steps * recipe.algorithm.updates_per_rollout
-    engine.prepare(policy.trainable, recipe.optim, total, state)
+    engine.prepare(module, recipe.optim, total, state, partial(lr_factor, recipe))
     settings = recipe.rollout
     sampling = SamplingParams(
-        settings.temperature, settings.guidance, settings.flow_steps, settings.shared_noise
+        settings.temperature,
+        settings.guidance,
+        settings.flow_steps,
+        settings.shared_noise,
+        settings.decodes,
     )
     sampler = GroupedSampler(prompt_set("train", 32), settings.prompts_per_step, recipe.run.seed)
     rollout = RolloutEngine(policy, sampling, recipe.run.seed, engine.autocast)

@@ -20,8 +20,10 @@ from rewards.scoring import call_reward
 from rl.advantages import group_advantages
 from rl.cli import app
 from rl.config import Recipe
+from rl.flow_actor import PER_ACTION as FLOW_PER_ACTION
 from rl.pretrain_config import PretrainRecipe
-from rl.recipe import load_yaml_recipe
+from rl.recipe import RecipeModel, load_yaml_recipe
+from rl.sft_config import SFTRecipe
 from rl.step_metrics import OTHER_SUMS, PER_ACTION, update_metrics
 from rl.types import RewardRequest
 
@@ -58,8 +60,8 @@ def check_command(words: Sequence[str]) -> None:
         context = command.make_context(name, list(rest), parent=context)
     values = context.params
     if "recipe" in values:
-        schema = PretrainRecipe if words[0] == "pretrain" else Recipe
-        load_yaml_recipe(schema, values["recipe"], values["overrides"] or [])
+        schemas: dict[str, type[RecipeModel]] = {"pretrain": PretrainRecipe, "sft": SFTRecipe}
+        load_yaml_recipe(schemas.get(words[0], Recipe), values["recipe"], values["overrides"] or [])
 
 
 def example_rewards() -> list[tuple[str, str]]:
@@ -72,7 +74,7 @@ def test_recipe_keys_are_those_of_the_schemas() -> None:
     maker = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))
     text = maker["PAGE"].read_text(encoding="utf-8")
     assert text == maker["page"](text), "run: make docs"
-    assert text.count("| `run.steps` | required | integer ≥ 1 |") == 1
+    assert text.count("| `run.steps` | required | integer ≥ 1 |") == 2  # of train and of sft
     assert "| `optim.betas` | `[0.9, 0.999]` | list of 2 numbers |" in text
     assert maker["page"](text.replace("| required |", "| optional |")) == text
 
@@ -85,6 +87,9 @@ def test_metric_keys_are_those_of_the_trainer() -> None:
     logged |= {f"advantages/{name}" for name in group_advantages(torch.tensor([0.0, 1.0]), 2).metrics}
     logged |= {"kl/coef", "rollout/images", "rollout/resampled_groups"}  # of the trainer itself
     assert {key for key in logged if "/" in key} == described
+    decoder = {"updates", "loss", "lr", "logprob_diff_mean", "logprob_diff_max", "grad_norm", "grad_part"}
+    described = set(re.findall(r"`flow/(\w+)`", text))
+    assert decoder | set(FLOW_PER_ACTION.values()) == described
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

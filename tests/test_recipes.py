@@ -9,8 +9,9 @@ import pytest
 from rl.config import Recipe
 from rl.pretrain_config import PretrainRecipe
 from rl.recipe import RecipeModel, load_yaml_recipe, read_recipe
+from rl.sft_config import SFTRecipe
 
-SCHEMAS: dict[str, type[RecipeModel]] = {"train": Recipe, "pretrain": PretrainRecipe}
+SCHEMAS: dict[str, type[RecipeModel]] = {"train": Recipe, "pretrain": PretrainRecipe, "sft": SFTRecipe}
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.y*ml"))
 
 

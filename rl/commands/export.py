@@ -17,14 +17,17 @@ def export(
         bool, typer.Option("--adapter", help="keep a LoRA adapter instead of merging it")
     ] = False,
     dtype: Annotated[str, typer.Option(help="how weights are stored: fp32 or bf16")] = "fp32",
+    layout: Annotated[str, typer.Option(help="imagerl, blip3o, qwen3 or diffusers")] = "imagerl",
 ) -> None:
-    """Write a trained policy as a model folder and prove that it draws the same pictures."""
+    """Write a trained policy for others and prove that it does the same when it is loaded again."""
     import torch
 
+    from rl.export import LAYOUTS
     from rl.export import export as write_export
 
     dtypes = {"fp32": None, "bf16": torch.bfloat16}
     if dtype not in dtypes:
         raise ImageRLError(f"--dtype must be fp32 or bf16, not {dtype!r}")
-    provenance = write_export(source, target, adapter, dtypes[dtype])
-    print(f"{target}: step {provenance['step']}, reloaded and proved equal in tokens and pixels")
+    provenance = write_export(source, target, adapter, dtypes[dtype], layout)
+    proved = " and ".join(key.removesuffix("_sha256") for key in provenance["proof"] if key != "prompts")
+    print(f"{target}: step {provenance['step']}, {LAYOUTS[layout]}; reloaded and proved equal in {proved}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -62,9 +63,9 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     from rl.data import GroupedSampler, load_prompt_set, refuse_overlap
     from rl.engine import Engine
     from rl.environment import write_environment
+    from rl.halves import freeze_references, lr_factor, trained_module
     from rl.rollout import RolloutEngine
     from rl.run import Run, RunFolder
-    from rl.seeding import derive_seed
     from rl.trainer import Trainer
     from rl.types import SamplingParams
 
@@ -86,16 +87,12 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
         else:
             on_main(engine, folder.refuse_foreign if overwrite else folder.refuse_run)
         checkpoint = load_checkpoint(newest) if newest else None
-        policy, _ = load_policy(recipe.model.path, engine.device)
+        storage = torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
+        policy, _ = load_policy(recipe.model.path, engine.device, storage)
         if recipe.engine.precision == "bf16":
             policy.sampler_dtype = torch.bfloat16
-        if recipe.model.lora:
-            lora = recipe.model.lora
-            torch.manual_seed(derive_seed(recipe.run.seed, "lora"))  # adapters begin at random
-            policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
-        policy.trainable.freeze(recipe.model.freeze)
-        if recipe.algorithm.needs_reference:
-            policy.freeze_reference()
+        module = trained_module(policy, recipe)
+        freeze_references(policy, recipe)
         scorer = RewardWorkers(
             [spec.model_dump() for spec in recipe.rewards.functions],
             gold=[spec.model_dump() for spec in recipe.gold],
@@ -105,20 +102,26 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
             columns=prompts.columns,
         )
         engine.prepare(
-            policy.trainable,
+            module,
             recipe.optim,
             recipe.run.steps * recipe.algorithm.updates_per_rollout,
             checkpoint.tensors if checkpoint else None,
+            partial(lr_factor, recipe),
         )
         settings = recipe.rollout
         sampling = SamplingParams(
-            settings.temperature, settings.guidance, settings.flow_steps, settings.shared_noise
+            settings.temperature,
+            settings.guidance,
+            settings.flow_steps,
+            settings.shared_noise,
+            settings.decodes,
         )
         rollout = RolloutEngine(policy, sampling, recipe.run.seed, engine.autocast)
         shown = replace(
             sampling,
             guidance=sampling.guidance if recipe.eval.guidance is None else recipe.eval.guidance,
             flow_steps=recipe.eval.flow_steps or sampling.flow_steps,
+            decodes=1,
         )
         eval_rollout = RolloutEngine(policy, shown, recipe.eval.seed, engine.autocast)
         trainer = Trainer(recipe, policy, scorer, sampler, rollout, engine)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from models.adapters import save_adapter
 from models.image_policy import ImagePolicy
-from models.loading import full_state, load_policy, model_folder, save_adapter, save_policy
+from models.loading import full_state, load_policy, model_folder, save_policy
 from rl.types import ImageRLError
 from tests.micro import micro_folder, micro_policy
 from tests.models.helpers import CAPTIONS, add_lively_lora, lively_policy, stir, uniforms

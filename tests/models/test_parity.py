@@ -11,7 +11,7 @@ from torch import Tensor
 from models import flow_decoder, sana
 from models.ar_sampler import TokenSampler
 from models.image_policy import ImagePolicy
-from models.loading import full_shapes
+from models.weights import full_state
 from tests.parity import VARIANTS, Fixture, fixture, policy_of
 
 TOLERANCE = 1e-5
@@ -62,7 +62,7 @@ def drawn(given: Fixture, policy: ImagePolicy) -> tuple[Tensor, list[Tensor]]:
 
 
 def test_keys_and_shapes_are_the_published_ones(given: Fixture, policy: ImagePolicy) -> None:
-    assert full_shapes(policy) == given.shapes
+    assert {name: tuple(t.shape) for name, t in full_state(policy).items()} == given.shapes
 
 
 def test_hidden_states(given: Fixture, hidden: Tensor) -> None:

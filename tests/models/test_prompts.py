@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -100,6 +102,21 @@ def test_prompts_are_padded_on_the_left(policy: ImagePolicy) -> None:
 def test_what_cannot_be_a_prompt_is_refused(prompts: PromptEncoder, build: object, message: str) -> None:
     with pytest.raises(ImageRLError, match=message):
         build(prompts)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        ("{{ messages[0].content }}", "shows the user's words 0 times"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "2 times"),
+    ],
+)
+def test_a_wrong_template_is_told(policy: ImagePolicy, template: str | None, message: str) -> None:
+    tokenizer = copy.deepcopy(policy.text_tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(ImageRLError, match=message):
+        PromptEncoder(tokenizer, policy.vocabulary)
 
 
 def test_a_tokenizer_that_knows_no_pictures_is_told_in_words(policy: ImagePolicy) -> None:

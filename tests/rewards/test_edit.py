@@ -33,8 +33,10 @@ def score(reward: EditReward, images: list[Image.Image], prompts: list[Prompt] =
 def test_the_perfect_edit_scores_one_in_everything(reward: EditReward) -> None:
     output = score(reward, [prompt.columns["ideal"] for prompt in PROMPTS])
     assert output.rewards == [1.0] * 6
-    for name in ("success", "exact_match", "ink", "background", "kept_similarity"):
-        assert output.breakdown[name] == pytest.approx([1.0] * 6)
+    for name in ("success", "exact_match", "ink", "background"):
+        assert output.breakdown[name] == [1.0] * 6
+    alike = [value for value in output.breakdown["kept_similarity"] if value is not None]
+    assert len(alike) >= 4 and alike == pytest.approx([1.0] * len(alike))
     assert output.breakdown["kept_error"] == [0.0] * 6
     for part in PARTS:
         wanted = [1.0 if prompt.columns["edited"] == part else None for prompt in PROMPTS]
@@ -67,11 +69,11 @@ def test_fidelity_looks_only_where_nothing_had_to_change() -> None:
     kept = (np.asarray(reference) == np.asarray(ideal)).all(-1)
     pixels[~kept] = 0
     error, likeness = kept_fidelity(pixels, reference, ideal)
-    assert error == 0.0 and likeness is not None and likeness < 1.0
+    assert error == 0.0 and likeness == pytest.approx(1.0)
     pixels = np.asarray(ideal).copy()
     pixels[kept] = np.where(pixels[kept] > 100, pixels[kept] - 51, pixels[kept] + 51)
-    error, _ = kept_fidelity(pixels, reference, ideal)
-    assert error == pytest.approx(0.2)
+    error, likeness = kept_fidelity(pixels, reference, ideal)
+    assert error == pytest.approx(0.2) and likeness is not None and likeness < 0.99
 
 
 def test_fidelity_is_unknown_where_everything_had_to_change() -> None:

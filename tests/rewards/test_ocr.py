@@ -1,5 +1,6 @@
 """The OCR score by hand, and the real PaddleOCR on rendered words."""
 
+import io
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,11 +10,12 @@ import pytest
 from PIL import Image
 
 from rewards import ocr_engine
-from rewards.base import as_trl_reward
-from rewards.ocr import OCRReward, exact_match, join_lines, quoted_text, score_text
+from rewards.base import LoadedReward, as_trl_reward
+from rewards.ocr import OCRReward, exact_match, join_lines, quoted_text, score_text, target_of
 from rewards.ocr_engine import RECOGNISER, Line, model_folder, wheel_models
+from rewards.scoring import score_request
 from rl import tiny_world
-from rl.types import ImageRLError
+from rl.types import ImageRLError, RewardRequest
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,51 @@ def test_blank_target_has_no_score() -> None:
         score_text("x", " ")
 
 
+@pytest.mark.parametrize(
+    ("read", "target"),
+    [
+        ("Don't walk", "Don’t walk"),  # straight and curly
+        ('say "hi"', "say “hi”"),
+        ("CAFÉ", "cafe\u0301"),  # composed and decomposed
+        ("ＳＴＯＰ！", "stop!"),  # full width
+        ("9-17", "9–17"),
+        ("STOP", "STOP 🛑"),
+        ("STOP", "ST\u200bOP\ufe0f"),  # invisible
+        ("止まれ", "止まれ"),
+    ],
+)
+def test_characters_that_look_alike_are_one(read: str, target: str) -> None:
+    assert score_text(read, target) == 1.0
+    assert exact_match(read, target) == 1.0
+
+
+def test_letters_stay_apart() -> None:
+    assert score_text("O", "0") == 0.0
+    assert score_text("cafe", "café") == 0.75
+    assert score_text("a.b", "a-b") == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt", "text"),
+    [
+        ("CAT", 'says "DOG"', "CAT"),
+        (247, "", "247"),
+        (None, 'says "DOG"', "DOG"),
+        ("", 'says "DOG"', "DOG"),
+        (" ", "says", None),
+        ('say "hi"', "", 'say "hi"'),
+    ],
+)
+def test_target_of(given: object, prompt: str, text: str | None) -> None:
+    assert target_of(given, prompt) == text
+
+
+def test_a_target_that_is_no_text_stops_the_run() -> None:
+    for wrong in (["A"], True, {"text": "A"}):
+        with pytest.raises(ImageRLError, match="the column target must hold texts, not"):
+            target_of(wrong, "")
+
+
 def test_exact_match_does_not_forgive_surroundings() -> None:
     assert exact_match("s Top", "STOP") == 1.0
     assert exact_match("STOPS", "STOP") == 0.0
@@ -56,6 +103,10 @@ def test_exact_match_does_not_forgive_surroundings() -> None:
         ('a 6" pipe and a 5" pipe', None),
         ('an empty "" sign, then "A"', "A"),
         ("no quotes at all", None),
+        ("", None),
+        ("ein Schild „HALT“ in Rot", "HALT"),
+        ("un panneau « STOP » rouge", " STOP "),
+        ("看板「止まれ」", "止まれ"),
     ],
 )
 def test_quoted_text(prompt: str, text: str | None) -> None:
@@ -111,6 +162,49 @@ def test_target_column_wins_and_nothing_asked_is_none(recognise: OCRReward) -> N
     )
     assert list(output.rewards) == [1.0, 1.0, None]
     assert list(output.breakdown["exact_match"]) == [1.0, 1.0, None]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "reason"),
+    [
+        ("a cat", None, "no column target and no quoted text in 'a cat'"),
+        ("", " ", "no column target and no quoted text in ''"),
+        ("a sign", "🛑", "the target '🛑' holds nothing that can be read"),
+        ("a sign", "СТОП", "the OCR model has no character 'с', which the target 'СТОП' asks for"),
+        ('says "ก"', None, "the OCR model has no character 'ก', which the target 'ก' asks for"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:reward 'ocr'")
+def test_what_cannot_be_read_has_no_value_and_a_reason(
+    recognise: OCRReward, prompt: str, target: str | None, reason: str
+) -> None:
+    """A zero would teach that every picture of such a prompt is bad."""
+    reward = LoadedReward("ocr", recognise)
+    image = np.zeros((2, 32, 64, 3), np.uint8)
+    scores = score_request(
+        [reward], RewardRequest([prompt] * 2, [[]] * 2, image, {"target": [target] * 2}, group_size=2)
+    )
+    assert np.isnan(scores.totals).all() and scores.reasons == {"ocr": reason}
+
+
+def test_a_script_that_is_not_known_is_told_once(recognise: OCRReward) -> None:
+    image = Image.new("RGB", (64, 32))
+    with pytest.warns(UserWarning, match="has no character 'ж'"):
+        assert list(recognise(prompts=["x"], images=[image], target=["Ж"]).rewards) == [None]
+
+
+def test_corrupt_pictures_are_one_line(recognise: OCRReward) -> None:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "PNG")
+    cut = Image.open(io.BytesIO(buffer.getvalue()[:2000]))
+    good = Image.new("RGB", (64, 32))
+    with pytest.raises(ValueError, match=r"^picture 2 cannot be decoded \(OSError: .*truncated"):
+        recognise(prompts=["", ""], images=[good, cut], target=["A", "A"])
+    with pytest.raises(ValueError, match=r"^picture 1 is empty: 0×5 pixels$"):
+        recognise(prompts=[""], images=[Image.new("RGB", (0, 5))], target=["A"])
+    with pytest.raises(ValueError, match=r"^picture 1 cannot be decoded \(AttributeError"):
+        recognise(prompts=[""], images=[None], target=["A"])  # type: ignore[list-item]
 
 
 def test_floor_hides_what_the_engine_doubts(recognise: OCRReward) -> None:

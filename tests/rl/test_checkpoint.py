@@ -298,6 +298,7 @@ def train(
         schedule="cosine",
         warmup_steps=1,
         decay_share=1.0,
+        min_lr=0.0,
         max_grad_norm=0.5,
     )
     engine.prepare(net, optim, 6, state=state)  # type: ignore[arg-type]

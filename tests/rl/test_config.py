@@ -169,6 +169,20 @@ def test_mistakes_name_the_key_and_the_way_out(path: Path, override: str, parts:
         (["rewards.0.weight=0"], "the weights are all 0"),
         (["rewards=[{weight: 1.0}]"], "exactly one of name and import_path"),
         (["rewards=[{import_path: redness}]"], "should look like file.py:function"),
+        (["rewards=[{import_path: 'x.py:exact_match'}]"], 'cannot be called "exact_match"'),
+        (["gold=[{import_path: 'x.py:reward'}]"], 'cannot be called "reward"'),
+        (["rewards.0.weight={}"], "needs steps from 0 on"),
+        (["rewards.0.weight={-1: 1.0}"], "needs steps from 0 on"),
+        (["rewards.0.weight={0: 0.0, 9: 0}"], "the weights are all 0"),
+        (["rewards.0.weight={0: high}"], '"rewards.functions.0.weight"'),
+        (["rewards.0.gate={by: ocr, at_least: 1}"], "which is no other reward; there is: none"),
+        (
+            ["rewards=[{name: a, gate: {by: c/x, at_least: 1}}, {name: b}]"],
+            'the gate of "a" asks for "c/x", which is no other reward; there is: b',
+        ),
+        (["rewards=[{name: a, gate: {by: b}}, {name: b}]"], "exactly one of at_least and at_most"),
+        (["rewards=[{name: a, gate: {by: b, above: 1}}, {name: b}]"], '"rewards.functions.0.gate.above"'),
+        (["gold=[{name: a, weight: {0: 1}}]"], "enters no total; remove its gate and schedule"),
         (["gold=[{name: ocr}]"], "a gold metric must not be"),
         (["gold=[{name: a}, {name: a}]"], "two gold metrics"),
         (["data.train.path=x.txt"], "exactly one of name and path"),
@@ -188,7 +202,7 @@ def test_the_possible_neighbours_pass(path: Path) -> None:
     overrides = [
         "engine.name=deepspeed",
         "rollout.decode_chunk=4",
-        "rewards=[{name: a, weight: 1.0}, {name: b, weight: -1.0}]",
+        "rewards=[{name: a, weight: {0: 1, 5: 0.0}}, {name: b, weight: -1.0, gate: {by: a/part, at_most: 1}}]",
     ]
     recipe = load_recipe(path, [*overrides, "optim.warmup_steps=10", "algorithm.updates_per_rollout=2"])
     assert recipe.engine.zero_stage == 1

@@ -32,6 +32,7 @@ def optim(**changes: Any) -> Any:
         "eps": 1e-8,
         "weight_decay": 0.01,
         "schedule": "cosine",
+        "min_lr": 0.0,
         "warmup_steps": 1,
         "decay_share": 1.0,
         "max_grad_norm": 1.0,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from models.image_policy import ImagePolicy
+from rl.errors import ImageRLError
 from rl.evaluate import Evaluation, evaluate
 from rl.rollout import RolloutEngine
 from rl.tiny_world import prompt_set
@@ -112,3 +113,22 @@ def test_two_policies_are_compared_on_the_same_random_numbers(policy: ImagePolic
         rollout = Watched(candidate, SamplingParams(flow_steps=1), 0, nullcontext)
         evaluate("ocr", PROMPTS, rollout, Brightness(), 5)
     assert (seen[0] == seen[1]).all()
+
+
+def test_a_reward_cannot_overwrite_a_field(policy: ImagePolicy) -> None:
+    """`exact_match` is a part of the suite's reward, `index` and `prompt` are the row's own."""
+
+    class Clashing(Brightness):
+        def __init__(self, label: str) -> None:
+            super().__init__()
+            self.label = label
+
+        def collect(self, ticket: int) -> RewardScores:
+            scores = super().collect(ticket)
+            scores.components[self.label] = scores.totals
+            return scores
+
+    rollout = RolloutEngine(policy, SamplingParams(flow_steps=2), 0, nullcontext)
+    for label in ("exact_match", "index", "prompt", "reward"):
+        with pytest.raises(ImageRLError, match=f"reward '{label}': an evaluation of 'ocr' has another field"):
+            evaluate("ocr", PROMPTS[:1], rollout, Clashing(label), 1)

@@ -186,7 +186,7 @@ def test_another_model_under_the_run_is_noticed(place: Path, tmp_path: Path) -> 
     checkpoint = load_checkpoint(place / "full" / "checkpoints" / "step_000002").tensors["model"]
     policy, _ = load_policy(str(micro_folder(tmp_path / "wider", hidden_size=64)))
     with pytest.raises(ImageRLError, match=r"does not fit the model; was model\.path replaced since"):
-        export_module.load_trained(policy, checkpoint)
+        export_module.load_trained(policy.trainable, checkpoint)
 
 
 def test_provenance_tells_the_truth(place: Path, exported: Path) -> None:
@@ -226,3 +226,28 @@ def test_sample_and_eval_take_an_export(
     assert (result["suite"], result["n"], result["model"]) == ("ocr", 6, str(exported))
     values = [row["low_tokens"] for row in result["per_prompt"]]
     assert result["metrics"]["low_tokens"]["mean"] == pytest.approx(np.mean(values))
+
+
+@pytest.mark.parametrize(
+    "flow", ["{name: nft, lora: {r: 2, target_modules: [to_q, to_v]}}", "{joint: true, max_logprob_diff: 1}"]
+)
+def test_an_export_holds_the_trained_decoder(place: Path, tmp_path: Path, flow: str) -> None:
+    overrides = (f"algorithm.flow={flow}", "rollout.flow_steps=2", f"run.output_dir={tmp_path / 'run'}")
+    recipe = write_recipe(place, *overrides, "run.steps=1", "optim.lr=0.02", "algorithm.kl_coef=0")
+    assert call("train", str(recipe)) == 0
+    export(tmp_path / "run", tmp_path / "out")
+    exported, base = load_policy(str(tmp_path / "out"))[0], load_policy(str(place / "model"))[0]
+    ours, theirs = exported.decoder.state_dict(), base.decoder.state_dict()
+    assert ours.keys() == theirs.keys()
+    changed = {name.split(".")[0] for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert changed == ({"sana"} if "lora" in flow else {"sana", "connector"})
+    joint = "joint" in flow
+    tokens = zip(exported.trainable.parameters(), base.trainable.parameters(), strict=True)
+    assert any(not torch.equal(one, other) for one, other in tokens) == joint
+    assert main_error(tmp_path / "run", tmp_path / "adapter") == "export without --adapter"
+
+
+def main_error(source: Path, target: Path) -> str:
+    with pytest.raises(ImageRLError) as caught:
+        export(source, target, adapter_only=True)
+    return str(caught.value).rpartition("; ")[2]

@@ -163,7 +163,7 @@ def test_decoder_noise_can_be_shared_within_a_group(policy: ImagePolicy) -> None
 
 def test_temperature_and_guidance_reach_the_policy(policy: ImagePolicy) -> None:
     plain, cold, strong = (
-        draw(engine(policy, **sampling)) for sampling in ({}, {"temperature": 1e-3}, {"guidance": 7.0})
+        draw(engine(policy, **sampling)) for sampling in ({}, {"temperature": 1e-5}, {"guidance": 7.0})
     )
     certain = torch.cat([group.rollout_logprobs for group in cold]).abs() < 0.05
     assert certain.float().mean() > 0.9  # but for near ties

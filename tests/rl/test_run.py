@@ -198,6 +198,23 @@ def call(*given: str) -> int:
     return int(ended.value.code or 0)
 
 
+def test_what_an_algorithm_remembers_is_part_of_a_checkpoint(place: Path) -> None:
+    options = (
+        *("algorithm.kl_target=0.0001", "algorithm.reference_every=2", "algorithm.baseline=moving_average"),
+        *("algorithm.scale_rewards=batch", "checkpoint.every=0"),
+    )
+    for run, steps, more in (("remember", 4, ()), ("parts", 3, ()), ("parts", 4, ("--resume",))):
+        assert call(*arguments(place, "full", run, f"run.steps={steps}", *options, *more)) == 0
+    whole, parts = ([r for r in measured(place / run) if "loss" in r] for run in ("remember", "parts"))
+    assert whole == parts and len({r["kl/coef"] for r in whole}) == 4
+    for file in ("model", "optimizer", "reference"):
+        one, other = (
+            place / run / "checkpoints" / "step_000004" / f"{file}.safetensors"
+            for run in ("remember", "parts")
+        )
+        assert one.read_bytes() == other.read_bytes()
+
+
 def test_resuming_a_finished_run_repeats_its_result(
     place: Path, undisturbed: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,7 +72,7 @@ def varied_from(first: int) -> Any:
 
 def test_silent_groups_give_way_to_other_prompts() -> None:
     overrides = ("algorithm.name=dapo", "algorithm.max_resamples=3")
-    trainer = small_trainer(*overrides, reward=varied_from(3))
+    trainer = small_trainer(*overrides, scored=varied_from(3))
     calls = watch_loss(trainer)
     drawn: list[int] = []
     submit = trainer.scorer.submit
@@ -88,10 +88,10 @@ def test_silent_groups_give_way_to_other_prompts() -> None:
     assert metrics["advantages/zero_variance_groups"] == 0 and metrics["advantages/groups"] == 2
     ((inputs, _),) = calls
     assert inputs.advantages.ne(0).any(dim=1).view(2, 4).any(dim=1).all()
-    again = small_trainer(*overrides, reward=varied_from(3))
+    again = small_trainer(*overrides, scored=varied_from(3))
     assert measured(again, range(1))[0] == {k: v for k, v in metrics.items() if not is_timing(k)}
     assert largest_difference(weights(trainer), weights(again)) == 0
-    plain = small_trainer(*overrides, "algorithm.max_resamples=0", reward=varied_from(3)).step(0)
+    plain = small_trainer(*overrides, "algorithm.max_resamples=0", scored=varied_from(3)).step(0)
     assert plain["advantages/zero_variance_groups"] == 2 and "rollout/resampled_groups" not in plain
 
 

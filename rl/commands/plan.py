@@ -1,0 +1,139 @@
+"""`imagerl plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rl.commands.options import Overrides
+from rl.config import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from rl.plan import Plan
+
+GPU_COUNTS = (1, 2, 4, 8)
+TEMPLATE_TOKENS, LETTERS_PER_TOKEN = 40, 3  # of prompts, where the text tokenizer is not at hand
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="recipe YAML")],
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="number of GPUs; default: 1, 2, 4 and 8")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(min=0.1, help="GiB of one GPU")] = None,
+) -> None:
+    """Work out the memory a recipe needs on each GPU, without weights and without a GPU."""
+    from rl.plan import table
+
+    settings = load_recipe(recipe, overrides or [])
+    print(table(plans(settings, [gpus] if gpus else GPU_COUNTS), gpu_memory))
+
+
+def plans(recipe: Recipe, gpu_counts: Sequence[int], prompt_tokens: int | None = None) -> list[Plan]:
+    """A plan for each number of GPUs that can share a step's prompts. Raises ImageRLError when none can."""
+    from rl.memory import Bytes, StepShape, at_depth, decoder_bytes, language_model_bytes
+    from rl.plan import make_plan, step_shape
+
+    config = model_config(recipe.model.path)
+    tokenizer = _tokenizer_parameters(config)
+    positions = int(config["num_image_positions"])
+    prompt_tokens = prompt_tokens or longest_prompt(recipe)
+    lora, freeze = recipe.model.lora, recipe.model.freeze
+    adapters = None
+    if lora is not None:
+        adapters = {
+            "rank": lora.r,
+            "alpha": lora.alpha,
+            "dropout": lora.dropout,
+            "target_modules": lora.target_modules,
+        }
+    known: dict[StepShape, tuple[Bytes, Bytes]] = {}
+
+    def costs(shape: StepShape) -> tuple[Bytes, Bytes]:
+        if shape not in known:
+            layers = int(config["qwen3"]["num_hidden_layers"])
+
+            def language(depth: int) -> Bytes:
+                return language_model_bytes(_without_weights(config, depth, 1), shape, adapters, freeze)
+
+            def decoder(depth: int) -> Bytes:
+                return decoder_bytes(_without_weights(config, 1, depth), shape)
+
+            # a pattern may name a layer that a shallow model has not
+            known[shape] = (
+                language(layers) if freeze else at_depth(language, layers),
+                at_depth(decoder, int(config["sana"]["num_layers"])),
+            )
+        return known[shape]
+
+    possible = [count for count in gpu_counts if recipe.rollout.prompts_per_step % count == 0]
+    found = []
+    for count in possible or gpu_counts[:1]:
+        shape = step_shape(recipe, count, prompt_tokens, positions)
+        found.append(make_plan(recipe, count, shape, *costs(shape), tokenizer))
+    return found
+
+
+def model_config(path: str) -> dict[str, Any]:
+    """The config behind `model.path`. Of published checkpoints that are not here the sizes are known."""
+    from models.adapters import ADAPTER_CONFIG, adapter_base
+    from models.loading import model_folder, read_config
+    from models.published import HUB_NAMES, from_published, full_size_config, is_published
+    from models.shards import Shards
+
+    name = path.partition("@")[0]
+    if name in HUB_NAMES:
+        return full_size_config(edit="edit" in name)
+    folder = model_folder(path)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return model_config(adapter_base(folder))
+    config = read_config(folder)
+    return from_published(config, Shards(folder).shapes) if is_published(config) else config
+
+
+def longest_prompt(recipe: Recipe) -> int:
+    """Tokens of the longest training prompt, template included; estimated for a model that is not here."""
+    from pathlib import Path
+
+    from models.ar import ImageVocabulary
+    from models.loading import load_text_tokenizer, model_folder
+    from models.prompts import PromptEncoder
+    from models.published import HUB_NAMES
+    from rl.data import load_prompt_set
+
+    texts = [prompt.text for prompt in load_prompt_set(recipe.data.train)]
+    path = recipe.model.path
+    if path.partition("@")[0] in HUB_NAMES and not Path(path).is_dir():
+        return TEMPLATE_TOKENS + max(map(len, texts)) // LETTERS_PER_TOKEN
+    vocabulary = ImageVocabulary.from_config(model_config(path))
+    longest = sorted(texts, key=len)[-100:]
+    return max(map(len, PromptEncoder(load_text_tokenizer(model_folder(path)), vocabulary).captions(longest)))
+
+
+def _without_weights(config: Mapping[str, Any], layers: int, decoder_layers: int) -> Any:
+    """The policy without its image tokenizer, of any depth."""
+    from models.weights import empty_policy
+
+    parts = {key: value for key, value in config.items() if key not in ("ta_tok", "image_tokenizer")}
+    # a list of one entry per layer would contradict the depth
+    qwen3 = {
+        key: value
+        for key, value in config["qwen3"].items()
+        if key not in ("layer_types", "max_window_layers")
+    }
+    sized = {
+        "qwen3": {**qwen3, "num_hidden_layers": layers},
+        "sana": {**config["sana"], "num_layers": decoder_layers},
+    }
+    return empty_policy({**parts, **sized}, None)
+
+
+def _tokenizer_parameters(config: Mapping[str, Any]) -> float:
+    from accelerate import init_empty_weights
+
+    from models.building import build_image_tokenizer
+
+    with init_empty_weights(include_buffers=False):
+        tokenizer = build_image_tokenizer(config)
+    return float(sum(parameter.numel() for parameter in tokenizer.parameters())) if tokenizer else 0.0

@@ -1,0 +1,151 @@
+"""`imagerl sft`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rl.commands.options import Overrides
+from rl.commands.train import on_main
+from rl.errors import ImageRLError
+from rl.sft_config import ImageDataConfig, SFTRecipe, SourceConfig, load_sft_recipe
+
+if TYPE_CHECKING:
+    from rl.image_data import ShuffledSource
+    from rl.image_files import Limits
+
+
+def sft(
+    recipe: Annotated[str, typer.Argument(help="fine-tuning recipe YAML")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in run.output_dir")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in run.output_dir")] = False,
+) -> None:
+    """Fine-tune a model on pictures with captions."""
+    settings = load_sft_recipe(recipe, overrides or [])
+    if resume and overwrite:
+        raise ImageRLError("--resume continues the run and --overwrite deletes it; give only one")
+    comparison = run_sft(settings, resume, overwrite)
+    if comparison:
+        print(closing_line(comparison))
+
+
+def closing_line(comparison: Mapping[str, Any]) -> str:
+    """Held-out losses before → after."""
+    parts = []
+    for name in ("cross_entropy", "flow"):
+        result = comparison[name]
+        gap = result["difference"]
+        parts.append(
+            f"{name.replace('_', ' ')} {result['before']:.4f} → {result['after']:.4f} "
+            f"({gap.mean:+.4f}, 95 % interval {gap.low:+.4f} to {gap.high:+.4f})"
+        )
+    return f"held-out, n={gap.n}: {'; '.join(parts)}"
+
+
+def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
+    """Put a run together and execute it; returns the held-out comparison (empty when nothing is held out), None when
+    it was stopped early and on all but the main process."""
+    import torch
+
+    from models.loading import load_policy, save_policy
+    from rl.checkpoint import load_checkpoint
+    from rl.engine import Engine
+    from rl.environment import write_environment
+    from rl.image_data import ImageStream, first_examples
+    from rl.image_files import load_example
+    from rl.rollout import RolloutEngine
+    from rl.run import RunFolder
+    from rl.sft import Collator, SFTTrainer
+    from rl.sft_objective import SFTModule, part_of
+    from rl.sft_run import SFTRun
+    from rl.types import SamplingParams
+
+    data, seed = recipe.data, recipe.run.seed
+    train_sources = open_sources(data.train, data, seed)
+    heldout_sources = open_sources(data.heldout, data, seed)
+    folder = RunFolder(recipe.run.output_dir)
+    engine = Engine(recipe.engine)
+    stream = None
+    try:
+        if data.batch_size % engine.world_size:
+            raise ImageRLError(
+                f"data.batch_size ({data.batch_size}) must be divisible by the {engine.world_size} processes"
+            )
+        newest = None
+        if resume:
+            newest = on_main(engine, lambda: folder.resumable(recipe))
+        else:
+            on_main(engine, folder.refuse_foreign if overwrite else folder.refuse_run)
+        checkpoint = load_checkpoint(newest) if newest else None
+        policy, config = load_policy(recipe.model.path, engine.device)
+        policy.require_tokenizer()
+        load = partial(load_example, size=policy.decoder.picture_size, limits=limits(data))
+        heldout, counts = first_examples(heldout_sources, recipe.eval.size, load)
+        counts.refuse(data.max_bad_share)
+        if heldout_sources and not heldout:
+            raise ImageRLError(f"data.heldout holds no usable sample: {dict(counts.bad) or 'no files'}")
+        module = SFTModule(policy, recipe.objective.on_prompt, recipe.objective.flow_weight > 0)
+        module.choose(recipe.train, seed)
+        engine.prepare(
+            module,
+            recipe.optim,
+            recipe.run.steps,
+            checkpoint.tensors if checkpoint else None,
+            lambda name: recipe.optim.factor(part_of(name)),
+        )
+        stream = ImageStream(
+            train_sources,
+            [source.weight for source in data.train],
+            seed,
+            load,
+            rank=engine.rank,
+            world_size=engine.world_size,
+            workers=data.workers,
+            ahead=data.batch_size // engine.world_size if data.workers else 0,
+            max_bad_share=data.max_bad_share,
+            states=checkpoint.state["data"] if checkpoint else None,
+        )
+        trainer = SFTTrainer(recipe, module, stream, Collator(policy, engine), engine)
+        defaults = config["sampling"]
+        sampling = SamplingParams(1.0, defaults["guidance"], defaults["flow_steps"])
+        rollout = RolloutEngine(policy, sampling, recipe.eval.seed, engine.autocast)
+
+        def save_model(target: Path) -> None:
+            save_policy(policy, target, config, torch.bfloat16 if recipe.run.model_dtype == "bf16" else None)
+            origin = {"base_model": recipe.model.path, "recipe": recipe.model_dump(mode="json")}
+            (target / "provenance.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+
+        def begin() -> None:
+            folder.begin(recipe, overwrite)
+            write_environment(folder.path, sys.argv)
+
+        on_main(engine, begin)
+        run = SFTRun(recipe, folder, trainer, heldout, rollout, checkpoint, save_model)
+        return run.execute(resume)
+    finally:
+        if stream is not None:
+            stream.close()
+        engine.close()
+
+
+def open_sources(configs: Sequence[SourceConfig], data: ImageDataConfig, seed: int) -> list[ShuffledSource]:
+    from rl.image_data import ShuffledSource
+    from rl.image_sources import open_source
+
+    return [
+        ShuffledSource(one.path, open_source(one.path, one.caption_field), seed, number, data.open_shards)
+        for number, one in enumerate(configs)
+    ]
+
+
+def limits(data: ImageDataConfig) -> Limits:
+    from rl.image_files import Limits
+
+    return Limits(data.max_pixels, data.min_side, data.max_aspect, data.max_caption_chars)
