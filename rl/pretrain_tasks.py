@@ -73,9 +73,9 @@ def editing_loss(policy: Any, stage: TasksStage, seed: int, step: int, count: in
 def reading_loss(policy: Any, stage: TasksStage, seed: int, step: int, count: int) -> Tensor:
     batch = questions(seed, "tasks", step, count, stage.question_text_share, stage.fonts)
     shown = policy.image_tokenizer.encode(pictures([question.scene for question in batch]).to(policy.device))
-    prompt = policy.encode_questions([question.text for question in batch], shown)
+    ids, mask = policy.encode_questions([question.text for question in batch], shown)
     answers = answer_rows(policy.text_tokenizer, [question.answer for question in batch])
-    return answer_loss(policy.trainable.lm, *prompt, answers.to(policy.device))
+    return answer_loss(policy.trainable.lm, ids, mask, answers.to(policy.device))
 
 
 def task_sizes(stage: TasksStage) -> dict[str, int]:

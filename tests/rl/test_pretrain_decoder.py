@@ -64,7 +64,7 @@ def test_a_new_decoder_learns_while_all_else_stays() -> None:
 
 
 def test_kept_edits_are_those_of_inference() -> None:
-    policy = edit_policy()
+    policy = edit_policy()[0]
     kept = kept_edits(policy, decoder_stage())
     batch = edits(5, "cache", 0, 64, 1 / 3)
     wanted, shown = (pictures([getattr(edit, which) for edit in batch]) for which in ("result", "source"))
@@ -79,7 +79,7 @@ def test_kept_edits_are_those_of_inference() -> None:
 
 
 def test_a_decoder_goes_on_learning_captions_and_edits() -> None:
-    policy = edit_policy()
+    policy = edit_policy()[0]
     decoder = policy.decoder
     before = [p.clone() for p in params(policy.trainable, decoder.vae)]
     connector = [p.clone() for p in params(decoder.require_edit())]
@@ -94,7 +94,7 @@ def test_a_decoder_goes_on_learning_captions_and_edits() -> None:
 
 
 def test_captions_and_edits_get_their_shares_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = edit_policy()
+    policy = edit_policy()[0]
     seen: list[tuple[int, int | None]] = []
     plain = policy.decoder.flow_loss
 

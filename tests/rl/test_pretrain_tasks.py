@@ -28,7 +28,7 @@ from tests.models.helpers import edit_policy
 
 @pytest.fixture(scope="module")
 def policy() -> ImagePolicy:
-    return edit_policy()
+    return edit_policy()[0]
 
 
 def stage(**changes: Any) -> TasksStage:
@@ -85,7 +85,7 @@ def test_answer_loss_by_hand(policy: ImagePolicy) -> None:
 
 def test_answer_loss_teaches_only_the_answer() -> None:
     """Logits of prompt positions get no gradient, those of answer positions all of it."""
-    policy = edit_policy()
+    policy = edit_policy()[0]
     policy.trainable.requires_grad_(True)
     lm = policy.trainable.lm
     seen: list[torch.Tensor] = []
@@ -131,7 +131,7 @@ def test_every_task_is_scored_on_its_own_prompt(policy: ImagePolicy) -> None:
 
 
 def test_all_tasks_are_learned_and_weighed_by_their_shares() -> None:
-    policy = edit_policy()
+    policy = edit_policy()[0]
     policy.trainable.requires_grad_(True)
     decoder = [p.clone() for p in policy.decoder.parameters()]
     log: list[dict[str, float]] = []

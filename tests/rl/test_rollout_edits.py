@@ -23,7 +23,7 @@ GROUP = 2
 
 @pytest.fixture(scope="module")
 def policy() -> ImagePolicy:
-    return edit_policy()
+    return edit_policy()[0]
 
 
 def draw(policy: ImagePolicy, prompts: list[Prompt], chunk: int | None = None) -> list[RolloutGroup]:
