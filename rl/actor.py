@@ -16,16 +16,8 @@ from rl.config import Recipe
 from rl.step_metrics import Metrics
 from rl.types import RewardScores, RolloutGroup
 
-
-class Batch(Protocol):
-    """Actions of some samples, [B, N], group-major; of a microbatch or of a step."""
-
-    action_mask: Tensor  # [B, N] bool; all False for a sample that must not train
-    advantages: Tensor  # [B, 1] or [B, N]
-
-    def rows(self, which: slice) -> Any: ...
-
-
+# A batch: actions of some samples, group-major, of a microbatch or of a step. A dataclass with `action_mask` [B, N]
+# bool (all False for a sample that must not train), `advantages` [B, 1] or [B, N], and `rows(slice)`.
 B = TypeVar("B", bound=Any)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rl.kl import masked
 from rl.losses import action_weights
+from rl.surrogates import Surrogate, clipped_ratio
 from rl.types import FlowLossInputs, LossOutput
 
 
@@ -36,19 +37,14 @@ def flow_grpo_loss(
 
     Returns:
         The loss, and sums over the steps: `actions`, `ratio`, `ratio_deviation`, `clip_low`, `clip_high` as in
-        `rl.losses.grpo_loss`; `old_kl` and, with a reference, `kl`, both exact.
+        `rl.losses.policy_loss`; `old_kl` and, with a reference, `kl`, both exact.
 
     Raises:
         ValueError: kl_coef without ref_kl, or a denominator that is not positive.
     """
     ratio, advantages = _ratio(inputs), _advantages(inputs, advantage_max)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    per_step = -torch.minimum(ratio * advantages, clipped * advantages)
-    counts = {
-        "clip_low": (ratio < 1 - clip_low) & (advantages < 0),
-        "clip_high": (ratio > 1 + clip_high) & (advantages > 0),
-    }
-    return _finish(inputs, per_step, kl_coef, ratio, counts)
+    surrogate = clipped_ratio(ratio, advantages, clip_low, clip_high)
+    return _finish(inputs, -surrogate.objective, kl_coef, surrogate)
 
 
 def grpo_guard_loss(
@@ -78,13 +74,8 @@ def grpo_guard_loss(
     if inputs.old_kl is not None:  # at the old policy itself both the KL and its gradient are 0
         log_ratio = log_ratio + masked(inputs.old_kl, inputs.action_mask)
     ratio, advantages = torch.exp(log_ratio * inputs.std), _advantages(inputs, advantage_max)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    per_step = -torch.minimum(ratio * advantages, clipped * advantages) / inputs.dt.abs()
-    counts = {
-        "clip_low": (ratio < 1 - clip_low) & (advantages < 0),
-        "clip_high": (ratio > 1 + clip_high) & (advantages > 0),
-    }
-    return _finish(inputs, per_step, kl_coef, ratio, counts)
+    surrogate = clipped_ratio(ratio, advantages, clip_low, clip_high)
+    return _finish(inputs, -surrogate.objective / inputs.dt.abs(), kl_coef, surrogate)
 
 
 def flow_dppo_loss(
@@ -109,13 +100,9 @@ def flow_dppo_loss(
         far = torch.zeros_like(inputs.action_mask)
     else:
         far = masked(inputs.old_kl.detach(), inputs.action_mask) >= kl_threshold
-    counts = {
-        "clip_low": far & (ratio < 1) & (advantages < 0),
-        "clip_high": far & (ratio > 1) & (advantages > 0),
-    }
-    stopped = counts["clip_low"] | counts["clip_high"]
-    per_step = masked(-ratio * advantages, ~stopped)
-    return _finish(inputs, per_step, kl_coef, ratio, counts)
+    low, high = far & (ratio < 1) & (advantages < 0), far & (ratio > 1) & (advantages > 0)
+    per_step = masked(-ratio * advantages, ~(low | high))
+    return _finish(inputs, per_step, kl_coef, Surrogate(-per_step, ratio, low, high))
 
 
 FLOW_LOSSES: dict[str, Callable[..., LossOutput]] = {
@@ -136,15 +123,13 @@ def _advantages(inputs: FlowLossInputs, limit: float | None) -> Tensor:
     return advantages if limit is None else advantages.clamp(-limit, limit)
 
 
-def _finish(
-    inputs: FlowLossInputs, per_step: Tensor, kl_coef: float, ratio: Tensor, counts: dict[str, Tensor]
-) -> LossOutput:
+def _finish(inputs: FlowLossInputs, per_step: Tensor, kl_coef: float, surrogate: Surrogate) -> LossOutput:
     """Adds the KL to the reference, weighs, and sums what is logged."""
     if not inputs.denominator > 0:
         raise ValueError(f"denominator must be positive, got {inputs.denominator}: nothing trains")
     if kl_coef and inputs.ref_kl is None:
         raise ValueError("kl_coef needs ref_kl")
-    mask = inputs.action_mask
+    mask, ratio = inputs.action_mask, surrogate.ratio
     if kl_coef and inputs.ref_kl is not None:
         per_step = per_step + kl_coef * masked(inputs.ref_kl, mask)
     weights = action_weights(mask, "sequence").to(per_step.dtype)
@@ -155,7 +140,8 @@ def _finish(
             "ratio": masked(ratio, mask),
             "ratio_deviation": masked((ratio - 1).abs(), mask),
             "old_kl": torch.zeros_like(ratio) if inputs.old_kl is None else masked(inputs.old_kl, mask),
-            **counts,
+            "clip_low": surrogate.low,
+            "clip_high": surrogate.high,
         }
         if inputs.ref_kl is not None:
             sums["kl"] = masked(inputs.ref_kl, mask)

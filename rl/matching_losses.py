@@ -14,6 +14,7 @@ from torch import Tensor
 from rl.flow_kl import squared_distance
 from rl.kl import masked
 from rl.losses import action_weights
+from rl.surrogates import clipped_ratio
 from rl.types import LossOutput, MatchingInputs
 
 MatchingWeight = Literal["uniform", "sigma", "sigma_squared", "huber", "ghuber"]
@@ -84,17 +85,16 @@ def awm_loss(
     mask = inputs.action_mask
     ratio = torch.exp(masked(logprobs - old_logprobs, mask))
     advantages = masked(inputs.advantages.expand_as(ratio), mask).clamp(-advantage_max, advantage_max)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    per_action = -torch.minimum(ratio * advantages, clipped * advantages)
+    surrogate = clipped_ratio(ratio, advantages, clip_low, clip_high)
     old = inputs.velocity if inputs.old_velocity is None else inputs.old_velocity
     sums = {
         "ratio": ratio,
         "ratio_deviation": (ratio - 1).abs(),
-        "clip_low": (ratio < 1 - clip_low) & (advantages < 0),
-        "clip_high": (ratio > 1 + clip_high) & (advantages > 0),
+        "clip_low": surrogate.low,
+        "clip_high": surrogate.high,
         "old_distance": squared_distance(inputs.velocity, old),
     }
-    return _finish(inputs, per_action, kl_coef, sums)
+    return _finish(inputs, -surrogate.objective, kl_coef, sums)
 
 
 MATCHING_LOSSES: dict[str, Callable[..., LossOutput]] = {"nft": nft_loss, "awm": awm_loss}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,7 +25,34 @@ from rl.types import (
     TokenTrajectory,
 )
 
+if TYPE_CHECKING:
+    from rl.config import Recipe
+
 Autocast = Callable[[], AbstractContextManager[object]]
+
+
+def training_sampling(recipe: Recipe) -> SamplingParams:
+    """How a recipe draws what it trains on."""
+    settings = recipe.rollout
+    return SamplingParams(
+        settings.temperature,
+        settings.guidance,
+        settings.flow_steps,
+        settings.shared_noise,
+        settings.decodes,
+    )
+
+
+def evaluation_sampling(recipe: Recipe) -> SamplingParams:
+    """How a recipe draws what it is judged by: as in training where `eval` does not say otherwise, one picture of
+    each token sequence."""
+    training, settings = training_sampling(recipe), recipe.eval
+    return replace(
+        training,
+        guidance=training.guidance if settings.guidance is None else settings.guidance,
+        flow_steps=settings.flow_steps or training.flow_steps,
+        decodes=1,
+    )
 
 
 def to_uint8(pictures: Tensor) -> np.ndarray:

@@ -83,13 +83,17 @@ def surrogate(
     return CLIPS[clip](ratio, logprobs, advantages, bounds)
 
 
-def _ratio(ratio: Tensor, logprobs: Tensor, advantages: Tensor, bounds: Bounds) -> Surrogate:
+def clipped_ratio(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Surrogate:
     """min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), arXiv 1707.06347 equation 7; with high > low
-    arXiv 2503.14476. An action whose bound took effect has no gradient."""
-    clipped = ratio.clamp(1 - bounds.low, 1 + bounds.high)
-    low = (ratio < 1 - bounds.low) & (advantages < 0)
-    high = (ratio > 1 + bounds.high) & (advantages > 0)
-    return Surrogate(torch.minimum(ratio * advantages, clipped * advantages), ratio, low, high)
+    arXiv 2503.14476. An action whose bound took effect has no gradient. Also that of denoising steps."""
+    clipped = ratio.clamp(1 - low, 1 + high)
+    below = (ratio < 1 - low) & (advantages < 0)
+    above = (ratio > 1 + high) & (advantages > 0)
+    return Surrogate(torch.minimum(ratio * advantages, clipped * advantages), ratio, below, above)
+
+
+def _ratio(ratio: Tensor, logprobs: Tensor, advantages: Tensor, bounds: Bounds) -> Surrogate:
+    return clipped_ratio(ratio, advantages, bounds.low, bounds.high)
 
 
 def _weight(ratio: Tensor, logprobs: Tensor, advantages: Tensor, bounds: Bounds) -> Surrogate:

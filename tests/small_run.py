@@ -22,10 +22,10 @@ from rl.data import GroupedSampler
 from rl.engine import Engine
 from rl.halves import freeze_references, lr_factor, trained_module
 from rl.recipe import apply_override, validate_recipe
-from rl.rollout import RolloutEngine
+from rl.rollout import RolloutEngine, training_sampling
 from rl.tiny_world import prompt_set
 from rl.trainer import Trainer
-from rl.types import RewardRequest, RewardScores, SamplingParams
+from rl.types import RewardRequest, RewardScores
 from tests.micro import micro_policy
 
 REWARD_FILE = '''
@@ -109,15 +109,8 @@ def small_trainer(
     total = recipe.run.steps * recipe.algorithm.updates_per_rollout
     engine.prepare(module, recipe.optim, total, state, partial(lr_factor, recipe))
     settings = recipe.rollout
-    sampling = SamplingParams(
-        settings.temperature,
-        settings.guidance,
-        settings.flow_steps,
-        settings.shared_noise,
-        settings.decodes,
-    )
     sampler = GroupedSampler(prompt_set("train", 32), settings.prompts_per_step, recipe.run.seed)
-    rollout = RolloutEngine(policy, sampling, recipe.run.seed, engine.autocast)
+    rollout = RolloutEngine(policy, training_sampling(recipe), recipe.run.seed, engine.autocast)
     scorer = FunctionScorer(rewards)
     return Trainer(recipe, policy, scorer, sampler, rollout, engine)
 
@@ -184,3 +177,18 @@ class Command:
     @property
     def output(self) -> str:
         return self._output.read_text()
+
+
+# What one process of several runs: the command lines in its first argument, one after the other.
+RANK_PROGRAM = """
+import json, sys
+from rl.cli import main
+from rl.engine import Engine
+close, Engine.close = Engine.close, lambda engine: None  # DeepSpeed keeps a process group for good
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        if end.code:
+            raise
+"""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rl.errors import ImageRLError
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -17,12 +19,20 @@ if TYPE_CHECKING:
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="recipe overrides, values in YAML")
 ]
+Resume = Annotated[bool, typer.Option("--resume", help="continue the run in run.output_dir")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run in run.output_dir")]
 Model = Annotated[str, typer.Option(help='model folder, LoRA adapter folder, or "tiny"')]
 Reader = Annotated[str, typer.Option("--model", help='model folder, or "tiny_edit"')]
 Seed = Annotated[int, typer.Option(help="seed of tokens and noise")]
 Temperature = Annotated[float, typer.Option(min=1e-3, help="sampling temperature")]
 Guidance = Annotated[float | None, typer.Option(help="classifier-free guidance; default: the model's own")]
 FlowSteps = Annotated[int | None, typer.Option(min=1, help="denoising steps; default: the model's own")]
+
+
+def refuse_both(resume: bool, overwrite: bool) -> None:
+    """Raises ImageRLError when a run is to be continued and deleted."""
+    if resume and overwrite:
+        raise ImageRLError("--resume continues the run and --overwrite deletes it; give only one")
 
 
 def loaded_rollout(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rl.commands.options import Overrides
-from rl.commands.train import on_main
+from rl.commands.options import Overrides, Overwrite, Resume, refuse_both
 from rl.errors import ImageRLError
 from rl.sft_config import ImageDataConfig, SFTRecipe, SourceConfig, load_sft_recipe
 
@@ -24,13 +22,12 @@ if TYPE_CHECKING:
 def sft(
     recipe: Annotated[str, typer.Argument(help="fine-tuning recipe YAML")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the run in run.output_dir")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in run.output_dir")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a model on pictures with captions."""
     settings = load_sft_recipe(recipe, overrides or [])
-    if resume and overwrite:
-        raise ImageRLError("--resume continues the run and --overwrite deletes it; give only one")
+    refuse_both(resume, overwrite)
     comparison = run_sft(settings, resume, overwrite)
     if comparison:
         print(closing_line(comparison))
@@ -55,9 +52,8 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
     import torch
 
     from models.loading import load_policy, save_policy
-    from rl.checkpoint import load_checkpoint
+    from rl.commands.running import begin_run, open_run
     from rl.engine import Engine
-    from rl.environment import write_environment
     from rl.image_data import ImageStream, first_examples
     from rl.image_files import load_example
     from rl.rollout import RolloutEngine
@@ -78,12 +74,7 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
             raise ImageRLError(
                 f"data.batch_size ({data.batch_size}) must be divisible by the {engine.world_size} processes"
             )
-        newest = None
-        if resume:
-            newest = on_main(engine, lambda: folder.resumable(recipe))
-        else:
-            on_main(engine, folder.refuse_foreign if overwrite else folder.refuse_run)
-        checkpoint = load_checkpoint(newest) if newest else None
+        checkpoint = open_run(engine, folder, recipe, resume, overwrite)
         policy, config = load_policy(recipe.model.path, engine.device)
         policy.require_tokenizer()
         load = partial(load_example, size=policy.decoder.picture_size, limits=limits(data))
@@ -122,11 +113,7 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
             origin = {"base_model": recipe.model.path, "recipe": recipe.model_dump(mode="json")}
             (target / "provenance.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
-        def begin() -> None:
-            folder.begin(recipe, overwrite)
-            write_environment(folder.path, sys.argv)
-
-        on_main(engine, begin)
+        begin_run(engine, folder, recipe, overwrite)
         run = SFTRun(recipe, folder, trainer, heldout, rollout, checkpoint, save_model)
         return run.execute(resume)
     finally:

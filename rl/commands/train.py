@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
-from rl.commands.options import Overrides
+from rl.commands.options import Overrides, Overwrite, Resume, refuse_both
 from rl.config import Recipe, load_recipe
 from rl.errors import ImageRLError
-
-if TYPE_CHECKING:
-    from rl.engine import Engine
-
-T = TypeVar("T")
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="recipe YAML")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the run in run.output_dir")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in run.output_dir")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a policy as a recipe says."""
     settings = load_recipe(recipe, overrides or [])
-    if resume and overwrite:
-        raise ImageRLError("--resume continues the run and --overwrite deletes it; give only one")
+    refuse_both(resume, overwrite)
     comparison = run_training(settings, resume, overwrite)
     if comparison is None:
         return
@@ -59,15 +51,13 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
 
     from models.loading import load_policy
     from rewards.workers import RewardWorkers
-    from rl.checkpoint import load_checkpoint
+    from rl.commands.running import begin_run, open_run
     from rl.data import GroupedSampler, load_prompt_set, refuse_overlap
     from rl.engine import Engine
-    from rl.environment import write_environment
     from rl.halves import freeze_references, lr_factor, trained_module
-    from rl.rollout import RolloutEngine
+    from rl.rollout import RolloutEngine, evaluation_sampling, training_sampling
     from rl.run import Run, RunFolder
     from rl.trainer import Trainer
-    from rl.types import SamplingParams
 
     prompts, heldout = load_prompt_set(recipe.data.train), load_prompt_set(recipe.data.heldout)
     refuse_overlap(prompts, heldout)
@@ -81,12 +71,7 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
                 f"rollout.prompts_per_step ({recipe.rollout.prompts_per_step}) must be divisible by the "
                 f"{engine.world_size} processes"
             )
-        newest = None
-        if resume:
-            newest = on_main(engine, lambda: folder.resumable(recipe))
-        else:
-            on_main(engine, folder.refuse_foreign if overwrite else folder.refuse_run)
-        checkpoint = load_checkpoint(newest) if newest else None
+        checkpoint = open_run(engine, folder, recipe, resume, overwrite)
         storage = torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
         policy, _ = load_policy(recipe.model.path, engine.device, storage)
         if recipe.engine.precision == "bf16":
@@ -108,48 +93,15 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
             checkpoint.tensors if checkpoint else None,
             partial(lr_factor, recipe),
         )
-        settings = recipe.rollout
-        sampling = SamplingParams(
-            settings.temperature,
-            settings.guidance,
-            settings.flow_steps,
-            settings.shared_noise,
-            settings.decodes,
-        )
-        rollout = RolloutEngine(policy, sampling, recipe.run.seed, engine.autocast)
-        shown = replace(
-            sampling,
-            guidance=sampling.guidance if recipe.eval.guidance is None else recipe.eval.guidance,
-            flow_steps=recipe.eval.flow_steps or sampling.flow_steps,
-            decodes=1,
-        )
-        eval_rollout = RolloutEngine(policy, shown, recipe.eval.seed, engine.autocast)
+        rollout = RolloutEngine(policy, training_sampling(recipe), recipe.run.seed, engine.autocast)
+        eval_rollout = RolloutEngine(policy, evaluation_sampling(recipe), recipe.eval.seed, engine.autocast)
         trainer = Trainer(recipe, policy, scorer, sampler, rollout, engine)
         if checkpoint:
             trainer.restore(checkpoint.state.get("trainer", {}), checkpoint.tensors)
         scorer.wait_until_ready()
-
-        def begin() -> None:
-            folder.begin(recipe, overwrite)
-            write_environment(folder.path, sys.argv)
-
-        on_main(engine, begin)
+        begin_run(engine, folder, recipe, overwrite)
         return Run(recipe, folder, trainer, heldout.prompts, eval_rollout, checkpoint).execute(resume)
     finally:
         if scorer is not None:
             scorer.close()
         engine.close()
-
-
-def on_main(engine: Engine, action: Callable[[], T]) -> T:
-    """Do something on the main process only; what it returns, or its ImageRLError, comes to all of them."""
-    outcome: Any = None
-    if engine.is_main:
-        try:
-            outcome = action()
-        except ImageRLError as error:
-            outcome = error
-    outcome = engine.gather_objects(outcome)[0]
-    if isinstance(outcome, ImageRLError):
-        raise outcome
-    return outcome

@@ -13,19 +13,13 @@ from tests.micro import micro_folder
 
 ROOT = Path(__file__).parents[2]
 MEASURE = """
-import json, re, sys
+import json, sys
 from pathlib import Path
 from models.loading import load_policy, load_state, read_weights
 from models.building import build_policy
+from tests.resident import grown
 warm, big = sys.argv[1:]
 load_policy(warm)  # imports everything that loading imports
-def resident(field):
-    return 1024 * int(re.search(rf"{field}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-def grown(task):
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: importing has one of its own
-    before = resident("VmRSS")
-    kept = task()
-    return resident("VmHWM") - before
 def naive():
     policy, config = load_policy(big)
     fresh = build_policy(config, policy.text_tokenizer)

@@ -37,17 +37,18 @@ OVERRIDES = (
     "rollout.prompts_per_step=4",
 )
 MEASURE = """
-import json, resource, sys
-import psutil
+import json, sys
 from models.loading import load_policy
+from tests.resident import grown
 from tests.small_run import small_trainer
 folder, *overrides = sys.argv[1:]
 trainer = small_trainer()
 trainer.step(0), trainer.step(1)  # whatever the libraries keep for themselves is there now
-before = psutil.Process().memory_info().rss
-trainer = small_trainer(*overrides, policy=load_policy(folder)[0])
-trainer.step(0), trainer.step(1)
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+def run():
+    trainer = small_trainer(*overrides, policy=load_policy(folder)[0])
+    trainer.step(0), trainer.step(1)
+    return trainer
+print(json.dumps(grown(run)))
 """
 
 

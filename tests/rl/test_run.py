@@ -20,7 +20,7 @@ from rl.cli import main
 from rl.config import load_recipe
 from rl.metrics import is_timing, read_metrics
 from tests.micro import micro_folder
-from tests.small_run import Command, write_recipe
+from tests.small_run import RANK_PROGRAM, Command, write_recipe
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -295,18 +295,6 @@ ENGINES = {
     "zero3_lora": ("engine.name=deepspeed", "engine.zero_stage=3", "model.lora={r: 4}"),
     "ddp": (),
 }
-RANK_PROGRAM = """
-import json, sys
-from rl.cli import main
-from rl.engine import Engine
-close, Engine.close = Engine.close, lambda engine: None  # DeepSpeed keeps a process group for good
-for arguments in json.loads(sys.argv[1]):
-    try:
-        main(arguments)
-    except SystemExit as end:
-        if end.code:
-            raise
-"""
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from rl.cli import main
 from rl.metrics import is_timing, read_metrics
 from rl.sft import SFTTrainer
 from tests.micro import micro_folder
+from tests.small_run import RANK_PROGRAM
 from tests.small_sft import recipe, small_trainer, write_pictures, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -251,18 +252,6 @@ ENGINES = {
     "zero2": ("engine.name=deepspeed", "engine.zero_stage=2"),
     "zero3": ("engine.name=deepspeed", "engine.zero_stage=3"),
 }
-RANK_PROGRAM = """
-import json, sys
-from rl.cli import main
-from rl.engine import Engine
-close, Engine.close = Engine.close, lambda engine: None  # DeepSpeed keeps a process group for good
-for arguments in json.loads(sys.argv[1]):
-    try:
-        main(arguments)
-    except SystemExit as end:
-        if end.code:
-            raise
-"""
 
 
 @pytest.mark.slow
