@@ -14,6 +14,15 @@ import numpy as np
 _BLOCK = 1_000_000
 
 
+HEADLINES = ("success", "exact_match")  # what a run is judged by, the first of them that was measured
+
+
+def headline(metrics: Iterable[str]) -> str | None:
+    """The metric to name first: one of HEADLINES, else the first; None where nothing was measured."""
+    names = list(metrics)
+    return next((name for name in HEADLINES if name in names), names[0] if names else None)
+
+
 @dataclass(frozen=True, slots=True)
 class Interval:
     """A mean with its confidence interval, in the unit of the values; `n` values went into it."""
