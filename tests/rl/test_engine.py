@@ -226,6 +226,12 @@ def test_bf16_is_autocast_over_float32_weights(one_process: dict[str, Any]) -> N
     assert_same_curve(zero["curve"], rounded["curve"])
 
 
+def test_one_thread_always_stays() -> None:
+    engine = Engine(settings())
+    engine.leave_cores(5)
+    assert torch.get_num_threads() == 1
+
+
 def test_bf16_weights_become_float32() -> None:
     engine = Engine(settings())
     engine.prepare(tiny_net().bfloat16(), optim(), UPDATES)
