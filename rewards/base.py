@@ -26,6 +26,7 @@ from rl.types import ImageRLError, RewardFn, RewardOutput
 
 REWARDS: dict[str, str] = {
     "colours": "rewards.colours:ColoursReward",
+    "edit_consistency": "rewards.edit_consistency:EditConsistencyReward",
     "ocr": "rewards.ocr:OCRReward",
 }
 SAMPLE_NAMES = ("prompts", "completions", "completion_ids", "images")
@@ -137,7 +138,7 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _import_target(target: str) -> Any:
+def import_target(target: str) -> Any:
     """The function or class behind an import path; an ImageRLError says what is wrong with it."""
     place, _, attribute = target.rpartition(":")
     if not (place and attribute):
@@ -175,9 +176,9 @@ def _instance_call(cls: type) -> Any:
 def _resolve(spec: RewardSpec) -> tuple[str, Any]:
     """The label and the function or class of a spec, signature and settings checked, nothing constructed."""
     if ":" in spec.target or spec.target.endswith(".py"):
-        label, found = spec.target.rpartition(":")[2], _import_target(spec.target)
+        label, found = spec.target.rpartition(":")[2], import_target(spec.target)
     elif spec.target in REWARDS:
-        label, found = spec.target, _import_target(REWARDS[spec.target])
+        label, found = spec.target, import_target(REWARDS[spec.target])
     else:
         close = difflib.get_close_matches(spec.target, REWARDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"use one of: {', '.join(REWARDS)}"
@@ -221,6 +222,11 @@ def check_reward(spec: RewardSpec, columns: Iterable[str] | None = None) -> str:
                     f"it gets: {', '.join(given)}"
                 )
     return label
+
+
+def asks_for(spec: RewardSpec, name: str) -> bool:
+    """Whether a reward names a column among its arguments. Raises ImageRLError like `check_reward`."""
+    return any(parameter.name == name for parameter in _call_parameters(_resolve(spec)[1]))
 
 
 def load_reward(target: str, /, **settings: Any) -> tuple[str, RewardFn]:

@@ -93,7 +93,7 @@ def make_plan(
     if stage is not None and stage >= 2:
         held = gradients / gpus
         activations += 2 * min(BUCKET * FLOAT32, 2 * trained)
-    elif gpus > 1:
+    elif gpus > 1 and not stage:
         parts["gradients"], held = gradients, 0.0  # in buckets that stay
     on_cpu = recipe.engine.device == "cpu"
     # on a GPU all parameters are updated at once and need one more tensor each, on a CPU one after the other

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -21,6 +22,7 @@ from rl.tiny_world import (
     Scene,
     font_of,
     prompt_set,
+    random_scene,
     render,
 )
 from rl.types import CheckPicture, Prompt
@@ -43,6 +45,47 @@ def check_pictures(count: int, seed: int = 0) -> list[CheckPicture]:
         if stranger.text != scene.text:
             pictures.append(CheckPicture("another prompt's picture", "other", prompt, render(stranger)))
     return pictures
+
+
+def check_edits(count: int, seed: int = 0) -> list[CheckPicture]:
+    """The same for `count` edits of text, ink and background in turn, with the columns `reference` (the picture to
+    edit), `ideal` and `edited` beside those of the result."""
+    texts = [prompt.columns["target"] for prompt in prompt_set("heldout", count + 1, seed)]
+    edits = [_edit(index, texts[index : index + 2], seed) for index in range(count)]
+    pictures = []
+    for index, (prompt, source, result) in enumerate(edits):
+        rng = random.Random(derive_seed("tiny_world check edits", seed, index))
+        for kind, role, draw in EDIT_KINDS:
+            pictures.append(CheckPicture(kind, role, prompt, draw(source, result, rng)))
+        pictures.append(
+            CheckPicture("another edit's result", "other", prompt, render(edits[(index + 1) % count][2]))
+        )
+    return pictures
+
+
+def _edit(index: int, texts: Sequence[str], seed: int) -> tuple[Prompt, Scene, Scene]:
+    """A prompt, the scene to edit and the scene asked for."""
+    rng = random.Random(derive_seed("tiny_world edit", seed, index))
+    source = random_scene(rng, texts[0], FONTS[:1])
+    part, words, choices = (
+        ("text", 'replace the text with "{}"', texts[1:]),
+        ("ink", "change the text colour to {}", list(INKS)),
+        ("background", "change the background to {}", list(BACKGROUNDS)),
+    )[index % 3]
+    result = replace(source, **{part: _another(choices, getattr(source, part), rng)})
+    columns = {"reference": render(source), "ideal": render(result), "edited": part}
+    return Prompt(index, words.format(getattr(result, part)), result.columns() | columns), source, result
+
+
+def _repainted(source: Scene, result: Scene, rng: random.Random) -> Image.Image:
+    """What was asked for, on a picture that is otherwise new."""
+    fresh = {
+        "text": "".join(rng.choices(LETTERS, k=5)),
+        "ink": _another(list(INKS), result.ink, rng),
+        "background": _another(list(BACKGROUNDS), result.background, rng),
+    }
+    kept = next(name for name in fresh if getattr(source, name) != getattr(result, name))
+    return render(replace(result, **{name: value for name, value in fresh.items() if name != kept}))
 
 
 def _scene(prompt: Prompt) -> Scene:
@@ -126,4 +169,19 @@ KINDS: tuple[tuple[str, str, Draw], ...] = (
     ("text over everything", "hack", _everywhere),
     ("word repeated", "hack", _repeated),
     ("prompt in a corner", "hack", _corner),
+)
+
+DrawEdit = Callable[[Scene, Scene, random.Random], Image.Image]
+EDIT_KINDS: tuple[tuple[str, str, DrawEdit], ...] = (
+    ("honest", "honest", lambda source, result, rng: render(result)),
+    ("half way", "graded", lambda source, result, rng: Image.blend(render(source), render(result), 0.5)),
+    ("blurred", "graded", lambda source, result, rng: render(result).filter(ImageFilter.GaussianBlur(0.7))),
+    ("source copied", "degenerate", lambda source, result, rng: render(source)),
+    ("blank", "degenerate", lambda source, result, rng: _blank(result, rng)),
+    ("noise", "degenerate", lambda source, result, rng: _noise(result, rng)),
+    ("saturated", "degenerate", lambda source, result, rng: _saturated(result, rng)),
+    ("all repainted", "hack", _repainted),
+    ("text over everything", "hack", lambda source, result, rng: _everywhere(result, rng)),
+    ("word repeated", "hack", lambda source, result, rng: _repeated(result, rng)),
+    ("caption in a corner", "hack", lambda source, result, rng: _corner(result, rng)),
 )

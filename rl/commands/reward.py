@@ -28,7 +28,7 @@ SHIPPED_SETTINGS: dict[str, dict[str, Any]] = {"ocr": {"mode": "recognise"}}  # 
 def check_reward(
     target: Target,
     settings: Settings = None,
-    prompts: Annotated[int, typer.Option(min=2, help="prompts of the tiny world, 12 pictures each")] = 8,
+    prompts: Annotated[int, typer.Option(min=2, help="prompts of the tiny world, 12 pictures each")] = 9,
     seed: Annotated[int, typer.Option(help="seed of the pictures")] = 0,
     grouped: Annotated[bool, typer.Option("--grouped", help="it compares the pictures of a prompt")] = False,
     penalty: Annotated[
@@ -38,16 +38,17 @@ def check_reward(
     page: Annotated[Path | None, typer.Option(help="write an HTML page with the pictures here")] = None,
 ) -> None:
     """Put a reward through what every reward must stand; the exit code is 1 when it fails."""
-    from rewards.base import LoadedReward, RewardSpec, load_reward
+    from rewards.base import LoadedReward, RewardSpec, asks_for, load_reward
     from rewards.base import check_reward as check_signature
     from rewards.check import check
     from rewards.check_page import check_page
     from rl.files import write_atomic
-    from rl.tiny_pictures import check_pictures
+    from rl.tiny_pictures import check_edits, check_pictures
 
-    pictures = check_pictures(prompts, seed)
     given = parse_settings(settings or [])
-    check_signature(RewardSpec(target, settings=given), pictures[0].prompt.columns)
+    spec = RewardSpec(target, settings=given)
+    pictures = (check_edits if asks_for(spec, "reference") else check_pictures)(prompts, seed)
+    check_signature(spec, pictures[0].prompt.columns)
     label, function = load_reward(target, **given)
     others = _shipped(but=target)
     report = check(

@@ -186,7 +186,7 @@ def test_another_model_under_the_run_is_noticed(place: Path, tmp_path: Path) -> 
     checkpoint = load_checkpoint(place / "full" / "checkpoints" / "step_000002").tensors["model"]
     policy, _ = load_policy(str(micro_folder(tmp_path / "wider", hidden_size=64)))
     with pytest.raises(ImageRLError, match=r"does not fit the model; was model\.path replaced since"):
-        export_module.load_trained(policy, checkpoint)
+        export_module.load_trained(policy.trainable, checkpoint)
 
 
 def test_provenance_tells_the_truth(place: Path, exported: Path) -> None:
