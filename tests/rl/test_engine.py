@@ -295,6 +295,9 @@ def test_schedules_match_by_hand() -> None:
         [0.2, 0.4, 0.6, 0.8, 1.0, (1 + math.sqrt(0.5)) / 2, 0.5, 0.5 - math.sqrt(0.125)]
     )
     assert learning_rate(9, 8, optim(schedule="cosine")) == 0.0
+    floor = curve(schedule="cosine", warmup_steps=0, min_lr=0.2)
+    assert (floor[0], floor[4]) == (1.0, pytest.approx(0.6))
+    assert learning_rate(8, 8, optim(lr=1.0, schedule="linear", min_lr=0.2)) == pytest.approx(0.2)
 
 
 def test_sums_and_gathers_alone() -> None:
