@@ -131,7 +131,9 @@ def distributed_worker(rank: int, port: int, folder: str) -> None:
         results[name]["ranks"] = Engine(config).gather_objects(rank)
     if rank == 0:
         torch.save(results, Path(folder, "results.pt"))
-    Engine(settings()).close()
+    engine = Engine(settings())
+    engine.barrier()  # nobody leaves while the other still writes
+    engine.close()
 
 
 @pytest.fixture(scope="module")
