@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import random
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl.errors import ImageRLError
+from rl.prompt_pictures import identity, picture_paths
 from rl.recipe import parse_yaml_lines, read_text
 from rl.seeding import derive_seed
 from rl.types import Prompt
@@ -86,12 +86,10 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
     if not prompts:
         raise ImageRLError(f"{source} holds no prompts")
     seen: dict[str, int] = {}
-    for line, identity in zip(lines, map(_identity, prompts), strict=True):
-        if identity in seen:
-            raise ImageRLError(
-                f"{source}, line {line}: repeats the prompt of line {seen[identity]}; remove one"
-            )
-        seen[identity] = line
+    for line, name in zip(lines, map(identity, prompts), strict=True):
+        if name in seen:
+            raise ImageRLError(f"{source}, line {line}: repeats the prompt of line {seen[name]}; remove one")
+        seen[name] = line
     if config.size is not None and config.size > len(prompts):
         raise ImageRLError(
             f"{source} has {len(prompts)} prompts, fewer than its size in the recipe, {config.size}"
@@ -115,15 +113,8 @@ def refuse_overlap(train: PromptSet, heldout: PromptSet) -> None:
             )
 
 
-def _identity(prompt: Prompt) -> str:
-    """What makes a prompt the same as another one: its text, and for an edit the picture too."""
-    if prompt.reference is None:
-        return prompt.text
-    return f"{prompt.text} (of picture {hashlib.sha256(prompt.reference.tobytes()).hexdigest()[:12]})"
-
-
 def _identities(prompts: PromptSet) -> list[str]:
-    return [_identity(prompt) for prompt in prompts]
+    return [identity(prompt) for prompt in prompts]
 
 
 def _targets(prompts: PromptSet) -> list[str]:
@@ -232,7 +223,12 @@ def _to_prompts(rows: Sequence[Row], column: str, source: str) -> list[Prompt]:
                 )
         mappings.append((line, mapping))
     names = dict.fromkeys(name for _, mapping in mappings for name in mapping if name != column)
+    folder = Path(source).parent
     return [
-        Prompt(index, mapping[column].strip(), {name: mapping.get(name) for name in names})
-        for index, (_, mapping) in enumerate(mappings)
+        Prompt(
+            index,
+            mapping[column].strip(),
+            picture_paths({name: mapping.get(name) for name in names}, folder, f"{source}, line {line}"),
+        )
+        for index, (line, mapping) in enumerate(mappings)
     ]

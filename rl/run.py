@@ -20,6 +20,7 @@ from rl.errors import ImageRLError
 from rl.evaluate import Evaluation, evaluate
 from rl.files import is_temporary, write_atomic
 from rl.metrics import METRICS_FILE, MetricsLog, Progress, image_grid, save_image, to_json
+from rl.prompt_pictures import with_pictures
 from rl.recipe import load_yaml_recipe
 from rl.report import write_report
 from rl.rollout import RolloutEngine
@@ -134,6 +135,7 @@ def with_sources(
     images: Sequence[np.ndarray], prompts: Sequence[Prompt]
 ) -> tuple[list[np.ndarray], list[str]]:
     """Pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
+    prompts = [with_pictures(prompt) for prompt in prompts]
     shown: list[np.ndarray] = []
     captions: list[str] = []
     for image, prompt in zip(images, prompts, strict=True):
