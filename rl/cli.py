@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import typer
 from typer.exceptions import TyperException
 
+from rl.commands.ask import ask
 from rl.commands.bench import bench
 from rl.commands.evaluate import evaluate_model
 from rl.commands.export import export
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(sft)
 app.command()(sample)
+app.command()(ask)
 app.command("eval")(evaluate_model)
 app.command()(tokenize)
 app.command()(export)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import random
@@ -53,7 +54,16 @@ def _tiny_world(split: str, size: int | None, seed: int) -> list[Prompt]:
     return prompt_set(split, size, seed)
 
 
-NAMED_SETS: dict[str, Callable[[str, int | None, int], list[Prompt]]] = {"tiny_world": _tiny_world}
+def _tiny_edits(split: str, size: int | None, seed: int) -> list[Prompt]:
+    from rl.tiny_edits import edit_set
+
+    return edit_set(split, size, seed)
+
+
+NAMED_SETS: dict[str, Callable[[str, int | None, int], list[Prompt]]] = {
+    "tiny_edits": _tiny_edits,
+    "tiny_world": _tiny_world,
+}
 
 
 def load_prompt_set(config: PromptSetConfig) -> PromptSet:
@@ -76,12 +86,12 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
     if not prompts:
         raise ImageRLError(f"{source} holds no prompts")
     seen: dict[str, int] = {}
-    for line, prompt in zip(lines, prompts, strict=True):
-        if prompt.text in seen:
+    for line, identity in zip(lines, map(_identity, prompts), strict=True):
+        if identity in seen:
             raise ImageRLError(
-                f"{source}, line {line}: repeats the prompt of line {seen[prompt.text]}; remove one"
+                f"{source}, line {line}: repeats the prompt of line {seen[identity]}; remove one"
             )
-        seen[prompt.text] = line
+        seen[identity] = line
     if config.size is not None and config.size > len(prompts):
         raise ImageRLError(
             f"{source} has {len(prompts)} prompts, fewer than its size in the recipe, {config.size}"
@@ -95,7 +105,7 @@ def refuse_overlap(train: PromptSet, heldout: PromptSet) -> None:
     Raises:
         ImageRLError: a prompt's text, or a value of the column `target`, is in both sets.
     """
-    for what, values_of in (("prompt", _texts), ("target", _targets)):
+    for what, values_of in (("prompt", _identities), ("target", _targets)):
         trained = set(values_of(train))
         shared = [value for value in values_of(heldout) if value in trained]
         if shared:
@@ -105,8 +115,15 @@ def refuse_overlap(train: PromptSet, heldout: PromptSet) -> None:
             )
 
 
-def _texts(prompts: PromptSet) -> list[str]:
-    return [prompt.text for prompt in prompts]
+def _identity(prompt: Prompt) -> str:
+    """What makes a prompt the same as another one: its text, and for an edit the picture too."""
+    if prompt.reference is None:
+        return prompt.text
+    return f"{prompt.text} (of picture {hashlib.sha256(prompt.reference.tobytes()).hexdigest()[:12]})"
+
+
+def _identities(prompts: PromptSet) -> list[str]:
+    return [_identity(prompt) for prompt in prompts]
 
 
 def _targets(prompts: PromptSet) -> list[str]:

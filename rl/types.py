@@ -25,6 +25,12 @@ class Prompt:
     text: str
     columns: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def reference(self) -> Image.Image | None:
+        """The picture to edit, in the column of that name, so that rewards see it too; None: draw a new one."""
+        picture = self.columns.get("reference")
+        return picture if isinstance(picture, Image.Image) else None
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -307,13 +313,21 @@ class Policy(Protocol):
 
     def refresh_sampler(self) -> None: ...
 
-    def encode_prompts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+    def reference_of(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Tokens [P, T] and decoder latents [P, C, h, w] of pictures to edit."""
+        ...
+
+    def encode_prompts(
+        self, texts: Sequence[str], reference_tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
     def sample_tokens(
         self, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float
     ) -> TokenTrajectory: ...
 
-    def decode(self, hidden: Tensor, noise: Tensor, guidance: float, steps: int) -> Tensor: ...
+    def decode(
+        self, hidden: Tensor, noise: Tensor, guidance: float, steps: int, reference: Tensor | None = None
+    ) -> Tensor: ...
 
     def decode_steps(
         self, hidden: Tensor, noise: Tensor, step_noise: Tensor, sampling: FlowSampling
