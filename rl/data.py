@@ -8,12 +8,15 @@ import io
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from rl.errors import ImageRLError
+from rl.image_files import BadSample, to_rgb
 from rl.recipe import parse_yaml_lines, read_text
 from rl.seeding import derive_seed
 from rl.types import Prompt
@@ -27,6 +30,7 @@ RESERVED_COLUMNS = (
     "completion_ids",
     "images",
 )  # what rewards get beside the columns
+PICTURE_COLUMNS = ("reference", "ideal", "mask")  # paths of pictures, in rows that have a reference
 Row = tuple[int, Any]  # line number, and a mapping of columns or a bare prompt
 
 
@@ -83,6 +87,24 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
         rows = _read_rows(source, config.column)
         lines = [line for line, _ in rows]
         prompts = _to_prompts(rows, config.column, source)
+    _refuse_repeated(prompts, lines, source)
+    if config.size is not None and config.size > len(prompts):
+        raise ImageRLError(
+            f"{source} has {len(prompts)} prompts, fewer than its size in the recipe, {config.size}"
+        )
+    return PromptSet(source, _with_pictures(prompts[: config.size], lines, source))
+
+
+def inline_prompts(rows: Sequence[str | dict[str, Any]], source: str) -> PromptSet:
+    """Prompts that are written out in another file, `source`: texts, or mappings with a `prompt` in each. Lines in
+    messages are counted within the list. Raises ImageRLError like `load_prompt_set`."""
+    numbered = list(enumerate(rows, 1))
+    prompts, lines = _to_prompts(numbered, "prompt", source), [number for number, _ in numbered]
+    _refuse_repeated(prompts, lines, source)
+    return PromptSet(source, _with_pictures(prompts, lines, source))
+
+
+def _refuse_repeated(prompts: Sequence[Prompt], lines: Sequence[int], source: str) -> None:
     if not prompts:
         raise ImageRLError(f"{source} holds no prompts")
     seen: dict[str, int] = {}
@@ -92,11 +114,33 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
                 f"{source}, line {line}: repeats the prompt of line {seen[identity]}; remove one"
             )
         seen[identity] = line
-    if config.size is not None and config.size > len(prompts):
-        raise ImageRLError(
-            f"{source} has {len(prompts)} prompts, fewer than its size in the recipe, {config.size}"
-        )
-    return PromptSet(source, tuple(prompts[: config.size]))
+
+
+def _with_pictures(prompts: Sequence[Prompt], lines: Sequence[int], source: str) -> tuple[Prompt, ...]:
+    """Prompts whose paths of pictures, relative to the folder of `source`, became the pictures. A picture of many
+    prompts is one object, so that what is computed of it can be remembered."""
+    opened, pictures = [], dict[str, Image.Image]()
+    for prompt, line in zip(prompts, lines, strict=False):
+        columns = dict(prompt.columns)
+        for name in PICTURE_COLUMNS if isinstance(columns.get("reference"), str) else ():
+            if isinstance(columns.get(name), str):
+                path, place = columns[name], f"{source}, line {line}: {name}"
+                columns[name] = pictures.get(path) or open_picture(Path(source).parent / path, place)
+                pictures[path] = columns[name]
+        opened.append(replace(prompt, columns=columns))
+    return tuple(opened)
+
+
+def open_picture(path: Path, place: str) -> Image.Image:
+    """A picture file as upright RGB. `place` begins the message of the ImageRLError for one that cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            return to_rgb(picture)
+    except FileNotFoundError:
+        raise ImageRLError(f"{place}: there is no picture {path}") from None
+    except (OSError, ValueError, SyntaxError, BadSample, Image.DecompressionBombError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ImageRLError(f"{place}: {path} cannot be read as a picture ({why})") from None
 
 
 def refuse_overlap(train: PromptSet, heldout: PromptSet) -> None:
@@ -117,6 +161,8 @@ def refuse_overlap(train: PromptSet, heldout: PromptSet) -> None:
 
 def _identity(prompt: Prompt) -> str:
     """What makes a prompt the same as another one: its text, and for an edit the picture too."""
+    if isinstance(prompt.columns.get("reference"), str):  # a path, not opened yet
+        return f"{prompt.text} (of picture {prompt.columns['reference']})"
     if prompt.reference is None:
         return prompt.text
     return f"{prompt.text} (of picture {hashlib.sha256(prompt.reference.tobytes()).hexdigest()[:12]})"
