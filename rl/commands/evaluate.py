@@ -106,18 +106,20 @@ def compare(
     pictures: Path | None,
 ) -> None:
     """Measure one or two models, tell and write what came out."""
+    from models.loading import model_folder
     from rl.commands.measuring import earlier_results, facts_of, measure
     from rl.comparison import compared
     from rl.files import write_atomic
     from rl.layouts import refuse_filled
     from rl.metrics import to_json
-    from rl.suites import fingerprint
 
     if pictures is not None:
         refuse_filled(pictures)
     prompts = suite.prompts(n or suite.size)
-    facts = facts_of(suite, fingerprint(suite, prompts), how)
+    facts = facts_of(suite, prompts, how)
     earlier = earlier_results(against, facts) if against and against.endswith(".json") else None
+    if against and earlier is None:
+        model_folder(against)  # a mistake should show before anything is drawn
     result, own_facts = measure(suite, prompts, measured, how, pictures)
     document: dict[str, Any] = result.to_dict(**own_facts, **facts)
     show(document["metrics"], result.metrics, facts["gold"])

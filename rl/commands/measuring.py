@@ -37,16 +37,25 @@ class Drawing:
         return loaded_rollout(model, self.seed, self.temperature, self.guidance, self.flow_steps)[1]
 
 
-def facts_of(suite: Suite, suite_sha256: str, how: Drawing) -> dict[str, Any]:
-    """What results say of the measurement itself, whatever was measured."""
+def facts_of(suite: Suite, prompts: Sequence[Prompt], how: Drawing) -> dict[str, Any]:
+    """What results say of the measurement itself, whatever was measured.
+
+    Raises ImageRLError for a reward that cannot be imported, or asks for what the prompts do not have."""
     from rewards.base import RewardSpec, check_reward
     from rl.checkpoint import package_versions
+    from rl.suites import fingerprint
 
+    columns = prompts[0].columns
+    rewards, gold = (
+        [check_reward(RewardSpec.from_mapping(entry), columns) for entry in entries]
+        for entries in (suite.rewards, suite.gold)
+    )
     return {
-        "suite_sha256": suite_sha256,
+        "suite_sha256": fingerprint(suite, prompts),
         "seed": how.seed,
         "samples": how.samples or 1,
-        "gold": [check_reward(RewardSpec.from_mapping(entry)) for entry in suite.gold],
+        "rewards": rewards,
+        "gold": gold,
         "versions": package_versions(),
     }
 
