@@ -16,7 +16,8 @@ from rl.types import ImageRLError, RewardOutput
 COLOUR = "colour"
 JUDGES = {"text": "ocr", "ink": COLOUR, "background": COLOUR}  # by the column `edited`
 JUDGE_SETTINGS: dict[str, dict[str, Any]] = {"ocr": {"mode": "recognise"}}
-PARTS = ("done", "kept", "colour", "structure", "features", "inside")
+FACTORS = ("done", "kept")
+PARTS = (*FACTORS, "colour", "structure", "features", "inside", "judged")
 CHANGED = 24 / 255  # difference of source and ideal from which a pixel belongs to the edited region
 CORE = 0.8  # share of ink from which a pixel is the inside of a stroke, whatever the ground
 INK_RANGE = 80.0  # distance in 8-bit sRGB, across the line to the ground, from which two inks have nothing in common
@@ -142,17 +143,20 @@ def _grown(region: np.ndarray) -> np.ndarray:
 
 
 class EditConsistencyReward:
-    """`done` × `kept`, with what they are made of beside them.
+    """`done` × `kept`, with what they are made of beside them. `factors` names one of them alone: an ablation.
 
     Columns: `reference`, the picture to edit; `edited`, what the instruction changes, which picks the judge; what
     that judge needs (`target`, `ink_rgb`, `background_rgb`); and, where there are any, `mask` (a picture, white where
     it may change) and `ideal` (a perfect result). None in `reference` or `edited`: not applicable.
 
     `judges` maps values of `edited` to rewards by name or import path, or to `colour`; the judge's score in [0, 1] for
-    the source counts as no progress. `features` is an import path of a function from a list of PIL pictures to arrays
+    the source counts as no progress. `keepers` likewise names rewards that say what else is still there, such as
+    `{ink: ocr}`: the text of a picture whose ink changes; their score, `judged`, is a factor of `kept`.
+
+    `features` is an import path of a function from a list of PIL pictures to arrays
     [h, w, D], such as a network's or the tokenizer's continuous features; None: gradients.
 
-    Raises ImageRLError when a judge cannot be loaded or a column is missing."""
+    Raises ImageRLError for unknown factors, and when a judge cannot be loaded or a column is missing."""
 
     __name__ = "edit_consistency"
 
@@ -161,12 +165,20 @@ class EditConsistencyReward:
         judges: Mapping[str, str] | None = None,
         judge_settings: Mapping[str, Mapping[str, Any]] | None = None,
         features: str | None = None,
+        keepers: Mapping[str, str] | None = None,
+        factors: Sequence[str] = FACTORS,
     ) -> None:
+        if not factors or not set(factors) <= set(FACTORS):
+            raise ImageRLError(
+                f"reward 'edit_consistency': factors are {' and '.join(FACTORS)}, not {list(factors)}"
+            )
         self.judges = {**JUDGES, **(judges or {})}
+        self.keepers = dict(keepers or {})
+        self.factors = tuple(factors)
         self._settings = {**JUDGE_SETTINGS, **(judge_settings or {})}
         self._features = import_target(features) if features else None
         self._loaded: dict[str, Callable[..., Any]] = {}
-        for name in set((judges or {}).values()) - {COLOUR}:
+        for name in {*(judges or {}).values(), *self.keepers.values()} - {COLOUR}:
             self._loaded_judge(name)  # mistakes show at the start
 
     def __call__(
@@ -187,6 +199,7 @@ class EditConsistencyReward:
         parts: dict[str, list[float | None]] = {name: [None] * len(images) for name in PARTS}
         values: list[float | None] = [None] * len(images)
         done: dict[int, float | None] = {}
+        judged: dict[int, float | None] = {}
         for part in dict.fromkeys(edited[index] for index in asked):
             which = [index for index in asked if edited[index] == part]
             if self._judge_of(part) == COLOUR:
@@ -194,11 +207,17 @@ class EditConsistencyReward:
             else:
                 judge = self._loaded_judge(self._judge_of(part))
                 done |= _done_by_judge(judge, which, prompts, images, reference, columns)
+            if (keeper := self.keepers.get(str(part))) is not None:
+                shown = [images[index] for index in which]
+                told = _call(self._loaded_judge(keeper), which, prompts, columns, shown)
+                judged |= dict(zip(which, told, strict=True))
         for index, kept in zip(asked, self._kept(asked, images, reference, edited, columns), strict=True):
-            for name, value in kept.items():
-                parts[name][index] = value if np.isfinite(value) else None
-            told = parts["done"][index] = done[index]
-            values[index] = None if told is None else told * kept["kept"]
+            found = {**kept, "done": done[index]} | ({"judged": judged[index]} if index in judged else {})
+            if index in judged:
+                found["kept"] = None if judged[index] is None else kept["kept"] * judged[index]
+            for name, value in found.items():
+                parts[name][index] = value if value is not None and np.isfinite(value) else None
+            values[index] = _product([parts[name][index] for name in self.factors])
         reason = None if len(asked) == len(images) else "a sample has no reference or says not what is edited"
         return RewardOutput(values, parts, reason)
 
@@ -315,6 +334,11 @@ def _call(
     )
     rewards = output.rewards if isinstance(output, RewardOutput) else output
     return [None if value is None else float(value) for value in rewards]
+
+
+def _product(factors: Sequence[float | None]) -> float | None:
+    """None where one of them is."""
+    return None if None in factors else float(np.prod([factor for factor in factors if factor is not None]))
 
 
 def _array(image: Image.Image) -> np.ndarray:

@@ -43,7 +43,7 @@ class LoraConfig(RecipeModel):
 
 class ModelConfig(RecipeModel):
     path: str = Field(
-        "tiny", min_length=1, description='model folder, hub name, or "tiny": the shipped checkpoint'
+        "tiny", min_length=1, description='model folder, hub name, or a shipped one: "tiny" or "tiny_edit"'
     )
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="of frozen weights: decoder, reference, a LoRA base; what trains is fp32"
@@ -55,7 +55,7 @@ class ModelConfig(RecipeModel):
 
 
 class PromptSetConfig(RecipeModel):
-    name: str | None = Field(None, description="a named prompt set: tiny_world")
+    name: str | None = Field(None, description="a named prompt set: tiny_world or tiny_edits")
     path: str | None = Field(None, description="a prompt file: .jsonl, .csv, .txt or .yaml")
     split: Literal["train", "heldout"] | None = Field(None, description="which part of a named set")
     size: int | None = Field(None, ge=1, description="take only the first this many prompts; null: all")
@@ -271,7 +271,9 @@ class EngineConfig(RecipeModel):
 
 
 class EvalConfig(RecipeModel):
-    suite: Literal["ocr"] = Field("ocr", description="what is measured on the held-out prompts")
+    suite: Literal["ocr", "edit"] = Field(
+        "ocr", description="name of the evaluation; the reward or gold metric of that name is its `reward`"
+    )
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
     size: int = Field(256, ge=1, description="held-out prompts evaluated, one sample each")
     batch_size: int = Field(64, ge=1, description="samples drawn at a time")

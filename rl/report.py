@@ -21,7 +21,7 @@ from PIL import Image
 from rl.charts import SMOOTH_FROM, Chart, Series, as_float, render, training_charts
 from rl.files import write_atomic
 from rl.metrics import is_timing, read_metrics
-from rl.stats import compare
+from rl.stats import HEADLINES, compare, headline
 
 MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
 MAX_PICTURE = 400_000  # bytes; larger grids are embedded as JPEG, 1400 px wide at most
@@ -88,7 +88,7 @@ def _gather(run_dir: Path) -> dict[str, Any]:
         "done": done,
         "total": total,
         "finished": done > 0 and done >= total,
-        "verdict": next((row for row in rows if row.metric == "exact_match"), rows[0] if rows else None),
+        "verdict": next((row for row in rows if row.metric in HEADLINES), rows[0] if rows else None),
         "rows": rows,
         "many_suites": len(suites) > 1,
         "reward": _reward_trend(training),
@@ -164,7 +164,7 @@ def _rows(
         row = Row(
             suite,
             metric,
-            rate=values <= {0, 1} if values else metric.endswith("exact_match"),
+            rate=values <= {0, 1} if values else metric.endswith(HEADLINES),
             gold=any(metric == name or metric.startswith(f"{name}/") for name in gold),
             prompts=steps[last].get("n"),
             before_step=first,
@@ -177,7 +177,8 @@ def _rows(
                 "mean": row.after["mean"] - before["mean"]
             }
         rows.append(row)
-    return sorted(rows, key=lambda row: (row.gold, row.metric != "exact_match"))
+    first_of_all = headline(row.metric for row in rows if not row.gold)
+    return sorted(rows, key=lambda row: (row.gold, row.metric != first_of_all))
 
 
 def _add_bars(rows: Sequence[Row]) -> None:

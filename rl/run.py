@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from rl.checkpoint import CHECKPOINTS, Checkpoint, latest_checkpoint, save_checkpoint, step_of
 from rl.config import Recipe
 from rl.engine import Engine, StateDict
@@ -126,6 +128,22 @@ class RunFolder:
         scale = max(1, 192 // images[0].shape[1])
         grid = image_grid(images, columns=4, captions=captions, scale=scale)
         save_image(grid, self.path / "samples" / f"step_{step:06d}.png")
+
+
+def with_sources(
+    images: Sequence[np.ndarray], prompts: Sequence[Prompt]
+) -> tuple[list[np.ndarray], list[str]]:
+    """Pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
+    shown: list[np.ndarray] = []
+    captions: list[str] = []
+    for image, prompt in zip(images, prompts, strict=True):
+        if prompt.reference is not None:
+            source = prompt.reference.convert("RGB").resize((image.shape[1], image.shape[0]))
+            shown.append(np.asarray(source))
+            captions.append("to edit")
+        shown.append(image)
+        captions.append(prompt.text)
+    return shown, captions
 
 
 def read_stored_recipe(path: Path, schema: type[AnyRecipe]) -> AnyRecipe:
@@ -305,7 +323,7 @@ class Run(Loop):
         shown = "  ".join(f"{n} {v.mean:.3f}" for n, v in evaluation.metrics.items())
         self.note(f"held-out after step {step}: {shown}")
         count = self.recipe.run.sample_prompts
-        self.folder.save_grid(step, list(evaluation.images[:count]), [p.text for p in self.heldout[:count]])
+        self.folder.save_grid(step, *with_sources(evaluation.images[:count], self.heldout[:count]))
         self.engine.barrier()
 
     def _draw_samples(self, step: int) -> None:
@@ -316,8 +334,7 @@ class Run(Loop):
             prompts = self.heldout[: self.recipe.run.sample_prompts]
             occasion = f"eval {self.recipe.eval.suite}"
             (groups,) = self.eval_rollout.generate(prompts, 1, occasion)
-            images = [group.images[0] for group in groups]
-            self.folder.save_grid(step, images, [prompt.text for prompt in prompts])
+            self.folder.save_grid(step, *with_sources([group.images[0] for group in groups], prompts))
 
     def _tensors(self) -> StateDict:
         return self.engine.state_dict() | self.trainer.tensors()

@@ -17,6 +17,15 @@ PLACES = ("index", "sample")  # keys of a row that say what it is about
 FEWEST_CHANGES = 6
 
 
+HEADLINES = ("success", "exact_match")  # what a run is judged by, the first of them that was measured
+
+
+def headline(metrics: Iterable[str]) -> str | None:
+    """The metric to name first: one of HEADLINES, else the first; None where nothing was measured."""
+    names = list(metrics)
+    return next((name for name in HEADLINES if name in names), names[0] if names else None)
+
+
 @dataclass(frozen=True, slots=True)
 class Interval:
     """A mean with its confidence interval, in the unit of the values; `n` values went into it."""
