@@ -20,7 +20,8 @@ FACTORS = ("done", "kept")
 PARTS = (*FACTORS, "colour", "structure", "features", "inside", "judged")
 CHANGED = 24 / 255  # difference of source and ideal from which a pixel belongs to the edited region
 CORE = 0.8  # share of ink from which a pixel is the inside of a stroke, whatever the ground
-INK_RANGE = 128.0  # distance in 8-bit sRGB from which two inks have nothing in common
+INK_RANGE = 80.0  # distance in 8-bit sRGB, across the line to the ground, from which two inks have nothing in common
+INK_STRENGTH = 0.5  # how far along that line the ink must be; thin blurred strokes never reach 1
 CONTRAST = 16.0  # the same, below which a picture has no ink
 
 
@@ -50,7 +51,8 @@ def score_kept(
     of structure and features, which see the same thing with other eyes, and inside; what is NaN is left out.
 
     `picture` and `source` are [H, W, 3] in 0..255, `features` those of both, gradients by default. `inside` is the
-    ink's colour for a new text, and the shape of the strokes for new colours; NaN for another `part`."""
+    ink's colour for a new text, the strokes for a new ink, and both for a new background, whose outside may be too
+    small to look at; NaN for another `part`."""
     a, b = picture / 255, source / 255
     pair = (gradient_features(a), gradient_features(b)) if features is None else features
     kept = {
@@ -97,12 +99,35 @@ def ink_share(picture: np.ndarray) -> np.ndarray:
     return np.clip((picture - ground) @ line / (line @ line), 0.0, 1.0)
 
 
+def ink_similarity(picture: np.ndarray, source: np.ndarray) -> float:
+    """How much of the source's ink colour a picture's ink has, in [0, 1], whatever the ground of either.
+
+    Pixels of a stroke are mixtures of ground and ink, so what counts is the distance from the line between the
+    picture's ground and the source's ink: a blurred stroke keeps its colour, a faint or missing one has none."""
+    ground, wanted = estimate_background(picture), _colour_of(source, "ink")
+    ink, line = estimate_ink(picture, ground) - ground, wanted - ground
+    length = float(line @ line)
+    if length < CONTRAST**2:  # the ground has the colour of the ink: there is no line
+        return 0.0
+    strength = float(ink @ line) / length
+    across = float(np.linalg.norm(ink - strength * line))
+    return float(np.clip(strength / INK_STRENGTH, 0, 1)) * max(0.0, 1.0 - across / INK_RANGE)
+
+
+def stroke_similarity(picture: np.ndarray, source: np.ndarray) -> float:
+    """How much of the source's strokes a picture's strokes explain, whatever the colours: the squared correlation of
+    their ink shares. Means of rows are taken out, because words on one line have the line in common."""
+    a, b = (share - share.mean(axis=1, keepdims=True) for share in (ink_share(picture), ink_share(source)))
+    return correlation(a, b) ** 2
+
+
 def _inside(picture: np.ndarray, source: np.ndarray, part: str | None) -> float:
     if part == "text":
-        distance = np.linalg.norm(_colour_of(picture, "ink") - _colour_of(source, "ink"))
-        return max(0.0, 1.0 - float(distance) / INK_RANGE)
-    if part in ("ink", "background"):
-        return correlation(ink_share(picture), ink_share(source))
+        return ink_similarity(picture, source)
+    if part == "ink":
+        return stroke_similarity(picture, source)
+    if part == "background":
+        return ink_similarity(picture, source) * stroke_similarity(picture, source)
     return float("nan")
 
 

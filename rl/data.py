@@ -83,6 +83,24 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
         rows = _read_rows(source, config.column)
         lines = [line for line, _ in rows]
         prompts = _to_prompts(rows, config.column, source)
+    _refuse_repeated(prompts, lines, source)
+    if config.size is not None and config.size > len(prompts):
+        raise ImageRLError(
+            f"{source} has {len(prompts)} prompts, fewer than its size in the recipe, {config.size}"
+        )
+    return PromptSet(source, tuple(prompts[: config.size]))
+
+
+def inline_prompts(rows: Sequence[str | dict[str, Any]], source: str) -> PromptSet:
+    """Prompts that are written out in another file, `source`: texts, or mappings with a `prompt` in each. Lines in
+    messages are counted within the list. Raises ImageRLError like `load_prompt_set`."""
+    numbered = list(enumerate(rows, 1))
+    prompts, lines = _to_prompts(numbered, "prompt", source), [number for number, _ in numbered]
+    _refuse_repeated(prompts, lines, source)
+    return PromptSet(source, tuple(prompts))
+
+
+def _refuse_repeated(prompts: Sequence[Prompt], lines: Sequence[int], source: str) -> None:
     if not prompts:
         raise ImageRLError(f"{source} holds no prompts")
     seen: dict[str, int] = {}
@@ -90,11 +108,6 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
         if name in seen:
             raise ImageRLError(f"{source}, line {line}: repeats the prompt of line {seen[name]}; remove one")
         seen[name] = line
-    if config.size is not None and config.size > len(prompts):
-        raise ImageRLError(
-            f"{source} has {len(prompts)} prompts, fewer than its size in the recipe, {config.size}"
-        )
-    return PromptSet(source, tuple(prompts[: config.size]))
 
 
 def refuse_overlap(train: PromptSet, heldout: PromptSet) -> None:

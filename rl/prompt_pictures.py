@@ -42,7 +42,7 @@ def with_pictures(prompt: Prompt) -> Prompt:
     if not paths:
         return prompt
     return replace(
-        prompt, columns={**prompt.columns, **{name: _opened(path) for name, path in paths.items()}}
+        prompt, columns={**prompt.columns, **{name: open_picture(path, name) for name, path in paths.items()}}
     )
 
 
@@ -54,12 +54,15 @@ def identity(prompt: Prompt) -> str:
     return f"{prompt.text} (of {picture})" if isinstance(picture, Path) else prompt.text
 
 
-def _opened(path: Path) -> Image.Image:
+def open_picture(path: Path, place: str) -> Image.Image:
+    """A picture file as upright RGB. `place` begins the message of the ImageRLError for one that cannot be read."""
     try:
-        with Image.open(path) as image:
-            return to_rgb(image)
+        with Image.open(path) as picture:
+            return to_rgb(picture)
+    except FileNotFoundError:
+        raise ImageRLError(f"{place}: there is no picture {path}") from None
     except (OSError, ValueError, SyntaxError, BadSample, Image.DecompressionBombError) as error:
         why = " ".join(str(error).split())[:200]
         raise ImageRLError(
-            f"{path} cannot be read as a picture ({why}); save it again as PNG or JPEG"
+            f"{place}: {path} cannot be read as a picture ({why}); save it again as PNG or JPEG"
         ) from error
