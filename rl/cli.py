@@ -10,6 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 from rl.commands.bench import bench
+from rl.commands.compare import compare
 from rl.commands.evaluate import evaluate_model
 from rl.commands.export import export
 from rl.commands.plan import plan
@@ -34,6 +35,7 @@ app.command()(sample)
 app.command("eval")(evaluate_model)
 app.command()(tokenize)
 app.command()(export)
+app.command()(compare)
 app.command()(pretrain)
 app.command()(plan)
 app.add_typer(bench, name="bench")
