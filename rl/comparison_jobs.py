@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal, Protocol
 
@@ -85,36 +86,52 @@ def execute(
     Runs that another process is at (they are locked) are left to it."""
     outcomes: dict[PlannedRun, Outcome] = {}
     waiting = list(runs)
-    active: dict[int, tuple[PlannedRun, Process, IO[bytes], float]] = {}
-    with _forwarded_signals(lambda: [process for _, process, _, _ in active.values()]) as stopping:
-        while active or (waiting and not stopping()):
+    active: dict[int, _Active] = {}
+    with _counted_signals() as signals:
+        while active or (waiting and not signals()):
             for place in range(len(environments)):
-                if place in active or stopping():
-                    continue
-                while waiting:
+                while place not in active and waiting and not signals():
                     run = waiting.pop(0)
                     lock = _lock(run)
                     if lock is None:
                         outcomes[run] = "elsewhere"
-                        continue
-                    if run.finished:
+                    elif run.finished:
                         lock.close()
                         outcomes[run] = "finished"
-                        continue
-                    note(f"{run.name}: {'continues' if run.folder.exists() else 'starts'}")
-                    process = (start or start_training)(run, environments[place], lock)
-                    active[place] = (run, process, lock, time.monotonic())
-                    break
-            for place, (run, process, lock, began) in list(active.items()):
-                code = process.poll()
+                    else:
+                        note(f"{run.name}: {'continues' if run.folder.exists() else 'starts'}")
+                        process = (start or start_training)(run, environments[place], lock)
+                        active[place] = _Active(run, process, lock)
+            for place, one in list(active.items()):
+                one.forward(signals())
+                code = one.process.poll()
                 if code is not None:
-                    lock.close()
+                    one.lock.close()
                     del active[place]
-                    outcomes[run] = "stopped" if code and stopping() else _outcome(run, code)
-                    minutes = (time.monotonic() - began) / 60
-                    note(f"{run.name}: {_told(run, outcomes[run], code)} ({minutes:.1f} min)")
+                    stopped = code != 0 and signals() > 0
+                    outcomes[one.run] = "stopped" if stopped else _outcome(one.run, code)
+                    minutes = (time.monotonic() - one.began) / 60
+                    note(f"{one.run.name}: {_told(one.run, outcomes[one.run], code)} ({minutes:.1f} min)")
             time.sleep(pause if active else 0)
     return outcomes | dict.fromkeys(waiting, "stopped")
+
+
+@dataclass(slots=True)
+class _Active:
+    """A run that is going on, with the signals that it has been sent."""
+
+    run: PlannedRun
+    process: Process
+    lock: IO[bytes]
+    began: float = field(default_factory=time.monotonic)
+    sent: int = 0
+
+    def forward(self, signals: int) -> None:
+        """Pass on what has come since, to a run that was only then starting too."""
+        while self.sent < signals:
+            self.sent += 1
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGTERM)
 
 
 def _outcome(run: PlannedRun, code: int) -> Outcome:
@@ -149,21 +166,18 @@ def _lock(run: PlannedRun) -> IO[bytes] | None:
 
 
 @contextlib.contextmanager
-def _forwarded_signals(processes: Callable[[], Sequence[Process]]) -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C and SIGTERM go to the processes, as SIGTERM; the yielded function tells whether one came."""
-    asked = False
+def _counted_signals() -> Iterator[Callable[[], int]]:
+    """Inside, Ctrl-C and SIGTERM are only counted; the yielded function tells how many came."""
+    count = 0
 
-    def forward(number: int, _: object) -> None:
-        nonlocal asked
-        asked = True
+    def one_more(number: int, _: object) -> None:
+        nonlocal count
+        count += 1
         os.write(2, b"imagerl: stopping all runs after their step; once more to stop at once\n")
-        for process in processes():
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, one_more) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked
+        yield lambda: count
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
