@@ -262,7 +262,11 @@ class EngineConfig(RecipeModel):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights stay fp32")
     micro_batch_size: int = Field(16, ge=1, description="samples of one forward and backward pass")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: its own choice")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of torch, less rewards.workers while scoring; null: its own choice",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -55,6 +55,7 @@ class Engine:
         self.accelerator = self._accelerator(use_cpu)
         if settings.threads:  # after Accelerate, which may choose for itself
             torch.set_num_threads(settings.threads)
+        self.threads: int = torch.get_num_threads()
         self.device: torch.device = self.accelerator.device
         if self.device.type == "cuda":  # resuming must repeat a run bit for bit
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -131,6 +132,14 @@ class Engine:
         else:
             with self.accelerator.no_sync(self.module):
                 yield
+
+    def leave_cores(self, count: int) -> None:
+        """Use `count` CPU threads less than the run has, but one at least, while other processes compute.
+
+        A thread that shares its core with another process holds up the rest at every barrier. When a run leaves
+        cores depends on its recipe alone and never on the clock: rounding depends on the number of threads, and
+        a run must repeat bit for bit."""
+        torch.set_num_threads(max(1, self.threads - count))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bfloat16 autocast where the recipe says so; for the forward pass, not for backward."""

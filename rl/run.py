@@ -22,7 +22,7 @@ from rl.metrics import METRICS_FILE, MetricsLog, Progress, image_grid, save_imag
 from rl.recipe import load_yaml_recipe
 from rl.report import write_report
 from rl.rollout import RolloutEngine
-from rl.sft_config import SFTRecipe
+from rl.sft_config import AnyRecipe
 from rl.stats import compare
 from rl.trainer import Trainer
 from rl.types import Prompt
@@ -55,7 +55,6 @@ CHANGEABLE = {
     *(f"rewards.{key}" for key in ("workers", "timeout_s", "max_failure_rate", "max_restarts")),
     *("data.workers", "data.max_bad_share", "run.model_dtype"),
 }
-AnyRecipe = Recipe | SFTRecipe
 
 
 class RunFolder:
