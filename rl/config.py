@@ -22,6 +22,18 @@ class RunConfig(RecipeModel):
     output_dir: str = Field(min_length=1, description="run folder")
     sample_every: int = Field(10, ge=0, description="steps between grids of the fixed prompts; 0: none")
     sample_prompts: int = Field(8, ge=1, description="held-out prompts on a grid")
+    images: int | None = Field(
+        None, ge=1, description="end before steps, when these many are drawn; lr follows them; null: no limit"
+    )
+    minutes: float | None = Field(
+        None, gt=0, description="end before steps, after this much training; lr follows it; null: no limit"
+    )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.images is not None and self.minutes is not None:
+            raise ValueError("run.images and run.minutes both end a run; give only one")
+        return self
 
 
 class LoraConfig(RecipeModel):
@@ -374,6 +386,9 @@ class Recipe(RecipeModel):
                 "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "
                 "precision than the policy"
             )
+        drawn = self.rollout.prompts_per_step * self.rollout.group_size * self.rollout.decodes
+        if self.run.images is not None and self.run.images < drawn:
+            raise ValueError(f"run.images ({self.run.images}) is less than the {drawn} that one step draws")
         updates = self.run.steps * self.algorithm.updates_per_rollout
         if self.optim.warmup_steps >= updates:
             raise ValueError(
