@@ -348,7 +348,7 @@ class Run(Loop):
         shown = "  ".join(f"{n} {v.mean:.3f}" for n, v in evaluation.metrics.items())
         self.note(f"held-out after step {step}: {shown}")
         count = self.recipe.run.sample_prompts
-        self.folder.save_grid(step, *with_sources(evaluation.images[:count], self.heldout[:count]))
+        self.folder.save_grid(step, *with_sources(list(evaluation.images[:count]), self.heldout[:count]))
         self.engine.barrier()
 
     def _draw_samples(self, step: int) -> None:
