@@ -33,6 +33,7 @@ from rl.types import ImageRLError, RewardFn, RewardOutput
 
 REWARDS: dict[str, str] = {
     "colours": "rewards.colours:ColoursReward",
+    "edit": "rewards.edit:EditReward",
     "edit_consistency": "rewards.edit_consistency:EditConsistencyReward",
     "ocr": "rewards.ocr:OCRReward",
 }
@@ -228,9 +229,11 @@ def unique_labels(labels: Sequence[str]) -> list[str]:
     return [label if n == 1 else f"{label}_{n}" for label, n in zip(labels, counts, strict=True)]
 
 
-def load_rewards(specs: Sequence[RewardSpec], patience_s: float | None = None) -> list[LoadedReward]:
-    """All rewards of a recipe, under distinct labels. Raises ImageRLError like `load_reward`."""
-    loaded = [load_spec(spec, patience_s) for spec in specs]
+def load_rewards(
+    specs: Sequence[RewardSpec], patience_s: float | None = None, columns: Sequence[str] | None = None
+) -> list[LoadedReward]:
+    """All rewards of a recipe, under distinct labels. Arguments and errors are those of `load_spec`."""
+    loaded = [load_spec(spec, patience_s, columns) for spec in specs]
     labels = unique_labels([label for label, _ in loaded])
     return [
         LoadedReward(label, fn, spec.weight, spec.gate)

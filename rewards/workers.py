@@ -86,7 +86,7 @@ class RewardWorkers:
         self._workers: list[Worker] = []
         self._owns_ray = False
         self._shards = workers
-        self._local = load_rewards(self._specs, PATIENCE * timeout_s) if workers == 0 else []
+        self._local = load_rewards(self._specs, PATIENCE * timeout_s, names) if workers == 0 else []
         if workers > 0:
             self._start(workers, timeout_s, max_restarts, names)
 

@@ -26,7 +26,7 @@ class GateConfig(RecipeModel):
 
 
 # The fields of a row of an evaluation: a reward of such a name would overwrite one.
-EVALUATION_FIELDS = ("index", "prompt", "reward", "exact_match", "confidence")
+EVALUATION_FIELDS = ("index", "sample", "prompt", "reward", "exact_match", "confidence")
 
 
 # YAML's keys are texts to the recipe reader.
@@ -136,3 +136,15 @@ class RewardsConfig(RecipeModel):
                     f"there is: {others}"
                 )
         return functions
+
+
+def without_addresses(value: Any) -> Any:
+    """A recipe's values without the hosts of served rewards: they are the same ones wherever they are served."""
+    if isinstance(value, dict):
+        return {
+            key: entry.rpartition("/")[2]
+            if key == "url" and isinstance(entry, str)
+            else without_addresses(entry)
+            for key, entry in value.items()
+        }
+    return [without_addresses(entry) for entry in value] if isinstance(value, list) else value
