@@ -35,6 +35,7 @@ REWARDS: dict[str, str] = {
     "colours": "rewards.colours:ColoursReward",
     "edit": "rewards.edit:EditReward",
     "edit_consistency": "rewards.edit_consistency:EditConsistencyReward",
+    "judge": "rewards.judge:JudgeReward",
     "ocr": "rewards.ocr:OCRReward",
 }
 REMOTE = "rewards.remote:RemoteReward"  # behind an address

@@ -119,7 +119,7 @@ def parameters_of(spec: RewardSpec, function: Any) -> list[str]:
     """Names that a reward takes; a reward in another process says them itself."""
     from rewards.base import takes
 
-    return getattr(function, "parameters", None) or takes(spec)
+    return list(function.parameters) if spec.is_isolated or spec.is_remote else takes(spec)
 
 
 def parse_settings(entries: Sequence[str]) -> dict[str, Any]:
