@@ -82,7 +82,7 @@ def _score(
 ) -> Evaluation:
     from rewards.workers import RewardWorkers
     from rl.evaluate import evaluate
-    from rl.layouts import save_group
+    from rl.kept_pictures import save_group
 
     scorer = RewardWorkers(suite.rewards, gold=suite.gold, workers=0, columns=prompts[0].columns)
     return evaluate(
