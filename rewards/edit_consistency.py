@@ -20,9 +20,7 @@ FACTORS = ("done", "kept")
 PARTS = (*FACTORS, "colour", "structure", "features", "inside", "judged")
 CHANGED = 24 / 255  # difference of source and ideal from which a pixel belongs to the edited region
 CORE = 0.8  # share of ink from which a pixel is the inside of a stroke, whatever the ground
-INK_RANGE = (
-    80.0  # distance in 8-bit sRGB, across the line to the ground, at which inks have nothing in common
-)
+INK_RANGE = 80.0  # distance in 8-bit sRGB, across the line to the ground, at which inks share nothing
 INK_STRENGTH = 0.5  # how far along that line the ink must be; thin blurred strokes never reach 1
 CONTRAST = 16.0  # the same, below which a picture has no ink
 
