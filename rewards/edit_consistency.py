@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from rewards.base import SAMPLE_NAMES, import_target, load_reward
+from rewards.base import load_reward
 from rewards.colours import estimate_background, estimate_ink
 from rewards.similarity import colour_similarity, correlation, feature_similarity, gradient_features, ssim
+from rewards.targets import SAMPLE_NAMES, import_target
 from rl.types import ImageRLError, RewardOutput
 
 COLOUR = "colour"

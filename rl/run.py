@@ -24,6 +24,7 @@ from rl.metrics import METRICS_FILE, MetricsLog, Progress, image_grid, save_imag
 from rl.prompt_pictures import with_pictures
 from rl.recipe import load_yaml_recipe
 from rl.report import write_report
+from rl.reward_config import without_addresses
 from rl.rollout import RolloutEngine
 from rl.sft_config import AnyRecipe
 from rl.stats import compare
@@ -173,7 +174,7 @@ def differing_keys(stored: AnyRecipe, given: AnyRecipe) -> list[str]:
             else:
                 yield (*prefix, key), value
 
-    old, new = dict(flat(stored.model_dump())), dict(flat(given.model_dump()))
+    old, new = (dict(flat(without_addresses(recipe.model_dump()))) for recipe in (stored, given))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     return [key for key in map(".".join, keys) if key not in CHANGEABLE]
 
