@@ -215,7 +215,7 @@ class EditConsistencyReward:
         for index, kept in zip(asked, self._kept(asked, images, reference, edited, columns), strict=True):
             found = {**kept, "done": done[index]} | ({"judged": judged[index]} if index in judged else {})
             if index in judged:
-                found["kept"] = None if (told := judged[index]) is None else kept["kept"] * told
+                found["kept"] = None if (score := judged[index]) is None else kept["kept"] * score
             for name, value in found.items():
                 parts[name][index] = value if value is not None and np.isfinite(value) else None
             values[index] = _product([parts[name][index] for name in self.factors])
