@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 
 from rl.commands.ask import ask
 from rl.commands.bench import bench
+from rl.commands.compare import compare
 from rl.commands.evaluate import evaluate_model
 from rl.commands.export import export
 from rl.commands.plan import plan
@@ -36,6 +37,7 @@ app.command()(ask)
 app.command("eval")(evaluate_model)
 app.command()(tokenize)
 app.command()(export)
+app.command()(compare)
 app.command()(pretrain)
 app.command()(plan)
 app.add_typer(bench, name="bench")

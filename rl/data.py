@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from rl.errors import ImageRLError
-from rl.image_files import BadSample, to_rgb
+from rl.prompt_pictures import identity, picture_paths
 from rl.recipe import parse_yaml_lines, read_text
 from rl.seeding import derive_seed
 from rl.types import Prompt
@@ -30,7 +27,6 @@ RESERVED_COLUMNS = (
     "completion_ids",
     "images",
 )  # what rewards get beside the columns
-PICTURE_COLUMNS = ("reference", "ideal", "mask")  # paths of pictures, in rows that have a reference
 Row = tuple[int, Any]  # line number, and a mapping of columns or a bare prompt
 
 
@@ -92,7 +88,7 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
         raise ImageRLError(
             f"{source} has {len(prompts)} prompts, fewer than its size in the recipe, {config.size}"
         )
-    return PromptSet(source, _with_pictures(prompts[: config.size], lines, source))
+    return PromptSet(source, tuple(prompts[: config.size]))
 
 
 def inline_prompts(rows: Sequence[str | dict[str, Any]], source: str) -> PromptSet:
@@ -101,46 +97,17 @@ def inline_prompts(rows: Sequence[str | dict[str, Any]], source: str) -> PromptS
     numbered = list(enumerate(rows, 1))
     prompts, lines = _to_prompts(numbered, "prompt", source), [number for number, _ in numbered]
     _refuse_repeated(prompts, lines, source)
-    return PromptSet(source, _with_pictures(prompts, lines, source))
+    return PromptSet(source, tuple(prompts))
 
 
 def _refuse_repeated(prompts: Sequence[Prompt], lines: Sequence[int], source: str) -> None:
     if not prompts:
         raise ImageRLError(f"{source} holds no prompts")
     seen: dict[str, int] = {}
-    for line, identity in zip(lines, map(_identity, prompts), strict=True):
-        if identity in seen:
-            raise ImageRLError(
-                f"{source}, line {line}: repeats the prompt of line {seen[identity]}; remove one"
-            )
-        seen[identity] = line
-
-
-def _with_pictures(prompts: Sequence[Prompt], lines: Sequence[int], source: str) -> tuple[Prompt, ...]:
-    """Prompts whose paths of pictures, relative to the folder of `source`, became the pictures. A picture of many
-    prompts is one object, so that what is computed of it can be remembered."""
-    opened, pictures = [], dict[str, Image.Image]()
-    for prompt, line in zip(prompts, lines, strict=False):
-        columns = dict(prompt.columns)
-        for name in PICTURE_COLUMNS if isinstance(columns.get("reference"), str) else ():
-            if isinstance(columns.get(name), str):
-                path, place = columns[name], f"{source}, line {line}: {name}"
-                columns[name] = pictures.get(path) or open_picture(Path(source).parent / path, place)
-                pictures[path] = columns[name]
-        opened.append(replace(prompt, columns=columns))
-    return tuple(opened)
-
-
-def open_picture(path: Path, place: str) -> Image.Image:
-    """A picture file as upright RGB. `place` begins the message of the ImageRLError for one that cannot be read."""
-    try:
-        with Image.open(path) as picture:
-            return to_rgb(picture)
-    except FileNotFoundError:
-        raise ImageRLError(f"{place}: there is no picture {path}") from None
-    except (OSError, ValueError, SyntaxError, BadSample, Image.DecompressionBombError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise ImageRLError(f"{place}: {path} cannot be read as a picture ({why})") from None
+    for line, name in zip(lines, map(identity, prompts), strict=True):
+        if name in seen:
+            raise ImageRLError(f"{source}, line {line}: repeats the prompt of line {seen[name]}; remove one")
+        seen[name] = line
 
 
 def refuse_overlap(train: PromptSet, heldout: PromptSet) -> None:
@@ -159,17 +126,8 @@ def refuse_overlap(train: PromptSet, heldout: PromptSet) -> None:
             )
 
 
-def _identity(prompt: Prompt) -> str:
-    """What makes a prompt the same as another one: its text, and for an edit the picture too."""
-    if isinstance(prompt.columns.get("reference"), str):  # a path, not opened yet
-        return f"{prompt.text} (of picture {prompt.columns['reference']})"
-    if prompt.reference is None:
-        return prompt.text
-    return f"{prompt.text} (of picture {hashlib.sha256(prompt.reference.tobytes()).hexdigest()[:12]})"
-
-
 def _identities(prompts: PromptSet) -> list[str]:
-    return [_identity(prompt) for prompt in prompts]
+    return [identity(prompt) for prompt in prompts]
 
 
 def _targets(prompts: PromptSet) -> list[str]:
@@ -278,7 +236,12 @@ def _to_prompts(rows: Sequence[Row], column: str, source: str) -> list[Prompt]:
                 )
         mappings.append((line, mapping))
     names = dict.fromkeys(name for _, mapping in mappings for name in mapping if name != column)
+    folder = Path(source).parent
     return [
-        Prompt(index, mapping[column].strip(), {name: mapping.get(name) for name in names})
-        for index, (_, mapping) in enumerate(mappings)
+        Prompt(
+            index,
+            mapping[column].strip(),
+            picture_paths({name: mapping.get(name) for name in names}, folder, f"{source}, line {line}"),
+        )
+        for index, (line, mapping) in enumerate(mappings)
     ]

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rl.data import open_picture
 from rl.errors import ImageRLError
 from rl.evaluate import Source
 from rl.files import write_atomic
 from rl.kept_pictures import refuse_filled
 from rl.metrics import save_image, to_json
+from rl.prompt_pictures import open_picture
 from rl.recipe import read_text
 from rl.types import Prompt
 

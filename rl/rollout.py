@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rl.errors import ImageRLError
+from rl.prompt_pictures import with_pictures
 from rl.seeding import generator
 from rl.types import (
     FlowSampling,
@@ -69,8 +70,9 @@ class EncodedPrompts:
     latents: Tensor | None  # [P, C, h, w] of the pictures to edit; None: draw new ones
 
 
-def encode(policy: Policy, prompts: Sequence[Prompt]) -> EncodedPrompts:
-    """Captions, or instructions with the pictures that they change.
+def encode(policy: Policy, prompts: Sequence[Prompt], to_draw: bool = True) -> EncodedPrompts:
+    """Captions, or instructions with the pictures that they change. Without `to_draw` no latents: scoring tokens
+    needs none.
 
     Raises ImageRLError when only some of the prompts have a picture."""
     texts = [prompt.text for prompt in prompts]
@@ -81,8 +83,8 @@ def encode(policy: Policy, prompts: Sequence[Prompt]) -> EncodedPrompts:
         raise ImageRLError(
             f"{len(pictures)} of {len(texts)} prompts have a picture to edit; put edits in a prompt set of their own"
         )
-    tokens, latents = policy.reference_of(pictures)
-    return EncodedPrompts(*policy.encode_prompts(texts, tokens), latents)
+    ids, mask = policy.encode_prompts(texts, policy.picture_tokens(pictures))
+    return EncodedPrompts(ids, mask, policy.picture_latents(pictures) if to_draw else None)
 
 
 def reward_request(groups: Sequence[RolloutGroup], step: int = 0) -> RewardRequest:
@@ -166,6 +168,7 @@ class RolloutEngine:
         `occasion` names the use of the random numbers: a training step, or an evaluation. With `flow` the decoder
         draws as it says and the groups keep its stochastic steps."""
         for together in _chunks(prompts, sample_chunk):
+            together = [with_pictures(prompt) for prompt in together]
             encoded = encode(self.policy, together)
             uniforms = self.uniforms(occasion, together, group_size)
             trajectory = self.policy.sample_tokens(

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rl.budget import Budget
 from rl.checkpoint import CHECKPOINTS, Checkpoint, latest_checkpoint, save_checkpoint, step_of
 from rl.config import Recipe
 from rl.engine import Engine, StateDict
@@ -20,8 +21,10 @@ from rl.errors import ImageRLError
 from rl.evaluate import Evaluation, evaluate
 from rl.files import is_temporary, write_atomic
 from rl.metrics import METRICS_FILE, MetricsLog, Progress, image_grid, save_image, to_json
+from rl.prompt_pictures import with_pictures
 from rl.recipe import load_yaml_recipe
 from rl.report import write_report
+from rl.reward_config import without_addresses
 from rl.rollout import RolloutEngine
 from rl.sft_config import AnyRecipe
 from rl.stats import compare
@@ -43,7 +46,15 @@ CONTENTS = {
 }
 # What may change between a run and its continuation without making it another experiment.
 CHANGEABLE = {
-    *("run.steps", "run.output_dir", "checkpoint.every", "checkpoint.keep", "rollout.max_logprob_diff"),
+    *(
+        "run.steps",
+        "run.images",
+        "run.minutes",
+        "run.output_dir",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "rollout.max_logprob_diff",
+    ),
     "algorithm.flow.max_logprob_diff",
     *(f"rewards.{key}" for key in ("workers", "timeout_s", "max_failure_rate", "max_restarts")),
     *("data.workers", "data.max_bad_share", "run.model_dtype"),
@@ -134,6 +145,7 @@ def with_sources(
     images: Sequence[np.ndarray], prompts: Sequence[Prompt]
 ) -> tuple[list[np.ndarray], list[str]]:
     """Pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
+    prompts = [with_pictures(prompt) for prompt in prompts]
     shown: list[np.ndarray] = []
     captions: list[str] = []
     for image, prompt in zip(images, prompts, strict=True):
@@ -162,7 +174,7 @@ def differing_keys(stored: AnyRecipe, given: AnyRecipe) -> list[str]:
             else:
                 yield (*prefix, key), value
 
-    old, new = dict(flat(stored.model_dump())), dict(flat(given.model_dump()))
+    old, new = (dict(flat(without_addresses(recipe.model_dump()))) for recipe in (stored, given))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     return [key for key in map(".".join, keys) if key not in CHANGEABLE]
 
@@ -207,6 +219,7 @@ class Loop:
         trainer: Stepper,
         checkpoint: Checkpoint | None,
         progress_note: Callable[[str], None] = print,
+        budget: Budget | None = None,
     ) -> None:
         self.recipe = recipe
         self.folder = folder
@@ -217,6 +230,9 @@ class Loop:
         self.last: list[dict[str, Any]] | None = checkpoint.state.get("last_eval") if checkpoint else None
         self.note = progress_note if self.engine.is_main else lambda _: None
         self.finished = False  # the last step is done
+        self.budget = budget or Budget()
+        self.budget.restore(checkpoint.state.get("budget", {}) if checkpoint else {})
+        self.done = self.start_step  # steps
 
     def execute(self, resumed: bool) -> dict[str, Any] | None:
         """Run to the last step, or until asked to stop.
@@ -233,13 +249,18 @@ class Loop:
                 self._evaluate(0, log)
             with _progress(total, self.start_step, is_main) as progress:
                 for step in range(self.start_step + 1, total + 1):
+                    if self.budget.spent:
+                        break
+                    self.engine.share = self.budget.share
                     metrics = self._step(step - 1)
-                    last = step == total
+                    self.done = step
+                    self.budget.spend(self.engine.gather_objects(metrics)[0])  # clocks differ
+                    last = step == total or self.budget.spent
                     stopping = any(self.engine.gather_objects(asked_to_stop()))
                     if log:
                         log.log(step, metrics)
                     if progress:
-                        progress.update(step, metrics)
+                        progress.update(step, metrics, self.budget.expected_steps())
                     if self._due(step, self.recipe.eval.every) or last:
                         self._evaluate(step, log)
                     elif self._due(step, self.recipe.run.sample_every):
@@ -271,7 +292,12 @@ class Loop:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors. Called by all processes, what the main one returns counts."""
-        return {"first_eval": self.first, "last_eval": self.last, "recipe": self.recipe.model_dump()}
+        return {
+            "first_eval": self.first,
+            "last_eval": self.last,
+            "recipe": self.recipe.model_dump(),
+            "budget": self.budget.state(),
+        }
 
     def _evaluate(self, step: int, log: MetricsLog | None) -> None:
         """Held-out evaluation: sets `first` (once) and `last` on the main process."""
@@ -299,7 +325,7 @@ class Run(Loop):
         checkpoint: Checkpoint | None,
         progress_note: Callable[[str], None] = print,
     ) -> None:
-        super().__init__(recipe, folder, trainer, checkpoint, progress_note)
+        super().__init__(recipe, folder, trainer, checkpoint, progress_note, Budget.of(recipe))
         self.trainer = trainer
         self.heldout = heldout[: recipe.eval.size]
         self.eval_rollout = eval_rollout
@@ -323,7 +349,7 @@ class Run(Loop):
         shown = "  ".join(f"{n} {v.mean:.3f}" for n, v in evaluation.metrics.items())
         self.note(f"held-out after step {step}: {shown}")
         count = self.recipe.run.sample_prompts
-        self.folder.save_grid(step, *with_sources(evaluation.images[:count], self.heldout[:count]))
+        self.folder.save_grid(step, *with_sources(list(evaluation.images[:count]), self.heldout[:count]))
         self.engine.barrier()
 
     def _draw_samples(self, step: int) -> None:
@@ -347,7 +373,7 @@ class Run(Loop):
             return
         log.close()
         if comparison is not None:
-            self.folder.write_comparison(comparison, self.recipe.eval.suite, self.recipe.run.steps)
+            self.folder.write_comparison(comparison, self.recipe.eval.suite, self.done)
         self.note(f"report: {write_report(self.folder.path)}")
 
 

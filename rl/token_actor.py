@@ -46,7 +46,7 @@ class TokenActor:
 
     def assemble(self, groups: Sequence[RolloutGroup], step: int) -> TrainBatch:
         """The tokens of some groups, without advantages yet."""
-        encoded = encode(self.policy, [group.prompt for group in groups])
+        encoded = encode(self.policy, [group.prompt for group in groups], to_draw=False)
         size = len(groups[0].tokens)
         return TrainBatch(
             prompt_ids=encoded.ids.repeat_interleave(size, 0),

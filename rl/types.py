@@ -27,7 +27,8 @@ class Prompt:
 
     @property
     def reference(self) -> Image.Image | None:
-        """The picture to edit, in the column of that name, so that rewards see it too; None: draw a new one."""
+        """The picture to edit, in the column of that name, so that rewards see it too; None: draw a new one. That of
+        a prompt file is there once the prompt is drawn; see `rl.prompt_pictures`."""
         picture = self.columns.get("reference")
         return picture if isinstance(picture, Image.Image) else None
 
@@ -313,8 +314,12 @@ class Policy(Protocol):
 
     def refresh_sampler(self) -> None: ...
 
-    def reference_of(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Tokens [P, T] and decoder latents [P, C, h, w] of pictures to edit."""
+    def picture_tokens(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """[P, T] of pictures to edit: what the autoregressive half sees of them."""
+        ...
+
+    def picture_latents(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """[P, C, h, w] of pictures to edit: what the decoder sees of them."""
         ...
 
     def encode_prompts(

@@ -20,7 +20,7 @@ MAX_ANSWER = 16  # tokens
 class Reader(Protocol):
     """What answers questions; see `models.image_policy.ImagePolicy`."""
 
-    def reference_of(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]: ...
+    def picture_tokens(self, pictures: Sequence[Image.Image]) -> Tensor: ...
 
     def answer(self, picture_tokens: Tensor, questions: Sequence[str], max_new_tokens: int) -> list[str]: ...
 
@@ -39,7 +39,7 @@ def evaluate_answers(suite: str, prompts: Sequence[Prompt], reader: Reader, batc
     shown = [prompt.columns["reference"] for prompt in prompts]
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        tokens, _ = reader.reference_of(shown[start : start + batch_size])
+        tokens = reader.picture_tokens(shown[start : start + batch_size])
         answers = reader.answer(tokens, [prompt.text for prompt in batch], MAX_ANSWER)
         for prompt, given in zip(batch, answers, strict=True):
             right = float(same_answer(given, prompt.columns["answer"]))

@@ -22,6 +22,6 @@ def ask(
     from models.loading import load_policy
 
     policy, _ = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
-    tokens, _ = policy.reference_of([picture_for(policy, picture)])
+    tokens = policy.picture_tokens([picture_for(policy, picture)])
     for answer in policy.answer(tokens.expand(len(questions), -1), questions, max_tokens):
         print(" ".join(answer.split()))

@@ -107,8 +107,8 @@ def compare(
 ) -> None:
     """Measure one or two models, tell and write what came out."""
     from models.loading import model_folder
+    from rl.against import compared
     from rl.commands.measuring import earlier_results, facts_of, measure
-    from rl.comparison import compared
     from rl.files import write_atomic
     from rl.kept_pictures import refuse_filled
     from rl.metrics import to_json

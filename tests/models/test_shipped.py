@@ -55,7 +55,7 @@ def test_it_edits(policy: ImagePolicy) -> None:
 def test_it_reads(policy: ImagePolicy) -> None:
     """92 % are right over many questions."""
     prompts = question_set("heldout", CASES)
-    tokens, _ = policy.reference_of([prompt.columns["reference"] for prompt in prompts])
+    tokens = policy.picture_tokens([prompt.columns["reference"] for prompt in prompts])
     answers = policy.answer(tokens, [prompt.text for prompt in prompts], 16)
     right = [answer == prompt.columns["answer"] for answer, prompt in zip(answers, prompts, strict=True)]
     assert sum(right) >= CASES - 3

@@ -23,10 +23,10 @@ class Parrot:
         self.batches: list[int] = []
         self.wrong = wrong
 
-    def reference_of(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+    def picture_tokens(self, pictures: Sequence[Image.Image]) -> Tensor:
         first = len(self.pictures)
         self.pictures += [picture.tobytes() for picture in pictures]
-        return torch.arange(first, len(self.pictures))[:, None], torch.zeros(0)
+        return torch.arange(first, len(self.pictures))[:, None]
 
     def answer(self, picture_tokens: Tensor, questions: Sequence[str], max_new_tokens: int) -> list[str]:
         assert max_new_tokens >= 7  # six capitals and the end of the turn
