@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from rl.algorithm_config import AlgorithmConfig
+from rl.monitor_config import MonitorsConfig
 from rl.recipe import Loc, RecipeModel, load_yaml_recipe
 
 
@@ -299,6 +300,9 @@ class Recipe(RecipeModel):
     optim: OptimConfig = Field(default_factory=OptimConfig, description="AdamW and its schedule")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="hardware, precision, parallelism")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="held-out evaluation")
+    monitors: MonitorsConfig = Field(
+        default_factory=MonitorsConfig, description="what the run watches itself for, reward hacking first"
+    )
     checkpoint: CheckpointConfig = Field(
         default_factory=CheckpointConfig, description="what a resumed run needs"
     )

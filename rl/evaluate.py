@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +25,9 @@ class Evaluation:
     metrics: dict[str, Interval]
     per_prompt: list[dict[str, Any]]
     images: np.ndarray  # [N, H, W, 3] uint8, in the order of `per_prompt`
+    totals: list[float] = field(
+        default_factory=list
+    )  # of each row, the trained rewards' weighted sum; NaN: none
 
     def flat(self) -> dict[str, float]:
         """For metrics.jsonl: `eval/<suite>/<metric>`."""
@@ -86,7 +89,7 @@ def evaluate(
     Random numbers depend on the rollout's seed and the prompt alone, so that two policies are compared on the
     same draws. A metric named `<suite>` is reported as `reward`, its parts `<suite>/<part>` as `<part>`, those of
     other rewards under their own names. Raises ImageRLError for a reward whose name is that of another field."""
-    images, rows, tickets = [], [], []
+    images, rows, tickets, totals = [], [], [], []
     for groups in rollout.generate(prompts, 1, f"eval {suite}", batch_size, batch_size):
         request = reward_request(groups)
         tickets.append((groups, scorer.submit(request, with_gold=True)))
@@ -94,10 +97,11 @@ def evaluate(
     for groups, ticket in tickets:
         scores = scorer.collect(ticket)
         names = _metric_names(scores.components, suite)
+        totals += scores.totals.tolist()
         for row, group in enumerate(groups):
             values = {names[component]: float(v[row]) for component, v in scores.components.items()}
             rows.append({"index": group.prompt.index, "prompt": group.prompt.text, **values})
-    return Evaluation(suite, summarise(rows), rows, np.concatenate(images))
+    return Evaluation(suite, summarise(rows), rows, np.concatenate(images), totals)
 
 
 def _metric_names(components: Iterable[str], suite: str) -> dict[str, str]:

@@ -18,6 +18,8 @@ from rl.errors import ImageRLError
 from rl.evaluate import Evaluation, evaluate
 from rl.files import is_temporary, write_atomic
 from rl.metrics import METRICS_FILE, MetricsLog, Progress, image_grid, save_image, to_json
+from rl.monitor_config import MonitorsConfig
+from rl.monitors import Watch, watched
 from rl.recipe import load_yaml_recipe
 from rl.report import write_report
 from rl.rollout import RolloutEngine
@@ -28,11 +30,13 @@ from rl.types import Prompt
 
 RECIPE_FILE = "recipe.yaml"
 MODEL = "model"  # what supervised training leaves
+PEAK = "peak"  # the checkpoint at which the watched metrics were best, with monitors.stop
 CONTENTS = {
     RECIPE_FILE,
     METRICS_FILE,
     CHECKPOINTS,
     MODEL,
+    PEAK,
     "environment.json",
     "report.html",
     "eval",
@@ -45,6 +49,7 @@ CHANGEABLE = {
     "algorithm.flow.max_logprob_diff",
     *(f"rewards.{key}" for key in ("workers", "timeout_s", "max_failure_rate", "max_restarts")),
     *("data.workers", "data.max_bad_share", "run.model_dtype"),
+    *(f"monitors.{key}" for key in MonitorsConfig.model_fields),
 }
 AnyRecipe = Recipe | SFTRecipe
 
@@ -199,7 +204,8 @@ class Loop:
         self.first: list[dict[str, Any]] | None = checkpoint.state.get("first_eval") if checkpoint else None
         self.last: list[dict[str, Any]] | None = checkpoint.state.get("last_eval") if checkpoint else None
         self.note = progress_note if self.engine.is_main else lambda _: None
-        self.finished = False  # the last step is done
+        self.finished = False  # the last step is done, or there shall be no further one
+        self.done = self.start_step  # steps
 
     def execute(self, resumed: bool) -> dict[str, Any] | None:
         """Run to the last step, or until asked to stop.
@@ -216,9 +222,10 @@ class Loop:
                 self._evaluate(0, log)
             with _progress(total, self.start_step, is_main) as progress:
                 for step in range(self.start_step + 1, total + 1):
-                    metrics = self._step(step - 1)
-                    last = step == total
-                    stopping = any(self.engine.gather_objects(asked_to_stop()))
+                    if self._ends_early():
+                        break
+                    metrics = self._observe(step, self._step(step - 1))
+                    self.done, last = step, step == total
                     if log:
                         log.log(step, metrics)
                     if progress:
@@ -227,9 +234,11 @@ class Loop:
                         self._evaluate(step, log)
                     elif self._due(step, self.recipe.run.sample_every):
                         self._draw_samples(step)
-                    if self._due(step, self.recipe.checkpoint.every) or last or stopping:
+                    stopping = any(self.engine.gather_objects(asked_to_stop()))
+                    ending = last or self._ends_early()
+                    if self._due(step, self.recipe.checkpoint.every) or ending or stopping:
                         self._save(step)
-                    if stopping and not last:
+                    if stopping and not ending:
                         self.note(f"stopped after step {step}; continue with --resume")
                         self._finish(log, None)
                         return None
@@ -242,10 +251,12 @@ class Loop:
     def _due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, place: Path | None = None, keep: int | None = None) -> None:
+        """Among the checkpoints of the run folder, or in a place of its own."""
         tensors, state = self._tensors(), self._state()
         if self.engine.is_main:
-            save_checkpoint(self.folder.checkpoints, step, tensors, state, self.recipe.checkpoint.keep)
+            keep = keep or self.recipe.checkpoint.keep
+            save_checkpoint(place or self.folder.checkpoints, step, tensors, state, keep)
         self.engine.barrier()
 
     def _tensors(self) -> StateDict:
@@ -255,6 +266,14 @@ class Loop:
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors. Called by all processes, what the main one returns counts."""
         return {"first_eval": self.first, "last_eval": self.last, "recipe": self.recipe.model_dump()}
+
+    def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The metrics of a step with what the run makes of them."""
+        return metrics
+
+    def _ends_early(self) -> bool:
+        """Whether the step just done shall be the last. Collective."""
+        return False
 
     def _evaluate(self, step: int, log: MetricsLog | None) -> None:
         """Held-out evaluation: sets `first` (once) and `last` on the main process."""
@@ -286,8 +305,17 @@ class Run(Loop):
         self.trainer = trainer
         self.heldout = heldout[: recipe.eval.size]
         self.eval_rollout = eval_rollout
+        gold = [spec.label for spec in recipe.gold]
+        self.watch = Watch(recipe.monitors, watched(recipe.monitors, gold, recipe.eval.suite))
+        self.watch.restore(checkpoint.state.get("watch", {}) if checkpoint else {})
 
     def _evaluate(self, step: int, log: MetricsLog | None) -> None:
+        self._measure(step, log)
+        best = self.engine.gather_objects(self.watch.best_step)[0] == step
+        if best and step and self.recipe.monitors.stop:
+            self._save(step, self.folder.path / PEAK, keep=1)
+
+    def _measure(self, step: int, log: MetricsLog | None) -> None:
         """Held-out evaluation on the main process; the others wait at the next collective."""
         with self.engine.gathered_parameters():
             self.trainer.policy.refresh_sampler()
@@ -301,10 +329,12 @@ class Run(Loop):
         self.folder.write_evaluation(evaluation, step, self.recipe.model.path, settings.seed)
         self.first = self.first or evaluation.per_prompt
         self.last = evaluation.per_prompt
+        watched_metrics, alarms = self.watch.after_evaluation(step, evaluation.per_prompt, evaluation.totals)
         if log:
-            log.log(step, evaluation.flat())
+            log.log(step, evaluation.flat() | watched_metrics)
         shown = "  ".join(f"{n} {v.mean:.3f}" for n, v in evaluation.metrics.items())
         self.note(f"held-out after step {step}: {shown}")
+        self._sound(alarms)
         count = self.recipe.run.sample_prompts
         self.folder.save_grid(step, list(evaluation.images[:count]), [p.text for p in self.heldout[:count]])
         self.engine.barrier()
@@ -324,14 +354,34 @@ class Run(Loop):
         return self.engine.state_dict() | self.trainer.tensors()
 
     def _state(self) -> dict[str, Any]:
-        return {**super()._state(), "trainer": self.trainer.state()}
+        return {**super()._state(), "trainer": self.trainer.state(), "watch": self.watch.state()}
+
+    def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        found, alarms = self.watch.after_step(step, metrics)
+        self._sound(alarms)
+        return {**metrics, **found}
+
+    def _sound(self, alarms: Sequence[str]) -> None:
+        for alarm in alarms:
+            self.note(f"ALARM {alarm}")
+
+    def _ends_early(self) -> bool:
+        return bool(self.engine.gather_objects(self.watch.halts)[0])
+
+    def _where_best(self) -> str:
+        if not self.watch.best_step:
+            return "the watched metrics were best before training"
+        place = self.folder.path / PEAK / f"step_{self.watch.best_step:06d}"
+        return f"the watched metrics were best at step {self.watch.best_step}, kept in {place}"
 
     def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
         if log is None:
             return
         log.close()
         if comparison is not None:
-            self.folder.write_comparison(comparison, self.recipe.eval.suite, self.recipe.run.steps)
+            self.folder.write_comparison(comparison, self.recipe.eval.suite, self.done)
+            if self.watch.halts:
+                self.note(f"ended after step {self.done} by monitors.stop; {self._where_best()}")
         self.note(f"report: {write_report(self.folder.path)}")
 
 
