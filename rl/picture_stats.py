@@ -24,16 +24,17 @@ def picture_stats(images: np.ndarray) -> dict[str, np.ndarray]:
     `brightness` and `contrast` are mean and standard deviation of the luma; `saturation` is HSV's, (max − min) / max
     of a pixel, averaged; `clipped` the share of channel values at 0 or 255; `blank` 1 for a picture of one colour."""
     sampled = thinned(images)
-    pixels = sampled.astype(np.float32) / 255
-    grey = sum(weight * pixels[..., channel] for channel, weight in enumerate(LUMA))
-    high, low = pixels.max(axis=-1), pixels.min(axis=-1)
-    saturation = (high - low) / np.maximum(high, 1 / 255)
+    channels = np.moveaxis(sampled.reshape(len(images), -1, 3), -1, 0)  # [3, B, pixels]
+    pixels = channels.astype(np.float32, order="C") / np.float32(255)
+    grey = sum(np.float32(weight) * channel for weight, channel in zip(LUMA, pixels, strict=True))
+    high, low = pixels.max(axis=0), pixels.min(axis=0)
+    saturation = (high - low) / np.maximum(high, np.float32(1 / 255))
     return {
-        "brightness": np.mean(grey, axis=(1, 2)),
-        "contrast": np.std(grey, axis=(1, 2)),
-        "saturation": saturation.mean(axis=(1, 2)),
-        "clipped": ((sampled == 0) | (sampled == 255)).mean(axis=(1, 2, 3)),
-        "blank": (pixels.std(axis=(1, 2)).max(axis=-1) < BLANK).astype(np.float64),
+        "brightness": np.mean(grey, axis=1),
+        "contrast": np.std(grey, axis=1),
+        "saturation": saturation.mean(axis=1),
+        "clipped": ((pixels == 0) | (pixels == 1)).mean(axis=(0, 2)),
+        "blank": (pixels.std(axis=2).max(axis=0) < BLANK).astype(np.float64),
     }
 
 

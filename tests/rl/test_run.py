@@ -114,7 +114,9 @@ def test_metrics_file(undisturbed: dict[str, Path]) -> None:
     assert {"reward/mean", "reward/low_tokens/mean", "kl/k3", "time/step_s", "images_per_s"} <= training[
         0
     ].keys()
-    assert {"diversity/tokens", "pictures/saturation", "alarm/diversity", "time/monitors_s"} <= training[0].keys()
+    assert {"diversity/tokens", "pictures/saturation", "alarm/diversity", "time/monitors_s"} <= training[
+        0
+    ].keys()
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(
