@@ -26,6 +26,7 @@ from rl.types import ImageRLError, RewardFn, RewardOutput
 
 REWARDS: dict[str, str] = {
     "colours": "rewards.colours:ColoursReward",
+    "edit": "rewards.edit:EditReward",
     "edit_consistency": "rewards.edit_consistency:EditConsistencyReward",
     "ocr": "rewards.ocr:OCRReward",
 }

@@ -48,7 +48,7 @@ class Chart:
     zero: bool = False  # the axis starts at 0
     smoothed: bool = True
     last_step: float = 0
-    across: str = "step"  # what the horizontal axis is
+    axis: str = "step"  # what the horizontal axis counts
     svg: str = field(default="", init=False)
 
     @property
@@ -64,7 +64,7 @@ class Chart:
             points = [(s, v) for s, v in zip(series.steps, series.values, strict=True) if math.isfinite(v)]
             if points:
                 (s0, v0), (s1, v1) = points[0], points[-1]
-                ends = f"{v0:.4g} at {self.across} {s0:.4g}, {v1:.4g} at {self.across} {s1:.4g}"
+                ends = f"{v0:.4g} at {self.axis} {s0:.6g}, {v1:.4g} at {self.axis} {s1:.6g}"
                 parts.append(f"{series.label}: {ends}")
         return f"{self.title}. " + "; ".join(parts)
 
@@ -219,7 +219,7 @@ def render(chart: Chart, prefix: str) -> str:
         unit, factor = (" %", 100) if chart.percent else ("", 1)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:.4g}{unit}"))
         if chart.kind == "path":
-            axes.set_xlabel(chart.across, color=_INK)
+            axes.set_xlabel(chart.axis, color=_INK)
         else:
             reach = max(1, chart.last_step, *(step for series in chart.series for step in series.steps))
             axes.set_xlim(0 if chart.kind == "stack" else -0.01 * reach, reach * 1.01)

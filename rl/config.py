@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from rl.algorithm_config import AlgorithmConfig
+from rl.engine_config import CheckpointConfig, EngineConfig, LoraConfig, OptimConfig
 from rl.monitor_config import MonitorsConfig
 from rl.recipe import Loc, RecipeModel, load_yaml_recipe
 
@@ -23,28 +24,23 @@ class RunConfig(RecipeModel):
     output_dir: str = Field(min_length=1, description="run folder")
     sample_every: int = Field(10, ge=0, description="steps between grids of the fixed prompts; 0: none")
     sample_prompts: int = Field(8, ge=1, description="held-out prompts on a grid")
-
-
-class LoraConfig(RecipeModel):
-    r: int = Field(16, ge=1, description="rank of the adapters")
-    alpha: float = Field(32.0, gt=0, description="adapters are scaled by alpha / r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
-    target_modules: list[str] | Literal["all-linear"] = Field(
-        "all-linear", description="names of the layers to adapt, or all-linear"
+    images: int | None = Field(
+        None, ge=1, description="end before steps, when these many are drawn; lr follows them; null: no limit"
+    )
+    minutes: float | None = Field(
+        None, gt=0, description="end before steps, after this much training; lr follows it; null: no limit"
     )
 
-    @field_validator("dropout")
-    @classmethod
-    def _no_dropout(cls, value: float) -> float:
-        if value:
-            raise ValueError("model.lora.dropout must be 0: with dropout the trainer scores other "
-                             "probabilities than those sampled from")  # fmt: skip
-        return value
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.images is not None and self.minutes is not None:
+            raise ValueError("run.images and run.minutes both end a run; give only one")
+        return self
 
 
 class ModelConfig(RecipeModel):
     path: str = Field(
-        "tiny", min_length=1, description='model folder, hub name, or "tiny": the shipped checkpoint'
+        "tiny", min_length=1, description='model folder, hub name, or a shipped one: "tiny" or "tiny_edit"'
     )
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="of frozen weights: decoder, reference, a LoRA base; what trains is fp32"
@@ -56,7 +52,7 @@ class ModelConfig(RecipeModel):
 
 
 class PromptSetConfig(RecipeModel):
-    name: str | None = Field(None, description="a named prompt set: tiny_world")
+    name: str | None = Field(None, description="a named prompt set: tiny_world or tiny_edits")
     path: str | None = Field(None, description="a prompt file: .jsonl, .csv, .txt or .yaml")
     split: Literal["train", "heldout"] | None = Field(None, description="which part of a named set")
     size: int | None = Field(None, ge=1, description="take only the first this many prompts; null: all")
@@ -128,7 +124,7 @@ class GateConfig(RecipeModel):
 
 
 # The fields of a row of an evaluation: a reward of such a name would overwrite one.
-EVALUATION_FIELDS = ("index", "prompt", "reward", "exact_match", "confidence")
+EVALUATION_FIELDS = ("index", "sample", "prompt", "reward", "exact_match", "confidence")
 
 
 # YAML's keys are texts to the recipe reader.
@@ -218,68 +214,16 @@ class RewardsConfig(RecipeModel):
         return functions
 
 
-class OptimConfig(RecipeModel):
-    lr: float = Field(1e-6, gt=0, description="learning rate after the warm-up")
-    betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="AdamW's two decay rates")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon; too large swamps small gradients")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="linear, cosine: to min_lr"
-    )
-    decay_share: float = Field(1.0, gt=0, le=1, description="last share of the updates, in which lr falls")
-    min_lr: float = Field(0.0, ge=0, description="what the linear and cosine schedules fall to")
-    warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
-    max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient norm to this; 0: never")
-
-    @field_validator("betas")
-    @classmethod
-    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("optim.betas must lie in [0, 1)")
-        return betas
-
-    @model_validator(mode="after")
-    def _falls(self) -> Self:
-        if self.min_lr > self.lr:
-            raise ValueError(f"optim.min_lr ({self.min_lr:g}) is more than optim.lr ({self.lr:g})")
-        return self
-
-
-class EngineConfig(RecipeModel):
-    name: Literal["torch", "deepspeed"] = Field("torch", description="what runs the training")
-    zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="ZeRO stage, deepspeed only (there 1)")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights stay fp32")
-    micro_batch_size: int = Field(16, ge=1, description="samples of one forward and backward pass")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: its own choice")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _published_stage(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("name") == "deepspeed" and data.get("zero_stage") is None:
-            return {**data, "zero_stage": 1}
-        return data
-
-    @model_validator(mode="after")
-    def _stage_needs_deepspeed(self) -> Self:
-        if self.zero_stage is not None and self.name != "deepspeed":
-            raise ValueError(f"engine.zero_stage needs engine.name: deepspeed, not {self.name}")
-        return self
-
-
 class EvalConfig(RecipeModel):
-    suite: Literal["ocr"] = Field("ocr", description="what is measured on the held-out prompts")
+    suite: Literal["ocr", "edit"] = Field(
+        "ocr", description="name of the evaluation; the reward or gold metric of that name is its `reward`"
+    )
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
     size: int = Field(256, ge=1, description="held-out prompts evaluated, one sample each")
     batch_size: int = Field(64, ge=1, description="samples drawn at a time")
     guidance: float | None = Field(None, ge=0, description="of the decoder; null: as in rollout")
     flow_steps: int | None = Field(None, ge=1, description="of the decoder; null: as in rollout")
     seed: int = Field(0, ge=0, description="seed of the samples, the same at every evaluation")
-
-
-class CheckpointConfig(RecipeModel):
-    every: int = Field(20, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
 
 
 class Recipe(RecipeModel):
@@ -372,6 +316,9 @@ class Recipe(RecipeModel):
                 "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "
                 "precision than the policy"
             )
+        drawn = self.rollout.prompts_per_step * self.rollout.group_size * self.rollout.decodes
+        if self.run.images is not None and self.run.images < drawn:
+            raise ValueError(f"run.images ({self.run.images}) is less than the {drawn} that one step draws")
         updates = self.run.steps * self.algorithm.updates_per_rollout
         if self.optim.warmup_steps >= updates:
             raise ValueError(

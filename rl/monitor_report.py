@@ -81,7 +81,7 @@ def monitor_charts(records: Records, suite: str) -> list[Chart]:
             "What the reward was paid for in distance from the reference; the large dot is the last step.",
             paid,
             kind="path",
-            across="KL to the reference, nats per token",
+            axis="KL to the reference, nats per token",
         ),
         Chart(
             "Variety within groups",

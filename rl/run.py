@@ -3,156 +3,45 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from rl.checkpoint import CHECKPOINTS, Checkpoint, latest_checkpoint, save_checkpoint, step_of
+import numpy as np
+
+from rl.budget import Budget
+from rl.checkpoint import Checkpoint, save_checkpoint
 from rl.config import Recipe
 from rl.engine import Engine, StateDict
-from rl.errors import ImageRLError
-from rl.evaluate import Evaluation, evaluate
-from rl.files import is_temporary, write_atomic
-from rl.metrics import METRICS_FILE, MetricsLog, Progress, image_grid, save_image, to_json
-from rl.monitor_config import MonitorsConfig
+from rl.evaluate import evaluate
+from rl.metrics import MetricsLog, Progress
 from rl.monitors import Watch, watched
-from rl.recipe import load_yaml_recipe
+from rl.prompt_pictures import with_pictures
 from rl.report import write_report
 from rl.rollout import RolloutEngine
-from rl.sft_config import SFTRecipe
+from rl.run_folder import PEAK, RunFolder
 from rl.stats import compare
 from rl.trainer import Trainer
 from rl.types import Prompt
 
-RECIPE_FILE = "recipe.yaml"
-MODEL = "model"  # what supervised training leaves
-PEAK = "peak"  # the checkpoint at which the watched metrics were best, with monitors.stop
-CONTENTS = {
-    RECIPE_FILE,
-    METRICS_FILE,
-    CHECKPOINTS,
-    MODEL,
-    PEAK,
-    "environment.json",
-    "report.html",
-    "eval",
-    "samples",
-    "tb",
-}
-# What may change between a run and its continuation without making it another experiment.
-CHANGEABLE = {
-    *("run.steps", "run.output_dir", "checkpoint.every", "checkpoint.keep", "rollout.max_logprob_diff"),
-    "algorithm.flow.max_logprob_diff",
-    *(f"rewards.{key}" for key in ("workers", "timeout_s", "max_failure_rate", "max_restarts")),
-    *("data.workers", "data.max_bad_share", "run.model_dtype"),
-    *(f"monitors.{key}" for key in MonitorsConfig.model_fields),
-}
-AnyRecipe = Recipe | SFTRecipe
 
-
-class RunFolder:
-    """The files of one run."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS
-
-    def refuse_run(self) -> None:
-        """Raises ImageRLError when the folder already holds a run, or what is left of one."""
-        if any((self.path / name).exists() for name in (RECIPE_FILE, METRICS_FILE, CHECKPOINTS)):
-            raise ImageRLError(
-                f"{self.path} already holds a run; add --resume to continue it, --overwrite to replace it, "
-                "or set another run.output_dir"
-            )
-
-    def refuse_foreign(self) -> None:
-        """Raises ImageRLError when the folder holds anything that no run writes: it is not ours to delete."""
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise ImageRLError(f"{self.path} is a file, not a run folder; set another run.output_dir")
-        foreign = sorted(p.name for p in self.path.iterdir() if p.name not in CONTENTS)
-        if foreign := [name for name in foreign if not is_temporary(name)]:
-            raise ImageRLError(
-                f"{self.path} holds {foreign[0]}, which is no part of a run; --overwrite would delete it, so "
-                "move it away or set another run.output_dir"
-            )
-
-    def resumable(self, recipe: AnyRecipe) -> Path | None:
-        """The checkpoint to continue from; None when the run was stopped before its first, or never was.
-
-        Raises ImageRLError when the folder belongs to another recipe, or to a longer run."""
-        stored = self.path / RECIPE_FILE
-        if stored.exists():
-            changed = differing_keys(read_stored_recipe(stored, type(recipe)), recipe)
-            if changed:
-                raise ImageRLError(
-                    f"{self.path} was started with another {changed[0]}; resume with the same recipe, "
-                    "or set another run.output_dir"
-                )
-        newest = latest_checkpoint(self.checkpoints)
-        if newest is not None and step_of(newest) > recipe.run.steps:
-            raise ImageRLError(
-                f"{self.path} is at step {step_of(newest)} already but run.steps is {recipe.run.steps}; "
-                "raise run.steps or set another run.output_dir"
-            )
-        return newest
-
-    def begin(self, recipe: AnyRecipe, overwrite: bool = False) -> None:
-        """Write the recipe; with `overwrite` into an emptied folder."""
-        if overwrite and self.path.exists():
-            self.refuse_foreign()
-            shutil.rmtree(self.path)
-        write_atomic(self.path / RECIPE_FILE, recipe.to_yaml())
-
-    def write_evaluation(self, evaluation: Evaluation, step: int, model: str, seed: int) -> None:
-        text = to_json(evaluation.to_dict(step=step, model=model, seed=seed), indent=1)
-        write_atomic(self.path / "eval" / f"{evaluation.suite}_step_{step:06d}.json", text + "\n")
-
-    def write_comparison(self, comparison: Mapping[str, Any], suite: str, after_step: int) -> None:
-        document = {
-            "suite": suite,
-            "before_step": 0,
-            "after_step": after_step,
-            "metrics": {
-                name: {**entry, "difference": asdict(entry["difference"])}
-                for name, entry in comparison.items()
-            },
-        }
-        write_atomic(self.path / "eval" / "comparison.json", to_json(document, indent=1) + "\n")
-
-    def save_grid(self, step: int, images: Sequence[Any], captions: Sequence[str]) -> None:
-        scale = max(1, 192 // images[0].shape[1])
-        grid = image_grid(images, columns=4, captions=captions, scale=scale)
-        save_image(grid, self.path / "samples" / f"step_{step:06d}.png")
-
-
-def read_stored_recipe(path: Path, schema: type[AnyRecipe]) -> AnyRecipe:
-    return load_yaml_recipe(schema, path)
-
-
-def differing_keys(stored: AnyRecipe, given: AnyRecipe) -> list[str]:
-    """Dotted keys in which two recipes differ, those that may change left out."""
-
-    def flat(
-        values: Mapping[str, Any], prefix: tuple[str, ...] = ()
-    ) -> Iterator[tuple[tuple[str, ...], Any]]:
-        for key, value in values.items():
-            if isinstance(value, dict):
-                yield from flat(value, (*prefix, key))
-            else:
-                yield (*prefix, key), value
-
-    old, new = dict(flat(stored.model_dump())), dict(flat(given.model_dump()))
-    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    return [key for key in map(".".join, keys) if key not in CHANGEABLE]
+def with_sources(
+    images: Sequence[np.ndarray], prompts: Sequence[Prompt]
+) -> tuple[list[np.ndarray], list[str]]:
+    """Pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
+    prompts = [with_pictures(prompt) for prompt in prompts]
+    shown: list[np.ndarray] = []
+    captions: list[str] = []
+    for image, prompt in zip(images, prompts, strict=True):
+        if prompt.reference is not None:
+            source = prompt.reference.convert("RGB").resize((image.shape[1], image.shape[0]))
+            shown.append(np.asarray(source))
+            captions.append("to edit")
+        shown.append(image)
+        captions.append(prompt.text)
+    return shown, captions
 
 
 @contextmanager
@@ -195,6 +84,7 @@ class Loop:
         trainer: Stepper,
         checkpoint: Checkpoint | None,
         progress_note: Callable[[str], None] = print,
+        budget: Budget | None = None,
     ) -> None:
         self.recipe = recipe
         self.folder = folder
@@ -205,6 +95,8 @@ class Loop:
         self.last: list[dict[str, Any]] | None = checkpoint.state.get("last_eval") if checkpoint else None
         self.note = progress_note if self.engine.is_main else lambda _: None
         self.finished = False  # the last step is done, or there shall be no further one
+        self.budget = budget or Budget()
+        self.budget.restore(checkpoint.state.get("budget", {}) if checkpoint else {})
         self.done = self.start_step  # steps
 
     def execute(self, resumed: bool) -> dict[str, Any] | None:
@@ -222,14 +114,17 @@ class Loop:
                 self._evaluate(0, log)
             with _progress(total, self.start_step, is_main) as progress:
                 for step in range(self.start_step + 1, total + 1):
-                    if self._ends_early():
+                    if self.budget.spent or self._ends_early():
                         break
+                    self.engine.share = self.budget.share
                     metrics = self._observe(step, self._step(step - 1))
-                    self.done, last = step, step == total
+                    self.done = step
+                    self.budget.spend(self.engine.gather_objects(metrics)[0])  # clocks differ
+                    last = step == total or self.budget.spent
                     if log:
                         log.log(step, metrics)
                     if progress:
-                        progress.update(step, metrics)
+                        progress.update(step, metrics, self.budget.expected_steps())
                     if self._due(step, self.recipe.eval.every) or last:
                         self._evaluate(step, log)
                     elif self._due(step, self.recipe.run.sample_every):
@@ -265,7 +160,12 @@ class Loop:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors. Called by all processes, what the main one returns counts."""
-        return {"first_eval": self.first, "last_eval": self.last, "recipe": self.recipe.model_dump()}
+        return {
+            "first_eval": self.first,
+            "last_eval": self.last,
+            "recipe": self.recipe.model_dump(),
+            "budget": self.budget.state(),
+        }
 
     def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
         """The metrics of a step with what the run makes of them."""
@@ -301,7 +201,7 @@ class Run(Loop):
         checkpoint: Checkpoint | None,
         progress_note: Callable[[str], None] = print,
     ) -> None:
-        super().__init__(recipe, folder, trainer, checkpoint, progress_note)
+        super().__init__(recipe, folder, trainer, checkpoint, progress_note, Budget.of(recipe))
         self.trainer = trainer
         self.heldout = heldout[: recipe.eval.size]
         self.eval_rollout = eval_rollout
@@ -336,7 +236,7 @@ class Run(Loop):
         self.note(f"held-out after step {step}: {shown}")
         self._sound(alarms)
         count = self.recipe.run.sample_prompts
-        self.folder.save_grid(step, list(evaluation.images[:count]), [p.text for p in self.heldout[:count]])
+        self.folder.save_grid(step, *with_sources(list(evaluation.images[:count]), self.heldout[:count]))
         self.engine.barrier()
 
     def _draw_samples(self, step: int) -> None:
@@ -347,8 +247,7 @@ class Run(Loop):
             prompts = self.heldout[: self.recipe.run.sample_prompts]
             occasion = f"eval {self.recipe.eval.suite}"
             (groups,) = self.eval_rollout.generate(prompts, 1, occasion)
-            images = [group.images[0] for group in groups]
-            self.folder.save_grid(step, images, [prompt.text for prompt in prompts])
+            self.folder.save_grid(step, *with_sources([group.images[0] for group in groups], prompts))
 
     def _tensors(self) -> StateDict:
         return self.engine.state_dict() | self.trainer.tensors()
