@@ -25,6 +25,8 @@ from rewards.mixing import Gate, Weight
 from rl.types import ImageRLError, RewardFn, RewardOutput
 
 REWARDS: dict[str, str] = {
+    "clip": "rewards.clip:ClipReward",
+    "clip_direction": "rewards.clip:ClipDirectionReward",
     "colours": "rewards.colours:ColoursReward",
     "edit_consistency": "rewards.edit_consistency:EditConsistencyReward",
     "ocr": "rewards.ocr:OCRReward",

@@ -10,6 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 from rl.commands.bench import bench
+from rl.commands.clip import clip
 from rl.commands.evaluate import evaluate_model
 from rl.commands.export import export
 from rl.commands.plan import plan
@@ -35,6 +36,7 @@ app.command("eval")(evaluate_model)
 app.command()(tokenize)
 app.command()(export)
 app.command()(pretrain)
+app.command()(clip)
 app.command()(plan)
 app.add_typer(bench, name="bench")
 app.add_typer(reward, name="reward")

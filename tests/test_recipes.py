@@ -6,12 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from rl.clip_config import ClipRecipe
 from rl.config import Recipe
 from rl.pretrain_config import PretrainRecipe
 from rl.recipe import RecipeModel, load_yaml_recipe, read_recipe
 from rl.sft_config import SFTRecipe
 
-SCHEMAS: dict[str, type[RecipeModel]] = {"train": Recipe, "pretrain": PretrainRecipe, "sft": SFTRecipe}
+SCHEMAS: dict[str, type[RecipeModel]] = {
+    "train": Recipe,
+    "pretrain": PretrainRecipe,
+    "sft": SFTRecipe,
+    "clip": ClipRecipe,
+}
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.y*ml"))
 
 
