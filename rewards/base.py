@@ -28,6 +28,7 @@ REWARDS: dict[str, str] = {
     "clip": "rewards.clip:ClipReward",
     "clip_direction": "rewards.clip:ClipDirectionReward",
     "colours": "rewards.colours:ColoursReward",
+    "composition": "rewards.composition:CompositionReward",
     "edit_consistency": "rewards.edit_consistency:EditConsistencyReward",
     "ocr": "rewards.ocr:OCRReward",
 }

@@ -87,7 +87,7 @@ class PictureHead:
         """Raises ImageRLError when a model's features are not what the head was trained on."""
         if width != self.width:
             raise ImageRLError(
-                f"reward 'clip': head {self._path} takes {self.width} numbers of a picture, and the model makes {width}; "
+                f"reward 'clip': head {self._path} takes {self.width} numbers of a picture, the model makes {width}; "
                 "name the model it was trained on"
             )
 

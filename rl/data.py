@@ -53,7 +53,16 @@ def _tiny_world(split: str, size: int | None, seed: int) -> list[Prompt]:
     return prompt_set(split, size, seed)
 
 
-NAMED_SETS: dict[str, Callable[[str, int | None, int], list[Prompt]]] = {"tiny_world": _tiny_world}
+def _tiny_composition(split: str, size: int | None, seed: int) -> list[Prompt]:
+    from rl.tiny_world import composition_set
+
+    return composition_set(split, size, seed)
+
+
+NAMED_SETS: dict[str, Callable[[str, int | None, int], list[Prompt]]] = {
+    "tiny_composition": _tiny_composition,
+    "tiny_world": _tiny_world,
+}
 
 
 def load_prompt_set(config: PromptSetConfig) -> PromptSet:

@@ -37,6 +37,7 @@ def check_pictures(count: int, seed: int = 0) -> list[CheckPicture]:
     prompts = prompt_set("heldout", count, seed)
     pictures = []
     for index, prompt in enumerate(prompts):
+        prompt = replace(prompt, columns={**prompt.columns, **_scene(prompt).specification()})
         rng = random.Random(derive_seed("tiny_world check pictures", seed, index))
         scene = _scene(prompt)
         for kind, role, draw in KINDS:
@@ -73,7 +74,8 @@ def _edit(index: int, texts: Sequence[str], seed: int) -> tuple[Prompt, Scene, S
         ("background", "change the background to {}", list(BACKGROUNDS)),
     )[index % 3]
     result = replace(source, **{part: _another(choices, getattr(source, part), rng)})
-    columns = {"reference": render(source), "ideal": render(result), "edited": part}
+    columns: dict[str, object] = {"reference": render(source), "ideal": render(result), "edited": part}
+    columns |= {"caption_before": source.caption, "caption_after": result.caption}
     return Prompt(index, words.format(getattr(result, part)), result.columns() | columns), source, result
 
 

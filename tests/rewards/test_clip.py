@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from rewards import clip
 from rewards.base import load_reward
-from rewards.clip import ClipDirectionReward, ClipReward, Remembered, decoded
+from rewards.clip import ClipDirectionReward, ClipReward, decoded
+from rewards.clip_memory import Remembered
 from rewards.clip_models import ClipModel
 from rl.types import ImageRLError
 from tests.rewards.clip_folders import need_open_clip, open_clip_folder
@@ -109,7 +110,7 @@ def test_a_head_needs_no_caption(model: ColourModel, tmp_path: Path) -> None:
     output = ClipReward("m", head=str(path))(prompts=["", "blue"], images=plain("red", "blue"))
     assert list(output.rewards) == [3.0, 1.0]
     save_file({"0.weight": torch.ones(1, 4)}, path)
-    with pytest.raises(ImageRLError, match="takes 4 numbers of a picture, and the model makes 3"):
+    with pytest.raises(ImageRLError, match="takes 4 numbers of a picture, the model makes 3"):
         ClipReward("m", head=str(path))
 
 
