@@ -62,13 +62,16 @@ def find_shapes(image: Image.Image, classes: Sequence[str]) -> dict[str, list[Fo
     off = np.linalg.norm(pixels - np.array(GREY), axis=-1) >= CONTRAST
     found: dict[str, list[Found]] = {name: [] for name in classes}
     for region in regions(off):
-        rows, columns = np.nonzero(region)
-        box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
         inside = nearest[region]
-        counts = np.bincount(inside[inside < len(names)], minlength=len(names))
-        shape = _shape_of(region[box[1] : box[3], box[0] : box[2]])
+        colour = int(np.bincount(inside[inside < len(names)], minlength=len(names)).argmax())
+        line = palette[colour] - palette[-1]
+        # Half covered or more: what is darkest or brightest would else look fat.
+        solid = region & ((pixels - palette[-1]) @ line >= 0.5 * (line @ line))
+        rows, columns = np.nonzero(solid)
+        box = (float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1))
+        shape = _shape_of(solid[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1])
         if shape in found:
-            found[shape].append(Found(tuple(float(side) for side in box), colour=names[int(counts.argmax())]))  # type: ignore[arg-type]
+            found[shape].append(Found(box, colour=names[colour]))
     return found
 
 

@@ -17,8 +17,9 @@ from rl.seeding import derive_seed
 from rl.tiny_world import BACKGROUNDS, INKS, SPLITS
 from rl.types import Prompt
 
-SIZE = 64  # pixels a side
+SIZE = 96  # pixels a side
 CELLS = 3  # a side; one shape at most in each
+SIZES = (12, 18, 24)  # a cross has arms of a third: whole pixels
 SUPERSAMPLING = 4
 GREY = (153, 153, 153)
 SHAPES = ("square", "circle", "triangle", "cross")
@@ -34,7 +35,7 @@ class Shape:
     name: str
     colour: str
     cell: tuple[int, int]  # column and row
-    size: int = 15  # pixels a side
+    size: int = 18  # pixels a side, one of SIZES
     shift: tuple[int, int] = (0, 0)  # pixels from the cell's centre
 
     @property
@@ -89,12 +90,12 @@ def answer(rng: random.Random, wanted: Mapping[str, Any]) -> list[Shape]:
                 )  # the middle: room on all sides
                 shapes[0] = _at(shapes[0], (base[0], base[1]))
                 cell = (base[0] + step[0], base[1] + step[1])
-            shapes.append(_at(Shape(entry["class"], colour, cell, rng.randint(12, 17)), cell, rng))
+            shapes.append(_at(Shape(entry["class"], colour, cell, rng.choice(SIZES)), cell, rng))
     return shapes
 
 
 def _at(shape: Shape, cell: tuple[int, int], rng: random.Random | None = None) -> Shape:
-    shift = shape.shift if rng is None else (rng.randint(-1, 1), rng.randint(-1, 1))
+    shift = shape.shift if rng is None else (rng.randint(-2, 2), rng.randint(-2, 2))
     return Shape(shape.name, shape.colour, cell, shape.size, shift)
 
 
@@ -104,17 +105,18 @@ def draw(shapes: Sequence[Shape]) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     for shape in shapes:
         left, top = (side * SUPERSAMPLING for side in shape.corner)
-        size = shape.size * SUPERSAMPLING
+        third = shape.size * SUPERSAMPLING / 3
+        right, bottom = left + 3 * third - 1, top + 3 * third - 1  # Pillow draws the last pixel, too
         fill = COLOURS[shape.colour]
         if shape.name == "circle":
-            pen.ellipse((left, top, left + size, top + size), fill)
+            pen.ellipse((left, top, right, bottom), fill)
         elif shape.name == "triangle":
-            pen.polygon([(left + size / 2, top), (left + size, top + size), (left, top + size)], fill)
+            pen.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill)
         elif shape.name == "cross":
-            pen.rectangle((left + size / 3, top, left + size * 2 / 3, top + size), fill)
-            pen.rectangle((left, top + size / 3, left + size, top + size * 2 / 3), fill)
+            pen.rectangle((left + third, top, right - third, bottom), fill)
+            pen.rectangle((left, top + third, right, bottom - third), fill)
         else:
-            pen.rectangle((left, top, left + size, top + size), fill)
+            pen.rectangle((left, top, right, bottom), fill)
     return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 

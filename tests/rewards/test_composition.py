@@ -36,7 +36,7 @@ def test_every_true_drawing_is_right_and_every_wrong_one_wrong() -> None:
     """Of all six tags; wrong ones miss a shape, have one too many, another colour, or another place."""
     rng = random.Random(0)
     right, wrong = [], []
-    for number in range(90):
+    for number in range(120):
         line = specification(rng, TAGS[number % 6])
         shapes = answer(rng, line)
         right.append((draw(shapes), line))
