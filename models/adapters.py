@@ -16,7 +16,9 @@ def save_adapter(policy: ImagePolicy, folder: Path, base: str) -> None:
     adapter = policy.trainable.adapter
     if adapter is None:
         raise ImageRLError("the policy has no LoRA adapter to save")
-    named = base == "tiny" or not Path(base).expanduser().is_dir()  # the shipped model, or one of the hub
+    named = (
+        base in ("tiny", "tiny_edit") or not Path(base).expanduser().is_dir()
+    )  # a shipped model, or one of the hub
     adapter.peft_config["default"].base_model_name_or_path = (
         base if named else str(Path(base).expanduser().resolve())
     )

@@ -17,6 +17,7 @@ from models.sana import CaptionKeys, caption_keys, velocity
 from rl.types import ImageRLError
 
 CONNECTOR_EPS = 1e-5
+MAX_ENCODED = 1 << 21  # pixels encoded at once: two pictures of 1024x1024, whatever the batch
 
 
 def build_connector(hidden_size: int, caption_channels: int) -> nn.Sequential:
@@ -165,8 +166,11 @@ class FlowDecoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] at the transformer's scale."""
-        return self.vae.encode(pictures.to(self.vae.dtype)).latent * self.scaling_factor
+        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] at the transformer's scale. Memory is that of a few
+        pictures, whatever B."""
+        height, width = pictures.shape[-2:]
+        few = pictures.to(self.vae.dtype).split(max(1, MAX_ENCODED // (height * width)))
+        return torch.cat([self.vae.encode(part).latent for part in few]) * self.scaling_factor
 
     def flow_loss(
         self,

@@ -121,14 +121,24 @@ class ImagePolicy:
 
         `pictures` are PIL pictures of any size and mode, or a tensor [P, 3, H, W] in [-1, 1] of the decoder's size.
         Raises ImageRLError when the model cannot edit or a picture cannot be read."""
+        if isinstance(pictures, Tensor):
+            self.decoder.require_edit()
+            return self.tokens_of(pictures), self.decoder.encode(pictures.to(self.device))
+        return self.picture_tokens(pictures), self.picture_latents(pictures)
+
+    def picture_tokens(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Tokens [P, T] of PIL pictures of any size and mode. Raises ImageRLError like `reference_of`."""
         tokenizer = self.require_tokenizer()
         self.decoder.require_edit()
-        if isinstance(pictures, Tensor):
-            return self.tokens_of(pictures), self.decoder.encode(pictures.to(self.device))
+        small = torch.stack([prepare_picture(picture, tokenizer.picture_size) for picture in pictures])
+        return tokenizer.encode(small.to(self.device))
+
+    def picture_latents(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Latents [P, C, h, w] of PIL pictures of any size and mode. Raises ImageRLError like `reference_of`."""
+        self.decoder.require_edit()
         size = self.decoder.picture_size
         large = torch.stack([prepare_picture(p, size, Image.Resampling.BILINEAR) for p in pictures])
-        small = torch.stack([prepare_picture(p, tokenizer.picture_size) for p in pictures])
-        return tokenizer.encode(small.to(self.device)), self.decoder.encode(large.to(self.device))
+        return self.decoder.encode(large.to(self.device))
 
     def tokens_of(self, pictures: Tensor) -> Tensor:
         """Image tokens [P, T] of pictures [P, 3, H, W] in [-1, 1] of the decoder's size."""

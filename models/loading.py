@@ -25,14 +25,15 @@ from models.weights import load_state as load_state
 from rl.types import ImageRLError
 
 TINY = "tiny"
+SHIPPED = (TINY, "tiny_edit")
 REQUIRED = ("qwen3", "sana", "vae", "scheduler", "latent_size", "num_image_positions", "sampling")
 _logger = logging.getLogger(__name__)
 
 
 def model_folder(path: str) -> Path:
-    """The folder a recipe's `model.path` means: the shipped tiny model, a path, or a model of the hub as
+    """The folder a recipe's `model.path` means: a shipped model, a path, or a model of the hub as
     `owner/name` or `owner/name@revision`, which is downloaded once."""
-    folder = Path(__file__).parent / "tiny" if path == TINY else Path(path).expanduser()
+    folder = Path(__file__).parent / path if path in SHIPPED else Path(path).expanduser()
     if not folder.is_dir() and is_hub_name(path):
         return snapshot(path)
     if not folder.is_dir():

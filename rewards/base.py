@@ -29,6 +29,7 @@ REWARDS: dict[str, str] = {
     "clip_direction": "rewards.clip:ClipDirectionReward",
     "colours": "rewards.colours:ColoursReward",
     "composition": "rewards.composition:CompositionReward",
+    "edit": "rewards.edit:EditReward",
     "edit_consistency": "rewards.edit_consistency:EditConsistencyReward",
     "ocr": "rewards.ocr:OCRReward",
 }

@@ -22,8 +22,8 @@ FAULTS = ("missing", "colour", "position", "too many")
 
 
 class CompositionReward:
-    """1 when a picture answers its whole specification, else 0; with `credit: share` the share of its entries that are
-    as asked. Beside it `correct`, `share`, one part for each tag (`tag_counting`: `correct` where the tag is that), and
+    """1 when a picture answers its whole specification, else 0; with `credit: partial` the share of its entries that
+    are as asked. Beside it `correct`, `fulfilled` (that share), one part for each tag (`tag_counting`: `correct` where the tag is that), and
     which share of the entries failed by what (`fault_colour`, ...).
 
     Wants the columns of GenEval's metadata: `include`, and where there are any `exclude` and `tag`. None in `include`:
@@ -49,8 +49,8 @@ class CompositionReward:
         device: str = "auto",
         batch_size: int = 16,
     ) -> None:
-        if credit not in ("whole", "share"):
-            raise ImageRLError(f"reward 'composition': credit must be whole or share, not {credit!r}")
+        if credit not in ("whole", "partial"):
+            raise ImageRLError(f"reward 'composition': credit must be whole or partial, not {credit!r}")
         self._credit = credit
         self._counting = threshold if counting_threshold is None else counting_threshold
         self._threshold = threshold
@@ -86,7 +86,7 @@ class CompositionReward:
         values: list[float | None] = list(nothing)
         for index, spec, picture, objects in zip(asked, wanted, pictures, found, strict=True):
             row = self._judge(spec, picture, objects)
-            values[index] = row["share" if self._credit == "share" else "correct"]
+            values[index] = row["fulfilled" if self._credit == "partial" else "correct"]
             for name, value in row.items():
                 parts.setdefault(name, list(nothing))[index] = value
         reason = None if len(asked) == len(images) else "a sample has no specification (column include)"
@@ -106,7 +106,7 @@ class CompositionReward:
 
         told = faults(sure, spec, name_colours)
         right = sum(fault is None for fault in told)
-        row = {"correct": float(right == len(told)), "share": right / len(told)}
+        row = {"correct": float(right == len(told)), "fulfilled": right / len(told)}
         row |= {f"fault_{name.replace(' ', '_')}": told.count(name) / len(told) for name in FAULTS}  # type: ignore[arg-type]
         return row | ({f"tag_{spec.tag}": row["correct"]} if spec.tag else {})
 

@@ -16,10 +16,14 @@ from rl.types import ImageRLError, RewardOutput
 COLOUR = "colour"
 JUDGES = {"text": "ocr", "ink": COLOUR, "background": COLOUR}  # by the column `edited`
 JUDGE_SETTINGS: dict[str, dict[str, Any]] = {"ocr": {"mode": "recognise"}}
-PARTS = ("done", "kept", "colour", "structure", "features", "inside")
+FACTORS = ("done", "kept")
+PARTS = (*FACTORS, "colour", "structure", "features", "inside", "judged")
 CHANGED = 24 / 255  # difference of source and ideal from which a pixel belongs to the edited region
 CORE = 0.8  # share of ink from which a pixel is the inside of a stroke, whatever the ground
-INK_RANGE = 128.0  # distance in 8-bit sRGB from which two inks have nothing in common
+INK_RANGE = (
+    80.0  # distance in 8-bit sRGB, across the line to the ground, from which inks have nothing in common
+)
+INK_STRENGTH = 0.5  # how far along that line the ink must be; thin blurred strokes never reach 1
 CONTRAST = 16.0  # the same, below which a picture has no ink
 
 
@@ -49,7 +53,8 @@ def score_kept(
     of structure and features, which see the same thing with other eyes, and inside; what is NaN is left out.
 
     `picture` and `source` are [H, W, 3] in 0..255, `features` those of both, gradients by default. `inside` is the
-    ink's colour for a new text, and the shape of the strokes for new colours; NaN for another `part`."""
+    ink's colour for a new text, the strokes for a new ink, and both for a new background, whose outside may be too
+    small to look at; NaN for another `part`."""
     a, b = picture / 255, source / 255
     pair = (gradient_features(a), gradient_features(b)) if features is None else features
     kept = {
@@ -96,12 +101,35 @@ def ink_share(picture: np.ndarray) -> np.ndarray:
     return np.clip((picture - ground) @ line / (line @ line), 0.0, 1.0)
 
 
+def ink_similarity(picture: np.ndarray, source: np.ndarray) -> float:
+    """How much of the source's ink colour a picture's ink has, in [0, 1], whatever the ground of either.
+
+    Pixels of a stroke are mixtures of ground and ink, so what counts is the distance from the line between the
+    picture's ground and the source's ink: a blurred stroke keeps its colour, a faint or missing one has none."""
+    ground, wanted = estimate_background(picture), _colour_of(source, "ink")
+    ink, line = estimate_ink(picture, ground) - ground, wanted - ground
+    length = float(line @ line)
+    if length < CONTRAST**2:  # the ground has the colour of the ink: there is no line
+        return 0.0
+    strength = float(ink @ line) / length
+    across = float(np.linalg.norm(ink - strength * line))
+    return float(np.clip(strength / INK_STRENGTH, 0, 1)) * max(0.0, 1.0 - across / INK_RANGE)
+
+
+def stroke_similarity(picture: np.ndarray, source: np.ndarray) -> float:
+    """How much of the source's strokes a picture's strokes explain, whatever the colours: the squared correlation of
+    their ink shares. Means of rows are taken out, because words on one line have the line in common."""
+    a, b = (share - share.mean(axis=1, keepdims=True) for share in (ink_share(picture), ink_share(source)))
+    return correlation(a, b) ** 2
+
+
 def _inside(picture: np.ndarray, source: np.ndarray, part: str | None) -> float:
     if part == "text":
-        distance = np.linalg.norm(_colour_of(picture, "ink") - _colour_of(source, "ink"))
-        return max(0.0, 1.0 - float(distance) / INK_RANGE)
-    if part in ("ink", "background"):
-        return correlation(ink_share(picture), ink_share(source))
+        return ink_similarity(picture, source)
+    if part == "ink":
+        return stroke_similarity(picture, source)
+    if part == "background":
+        return ink_similarity(picture, source) * stroke_similarity(picture, source)
     return float("nan")
 
 
@@ -117,17 +145,20 @@ def _grown(region: np.ndarray) -> np.ndarray:
 
 
 class EditConsistencyReward:
-    """`done` × `kept`, with what they are made of beside them.
+    """`done` × `kept`, with what they are made of beside them. `factors` names one of them alone: an ablation.
 
     Columns: `reference`, the picture to edit; `edited`, what the instruction changes, which picks the judge; what
     that judge needs (`target`, `ink_rgb`, `background_rgb`); and, where there are any, `mask` (a picture, white where
     it may change) and `ideal` (a perfect result). None in `reference` or `edited`: not applicable.
 
     `judges` maps values of `edited` to rewards by name or import path, or to `colour`; the judge's score in [0, 1] for
-    the source counts as no progress. `features` is an import path of a function from a list of PIL pictures to arrays
+    the source counts as no progress. `keepers` likewise names rewards that say what else is still there, such as
+    `{ink: ocr}`: the text of a picture whose ink changes; their score, `judged`, is a factor of `kept`.
+
+    `features` is an import path of a function from a list of PIL pictures to arrays
     [h, w, D], such as a network's or the tokenizer's continuous features; None: gradients.
 
-    Raises ImageRLError when a judge cannot be loaded or a column is missing."""
+    Raises ImageRLError for unknown factors, and when a judge cannot be loaded or a column is missing."""
 
     __name__ = "edit_consistency"
 
@@ -136,12 +167,20 @@ class EditConsistencyReward:
         judges: Mapping[str, str] | None = None,
         judge_settings: Mapping[str, Mapping[str, Any]] | None = None,
         features: str | None = None,
+        keepers: Mapping[str, str] | None = None,
+        factors: Sequence[str] = FACTORS,
     ) -> None:
+        if not factors or not set(factors) <= set(FACTORS):
+            raise ImageRLError(
+                f"reward 'edit_consistency': factors are {' and '.join(FACTORS)}, not {list(factors)}"
+            )
         self.judges = {**JUDGES, **(judges or {})}
+        self.keepers = dict(keepers or {})
+        self.factors = tuple(factors)
         self._settings = {**JUDGE_SETTINGS, **(judge_settings or {})}
         self._features = import_target(features) if features else None
         self._loaded: dict[str, Callable[..., Any]] = {}
-        for name in set((judges or {}).values()) - {COLOUR}:
+        for name in {*(judges or {}).values(), *self.keepers.values()} - {COLOUR}:
             self._loaded_judge(name)  # mistakes show at the start
 
     def __call__(
@@ -162,6 +201,7 @@ class EditConsistencyReward:
         parts: dict[str, list[float | None]] = {name: [None] * len(images) for name in PARTS}
         values: list[float | None] = [None] * len(images)
         done: dict[int, float | None] = {}
+        judged: dict[int, float | None] = {}
         for part in dict.fromkeys(edited[index] for index in asked):
             which = [index for index in asked if edited[index] == part]
             if self._judge_of(part) == COLOUR:
@@ -169,11 +209,17 @@ class EditConsistencyReward:
             else:
                 judge = self._loaded_judge(self._judge_of(part))
                 done |= _done_by_judge(judge, which, prompts, images, reference, columns)
+            if (keeper := self.keepers.get(str(part))) is not None:
+                shown = [images[index] for index in which]
+                told = _call(self._loaded_judge(keeper), which, prompts, columns, shown)
+                judged |= dict(zip(which, told, strict=True))
         for index, kept in zip(asked, self._kept(asked, images, reference, edited, columns), strict=True):
-            for name, value in kept.items():
-                parts[name][index] = value if np.isfinite(value) else None
-            told = parts["done"][index] = done[index]
-            values[index] = None if told is None else told * kept["kept"]
+            found = {**kept, "done": done[index]} | ({"judged": judged[index]} if index in judged else {})
+            if index in judged:
+                found["kept"] = None if judged[index] is None else kept["kept"] * judged[index]
+            for name, value in found.items():
+                parts[name][index] = value if value is not None and np.isfinite(value) else None
+            values[index] = _product([parts[name][index] for name in self.factors])
         reason = None if len(asked) == len(images) else "a sample has no reference or says not what is edited"
         return RewardOutput(values, parts, reason)
 
@@ -290,6 +336,11 @@ def _call(
     )
     rewards = output.rewards if isinstance(output, RewardOutput) else output
     return [None if value is None else float(value) for value in rewards]
+
+
+def _product(factors: Sequence[float | None]) -> float | None:
+    """None where one of them is."""
+    return None if None in factors else float(np.prod([factor for factor in factors if factor is not None]))
 
 
 def _array(image: Image.Image) -> np.ndarray:

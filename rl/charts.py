@@ -48,6 +48,7 @@ class Chart:
     zero: bool = False  # the axis starts at 0
     smoothed: bool = True
     last_step: float = 0
+    axis: str = "step"  # what the horizontal axis counts
     svg: str = field(default="", init=False)
 
     @property
@@ -63,7 +64,9 @@ class Chart:
             points = [(s, v) for s, v in zip(series.steps, series.values, strict=True) if math.isfinite(v)]
             if points:
                 (s0, v0), (s1, v1) = points[0], points[-1]
-                parts.append(f"{series.label}: {v0:.4g} at step {s0:g}, {v1:.4g} at step {s1:g}")
+                parts.append(
+                    f"{series.label}: {v0:.4g} at {self.axis} {s0:g}, {v1:.4g} at {self.axis} {s1:g}"
+                )
         return f"{self.title}. " + "; ".join(parts)
 
 

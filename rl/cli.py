@@ -9,8 +9,10 @@ from collections.abc import Sequence
 import typer
 from typer.exceptions import TyperException
 
+from rl.commands.ask import ask
 from rl.commands.bench import bench
 from rl.commands.clip import clip
+from rl.commands.compare import compare
 from rl.commands.evaluate import evaluate_model
 from rl.commands.export import export
 from rl.commands.plan import plan
@@ -32,9 +34,11 @@ app = typer.Typer(
 app.command()(train)
 app.command()(sft)
 app.command()(sample)
+app.command()(ask)
 app.command("eval")(evaluate_model)
 app.command()(tokenize)
 app.command()(export)
+app.command()(compare)
 app.command()(pretrain)
 app.command()(clip)
 app.command()(plan)

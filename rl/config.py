@@ -22,6 +22,18 @@ class RunConfig(RecipeModel):
     output_dir: str = Field(min_length=1, description="run folder")
     sample_every: int = Field(10, ge=0, description="steps between grids of the fixed prompts; 0: none")
     sample_prompts: int = Field(8, ge=1, description="held-out prompts on a grid")
+    images: int | None = Field(
+        None, ge=1, description="end before steps, when these many are drawn; lr follows them; null: no limit"
+    )
+    minutes: float | None = Field(
+        None, gt=0, description="end before steps, after this much training; lr follows it; null: no limit"
+    )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.images is not None and self.minutes is not None:
+            raise ValueError("run.images and run.minutes both end a run; give only one")
+        return self
 
 
 class LoraConfig(RecipeModel):
@@ -43,7 +55,7 @@ class LoraConfig(RecipeModel):
 
 class ModelConfig(RecipeModel):
     path: str = Field(
-        "tiny", min_length=1, description='model folder, hub name, or "tiny": the shipped checkpoint'
+        "tiny", min_length=1, description='model folder, hub name, or a shipped one: "tiny" or "tiny_edit"'
     )
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="of frozen weights: decoder, reference, a LoRA base; what trains is fp32"
@@ -55,7 +67,7 @@ class ModelConfig(RecipeModel):
 
 
 class PromptSetConfig(RecipeModel):
-    name: str | None = Field(None, description="a named prompt set: tiny_world")
+    name: str | None = Field(None, description="a named prompt set: tiny_world or tiny_edits")
     path: str | None = Field(None, description="a prompt file: .jsonl, .csv, .txt or .yaml")
     split: Literal["train", "heldout"] | None = Field(None, description="which part of a named set")
     size: int | None = Field(None, ge=1, description="take only the first this many prompts; null: all")
@@ -127,7 +139,7 @@ class GateConfig(RecipeModel):
 
 
 # The fields of a row of an evaluation: a reward of such a name would overwrite one.
-EVALUATION_FIELDS = ("index", "prompt", "reward", "exact_match", "confidence")
+EVALUATION_FIELDS = ("index", "sample", "prompt", "reward", "exact_match", "confidence")
 
 
 # YAML's keys are texts to the recipe reader.
@@ -250,7 +262,11 @@ class EngineConfig(RecipeModel):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights stay fp32")
     micro_batch_size: int = Field(16, ge=1, description="samples of one forward and backward pass")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: its own choice")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of torch, less rewards.workers while scoring; null: its own choice",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -267,7 +283,9 @@ class EngineConfig(RecipeModel):
 
 
 class EvalConfig(RecipeModel):
-    suite: Literal["ocr"] = Field("ocr", description="what is measured on the held-out prompts")
+    suite: Literal["ocr", "edit", "clip", "composition"] = Field(
+        "ocr", description="name of the evaluation; the reward or gold metric of that name is its `reward`"
+    )
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
     size: int = Field(256, ge=1, description="held-out prompts evaluated, one sample each")
     batch_size: int = Field(64, ge=1, description="samples drawn at a time")
@@ -368,6 +386,9 @@ class Recipe(RecipeModel):
                 "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "
                 "precision than the policy"
             )
+        drawn = self.rollout.prompts_per_step * self.rollout.group_size * self.rollout.decodes
+        if self.run.images is not None and self.run.images < drawn:
+            raise ValueError(f"run.images ({self.run.images}) is less than the {drawn} that one step draws")
         updates = self.run.steps * self.algorithm.updates_per_rollout
         if self.optim.warmup_steps >= updates:
             raise ValueError(

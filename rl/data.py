@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl.errors import ImageRLError
+from rl.prompt_pictures import identity, picture_paths
 from rl.recipe import parse_yaml_lines, read_text
 from rl.seeding import derive_seed
 from rl.types import Prompt
@@ -59,8 +60,15 @@ def _tiny_composition(split: str, size: int | None, seed: int) -> list[Prompt]:
     return composition_set(split, size, seed)
 
 
+def _tiny_edits(split: str, size: int | None, seed: int) -> list[Prompt]:
+    from rl.tiny_edits import edit_set
+
+    return edit_set(split, size, seed)
+
+
 NAMED_SETS: dict[str, Callable[[str, int | None, int], list[Prompt]]] = {
     "tiny_composition": _tiny_composition,
+    "tiny_edits": _tiny_edits,
     "tiny_world": _tiny_world,
 }
 
@@ -82,20 +90,31 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
         rows = _read_rows(source, config.column)
         lines = [line for line, _ in rows]
         prompts = _to_prompts(rows, config.column, source)
-    if not prompts:
-        raise ImageRLError(f"{source} holds no prompts")
-    seen: dict[str, int] = {}
-    for line, prompt in zip(lines, prompts, strict=True):
-        if prompt.text in seen:
-            raise ImageRLError(
-                f"{source}, line {line}: repeats the prompt of line {seen[prompt.text]}; remove one"
-            )
-        seen[prompt.text] = line
+    _refuse_repeated(prompts, lines, source)
     if config.size is not None and config.size > len(prompts):
         raise ImageRLError(
             f"{source} has {len(prompts)} prompts, fewer than its size in the recipe, {config.size}"
         )
     return PromptSet(source, tuple(prompts[: config.size]))
+
+
+def inline_prompts(rows: Sequence[str | dict[str, Any]], source: str) -> PromptSet:
+    """Prompts that are written out in another file, `source`: texts, or mappings with a `prompt` in each. Lines in
+    messages are counted within the list. Raises ImageRLError like `load_prompt_set`."""
+    numbered = list(enumerate(rows, 1))
+    prompts, lines = _to_prompts(numbered, "prompt", source), [number for number, _ in numbered]
+    _refuse_repeated(prompts, lines, source)
+    return PromptSet(source, tuple(prompts))
+
+
+def _refuse_repeated(prompts: Sequence[Prompt], lines: Sequence[int], source: str) -> None:
+    if not prompts:
+        raise ImageRLError(f"{source} holds no prompts")
+    seen: dict[str, int] = {}
+    for line, name in zip(lines, map(identity, prompts), strict=True):
+        if name in seen:
+            raise ImageRLError(f"{source}, line {line}: repeats the prompt of line {seen[name]}; remove one")
+        seen[name] = line
 
 
 def refuse_overlap(train: PromptSet, heldout: PromptSet) -> None:
@@ -104,7 +123,7 @@ def refuse_overlap(train: PromptSet, heldout: PromptSet) -> None:
     Raises:
         ImageRLError: a prompt's text, or a value of the column `target`, is in both sets.
     """
-    for what, values_of in (("prompt", _texts), ("target", _targets)):
+    for what, values_of in (("prompt", _identities), ("target", _targets)):
         trained = set(values_of(train))
         shared = [value for value in values_of(heldout) if value in trained]
         if shared:
@@ -114,8 +133,8 @@ def refuse_overlap(train: PromptSet, heldout: PromptSet) -> None:
             )
 
 
-def _texts(prompts: PromptSet) -> list[str]:
-    return [prompt.text for prompt in prompts]
+def _identities(prompts: PromptSet) -> list[str]:
+    return [identity(prompt) for prompt in prompts]
 
 
 def _targets(prompts: PromptSet) -> list[str]:
@@ -224,7 +243,12 @@ def _to_prompts(rows: Sequence[Row], column: str, source: str) -> list[Prompt]:
                 )
         mappings.append((line, mapping))
     names = dict.fromkeys(name for _, mapping in mappings for name in mapping if name != column)
+    folder = Path(source).parent
     return [
-        Prompt(index, mapping[column].strip(), {name: mapping.get(name) for name in names})
-        for index, (_, mapping) in enumerate(mappings)
+        Prompt(
+            index,
+            mapping[column].strip(),
+            picture_paths({name: mapping.get(name) for name in names}, folder, f"{source}, line {line}"),
+        )
+        for index, (line, mapping) in enumerate(mappings)
     ]

@@ -55,6 +55,7 @@ class Engine:
         self.accelerator = self._accelerator(use_cpu)
         if settings.threads:  # after Accelerate, which may choose for itself
             torch.set_num_threads(settings.threads)
+        self.threads: int = torch.get_num_threads()
         self.device: torch.device = self.accelerator.device
         if self.device.type == "cuda":  # resuming must repeat a run bit for bit
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -64,6 +65,7 @@ class Engine:
         self.is_main: bool = self.rank == 0
         self.updates = 0  # optimizer updates made so far
         self.lr = 0.0  # of the last update
+        self.share: float | None = None  # of the run that is over, where a budget and not steps tells
         self._module: Any = None
 
     def prepare(
@@ -131,6 +133,14 @@ class Engine:
             with self.accelerator.no_sync(self.module):
                 yield
 
+    def leave_cores(self, count: int) -> None:
+        """Use `count` CPU threads less than the run has, but one at least, while other processes compute.
+
+        A thread that shares its core with another process holds up the rest at every barrier. When a run leaves
+        cores depends on its recipe alone and never on the clock: rounding depends on the number of threads, and
+        a run must repeat bit for bit."""
+        torch.set_num_threads(max(1, self.threads - count))
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bfloat16 autocast where the recipe says so; for the forward pass, not for backward."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -149,7 +159,7 @@ class Engine:
         Raises:
             ImageRLError: the gradient is NaN or infinite; the weights are as before.
         """
-        self.lr = learning_rate(self.updates, self._total_updates, self._optim)
+        self.lr = learning_rate(self.updates, self._total_updates, self._optim, self.share)
         for group, factor in zip(self._base_optimizer.param_groups, self._lr_factors, strict=True):
             group["lr"] = self.lr * factor
         if self.zero_stage:
@@ -295,17 +305,21 @@ class Engine:
                 self._base_optimizer.state[parameter] = {"step": step, **moments}
 
 
-def learning_rate(update: int, total: int, optim: OptimConfig) -> float:
+def learning_rate(update: int, total: int, optim: OptimConfig, share: float | None = None) -> float:
     """The learning rate of 0-based `update` out of `total`, a pure function so that resuming needs no state.
 
     Warm-up rises linearly and its first update is not wasted on zero; then constant, or constant up to the last
-    `decay_share` of the updates and from there down to `min_lr` along a line or half a cosine.
+    `decay_share` of the updates and from there down to `min_lr` along a line or half a cosine. Where the number of
+    updates is not known beforehand, `share` in [0, 1] says how much of the run is over, and the fall follows that.
     """
     warmup = optim.warmup_steps
     if update < warmup:
         return optim.lr * (update + 1) / (warmup + 1)
-    begin = max(float(warmup), (1.0 - optim.decay_share) * total)
-    progress = min(1.0, max(0.0, update - begin) / max(1.0, total - begin))
+    if share is None:
+        begin = max(float(warmup), (1.0 - optim.decay_share) * total)
+        progress = min(1.0, max(0.0, update - begin) / max(1.0, total - begin))
+    else:
+        progress = min(1.0, max(0.0, share - (1.0 - optim.decay_share)) / optim.decay_share)
     if optim.schedule == "linear":
         return optim.min_lr + (optim.lr - optim.min_lr) * (1.0 - progress)
     if optim.schedule == "cosine":

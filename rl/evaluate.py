@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,13 +19,13 @@ from rl.types import Prompt, RewardScorer, RolloutGroup
 
 @dataclass(slots=True)
 class Evaluation:
-    """Results of one suite. `per_prompt` rows hold `index`, `prompt` and every metric; NaN where a sample
-    could not be scored."""
+    """Results of one suite. `per_prompt` rows hold `index`, `prompt`, where several were drawn `sample`, and every
+    metric; NaN where a sample could not be scored."""
 
     suite: str
     metrics: dict[str, Interval]
     per_prompt: list[dict[str, Any]]
-    images: np.ndarray  # [N, H, W, 3] uint8, in the order of `per_prompt`
+    images: np.ndarray  # [N, H, W, 3] uint8, in the order of `per_prompt`; empty when they were not kept
 
     def flat(self) -> dict[str, float]:
         """For metrics.jsonl: `eval/<suite>/<metric>`."""
@@ -39,7 +40,7 @@ class Evaluation:
         return {
             "suite": self.suite,
             **facts,
-            "n": len(self.per_prompt),
+            "n": len({row["index"] for row in self.per_prompt}),
             "metrics": intervals,
             "per_prompt": self.per_prompt,
         }
@@ -72,40 +73,72 @@ class GroundTruth:
         decode_chunk: int | None = None,
         sample_chunk: int | None = None,
     ) -> Iterator[list[RolloutGroup]]:
-        nothing = torch.zeros(group_size, 0)
+        nothing, size = torch.zeros(group_size, 0), None
         for prompt in prompts:
-            images = np.stack([np.asarray(self.draw(prompt))] * group_size)
+            picture = self.draw(prompt)
+            size = size or picture.size
+            if picture.size != size:
+                raise ImageRLError(
+                    f'the picture of "{prompt.text}" is {picture.width}x{picture.height} pixels, others '
+                    f"{size[0]}x{size[1]}; give pictures of one size"
+                )
+            images = np.stack([np.asarray(picture)] * group_size)
             yield [RolloutGroup(prompt, nothing.long(), nothing, nothing.bool(), images)]
 
 
 def evaluate(
-    suite: str, prompts: Sequence[Prompt], rollout: Source, scorer: RewardScorer, batch_size: int
+    suite: str,
+    prompts: Sequence[Prompt],
+    rollout: Source,
+    scorer: RewardScorer,
+    batch_size: int,
+    *,
+    samples: int = 1,
+    totals: bool = False,
+    each: Callable[[RolloutGroup], None] | None = None,
 ) -> Evaluation:
-    """Draw one picture of each prompt and score it.
+    """Draw `samples` pictures of each prompt, `batch_size` at a time, and score them.
 
-    Random numbers depend on the rollout's seed and the prompt alone, so that two policies are compared on the
-    same draws. A metric named `<suite>` is reported as `reward`, its parts `<suite>/<part>` as `<part>`, those of
-    other rewards under their own names. Raises ImageRLError for a reward whose name is that of another field."""
+    Random numbers depend on the rollout's seed, the prompt and the sample alone, so that two policies are compared
+    on the same draws. A metric named `<suite>` is reported as `reward`, its parts `<suite>/<part>` as `<part>`, those
+    of other rewards under their own names; with `totals` the weighted sum is `reward` and all rewards keep their
+    names. `each` gets every group as it is drawn, for pictures that should be kept; `images` is then left empty.
+
+    Raises ImageRLError for a reward whose name is that of another field."""
     images, rows, tickets = [], [], []
-    for groups in rollout.generate(prompts, 1, f"eval {suite}", batch_size, batch_size):
+    chunk = max(1, batch_size // samples)
+    for groups in rollout.generate(prompts, samples, f"eval {suite}", chunk, chunk):
         request = reward_request(groups)
-        tickets.append((groups, scorer.submit(request, with_gold=True)))
-        images.append(request.images)
-    for groups, ticket in tickets:
+        tickets.append(([group.prompt for group in groups], scorer.submit(request, with_gold=True)))
+        if each is None:
+            images.append(request.images)
+        else:
+            for group in groups:
+                each(group)
+    for drawn, ticket in tickets:
         scores = scorer.collect(ticket)
-        names = _metric_names(scores.components, suite)
-        for row, group in enumerate(groups):
+        names = _metric_names(scores.components, None if totals else suite)
+        for row, (prompt, sample) in enumerate(product(drawn, range(samples))):
+            fields = {"index": prompt.index, "prompt": prompt.text}
+            if samples > 1:
+                fields["sample"] = sample
+            if totals:
+                fields["reward"] = float(scores.totals[row])
             values = {names[component]: float(v[row]) for component, v in scores.components.items()}
-            rows.append({"index": group.prompt.index, "prompt": group.prompt.text, **values})
-    return Evaluation(suite, summarise(rows), rows, np.concatenate(images))
+            rows.append(fields | values)
+    kept = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
+    return Evaluation(suite, summarise(rows), rows, kept)
 
 
-def _metric_names(components: Iterable[str], suite: str) -> dict[str, str]:
-    """What each component is called in a row, no two alike."""
+def _metric_names(components: Iterable[str], suite: str | None) -> dict[str, str]:
+    """What each component is called in a row, no two alike; without a suite, all by their own names."""
     names: dict[str, str] = {}
+    taken = {"index", "prompt", "sample"} | ({"reward"} if suite is None else set())
     for component in components:
-        name = "reward" if component == suite else component.removeprefix(f"{suite}/")
-        if name in ("index", "prompt") or name in names.values():
+        name = component
+        if suite is not None:
+            name = "reward" if component == suite else component.removeprefix(f"{suite}/")
+        if name in taken or name in names.values():
             raise ImageRLError(
                 f"reward {component!r}: an evaluation of {suite!r} has another field {name!r}; rename the reward"
             )

@@ -29,6 +29,8 @@ from rl.halves import trained_module
 from rl.metrics import read_metrics, to_json
 from rl.recipe import validate_recipe
 from rl.seeding import generator
+from rl.sft_config import AnyRecipe, SFTRecipe
+from rl.sft_objective import sft_module
 
 PROOF_PROMPTS = (
     'a sign that says "RIVER" in red on a white background',
@@ -64,13 +66,17 @@ def checkpoint_of(source: Path) -> Path:
     return newest
 
 
-def trained_policy(source: Path) -> tuple[ImagePolicy, dict[str, Any], Recipe, Path]:
+def trained_policy(source: Path) -> tuple[ImagePolicy, dict[str, Any], AnyRecipe, Path]:
     """The policy as it was at a checkpoint, its model config, the run's recipe and the checkpoint's folder."""
     folder = checkpoint_of(source)
     checkpoint = load_checkpoint(folder)
-    recipe = validate_recipe(Recipe, dict(checkpoint.state["recipe"]), f"{folder}/state.json")
+    stored = dict(checkpoint.state["recipe"])
+    schema = SFTRecipe if stored.get("kind") == "sft" else Recipe
+    recipe = validate_recipe(schema, stored, f"{folder}/state.json")
+    assert isinstance(recipe, AnyRecipe)
     policy, config = load_policy(recipe.model.path)
-    load_trained(trained_module(policy, recipe), checkpoint.tensors["model"])
+    module = sft_module(policy, recipe) if isinstance(recipe, SFTRecipe) else trained_module(policy, recipe)
+    load_trained(module, checkpoint.tensors["model"])
     if policy.flow is not None:
         policy.flow.merge_lora()
     return policy, config, recipe, folder
@@ -201,7 +207,7 @@ def merge_adapters(policy: ImagePolicy) -> None:
         policy.trainable.adapter.merge_adapter()
 
 
-def describe(recipe: Recipe, checkpoint: Path, folder: Path, layout: str, proof: Proof) -> dict[str, Any]:
+def describe(recipe: AnyRecipe, checkpoint: Path, folder: Path, layout: str, proof: Proof) -> dict[str, Any]:
     """Where a model came from: recipe, step, last metrics, versions, hashes of every file."""
     step = step_of(checkpoint)
     metrics: dict[str, Any] = {}

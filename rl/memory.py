@@ -39,6 +39,7 @@ class StepShape:
     sampler_dtype: torch.dtype
     storage: torch.dtype  # of frozen weights
     bf16: bool  # autocast
+    edits: int = 0  # pictures to edit that are read together; 0: prompts are captions
 
     @property
     def samples(self) -> int:
@@ -150,14 +151,22 @@ def decoder_bytes(policy: Any, shape: StepShape) -> Bytes:
         without_content(decoder, shape.storage)
         hidden = torch.empty(shape.pictures, shape.image_tokens + 1, width, dtype=shape.sampler_dtype)
         noise = torch.empty(shape.pictures, *policy.latent_shape)
+        reading = 0
+        if shape.edits:
+            shown = torch.empty(shape.edits, 3, *decoder.picture_size)
+            with LiveBytes() as memory:
+                decoder.encode(shown)
+            reading = memory.peak + shown.untyped_storage().nbytes()
+        reference = torch.empty_like(noise) if shape.edits else None
         with LiveBytes() as memory, shape.autocast():
-            latents = decoder.latents(hidden, noise, shape.guidance, 2)
+            latents = decoder.latents(hidden, noise, shape.guidance, 2, reference)
             integrating = memory.peak
             memory.restart()
             decoder.draw(latents)
     vae = sum(p.numel() for p in decoder.vae.parameters())
     others = sum(p.numel() for p in decoder.parameters()) - vae
     costs = {"vae": vae, "decoder": others, "integrating": integrating, "drawing": memory.peak}
+    costs |= {"reading": reading} if shape.edits else {}
     return {name: float(value) for name, value in costs.items()}
 
 

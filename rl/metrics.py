@@ -205,12 +205,13 @@ class Progress:
             text = f"step {start_step}/{total_steps}"
             self._task = self._bar.add_task(text, total=total_steps, completed=start_step)
 
-    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Show `step` (the number of steps done) with the metrics of that step."""
+    def update(self, step: int, metrics: Mapping[str, Any], expected: int | None = None) -> None:
+        """Show `step` (the number of steps done) with the metrics of that step; `expected` corrects the total."""
+        self._total = expected or self._total
         self._times.append((step, time.monotonic()))
         text = progress_line(step, self._total, metrics, self._seconds_left(step))
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
+            self._bar.update(self._task, completed=step, total=self._total, description=text)
         elif step == 1 or step == self._total or step % self._every == 0:
             self.note(text)
 

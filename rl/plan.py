@@ -37,7 +37,9 @@ class Plan:
         return sum(self.parts.values()) + self.phases[self.busiest]
 
 
-def step_shape(recipe: Recipe, gpus: int, prompt_tokens: int, image_tokens: int) -> StepShape:
+def step_shape(
+    recipe: Recipe, gpus: int, prompt_tokens: int, image_tokens: int, edits: bool = False
+) -> StepShape:
     """What one of `gpus` processes does at once. Raises ImageRLError when they cannot share a step's prompts."""
     import torch
 
@@ -65,6 +67,7 @@ def step_shape(recipe: Recipe, gpus: int, prompt_tokens: int, image_tokens: int)
         sampler_dtype=types[engine.precision],
         storage=types[recipe.model.dtype],
         bf16=engine.precision == "bf16",
+        edits=max(sampled, evaluated) if edits else 0,
     )
 
 
@@ -104,6 +107,7 @@ def make_plan(
     phases = {
         "copying weights for sampling": language["laying_out"] - language["sampler"] + whole,
         "sampling tokens": language["sampling"],
+        **({"reading pictures to edit": decoder["reading"]} if "reading" in decoder else {}),
         "denoising": decoder["integrating"] + language["hidden"],
         "drawing pixels": decoder["drawing"] + language["hidden"],
         "scoring by the reference": language["reference"] if recipe.algorithm.kl_coef > 0 else 0.0,

@@ -1,4 +1,4 @@
-"""Supervised pretraining of a generator on rendered pictures: tokenizer, autoencoder, then both halves jointly.
+"""Supervised pretraining of a generator on rendered pictures: what all stages share, and those of a model that draws.
 
 Functions take modules and know nothing of how these are built. Every batch is a pure function of (seed, stage,
 step), so a stage can be repeated exactly.
@@ -6,12 +6,10 @@ step), so a stage can be repeated exactly.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,10 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl.environment import write_environment
 from rl.errors import ImageRLError
-from rl.files import write_atomic
-from rl.pretrain_config import DecoderStage, GeneratorStage, PretrainRecipe, StageConfig
+from rl.pretrain_config import GeneratorStage, StageConfig
 from rl.seeding import derive_seed, generator
 from rl.tiny_world import FONTS, Scene, pretraining_text, random_scene, render
 
@@ -169,57 +165,6 @@ def fit_generator(
     fit(name, module, loss_of, stage, log)
 
 
-@torch.no_grad()
-def kept_states(policy: Any, stage: DecoderStage) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [N, T + 1, D], latents [N, C, h, w] and tokens [N, T] of the stage's pictures."""
-    hidden, latents, tokens = [], [], []
-    for start in range(0, stage.pictures, 64):
-        batch = scenes(stage.pictures_seed, "cache", start, 64, stage.fonts)
-        wanted = pictures(batch).to(policy.device)
-        tokens.append(policy.image_tokenizer.encode(wanted))
-        latents.append(policy.decoder.encode(wanted))
-        hidden.append(
-            policy.trainable.hidden_states(
-                *policy.encode_prompts([scene.caption for scene in batch]), tokens[-1]
-            )
-        )
-    return torch.cat(hidden), torch.cat(latents), torch.cat(tokens)
-
-
-def fit_decoder(policy: Any, stage: DecoderStage, seed: int, log: LogFn) -> None:
-    """Train a new connector and transformer on the flow loss while the language model stays as it is.
-
-    A decoder must first find out which of its conditions belongs where. Two linear probes, thrown away at the
-    end, ask the projected condition of every token for its place and its code and so keep both readable."""
-    device = policy.device
-    torch.manual_seed(seed)
-    decoder = policy.renew_decoder()
-    hidden, latents, tokens = kept_states(policy, stage)
-    quantizer, width = policy.image_tokenizer.quantizer, decoder.sana.config.cross_attention_dim
-    codes = quantizer.values(quantizer.digits_of(tokens)).float()
-    probes = nn.ModuleDict(
-        {"place": nn.Linear(width, tokens.shape[1]), "code": nn.Linear(width, codes.shape[-1])}
-    )
-    module = nn.ModuleList([decoder.connector, decoder.sana, probes.to(device)]).requires_grad_(True)
-    places = torch.arange(tokens.shape[1], device=device)
-    draws = torch.Generator().manual_seed(seed)
-
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        rows = torch.randint(0, len(hidden), (stage.batch_size,), generator=draws).to(device)
-        noise = torch.randn(stage.batch_size, *decoder.latent_shape, generator=draws).to(device)
-        sigma = torch.rand(stage.batch_size, generator=draws).to(device)
-        drop = (torch.rand(stage.batch_size, generator=draws) < stage.condition_dropout).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=stage.bf16):
-            flow = decoder.flow_loss(hidden[rows], latents[rows], sigma, noise, drop)
-            conditions = decoder.condition(hidden[rows[~drop], 1:])
-            place = F.cross_entropy(probes["place"](conditions).flatten(0, 1), places.repeat(len(conditions)))
-            code = F.mse_loss(probes["code"](conditions), codes[rows[~drop]])
-        loss = flow + stage.place_weight * place + stage.code_weight * code
-        return loss, {"flow": flow.item(), "place": place.item(), "code": code.item()}
-
-    fit("decoder", module, loss_of, stage, log)
-
-
 def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -229,72 +174,3 @@ def resolve_device(name: str) -> torch.device:
 def captions(seed: int, count: int) -> list[str]:
     """Captions to train a text tokenizer on."""
     return [scene.caption for scene in scenes(seed, "captions", 0, count)]
-
-
-def pretrain(
-    policy: Any, recipe: PretrainRecipe, save: Callable[[Path], None], load: Callable[[Path], None]
-) -> None:
-    """All stages of a recipe, in place. `save` writes the policy as a model folder, `load` fills it from one.
-
-    What a finished stage has made is kept in the output folder and reused, so that an interrupted run continues
-    with the stage it was in."""
-    from safetensors.torch import load_file, save_file
-
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
-    out, seed, device = Path(recipe.run.output_dir), recipe.run.seed, policy.device
-    out.mkdir(parents=True, exist_ok=True)
-    vae, tokenizer = policy.decoder.vae, policy.image_tokenizer
-    record = out / "pretrain.jsonl"
-
-    def log(stage: str, step: int, metrics: dict[str, float]) -> None:
-        with record.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        print(f"{stage} {step}: {shown}", flush=True)
-
-    def autoencode(pixels: Tensor) -> Tensor:
-        return vae.decode(vae.encode(pixels).latent).sample
-
-    parts: tuple[tuple[str, nn.Module, Callable[[Tensor], Tensor], StageConfig], ...] = (
-        ("tokenizer", tokenizer, tokenizer, recipe.tokenizer),
-        ("autoencoder", vae, autoencode, recipe.autoencoder),
-    )
-    for name, module, reconstruct, stage in parts:
-        weights = out / f"{name}.safetensors"
-        if weights.exists():
-            module.load_state_dict(load_file(weights))
-            print(f"{name}: kept {weights}")
-            continue
-        fit_reconstruction(name, module, reconstruct, stage, seed, device, log)
-        save_file(module.state_dict(), weights)
-    scale = latent_scale(lambda pixels: vae.encode(pixels).latent, seed, device)
-    vae.register_to_config(scaling_factor=scale)
-    generated = out / "generator"
-    if generated.is_dir():
-        load(generated)
-        print(f"generator: kept {generated}")
-    else:
-        fit_generator(
-            "generator", policy, recipe.generator, seed, log, lambda step: save(out / f"snapshot_{step:06d}")
-        )
-        save(generated)
-    if recipe.decoder is not None:
-        fit_decoder(policy, recipe.decoder, seed, log)
-    save(out / "model")
-    write_record(out, recipe)
-
-
-def write_record(out: Path, recipe: PretrainRecipe) -> None:
-    """`pretraining.json` beside the weights: recipe, hardware, minutes and last losses of every stage."""
-    last: dict[str, dict[str, Any]] = {}
-    for line in (out / "pretrain.jsonl").read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        last[values.pop("stage")] = values
-    write_environment(out, [])
-    document = {
-        "recipe": recipe.model_dump(mode="json"),
-        "stages": last,
-        "environment": json.loads((out / "environment.json").read_text(encoding="utf-8")),
-    }
-    write_atomic(out / "model" / "pretraining.json", json.dumps(document, indent=1) + "\n")

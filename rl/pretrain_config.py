@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rl.recipe import RecipeModel
 from rl.tiny_world import FONTS
@@ -38,9 +38,21 @@ class GeneratorStage(StageConfig):
     snapshot_every: int = Field(1000, gt=0, description="steps between saved and measured snapshots")
 
 
-class DecoderStage(StageConfig):
-    """A new connector and decoder, trained on the hidden states of a language model that no longer changes."""
+class TasksStage(StageConfig):
+    """The stage that teaches the language model to draw, to edit and to read, without the decoder."""
 
+    edit_share: float = Field(0.5, ge=0, le=1, description="share of the batch that edits a picture")
+    question_share: float = Field(0.25, ge=0, le=1, description="share that answers; the rest draws captions")
+    edit_text_share: float = Field(1 / 3, ge=0, le=1, description="share of edits that replace the text")
+    question_text_share: float = Field(1 / 3, ge=0, le=1, description="share of questions for the text")
+    snapshot_every: int = Field(1000, gt=0, description="steps between saved snapshots")
+
+
+class DecoderStage(StageConfig):
+    """Connector and decoder, trained on the hidden states of a language model that no longer changes."""
+
+    renew: bool = Field(True, description="start from fresh weights; false: from those the model has")
+    edit_share: float = Field(0.0, ge=0, le=1, description="share of the batch that edits a picture")
     pictures: int = Field(4864, gt=0, multiple_of=64, description="pictures whose hidden states are kept")
     pictures_seed: int = Field(0, description="seed of these pictures")
     condition_dropout: float = Field(0.1, ge=0, lt=1, description="chance of the unconditional branch")
@@ -60,13 +72,35 @@ class TextTokenizerConfig(RecipeModel):
 
 
 class PretrainRecipe(RecipeModel):
-    """A complete pretraining run: what to build and how long to train each part."""
+    """A complete pretraining run: what to build or to begin with, and how long to train each part."""
 
     kind: Literal["pretrain"] = Field(description="marks the schema")
     run: PretrainRun
     text_tokenizer: TextTokenizerConfig
-    model: dict[str, Any] = Field(description="qwen3, sana, vae, scheduler, image_tokenizer, latent_size")
-    tokenizer: StageConfig
-    autoencoder: StageConfig
-    generator: GeneratorStage
-    decoder: DecoderStage | None = Field(None, description="a new decoder on the finished language model")
+    init: str | None = Field(
+        None,
+        description="model to begin with: it becomes edit-capable and learns `tasks`; null: build `model`",
+    )
+    model: dict[str, Any] | None = Field(
+        None, description="qwen3, sana, vae, scheduler, image_tokenizer, latent_size; with `init` its own"
+    )
+    tokenizer: StageConfig | None = Field(None, description="pictures to tokens and back")
+    autoencoder: StageConfig | None = Field(None, description="pictures to latents and back")
+    generator: GeneratorStage | None = Field(None, description="captions to tokens and pictures, jointly")
+    tasks: TasksStage | None = Field(None, description="drawing, editing and reading in one language model")
+    decoder: DecoderStage | None = Field(None, description="the decoder on the finished language model")
+
+    @model_validator(mode="after")
+    def _whole(self) -> PretrainRecipe:
+        new = {name: getattr(self, name) for name in ("model", "tokenizer", "autoencoder", "generator")}
+        if self.init is None:
+            missing = [name for name, value in new.items() if value is None]
+            if missing:
+                raise ValueError(f"{', '.join(missing)} must be given where init is not")
+            if self.tasks is not None or (self.decoder is not None and self.decoder.edit_share):
+                raise ValueError("editing and reading are taught to a model that can draw; name it as init")
+        elif given := [name for name, value in new.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)} must be left out: init has them already")
+        elif self.tasks is None:
+            raise ValueError("tasks must be given where init is")
+        return self

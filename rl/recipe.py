@@ -119,7 +119,37 @@ def read_text(path: str | Path) -> str:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The mapping in a recipe file, unvalidated. Its key `kind` ("train" when absent) names the schema."""
+    """The mapping in a recipe file, laid over that of the file it `extends`, unvalidated. Its key `kind` ("train"
+    when absent) names the schema."""
+    data = _read_mapping(path)
+    if "extends" not in data:
+        return data
+    base = data.pop("extends")
+    if not isinstance(base, str):
+        raise ImageRLError(f'{path}: "extends" should be the path of another recipe, not {_shown(base)}')
+    below = _read_mapping(Path(path).parent / base)
+    if "extends" in below:
+        raise ImageRLError(
+            f"{path} extends {base}, which extends another; a recipe has one file below it at most"
+        )
+    return lay_over(below, data)
+
+
+def lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """One mapping over another, key by key within sections. null takes a key away, so that its default holds."""
+    merged = dict(below)
+    for key, value in above.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict):
+            old = merged.get(key)
+            merged[key] = lay_over(old if isinstance(old, dict) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _read_mapping(path: str | Path) -> dict[str, Any]:
     data = parse_yaml(read_text(path), str(path))
     if data is None:
         raise ImageRLError(f"{path} is empty; a recipe is a mapping of sections, see recipes/")

@@ -21,7 +21,7 @@ from PIL import Image
 from rl.charts import SMOOTH_FROM, Chart, Series, as_float, render, training_charts
 from rl.files import write_atomic
 from rl.metrics import is_timing, read_metrics
-from rl.stats import compare
+from rl.stats import HEADLINES, compare, headline
 
 MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
 MAX_PICTURE = 400_000  # bytes; larger grids are embedded as JPEG, 1400 px wide at most
@@ -35,6 +35,13 @@ def write_report(run_dir: Path | str) -> Path:
     Raises:
         ImageRLError: metrics.jsonl is damaged, or the page cannot be written.
     """
+    path = Path(run_dir) / "report.html"
+    write_atomic(path, render_page("report.html.j2", _gather(Path(run_dir))))
+    return path
+
+
+def render_page(template: str, content: Mapping[str, Any]) -> str:
+    """A page from one of the templates beside this file."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     templates = Environment(
@@ -45,10 +52,7 @@ def write_report(run_dir: Path | str) -> Path:
         lstrip_blocks=True,
     )
     templates.filters |= {"number": _number, "signed": _signed, "span": _span, "command": _command}
-    page = templates.get_template("report.html.j2").render(_gather(Path(run_dir)))
-    path = Path(run_dir) / "report.html"
-    write_atomic(path, page)
-    return path
+    return templates.get_template(template).render(content)
 
 
 def _gather(run_dir: Path) -> dict[str, Any]:
@@ -73,10 +77,12 @@ def _gather(run_dir: Path) -> dict[str, Any]:
     environment = load(run_dir / "environment.json", json.loads)
     training = [r for r in records if any(k.startswith("reward/") for k in r)]
     done = max((r["step"] for r in training), default=0)
-    total = _dig(recipe, "run", "steps") or done
     gold = [g.get("name") or g.get("import_path") for g in recipe.get("gold") or [] if isinstance(g, dict)]
     suites = _evaluations(run_dir, records, load)
     comparison = load(run_dir / "eval" / "comparison.json", json.loads)
+    # written when a run ends, which a budget may decide before its last step
+    finished = done > 0 and comparison.get("after_step") == done
+    total = done if finished else _dig(recipe, "run", "steps") or done
     rows = [row for suite, steps in suites.items() for row in _rows(suite, steps, comparison, gold)]
     _add_bars(rows)
     charts = [c for c in [*_heldout_charts(suites), *training_charts(training)] if c.series]
@@ -88,7 +94,7 @@ def _gather(run_dir: Path) -> dict[str, Any]:
         "done": done,
         "total": total,
         "finished": done > 0 and done >= total,
-        "verdict": next((row for row in rows if row.metric == "exact_match"), rows[0] if rows else None),
+        "verdict": next((row for row in rows if row.metric in HEADLINES), rows[0] if rows else None),
         "rows": rows,
         "many_suites": len(suites) > 1,
         "reward": _reward_trend(training),
@@ -164,7 +170,7 @@ def _rows(
         row = Row(
             suite,
             metric,
-            rate=values <= {0, 1} if values else metric.endswith("exact_match"),
+            rate=values <= {0, 1} if values else metric.endswith(HEADLINES),
             gold=any(metric == name or metric.startswith(f"{name}/") for name in gold),
             prompts=steps[last].get("n"),
             before_step=first,
@@ -177,7 +183,8 @@ def _rows(
                 "mean": row.after["mean"] - before["mean"]
             }
         rows.append(row)
-    return sorted(rows, key=lambda row: (row.gold, row.metric != "exact_match"))
+    first_of_all = headline(row.metric for row in rows if not row.gold)
+    return sorted(rows, key=lambda row: (row.gold, row.metric != first_of_all))
 
 
 def _add_bars(rows: Sequence[Row]) -> None:
@@ -228,22 +235,26 @@ def _frames(run_dir: Path, problems: list[str]) -> list[dict[str, Any]]:
         paths = [paths[round(i * (len(paths) - 1) / (MAX_FRAMES - 1))] for i in range(MAX_FRAMES)]
     frames = []
     for path in paths:
-        data, kind = path.read_bytes(), "png"
         try:
-            image = Image.open(io.BytesIO(data)).convert("RGB")
+            frames.append(embedded_grid(path))
         except OSError:
             problems.append(f"samples/{path.name} could not be read")
-            continue
-        size = image.size
-        if len(data) > MAX_PICTURE:
-            image.thumbnail((1400, 100_000))
-            buffer, kind = io.BytesIO(), "jpeg"
-            image.save(buffer, format="JPEG", quality=88)
-            data = buffer.getvalue()
-        step = int(re.sub(r"\D", "", path.stem) or 0)
-        uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-        frames.append({"step": step, "uri": uri, "width": size[0], "height": size[1]})
     return frames
+
+
+def embedded_grid(path: Path) -> dict[str, Any]:
+    """A sample grid as `uri`, a data URI, with `step`, `width` and `height`. Raises OSError for what is no picture."""
+    data, kind = path.read_bytes(), "png"
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    size = image.size
+    if len(data) > MAX_PICTURE:
+        image.thumbnail((1400, 100_000))
+        buffer, kind = io.BytesIO(), "jpeg"
+        image.save(buffer, format="JPEG", quality=88)
+        data = buffer.getvalue()
+    step = int(re.sub(r"\D", "", path.stem) or 0)
+    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return {"step": step, "uri": uri, "width": size[0], "height": size[1]}
 
 
 def _facts(recipe: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rl.errors import ImageRLError
+from rl.prompt_pictures import with_pictures
 from rl.seeding import generator
 from rl.types import (
     FlowSampling,
@@ -57,6 +59,32 @@ def evaluation_sampling(recipe: Recipe) -> SamplingParams:
 def to_uint8(pictures: Tensor) -> np.ndarray:
     """[B, 3, H, W] in [0, 1] -> [B, H, W, 3] uint8, rounded to nearest."""
     return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompts:
+    """What the policy is given of P prompts."""
+
+    ids: Tensor  # [P, L] left-padded
+    mask: Tensor  # [P, L]
+    latents: Tensor | None  # [P, C, h, w] of the pictures to edit; None: draw new ones
+
+
+def encode(policy: Policy, prompts: Sequence[Prompt], to_draw: bool = True) -> EncodedPrompts:
+    """Captions, or instructions with the pictures that they change. Without `to_draw` no latents: scoring tokens
+    needs none.
+
+    Raises ImageRLError when only some of the prompts have a picture."""
+    texts = [prompt.text for prompt in prompts]
+    pictures = [prompt.reference for prompt in prompts if prompt.reference is not None]
+    if not pictures:
+        return EncodedPrompts(*policy.encode_prompts(texts), None)
+    if len(pictures) < len(texts):
+        raise ImageRLError(
+            f"{len(pictures)} of {len(texts)} prompts have a picture to edit; put edits in a prompt set of their own"
+        )
+    ids, mask = policy.encode_prompts(texts, policy.picture_tokens(pictures))
+    return EncodedPrompts(ids, mask, policy.picture_latents(pictures) if to_draw else None)
 
 
 def reward_request(groups: Sequence[RolloutGroup], step: int = 0) -> RewardRequest:
@@ -140,23 +168,26 @@ class RolloutEngine:
         `occasion` names the use of the random numbers: a training step, or an evaluation. With `flow` the decoder
         draws as it says and the groups keep its stochastic steps."""
         for together in _chunks(prompts, sample_chunk):
-            trajectory = self._sample(together, group_size, occasion)
+            together = [with_pictures(prompt) for prompt in together]
+            encoded = encode(self.policy, together)
+            uniforms = self.uniforms(occasion, together, group_size)
+            trajectory = self.policy.sample_tokens(
+                encoded.ids, encoded.mask, uniforms, self.sampling.temperature
+            )
             first = 0
             for part in _chunks(together, decode_chunk):
-                rows = slice(first, first + len(part) * group_size)
-                first = rows.stop
-                images, steps = self._decode(part, trajectory.hidden[rows], group_size, occasion, flow)
+                rows = slice(first * group_size, (first + len(part)) * group_size)
+                latents = None if encoded.latents is None else encoded.latents[first : first + len(part)]
+                first += len(part)
+                hidden = trajectory.hidden[rows]
+                images, steps = self._decode(part, hidden, latents, group_size, occasion, flow)
                 yield list(_groups(part, trajectory, rows, images, steps))
-
-    def _sample(self, prompts: Sequence[Prompt], group_size: int, occasion: int | str) -> TokenTrajectory:
-        prompt_ids, prompt_mask = self.policy.encode_prompts([prompt.text for prompt in prompts])
-        uniforms = self.uniforms(occasion, prompts, group_size)
-        return self.policy.sample_tokens(prompt_ids, prompt_mask, uniforms, self.sampling.temperature)
 
     def _decode(
         self,
         prompts: Sequence[Prompt],
         hidden: Tensor,
+        reference: Tensor | None,
         group_size: int,
         occasion: int | str,
         flow: FlowSampling | None,
@@ -165,9 +196,16 @@ class RolloutEngine:
         noise = self.noise(occasion, prompts, group_size)
         repeated = hidden.repeat_interleave(sampling.decodes, 0)
         steps = None
+        if flow is not None and reference is not None:
+            raise ImageRLError(
+                "denoising steps are trained on captions only; train edits with a token algorithm"
+            )
+        given = {} if reference is None else {"reference": reference}
         with self.autocast():
             if flow is None:
-                pictures = self.policy.decode(repeated, noise, sampling.guidance, sampling.flow_steps)
+                pictures = self.policy.decode(
+                    repeated, noise, sampling.guidance, sampling.flow_steps, **given
+                )
             else:
                 step_noise = self.step_noise(occasion, prompts, group_size, len(flow.window))
                 pictures, steps = self.policy.decode_steps(repeated, noise, step_noise, flow)

@@ -11,6 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from rl.budget import Budget
 from rl.checkpoint import CHECKPOINTS, Checkpoint, latest_checkpoint, save_checkpoint, step_of
 from rl.config import Recipe
 from rl.engine import Engine, StateDict
@@ -18,10 +21,11 @@ from rl.errors import ImageRLError
 from rl.evaluate import Evaluation, evaluate
 from rl.files import is_temporary, write_atomic
 from rl.metrics import METRICS_FILE, MetricsLog, Progress, image_grid, save_image, to_json
+from rl.prompt_pictures import with_pictures
 from rl.recipe import load_yaml_recipe
 from rl.report import write_report
 from rl.rollout import RolloutEngine
-from rl.sft_config import SFTRecipe
+from rl.sft_config import AnyRecipe
 from rl.stats import compare
 from rl.trainer import Trainer
 from rl.types import Prompt
@@ -41,12 +45,19 @@ CONTENTS = {
 }
 # What may change between a run and its continuation without making it another experiment.
 CHANGEABLE = {
-    *("run.steps", "run.output_dir", "checkpoint.every", "checkpoint.keep", "rollout.max_logprob_diff"),
+    *(
+        "run.steps",
+        "run.images",
+        "run.minutes",
+        "run.output_dir",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "rollout.max_logprob_diff",
+    ),
     "algorithm.flow.max_logprob_diff",
     *(f"rewards.{key}" for key in ("workers", "timeout_s", "max_failure_rate", "max_restarts")),
     *("data.workers", "data.max_bad_share", "run.model_dtype"),
 }
-AnyRecipe = Recipe | SFTRecipe
 
 
 class RunFolder:
@@ -129,6 +140,23 @@ class RunFolder:
         save_image(grid, self.path / "samples" / f"step_{step:06d}.png")
 
 
+def with_sources(
+    images: Sequence[np.ndarray], prompts: Sequence[Prompt]
+) -> tuple[list[np.ndarray], list[str]]:
+    """Pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
+    prompts = [with_pictures(prompt) for prompt in prompts]
+    shown: list[np.ndarray] = []
+    captions: list[str] = []
+    for image, prompt in zip(images, prompts, strict=True):
+        if prompt.reference is not None:
+            source = prompt.reference.convert("RGB").resize((image.shape[1], image.shape[0]))
+            shown.append(np.asarray(source))
+            captions.append("to edit")
+        shown.append(image)
+        captions.append(prompt.text)
+    return shown, captions
+
+
 def read_stored_recipe(path: Path, schema: type[AnyRecipe]) -> AnyRecipe:
     return load_yaml_recipe(schema, path)
 
@@ -190,6 +218,7 @@ class Loop:
         trainer: Stepper,
         checkpoint: Checkpoint | None,
         progress_note: Callable[[str], None] = print,
+        budget: Budget | None = None,
     ) -> None:
         self.recipe = recipe
         self.folder = folder
@@ -200,6 +229,9 @@ class Loop:
         self.last: list[dict[str, Any]] | None = checkpoint.state.get("last_eval") if checkpoint else None
         self.note = progress_note if self.engine.is_main else lambda _: None
         self.finished = False  # the last step is done
+        self.budget = budget or Budget()
+        self.budget.restore(checkpoint.state.get("budget", {}) if checkpoint else {})
+        self.done = self.start_step  # steps
 
     def execute(self, resumed: bool) -> dict[str, Any] | None:
         """Run to the last step, or until asked to stop.
@@ -216,13 +248,18 @@ class Loop:
                 self._evaluate(0, log)
             with _progress(total, self.start_step, is_main) as progress:
                 for step in range(self.start_step + 1, total + 1):
+                    if self.budget.spent:
+                        break
+                    self.engine.share = self.budget.share
                     metrics = self._step(step - 1)
-                    last = step == total
+                    self.done = step
+                    self.budget.spend(self.engine.gather_objects(metrics)[0])  # clocks differ
+                    last = step == total or self.budget.spent
                     stopping = any(self.engine.gather_objects(asked_to_stop()))
                     if log:
                         log.log(step, metrics)
                     if progress:
-                        progress.update(step, metrics)
+                        progress.update(step, metrics, self.budget.expected_steps())
                     if self._due(step, self.recipe.eval.every) or last:
                         self._evaluate(step, log)
                     elif self._due(step, self.recipe.run.sample_every):
@@ -254,7 +291,12 @@ class Loop:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors. Called by all processes, what the main one returns counts."""
-        return {"first_eval": self.first, "last_eval": self.last, "recipe": self.recipe.model_dump()}
+        return {
+            "first_eval": self.first,
+            "last_eval": self.last,
+            "recipe": self.recipe.model_dump(),
+            "budget": self.budget.state(),
+        }
 
     def _evaluate(self, step: int, log: MetricsLog | None) -> None:
         """Held-out evaluation: sets `first` (once) and `last` on the main process."""
@@ -282,7 +324,7 @@ class Run(Loop):
         checkpoint: Checkpoint | None,
         progress_note: Callable[[str], None] = print,
     ) -> None:
-        super().__init__(recipe, folder, trainer, checkpoint, progress_note)
+        super().__init__(recipe, folder, trainer, checkpoint, progress_note, Budget.of(recipe))
         self.trainer = trainer
         self.heldout = heldout[: recipe.eval.size]
         self.eval_rollout = eval_rollout
@@ -306,7 +348,7 @@ class Run(Loop):
         shown = "  ".join(f"{n} {v.mean:.3f}" for n, v in evaluation.metrics.items())
         self.note(f"held-out after step {step}: {shown}")
         count = self.recipe.run.sample_prompts
-        self.folder.save_grid(step, list(evaluation.images[:count]), [p.text for p in self.heldout[:count]])
+        self.folder.save_grid(step, *with_sources(list(evaluation.images[:count]), self.heldout[:count]))
         self.engine.barrier()
 
     def _draw_samples(self, step: int) -> None:
@@ -317,8 +359,7 @@ class Run(Loop):
             prompts = self.heldout[: self.recipe.run.sample_prompts]
             occasion = f"eval {self.recipe.eval.suite}"
             (groups,) = self.eval_rollout.generate(prompts, 1, occasion)
-            images = [group.images[0] for group in groups]
-            self.folder.save_grid(step, images, [prompt.text for prompt in prompts])
+            self.folder.save_grid(step, *with_sources([group.images[0] for group in groups], prompts))
 
     def _tensors(self) -> StateDict:
         return self.engine.state_dict() | self.trainer.tensors()
@@ -331,7 +372,7 @@ class Run(Loop):
             return
         log.close()
         if comparison is not None:
-            self.folder.write_comparison(comparison, self.recipe.eval.suite, self.recipe.run.steps)
+            self.folder.write_comparison(comparison, self.recipe.eval.suite, self.done)
         self.note(f"report: {write_report(self.folder.path)}")
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rl.config import CheckpointConfig, EngineConfig, LoraConfig, OptimConfig
+from rl.config import CheckpointConfig, EngineConfig, LoraConfig, OptimConfig, Recipe
 from rl.recipe import RecipeModel, load_yaml_recipe
 
 
@@ -23,7 +23,12 @@ class SFTRunConfig(RecipeModel):
 
 
 class SFTModelConfig(RecipeModel):
-    path: str = Field("tiny", min_length=1, description='model folder, or "tiny": the shipped checkpoint')
+    path: str = Field(
+        "tiny", min_length=1, description='model folder, hub name, or "tiny": the shipped checkpoint'
+    )
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of weights that do not train; others are fp32"
+    )
 
 
 class TrainedConfig(RecipeModel):
@@ -139,6 +144,8 @@ class SFTRecipe(RecipeModel):
             raise ValueError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below run.steps ({self.run.steps})"
             )
+        if self.model.dtype == "bf16" and self.engine.precision != "bf16":
+            raise ValueError("model.dtype: bf16 needs engine.precision: bf16")
         parts = (("ar", self.train.ar), ("connector", self.train.connector), ("decoder", self.train.decoder))
         for part, how in parts:
             if how == "frozen" and getattr(self.optim, f"{part}_lr") is not None:
@@ -149,6 +156,9 @@ class SFTRecipe(RecipeModel):
                     f"objective.flow_weight is 0 but train.{part} is {how}; freeze it or raise the weight"
                 )
         return self
+
+
+AnyRecipe = Recipe | SFTRecipe
 
 
 def load_sft_recipe(path: str | Path, overrides: Sequence[str] = ()) -> SFTRecipe:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rl.seeding import derive_seed
-from rl.sft_config import TrainedConfig
+from rl.sft_config import SFTRecipe
 
 MAX_LOGITS_PER_CHUNK = 1 << 25  # float32 logits alive at once: 128 MiB, whatever the vocabulary
 
@@ -97,12 +97,13 @@ class SFTModule(nn.Module):
         self.with_flow = with_flow
         self._flow = (policy.decoder,)  # in a tuple: its parts are registered above
 
-    def choose(self, trained: TrainedConfig, seed: int) -> None:
+    def choose(self, recipe: SFTRecipe) -> None:
         """Give gradients to what the recipe trains, and to nothing else."""
+        trained = recipe.train
         self.requires_grad_(False)
         if trained.ar == "lora":
             lora = trained.lora
-            torch.manual_seed(derive_seed(seed, "lora"))  # adapters begin at random
+            torch.manual_seed(derive_seed(recipe.run.seed, "lora"))  # adapters begin at random
             self.ar.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
         for name, parameter in self.named_parameters():
             how = "frozen" if ".unused_" in name else getattr(trained, part_of(name))
@@ -154,6 +155,13 @@ class SFTModule(nn.Module):
             if name.startswith("reference_connector.") and parameter.requires_grad
         ]
         return 0.0 * torch.stack(idle).sum() if idle else 0.0
+
+
+def sft_module(policy: Any, recipe: SFTRecipe) -> SFTModule:
+    """The module that the engine prepares, whose parameter names are those of checkpoints."""
+    module = SFTModule(policy, recipe.objective.on_prompt, recipe.objective.flow_weight > 0)
+    module.choose(recipe)
+    return module
 
 
 def part_of(name: str) -> str:

@@ -12,6 +12,18 @@ import numpy as np
 
 # Elements of the resampling index held at once: 8 MB whatever the number of values.
 _BLOCK = 1_000_000
+PLACES = ("index", "sample")  # keys of a row that say what it is about
+# With fewer pairs that differ, not even a sign test could tell them from chance: 2 / 2^5 > 5 %.
+FEWEST_CHANGES = 6
+
+
+HEADLINES = ("success", "exact_match")  # what a run is judged by, the first of them that was measured
+
+
+def headline(metrics: Iterable[str]) -> str | None:
+    """The metric to name first: one of HEADLINES, else the first; None where nothing was measured."""
+    names = list(metrics)
+    return next((name for name in HEADLINES if name in names), names[0] if names else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +119,7 @@ def by_prompt(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[Hashable, 
 def summarise(
     per_prompt: Sequence[Mapping[str, Any]], seed: int = 0, n_boot: int = 5000, level: float = 0.95
 ) -> dict[str, Interval]:
-    """Interval of every numeric key but `index`: Wilson where the values are all 0 or 1, else bootstrap.
+    """Interval of every numeric key but `index` and `sample`: Wilson where the values are all 0 or 1, else bootstrap.
 
     Several rows of one prompt count as one value, their mean, because they are not independent.
     None and NaN (samples that could not be scored) are left out; `Interval.n` tells how many remained.
@@ -146,9 +158,22 @@ def compare(
     return result
 
 
+def verdict(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], metric: str, difference: Interval
+) -> str:
+    """What the interval of a paired difference shows: "higher", "lower" or "no difference shown".
+
+    Bootstrap intervals are too narrow where few pairs differ, so at least FEWEST_CHANGES prompts must."""
+    old, new = by_prompt(before, metric), by_prompt(after, metric)
+    changed = sum(old[k] != new[k] for k in old.keys() & new.keys())
+    if changed < FEWEST_CHANGES or not (difference.low > 0 or difference.high < 0):
+        return "no difference shown"
+    return "higher" if difference.mean > 0 else "lower"
+
+
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Keys with a finite value in some row, in order of appearance."""
-    return list(dict.fromkeys(k for row in rows for k, v in row.items() if k != "index" and _finite(v)))
+    return list(dict.fromkeys(k for row in rows for k, v in row.items() if k not in PLACES and _finite(v)))
 
 
 def _finite(value: object) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from rl.seeding import derive_seed
+from rl.tiny_edits import edit_set, edits_of
 from rl.tiny_world import (
     BACKGROUNDS,
     FONTS,
@@ -22,7 +23,6 @@ from rl.tiny_world import (
     Scene,
     font_of,
     prompt_set,
-    random_scene,
     render,
 )
 from rl.types import CheckPicture, Prompt
@@ -51,32 +51,14 @@ def check_pictures(count: int, seed: int = 0) -> list[CheckPicture]:
 def check_edits(count: int, seed: int = 0) -> list[CheckPicture]:
     """The same for `count` edits of text, ink and background in turn, with the columns `reference` (the picture to
     edit), `ideal` and `edited` beside those of the result."""
-    texts = [prompt.columns["target"] for prompt in prompt_set("heldout", count + 1, seed)]
-    edits = [_edit(index, texts[index : index + 2], seed) for index in range(count)]
-    pictures = []
-    for index, (prompt, source, result) in enumerate(edits):
+    edits, pictures = edits_of("heldout", count, seed), []
+    for index, (prompt, edit) in enumerate(zip(edit_set("heldout", count, seed), edits, strict=True)):
         rng = random.Random(derive_seed("tiny_world check edits", seed, index))
         for kind, role, draw in EDIT_KINDS:
-            pictures.append(CheckPicture(kind, role, prompt, draw(source, result, rng)))
-        pictures.append(
-            CheckPicture("another edit's result", "other", prompt, render(edits[(index + 1) % count][2]))
-        )
+            pictures.append(CheckPicture(kind, role, prompt, draw(edit.source, edit.result, rng)))
+        stranger = render(edits[(index + 1) % count].result)
+        pictures.append(CheckPicture("another edit's result", "other", prompt, stranger))
     return pictures
-
-
-def _edit(index: int, texts: Sequence[str], seed: int) -> tuple[Prompt, Scene, Scene]:
-    """A prompt, the scene to edit and the scene asked for."""
-    rng = random.Random(derive_seed("tiny_world edit", seed, index))
-    source = random_scene(rng, texts[0], FONTS[:1])
-    part, words, choices = (
-        ("text", 'replace the text with "{}"', texts[1:]),
-        ("ink", "change the text colour to {}", list(INKS)),
-        ("background", "change the background to {}", list(BACKGROUNDS)),
-    )[index % 3]
-    result = replace(source, **{part: _another(choices, getattr(source, part), rng)})
-    columns: dict[str, object] = {"reference": render(source), "ideal": render(result), "edited": part}
-    columns |= {"caption_before": source.caption, "caption_after": result.caption}
-    return Prompt(index, words.format(getattr(result, part)), result.columns() | columns), source, result
 
 
 def _repainted(source: Scene, result: Scene, rng: random.Random) -> Image.Image:

@@ -18,6 +18,7 @@ from rl.decodes import average_decodes
 from rl.kl import adapted_coef, kl_penalty
 from rl.losses import action_weights, loss_denominator
 from rl.policy_weights import entropy_threshold, highest_entropy, policy_weights
+from rl.rollout import encode
 from rl.step_checks import refuse_gap
 from rl.step_metrics import Metrics, microbatch_sums, replay_gap, update_metrics
 from rl.types import LossInputs, Policy, RewardScores, RolloutGroup, TokenScores, TrainBatch
@@ -45,17 +46,17 @@ class TokenActor:
 
     def assemble(self, groups: Sequence[RolloutGroup], step: int) -> TrainBatch:
         """The tokens of some groups, without advantages yet."""
-        ids, mask = self.policy.encode_prompts([group.prompt.text for group in groups])
+        encoded = encode(self.policy, [group.prompt for group in groups], to_draw=False)
         size = len(groups[0].tokens)
         return TrainBatch(
-            prompt_ids=ids.repeat_interleave(size, 0),
-            prompt_mask=mask.repeat_interleave(size, 0),
+            prompt_ids=encoded.ids.repeat_interleave(size, 0),
+            prompt_mask=encoded.mask.repeat_interleave(size, 0),
             tokens=torch.cat([group.tokens for group in groups]),
             action_mask=torch.cat([group.action_mask for group in groups]),
             rollout_logprobs=torch.cat([group.rollout_logprobs for group in groups]),
             old_logprobs=None,
             ref_logprobs=None,
-            advantages=torch.zeros(len(groups) * size, 1, device=ids.device),
+            advantages=torch.zeros(len(groups) * size, 1, device=encoded.ids.device),
         )
 
     def arguments(self, part: TrainBatch) -> tuple[Tensor, Tensor, Tensor, float]:

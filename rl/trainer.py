@@ -142,12 +142,15 @@ class Trainer:
                 prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk, flow
             ):
                 tickets.append(self.scorer.submit(reward_request(chunk, step)))
+                self.engine.leave_cores(self.recipe.rewards.workers)
                 groups += chunk
         return groups, tickets
 
     def _collect(self, tickets: Sequence[int]) -> RewardScores:
         with self.timer("reward_wait"):
-            return merge_scores([self.scorer.collect(ticket) for ticket in tickets])
+            scores = merge_scores([self.scorer.collect(ticket) for ticket in tickets])
+        self.engine.leave_cores(0)
+        return scores
 
     def _draw(self, prompts: Sequence[Prompt], step: int) -> Drawn | None:
         """More groups of this step with their scores."""

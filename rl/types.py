@@ -25,6 +25,13 @@ class Prompt:
     text: str
     columns: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def reference(self) -> Image.Image | None:
+        """The picture to edit, in the column of that name, so that rewards see it too; None: draw a new one. That of
+        a prompt file is there once the prompt is drawn; see `rl.prompt_pictures`."""
+        picture = self.columns.get("reference")
+        return picture if isinstance(picture, Image.Image) else None
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -307,13 +314,25 @@ class Policy(Protocol):
 
     def refresh_sampler(self) -> None: ...
 
-    def encode_prompts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+    def picture_tokens(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """[P, T] of pictures to edit: what the autoregressive half sees of them."""
+        ...
+
+    def picture_latents(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """[P, C, h, w] of pictures to edit: what the decoder sees of them."""
+        ...
+
+    def encode_prompts(
+        self, texts: Sequence[str], reference_tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
     def sample_tokens(
         self, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float
     ) -> TokenTrajectory: ...
 
-    def decode(self, hidden: Tensor, noise: Tensor, guidance: float, steps: int) -> Tensor: ...
+    def decode(
+        self, hidden: Tensor, noise: Tensor, guidance: float, steps: int, reference: Tensor | None = None
+    ) -> Tensor: ...
 
     def decode_steps(
         self, hidden: Tensor, noise: Tensor, step_noise: Tensor, sampling: FlowSampling

@@ -16,7 +16,7 @@ from rl.recipe import apply_override, validate_recipe
 from rl.render_folder import rendered, write_folder, write_shards
 from rl.sft import Collator, SFTTrainer
 from rl.sft_config import SFTRecipe
-from rl.sft_objective import SFTModule, part_of
+from rl.sft_objective import part_of, sft_module
 
 LIMITS = Limits(max_pixels=1 << 20, min_side=8, max_aspect=4.0, max_caption_chars=200)
 
@@ -69,8 +69,7 @@ def examples(policy: ImagePolicy, folder: Path, count: int) -> list[Example]:
 def small_trainer(policy: ImagePolicy, settings: SFTRecipe) -> SFTTrainer:
     """Put together as the command line does it."""
     engine = Engine(settings.engine)
-    module = SFTModule(policy, settings.objective.on_prompt, settings.objective.flow_weight > 0)
-    module.choose(settings.train, settings.run.seed)
+    module = sft_module(policy, settings)
     engine.prepare(
         module, settings.optim, settings.run.steps, None, lambda name: settings.optim.factor(part_of(name))
     )

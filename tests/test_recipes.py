@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from rl.algorithms import ALGORITHMS
 from rl.clip_config import ClipRecipe
-from rl.config import Recipe
+from rl.comparison import refuse_incomparable
+from rl.config import Recipe, load_recipe
+from rl.flow_algorithms import FLOW_ALGORITHMS
 from rl.pretrain_config import PretrainRecipe
 from rl.recipe import RecipeModel, load_yaml_recipe, read_recipe
+from rl.run import differing_keys
 from rl.sft_config import SFTRecipe
 
 SCHEMAS: dict[str, type[RecipeModel]] = {
@@ -18,14 +22,16 @@ SCHEMAS: dict[str, type[RecipeModel]] = {
     "sft": SFTRecipe,
     "clip": ClipRecipe,
 }
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.y*ml"))
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(FOLDER.glob("*.y*ml"))
+COMPARED = sorted((FOLDER / "compare").glob("*.yaml"))
 
 
 def test_there_are_recipes() -> None:
     assert "tiny_ocr_grpo.yaml" in [path.name for path in RECIPES]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", RECIPES + COMPARED, ids=lambda path: path.name)
 def test_recipe_is_valid_and_round_trips(path: Path, tmp_path: Path) -> None:
     schema = SCHEMAS[read_recipe(path).get("kind", "train")]
     recipe = load_yaml_recipe(schema, path)
@@ -39,3 +45,33 @@ def test_recipe_header_gives_the_command(path: Path) -> None:
     assert any(
         f"imagerl {read_recipe(path).get('kind', 'train')} recipes/{path.name}" in line for line in header
     )
+
+
+def test_compared_recipes_differ_in_their_algorithm_alone() -> None:
+    """The table of docs/compare.md says what is held equal: here is the list of what is not."""
+    may_differ = {"algorithm", "rollout.group_size", "rollout.decodes", "engine.micro_batch_size"}
+    shared = load_recipe(FOLDER / "tiny_compare.yaml")
+    assert len(COMPARED) >= 11
+    for path in COMPARED:
+        recipe = load_recipe(path)
+        changed = {key for key in differing_keys(shared, recipe) if not key.startswith("algorithm.")}
+        assert changed <= may_differ, path.name
+        rollout = recipe.rollout
+        assert rollout.prompts_per_step * rollout.group_size * rollout.decodes == 96
+        assert recipe.algorithm.updates_per_rollout == 2
+    refuse_incomparable({path.stem: load_recipe(path) for path in COMPARED})
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)
+def test_compared_algorithms_have_their_own_defaults(path: Path) -> None:
+    """What the row of an algorithm says is not overridden, but for what the tiny model cannot do."""
+    algorithm = load_recipe(path).algorithm
+    for key, value in ALGORITHMS[algorithm.name].defaults().items():
+        assert getattr(algorithm, key) == value
+    if algorithm.flow is not None:
+        changed = {
+            key
+            for key, value in FLOW_ALGORITHMS[algorithm.flow.name].defaults().items()
+            if getattr(algorithm.flow, key) != value
+        }
+        assert changed <= {"window_size"}  # it has 4 denoising steps

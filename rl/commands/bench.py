@@ -42,6 +42,46 @@ def bench_step(
     json: ReportFile = None,
 ) -> None:
     """Whole training steps of a recipe: tokens trained, share of each phase, reward time that nothing hides."""
+    from rl import bench as benchmarks
+
+    benchmarks.show(trained_steps(recipe, overrides or [], steps), json)
+
+
+@bench.command("rewards")
+def bench_rewards(
+    recipe: Annotated[str, typer.Argument(help="recipe YAML")] = "recipes/tiny_ocr_grpo.yaml",
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=2, help="training steps; the first is warm-up")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds; the median counts")] = 3,
+    json: ReportFile = None,
+) -> None:
+    """Each reward of a recipe on the pictures of one step, and how much of the scoring training waits for."""
+    from functools import partial
+
+    from rewards.base import RewardSpec, load_rewards
+    from rewards.scoring import call_reward
+    from rl import bench as benchmarks
+    from rl.bench_rewards import bench_rewards as measure
+    from rl.data import load_prompt_set
+    from rl.rollout import reward_request, training_sampling
+
+    settings = load_recipe(recipe, overrides or [])
+    prompts = load_prompt_set(settings.data.train).prompts[: settings.rollout.prompts_per_step]
+    sampling = training_sampling(settings)
+    _, rollout = loaded_rollout(
+        settings.model.path, 0, sampling.temperature, sampling.guidance, sampling.flow_steps
+    )
+    (groups,) = rollout.generate(prompts, settings.rollout.group_size, "bench")
+    request = reward_request(groups)
+    specs = [RewardSpec.from_mapping(spec.model_dump()) for spec in settings.rewards.functions]
+    scores = {reward.label: partial(call_reward, reward, request) for reward in load_rewards(specs)}
+    step = trained_steps(recipe, overrides or [], steps)
+    report = measure(scores, len(request.prompts), repeats, settings.rewards.workers, step)
+    benchmarks.show(report, json)
+
+
+def trained_steps(recipe: str, overrides: list[str], steps: int) -> dict[str, float]:
+    """The report on a few training steps of a recipe, in a folder that is then removed."""
     import tempfile
 
     from models.loading import load_policy
@@ -49,12 +89,11 @@ def bench_step(
 
     with tempfile.TemporaryDirectory() as scratch:
         fixed = [f"run.output_dir={scratch}/run", f"run.steps={steps}", "eval.every=0", "eval.size=2"]
-        settings = load_recipe(recipe, [*(overrides or []), *fixed])
+        settings = load_recipe(recipe, [*overrides, *fixed])
         tokens = load_policy(settings.model.path)[0].num_actions
         run_training(settings)
         batch = settings.rollout.prompts_per_step * settings.rollout.group_size
-        report = benchmarks.bench_step(Path(scratch) / "run", batch * tokens)
-    benchmarks.show(report, json)
+        return benchmarks.bench_step(Path(scratch) / "run", batch * tokens)
 
 
 @bench.command("algorithms")

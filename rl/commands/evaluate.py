@@ -2,53 +2,187 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rl.commands.options import FlowSteps, Guidance, Model, Seed, Temperature, loaded_rollout
+from rl.commands.options import FlowSteps, Guidance, Seed, Temperature
 from rl.errors import ImageRLError
+
+if TYPE_CHECKING:
+    from rl.commands.measuring import Drawing
+    from rl.stats import Interval
+    from rl.suites import Suite
+
+LAYOUT_ONLY = "it draws for a scorer and measures nothing"
 
 
 def evaluate_model(
-    model: Model = "tiny",
-    suite: Annotated[str, typer.Option(help="what to measure: ocr")] = "ocr",
-    n: Annotated[int, typer.Option("--n", min=1, help="held-out prompts, one picture each")] = 256,
+    model: Annotated[
+        str | None,
+        typer.Option(help='model or adapter folder; default: "tiny", or "tiny_edit" for edits and reading'),
+    ] = None,
+    suite: Annotated[
+        str, typer.Option(help="what to measure: a suite's name (ocr, edit, ...) or a YAML file of yours")
+    ] = "ocr",
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="prompts; default: 256, of a suite file all")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="pictures of each prompt; default: 1, with --layout its own")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="another model, or results of one, to compare with prompt by prompt")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="write results and every prompt's values here")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="folder in which to keep the pictures")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="draw for an official scorer instead: geneval, dpg or imgedit")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="with --layout: the benchmark's own prompt file or folder")
+    ] = None,
+    sources: Annotated[
+        Path | None, typer.Option(help="with --layout imgedit: folder of the benchmark's pictures")
+    ] = None,
     seed: Seed = 0,
     ceiling: Annotated[bool, typer.Option("--ceiling", help="score perfect pictures, not a model's")] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="score the unchanged sources of edits")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn at a time")] = 64,
     temperature: Temperature = 1.0,
     guidance: Guidance = None,
     flow_steps: FlowSteps = None,
 ) -> None:
-    """Measure a model on held-out prompts, with 95 % intervals."""
-    from rewards.suites import SUITES
-    from rewards.workers import RewardWorkers
-    from rl.evaluate import GroundTruth, Source, evaluate
-    from rl.files import write_atomic
-    from rl.metrics import to_json
-    from rl.tiny_world import prompt_set, truth
+    """Measure a model on held-out prompts with 95 % intervals, compare two, or draw for a benchmark's own scorer."""
+    from rl.commands.measuring import Drawing
+    from rl.suites import find_suite
 
-    if suite not in SUITES:
-        raise ImageRLError(f"no suite is named {suite!r}; there is: {', '.join(SUITES)}")
-    prompts = prompt_set("heldout", n)
-    scorer = RewardWorkers(SUITES[suite], workers=0, columns=prompts[0].columns)
-    _, rollout = loaded_rollout(model, seed, temperature, guidance, flow_steps)
-    source: Source = GroundTruth(truth) if ceiling else rollout
-    result = evaluate(suite, prompts, source, scorer, batch_size)
-    for name, interval in result.metrics.items():
-        print(
-            f"{name:>20}  {interval.mean:.3f}  (95 % {interval.low:.3f} to {interval.high:.3f}, n={interval.n})"
-        )
+    how = Drawing(seed, samples, batch_size, temperature, guidance, flow_steps)
+    if layout is not None:
+        for given, option in (
+            (against, "--against"),
+            (json, "--json"),
+            (ceiling, "--ceiling"),
+            (copy, "--copy"),
+            (n, "--n"),
+        ):
+            if given:
+                raise ImageRLError(f"--layout cannot be combined with {option}: {LAYOUT_ONLY}")
+        draw_for_scorer(layout, model, prompts, sources, pictures, how)
+        return
+    for path, option in ((prompts, "--prompts"), (sources, "--sources")):
+        if path is not None:
+            raise ImageRLError(f"{option} goes with --layout; prompts of your own stand in a suite file")
+    chosen = find_suite(suite)
+    refuse_impossible(chosen, ceiling, copy, samples, pictures)
+    measured = "ground truth" if ceiling else "unchanged sources" if copy else model or chosen.model
+    compare(chosen, n, measured, against, how, json, pictures)
+
+
+def refuse_impossible(
+    suite: Suite, ceiling: bool, copy: bool, samples: int | None, pictures: Path | None
+) -> None:
+    if ceiling and copy:
+        raise ImageRLError("--ceiling scores perfect pictures and --copy unchanged ones; give only one")
+    if suite.reads:
+        for given, what in (
+            (ceiling, "--ceiling scores perfect pictures"),
+            (copy, "--copy scores unchanged pictures"),
+            (samples, "--samples counts pictures"),
+            (pictures, "--pictures keeps pictures"),
+        ):
+            if given:
+                raise ImageRLError(f"{what}; suite {suite.name!r} draws none")
+
+
+def compare(
+    suite: Suite,
+    n: int | None,
+    measured: str,
+    against: str | None,
+    how: Drawing,
+    json: Path | None,
+    pictures: Path | None,
+) -> None:
+    """Measure one or two models, tell and write what came out."""
+    from models.loading import model_folder
+    from rl.against import compared
+    from rl.commands.measuring import earlier_results, facts_of, measure
+    from rl.files import write_atomic
+    from rl.layouts import refuse_filled
+    from rl.metrics import to_json
+
+    if pictures is not None:
+        refuse_filled(pictures)
+    prompts = suite.prompts(n or suite.size)
+    facts = facts_of(suite, prompts, how)
+    earlier = earlier_results(against, facts) if against and against.endswith(".json") else None
+    if against and earlier is None:
+        model_folder(against)  # a mistake should show before anything is drawn
+    result, own_facts = measure(suite, prompts, measured, how, pictures)
+    document: dict[str, Any] = result.to_dict(**own_facts, **facts)
+    show(document["metrics"], result.metrics, facts["gold"])
+    if against is not None:
+        if earlier is None:
+            beside = pictures / "against" if pictures is not None else None
+            other, other_facts = measure(suite, prompts, against, how, beside)
+            earlier = other.to_dict(**other_facts, **facts)
+        document["against"] = compared(earlier, result.per_prompt)
+        print(f"\nagainst {against}, at the same prompts and random numbers (95 % of the difference):")
+        for name, row in document["against"]["metrics"].items():
+            d = row["difference"]
+            print(
+                f"{name:>20}  {row['model']:.3f} against {row['against']:.3f}: {d['mean']:+.3f} "
+                f"({d['low']:+.3f} to {d['high']:+.3f}, n={d['n']})  {row['verdict']}"
+            )
     if json is not None:
-        facts = (
-            {"model": "ground truth"}
-            if ceiling
-            else {"model": model, "seed": seed} | asdict(rollout.sampling)
-        )
-        document = result.to_dict(**facts)
         write_atomic(json, to_json(document, indent=1) + "\n")
         print(f"written: {json}")
+
+
+def show(names: Any, metrics: dict[str, Interval], gold: list[str]) -> None:
+    for name in names:
+        value = metrics[name]
+        kind = ", gold" if name.partition("/")[0] in gold else ""
+        print(f"{name:>20}  {value.mean:.3f}  (95 % {value.low:.3f} to {value.high:.3f}, n={value.n}{kind})")
+
+
+def draw_for_scorer(
+    layout: str,
+    model: str | None,
+    prompts: Path | None,
+    sources: Path | None,
+    pictures: Path | None,
+    how: Drawing,
+) -> None:
+    """Everything that a benchmark's own scorer needs of the model, in one folder."""
+    import sys
+    from dataclasses import asdict
+
+    from models.fingerprint import model_fingerprint
+    from rl.checkpoint import package_versions
+    from rl.layouts import draw, entries_of, samples_of
+
+    if prompts is None or pictures is None:
+        raise ImageRLError(
+            "--layout needs --prompts, the benchmark's own file or folder, and --pictures, where to draw"
+        )
+    entries = entries_of(layout, prompts, sources)
+    samples = samples_of(layout, how.samples)
+    model = model or ("tiny_edit" if layout == "imgedit" else "tiny")
+    rollout = how.rollout(model)
+    facts = {
+        "layout": layout,
+        "prompts": len(entries),
+        "model": model,
+        "model_sha256": model_fingerprint(model),
+        "seed": how.seed,
+        "samples": samples,
+        **asdict(rollout.sampling),
+        "versions": package_versions(),
+    }
+    for done in draw(layout, entries, rollout, pictures, samples, how.batch_size, facts):
+        print(f"\r{done} of {len(entries)} prompts", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    print(f"{pictures}: {len(entries)} prompts, {samples} pictures each")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,6 +11,8 @@ import typer
 from rl.errors import ImageRLError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from models.image_policy import ImagePolicy
     from rl.rollout import RolloutEngine
 
@@ -18,6 +22,7 @@ Overrides = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="continue the run in run.output_dir")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run in run.output_dir")]
 Model = Annotated[str, typer.Option(help='model folder, LoRA adapter folder, or "tiny"')]
+Reader = Annotated[str, typer.Option("--model", help='model folder, or "tiny_edit"')]
 Seed = Annotated[int, typer.Option(help="seed of tokens and noise")]
 Temperature = Annotated[float, typer.Option(min=1e-3, help="sampling temperature")]
 Guidance = Annotated[float | None, typer.Option(help="classifier-free guidance; default: the model's own")]
@@ -50,3 +55,18 @@ def loaded_rollout(
         defaults["flow_steps"] if flow_steps is None else flow_steps,
     )
     return policy, RolloutEngine(policy, sampling, seed, nullcontext)
+
+
+def picture_for(policy: ImagePolicy, path: Path) -> Image.Image:
+    """A picture file as RGB. Says on stderr when the model will not see it as it is.
+
+    Raises ImageRLError when it cannot be read."""
+    from models.pictures import crop_note, read_picture
+
+    picture, (height, width) = read_picture(path), policy.decoder.picture_size
+    note = crop_note(picture, (height, width))
+    if note is None and picture.size != (width, height):
+        note = f"the picture is {picture.width}x{picture.height} pixels; it was resized to {width}x{height}"
+    if note is not None:
+        print(f"{path}: {note}", file=sys.stderr)
+    return picture

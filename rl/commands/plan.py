@@ -11,6 +11,7 @@ from rl.commands.options import Overrides
 from rl.config import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from rl.data import PromptSet
     from rl.plan import Plan
 
 GPU_COUNTS = (1, 2, 4, 8)
@@ -32,13 +33,16 @@ def plan(
 
 def plans(recipe: Recipe, gpu_counts: Sequence[int], prompt_tokens: int | None = None) -> list[Plan]:
     """A plan for each number of GPUs that can share a step's prompts. Raises ImageRLError when none can."""
+    from rl.data import load_prompt_set
     from rl.memory import Bytes, StepShape, at_depth, decoder_bytes, language_model_bytes
     from rl.plan import make_plan, step_shape
 
     config = model_config(recipe.model.path)
     tokenizer = _tokenizer_parameters(config)
     positions = int(config["num_image_positions"])
-    prompt_tokens = prompt_tokens or longest_prompt(recipe)
+    prompts = load_prompt_set(recipe.data.train)
+    edits = prompts.prompts[0].columns.get("reference") is not None
+    prompt_tokens = prompt_tokens or longest_prompt(recipe.model.path, prompts, positions if edits else 0)
     lora, freeze = recipe.model.lora, recipe.model.freeze
     adapters = None
     if lora is not None:
@@ -70,7 +74,7 @@ def plans(recipe: Recipe, gpu_counts: Sequence[int], prompt_tokens: int | None =
     possible = [count for count in gpu_counts if recipe.rollout.prompts_per_step % count == 0]
     found = []
     for count in possible or gpu_counts[:1]:
-        shape = step_shape(recipe, count, prompt_tokens, positions)
+        shape = step_shape(recipe, count, prompt_tokens, positions, edits)
         found.append(make_plan(recipe, count, shape, *costs(shape), tokenizer))
     return found
 
@@ -92,23 +96,29 @@ def model_config(path: str) -> dict[str, Any]:
     return from_published(config, Shards(folder).shapes) if is_published(config) else config
 
 
-def longest_prompt(recipe: Recipe) -> int:
-    """Tokens of the longest training prompt, template included; estimated for a model that is not here."""
+def longest_prompt(path: str, prompts: PromptSet, picture_tokens: int = 0) -> int:
+    """Tokens of the longest prompt, template included, and of the picture that it edits; estimated for a model that
+    is not here."""
     from pathlib import Path
+
+    import torch
 
     from models.ar import ImageVocabulary
     from models.loading import load_text_tokenizer, model_folder
     from models.prompts import PromptEncoder
     from models.published import HUB_NAMES
-    from rl.data import load_prompt_set
 
-    texts = [prompt.text for prompt in load_prompt_set(recipe.data.train)]
-    path = recipe.model.path
+    texts = [prompt.text for prompt in prompts]
     if path.partition("@")[0] in HUB_NAMES and not Path(path).is_dir():
-        return TEMPLATE_TOKENS + max(map(len, texts)) // LETTERS_PER_TOKEN
-    vocabulary = ImageVocabulary.from_config(model_config(path))
+        tags = 2 if picture_tokens else 0
+        return TEMPLATE_TOKENS + max(map(len, texts)) // LETTERS_PER_TOKEN + picture_tokens + tags
+    encoder = PromptEncoder(
+        load_text_tokenizer(model_folder(path)), ImageVocabulary.from_config(model_config(path))
+    )
     longest = sorted(texts, key=len)[-100:]
-    return max(map(len, PromptEncoder(load_text_tokenizer(model_folder(path)), vocabulary).captions(longest)))
+    if not picture_tokens:
+        return max(map(len, encoder.captions(longest)))
+    return max(map(len, encoder.edits(longest, torch.zeros(len(longest), picture_tokens, dtype=torch.long))))
 
 
 def _without_weights(config: Mapping[str, Any], layers: int, decoder_layers: int) -> Any:

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rl.commands.options import Overrides
 
+if TYPE_CHECKING:
+    from models.image_policy import ImagePolicy
+    from rl.pretrain_config import PretrainRecipe
+
 
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="pretraining recipe YAML")], overrides: Overrides = None
 ) -> None:
-    """Pretrain a tiny model from pictures rendered on the fly. Finished stages are kept and not repeated."""
+    """Pretrain a tiny model on pictures rendered on the fly. Finished stages are kept and not repeated."""
     import torch
 
-    from models.building import new_policy
     from models.loading import load_state, read_weights, save_policy
-    from rl.pretrain import captions, resolve_device
-    from rl.pretrain import pretrain as run_stages
+    from rl.pretrain import resolve_device
     from rl.pretrain_config import PretrainRecipe
+    from rl.pretrain_run import pretrain as run_stages
     from rl.recipe import load_yaml_recipe
     from rl.seeding import derive_seed
 
     settings = load_yaml_recipe(PretrainRecipe, recipe, overrides or [])
-    seed = settings.run.seed
-    torch.manual_seed(derive_seed(seed, "init"))
-    policy, config = new_policy(settings.model, captions(seed, 500), settings.text_tokenizer.vocabulary)
+    torch.manual_seed(derive_seed(settings.run.seed, "init"))
+    policy, config = starting_policy(settings)
     policy.to(resolve_device(settings.run.device))
 
     def save(folder: Path) -> None:
@@ -39,3 +41,23 @@ def pretrain(
 
     run_stages(policy, settings, save, load)
     print(f"model: {Path(settings.run.output_dir) / 'model'}")
+
+
+def starting_policy(recipe: PretrainRecipe) -> tuple[ImagePolicy, dict[str, Any]]:
+    """An untrained policy, or `init` made able to learn editing and reading."""
+    from models.building import new_policy
+    from models.growing import grow, turns
+    from models.loading import load_policy
+    from rl.pretrain import captions
+    from rl.pretrain_tasks import edits, questions
+
+    seed, vocabulary = recipe.run.seed, recipe.text_tokenizer.vocabulary
+    if recipe.init is None:
+        assert recipe.model is not None  # the schema wants one of the two
+        return new_policy(recipe.model, captions(seed, 500), vocabulary)
+    instructions = [edit.instruction for edit in edits(seed, "captions", 0, 500, 1 / 3)]
+    asked = questions(seed, "captions", 0, 200, 1 / 3)
+    corpus = turns(
+        captions(seed, 500), instructions, [one.text for one in asked], [one.answer for one in asked]
+    )
+    return grow(*load_policy(recipe.init), corpus, vocabulary)

@@ -7,12 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from rl.commands.options import FlowSteps, Guidance, Model, Seed, Temperature, loaded_rollout
+from rl.commands.options import FlowSteps, Guidance, Seed, Temperature, loaded_rollout, picture_for
 
 
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="captions to draw")],
-    model: Model = "tiny",
+    model: Annotated[
+        str | None, typer.Option(help='model or adapter folder; default: "tiny", with --edit "tiny_edit"')
+    ] = None,
+    edit: Annotated[
+        Path | None, typer.Option(help="a picture; the captions are then instructions that change it")
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("samples"),
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures of each prompt")] = 4,
     seed: Seed = 0,
@@ -20,14 +25,16 @@ def sample(
     guidance: Guidance = None,
     flow_steps: FlowSteps = None,
 ) -> None:
-    """Draw pictures and a grid of them."""
+    """Draw pictures, or edit one, and a grid of them."""
     import numpy as np
 
     from rl.metrics import image_grid, save_image
     from rl.types import Prompt
 
-    _, rollout = loaded_rollout(model, seed, temperature, guidance, flow_steps)
-    wanted = [Prompt(index, text) for index, text in enumerate(prompts)]
+    model = model or ("tiny" if edit is None else "tiny_edit")
+    policy, rollout = loaded_rollout(model, seed, temperature, guidance, flow_steps)
+    columns = {} if edit is None else {"reference": picture_for(policy, edit)}
+    wanted = [Prompt(index, text, columns) for index, text in enumerate(prompts)]
     captions, images = [], []
     for (group,) in rollout.generate(wanted, count, "sample", 1, 1):
         for number, image in enumerate(group.images):

@@ -59,7 +59,7 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
     from rl.rollout import RolloutEngine
     from rl.run import RunFolder
     from rl.sft import Collator, SFTTrainer
-    from rl.sft_objective import SFTModule, part_of
+    from rl.sft_objective import part_of, sft_module
     from rl.sft_run import SFTRun
     from rl.types import SamplingParams
 
@@ -75,15 +75,16 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
                 f"data.batch_size ({data.batch_size}) must be divisible by the {engine.world_size} processes"
             )
         checkpoint = open_run(engine, folder, recipe, resume, overwrite)
-        policy, config = load_policy(recipe.model.path, engine.device)
-        policy.require_tokenizer()
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+        policy, config = load_policy(recipe.model.path, engine.device, dtypes[recipe.model.dtype])
+        policy.sampler_dtype = dtypes[recipe.engine.precision]
+        policy.require_tokenizer().float()  # bfloat16 does not tell neighbouring codes apart
         load = partial(load_example, size=policy.decoder.picture_size, limits=limits(data))
         heldout, counts = first_examples(heldout_sources, recipe.eval.size, load)
         counts.refuse(data.max_bad_share)
         if heldout_sources and not heldout:
             raise ImageRLError(f"data.heldout holds no usable sample: {dict(counts.bad) or 'no files'}")
-        module = SFTModule(policy, recipe.objective.on_prompt, recipe.objective.flow_weight > 0)
-        module.choose(recipe.train, seed)
+        module = sft_module(policy, recipe)
         engine.prepare(
             module,
             recipe.optim,
@@ -109,7 +110,7 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
         rollout = RolloutEngine(policy, sampling, recipe.eval.seed, engine.autocast)
 
         def save_model(target: Path) -> None:
-            save_policy(policy, target, config, torch.bfloat16 if recipe.run.model_dtype == "bf16" else None)
+            save_policy(policy, target, config, dtypes[recipe.run.model_dtype])
             origin = {"base_model": recipe.model.path, "recipe": recipe.model_dump(mode="json")}
             (target / "provenance.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 

@@ -29,17 +29,19 @@ def train(
 
 
 def closing_line(comparison: Mapping[str, Any]) -> str:
-    """Held-out exact match before → after, or the first reward where none measures it."""
-    headline = "exact_match" if "exact_match" in comparison else next(iter(comparison), None)
-    if headline is None:
+    """What the run is judged by, before → after; see `rl.stats.headline`."""
+    from rl.stats import HEADLINES, headline
+
+    metric = headline(comparison)
+    if metric is None:
         return "held-out: no sample could be scored both before and after"
-    result = comparison[headline]
+    result = comparison[metric]
     gap = result["difference"]
-    scale, digits, unit, points = (100, 1, " %", " points") if headline == "exact_match" else (1, 3, "", "")
+    scale, digits, unit, points = (100, 1, " %", " points") if metric in HEADLINES else (1, 3, "", "")
     before, after = (f"{scale * result[when]:.{digits}f}{unit}" for when in ("before", "after"))
     mean, low, high = (f"{scale * value:+.{digits}f}" for value in (gap.mean, gap.low, gap.high))
     return (
-        f"held-out {headline.replace('_', ' ')}: {before} → {after} "
+        f"held-out {metric.replace('_', ' ')}: {before} → {after} "
         f"({mean}{points}, 95 % interval {low} to {high}, n={gap.n})"
     )
 

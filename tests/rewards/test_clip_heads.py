@@ -17,7 +17,9 @@ def test_similarities_by_hand() -> None:
     assert similarity("cosine", alike, 10.0, -1.0) is alike
     assert similarity("clipscore", alike, 10.0, -1.0).tolist() == pytest.approx([1.5, 0.0])
     assert similarity("logit", alike, 10.0, -1.0).tolist() == pytest.approx([5.0, -7.0])
-    assert similarity("probability", alike, 10.0, -1.0).tolist() == pytest.approx([0.9933071, 0.0009111], abs=1e-6)
+    assert similarity("probability", alike, 10.0, -1.0).tolist() == pytest.approx(
+        [0.9933071, 0.0009111], abs=1e-6
+    )
 
 
 def test_features_of_two_sizes_are_refused() -> None:

@@ -66,11 +66,11 @@ def test_parts_and_partial_credit() -> None:
         ],
     }
     shapes = [tiny_shapes.Shape("square", "red", (0, 0)), tiny_shapes.Shape("circle", "green", (2, 2))]
-    output = judge([draw(shapes)], [line], credit="share")
+    output = judge([draw(shapes)], [line], credit="partial")
     assert list(output.rewards) == [0.5]
     assert {name: list(values) for name, values in output.breakdown.items()} == {
         "correct": [0.0],
-        "share": [0.5],
+        "fulfilled": [0.5],
         "fault_missing": [0.0],
         "fault_colour": [0.5],
         "fault_position": [0.0],
@@ -121,7 +121,7 @@ def test_samples_without_a_specification_have_no_value() -> None:
     assert output.reason
     with pytest.raises(ImageRLError, match="needs the column include"):
         CompositionReward("shapes")(images=[draw([])])
-    with pytest.raises(ImageRLError, match="credit must be whole or share"):
+    with pytest.raises(ImageRLError, match="credit must be whole or partial"):
         CompositionReward("shapes", credit="half")
 
 

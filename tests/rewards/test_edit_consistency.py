@@ -204,10 +204,40 @@ def test_mistakes_are_one_line(reward: EditConsistencyReward) -> None:
         reward(prompts=["a"], images=[image], reference=[image], edited=["style"])
     with pytest.raises(ImageRLError, match="needs the column ink_rgb for edited='ink'"):
         reward(prompts=["a"], images=[image], reference=[image], edited=["ink"])
-    with pytest.raises(ImageRLError, match="no reward is named 'clop'"):
-        EditConsistencyReward(judges={"style": "clop"})
+    for settings in ({"judges": {"style": "clop"}}, {"keepers": {"ink": "clop"}}):
+        with pytest.raises(ImageRLError, match="no reward is named 'clop'"):
+            EditConsistencyReward(**settings)
+    for factors in ([], ["done", "copied"]):
+        with pytest.raises(ImageRLError, match="factors are done and kept"):
+            EditConsistencyReward(factors=factors)
     with pytest.raises(ImageRLError, match="does not exist"):
         EditConsistencyReward(features="nowhere.py:features")
+
+
+def test_keepers_say_what_else_must_stay() -> None:
+    """The word under a new ink: its strokes alone leave another word too much."""
+    judge = f"{__file__}:count_ink"
+    reward = EditConsistencyReward(judges={"text": judge}, keepers={"background": judge})
+    result = replace(SOURCE, background="yellow")
+    other = replace(result, text="I")
+    plain = score(EditConsistencyReward(judges={"text": judge}), render(other), result, "background")
+    kept = score(reward, render(other), result, "background")
+    wanted = count_ink([render(other)], [SOURCE.text])[0]
+    assert kept["judged"] == wanted < 1.0
+    assert kept["kept"] == pytest.approx(plain["kept"] * wanted)
+    assert kept["reward"] == pytest.approx(kept["done"] * kept["kept"])
+    assert plain["judged"] is None
+    right = score(reward, render(result), result, "background")
+    assert right["judged"] == 1.0 and right["reward"] > 0.9
+
+
+@pytest.mark.parametrize("factor", ["done", "kept"])
+def test_one_factor_alone_is_an_ablation(factor: str) -> None:
+    reward, result = EditConsistencyReward(factors=[factor]), replace(SOURCE, ink="red")
+    for image in (render(SOURCE), render(result), Image.new("RGB", (64, 32), "white")):
+        found = score(reward, image, result, "ink")
+        assert found["reward"] == found[factor]
+    assert score(reward, render(SOURCE), result, "ink")["reward"] == (0.0 if factor == "done" else 1.0)
 
 
 def test_another_size_is_scaled(reward: EditConsistencyReward) -> None:

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from rl.bench import bench_rollout, bench_step, interleaved, operator_shares, show, table
+from rl.bench_rewards import bench_rewards
+from rl.cli import main
 from rl.errors import ImageRLError
 from rl.rollout import RolloutEngine
 from rl.tiny_world import prompt_set
 from rl.types import SamplingParams
-from tests.micro import micro_policy
+from tests.micro import micro_folder, micro_policy
+from tests.small_run import write_recipe
 
 
 def test_the_rollout_benchmark_measures_every_part() -> None:
@@ -105,3 +108,42 @@ def test_the_table_is_aligned() -> None:
         "share/long_name      4.2 %",
         "images_per_s     1.234e+04",
     ]
+
+
+@pytest.mark.parametrize(("workers", "exposed"), [(1, 0.1), (2, 0.2), (0, 1.0)])
+def test_rewards_by_themselves_and_what_a_step_waits(
+    monkeypatch: pytest.MonkeyPatch, workers: int, exposed: float
+) -> None:
+    """96 pictures take 2 s and 0.5 s; of these 2.5 s, or 1.25 s by two workers, a step waits 0.25 s."""
+    monkeypatch.setattr("rl.bench_rewards.interleaved", lambda *_: {"ocr": 2.0, "colours": 0.5})
+    step = {"time/reward_wait_s": 0.25, "time/step_s": 5.0, "share/reward_wait": 0.05}
+    report = bench_rewards({}, 96, 3, workers, step)
+    assert (report["images_per_s/ocr"], report["images_per_s/colours"]) == (48, 192)
+    assert report["images_per_s/all"] == pytest.approx(38.4)
+    assert report["share/scoring/ocr"] == pytest.approx(0.8)
+    assert report["share/exposed"] == pytest.approx(exposed)
+    assert report["share/reward_wait"] == (0.05 if workers else 0.5)
+
+
+def test_the_rewards_of_a_recipe_are_measured(tmp_path: Path) -> None:
+    micro_folder(tmp_path / "model")
+    recipe = write_recipe(tmp_path, "data.heldout.size=4")
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                "bench",
+                "rewards",
+                str(recipe),
+                "--steps",
+                "2",
+                "--repeats",
+                "1",
+                "--json",
+                f"{tmp_path}/b.json",
+            ]
+        )
+    assert ended.value.code == 0
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert report["images_per_s/low_tokens"] == report["images_per_s/all"] > 0
+    assert report["share/exposed"] == 1.0 and 0 < report["share/reward_wait"] < 1
+    assert not (tmp_path / "run").exists()

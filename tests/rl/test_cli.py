@@ -203,6 +203,9 @@ def test_closing_line() -> None:
     assert closing_line({"redness": entry}) == (
         "held-out redness: 0.500 → 0.750 (+0.250, 95 % interval +0.125 to +0.375, n=200)"
     )
+    assert closing_line({"exact_match": entry, "success": entry}).startswith(
+        "held-out success: 50.0 % → 75.0 %"
+    )
     assert "no sample" in closing_line({})
 
 

@@ -264,3 +264,42 @@ def test_usable_without_torch(path: Path) -> None:
     first, second = done.stdout.splitlines()
     assert first == "3"
     assert 'did you mean "run.steps"?' in second
+
+
+# ---- one recipe over another -------------------------------------------------------------------------------
+
+
+def test_a_recipe_extends_another(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "run: {steps: 5, output_dir: x}\nrewards: [{name: ocr}]\n"
+        "algorithm: {name: grpo, scale_rewards: none, kl_coef: 0.5}\noptim: {lr: 0.1, betas: [0.5, 0.9]}\n"
+        "data: {train: {name: tiny_world, split: train}, heldout: {name: tiny_world, split: heldout}}\n"
+    )
+    above = tmp_path / "sub" / "above.yaml"
+    above.parent.mkdir()
+    above.write_text(
+        "extends: ../base.yaml\nrun: {steps: 7}\nalgorithm: {name: dr_grpo, kl_coef: null}\n"
+        "optim: {betas: [0.1, 0.2]}\nmodel: {lora: {r: 4}}\n"
+    )
+    recipe = load_recipe(above, ["run.seed=3"])
+    assert (recipe.run.steps, recipe.run.output_dir, recipe.run.seed) == (7, "x", 3)  # key by key
+    assert recipe.optim.betas == (0.1, 0.2) and recipe.optim.lr == 0.1  # lists as wholes
+    assert recipe.algorithm.name == "dr_grpo" and recipe.algorithm.scale_rewards == "none"
+    assert recipe.algorithm.kl_coef == 0.0  # null: as if the base did not name it, here the row's default
+    assert recipe.model.lora is not None and recipe.model.lora.r == 4
+    assert "extends" not in recipe.to_yaml()
+    (tmp_path / "whole.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "whole.yaml") == recipe
+
+    above.write_text("extends: ../nowhere.yaml\n")
+    with pytest.raises(ImageRLError, match="no file"):
+        load_recipe(above)
+    above.write_text("extends: [a]\n")
+    with pytest.raises(ImageRLError, match='"extends" should be the path'):
+        load_recipe(above)
+    above.write_text("extends: ../base.yaml\n")
+    (tmp_path / "third.yaml").write_text("extends: sub/above.yaml\n")
+    with pytest.raises(ImageRLError, match="which extends another"):
+        load_recipe(tmp_path / "third.yaml")
+    with pytest.raises(ImageRLError, match='unknown key "extends"'):
+        load_recipe(tmp_path / "base.yaml", ["extends=sub/above.yaml"])

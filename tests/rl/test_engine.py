@@ -131,7 +131,9 @@ def distributed_worker(rank: int, port: int, folder: str) -> None:
         results[name]["ranks"] = Engine(config).gather_objects(rank)
     if rank == 0:
         torch.save(results, Path(folder, "results.pt"))
-    Engine(settings()).close()
+    engine = Engine(settings())
+    engine.barrier()  # nobody leaves while the other still writes
+    engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +228,12 @@ def test_bf16_is_autocast_over_float32_weights(one_process: dict[str, Any]) -> N
     assert_same_curve(zero["curve"], rounded["curve"])
 
 
+def test_one_thread_always_stays() -> None:
+    engine = Engine(settings())
+    engine.leave_cores(5)
+    assert torch.get_num_threads() == 1
+
+
 def test_bf16_weights_become_float32() -> None:
     engine = Engine(settings())
     engine.prepare(tiny_net().bfloat16(), optim(), UPDATES)
@@ -289,6 +297,9 @@ def test_schedules_match_by_hand() -> None:
         [0.2, 0.4, 0.6, 0.8, 1.0, (1 + math.sqrt(0.5)) / 2, 0.5, 0.5 - math.sqrt(0.125)]
     )
     assert learning_rate(9, 8, optim(schedule="cosine")) == 0.0
+    floor = curve(schedule="cosine", warmup_steps=0, min_lr=0.2)
+    assert (floor[0], floor[4]) == (1.0, pytest.approx(0.6))
+    assert learning_rate(8, 8, optim(lr=1.0, schedule="linear", min_lr=0.2)) == pytest.approx(0.2)
 
 
 def test_sums_and_gathers_alone() -> None:

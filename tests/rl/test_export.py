@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from models.image_policy import ImagePolicy
 from models.loading import load_policy
-from rewards.suites import SUITES
 from rl import export as export_module
 from rl.checkpoint import load_checkpoint
 from rl.cli import main
@@ -24,6 +24,7 @@ from rl.errors import ImageRLError
 from rl.export import PROVENANCE, export, proof_samples, trained_policy
 from rl.metrics import read_metrics
 from rl.rollout import RolloutEngine
+from rl.suites import SUITES
 from rl.tiny_world import prompt_set
 from rl.types import SamplingParams
 from tests.micro import micro_folder
@@ -217,7 +218,8 @@ def test_sample_and_eval_take_an_export(
 ) -> None:
     assert call("sample", "a red word", "--model", str(exported), "--out", str(tmp_path / "pictures")) == 0
     assert len(list((tmp_path / "pictures").iterdir())) == 5
-    monkeypatch.setitem(SUITES, "ocr", [{"import_path": f"{place / 'reward.py'}:low_tokens"}])
+    entry = {"import_path": f"{place / 'reward.py'}:low_tokens"}
+    monkeypatch.setitem(SUITES, "ocr", replace(SUITES["ocr"], rewards=[entry]))
     written = tmp_path / "result.json"
     capsys.readouterr()
     assert call("eval", "--model", str(exported), "--n", "6", "--json", str(written)) == 0

@@ -10,15 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from models.loading import save_policy
 from rl.cli import main
-from rl.commands.plan import model_config, plans
-from rl.config import Recipe, load_recipe
+from rl.commands.plan import longest_prompt, model_config, plans
+from rl.config import PromptSetConfig, Recipe, load_recipe
+from rl.data import load_prompt_set
 from rl.errors import ImageRLError
 from rl.plan import GIB, make_plan, step_shape, table
 from rl.recipe import validate_recipe
 from tests.micro import micro_folder
+from tests.models.helpers import edit_policy
 from tests.small_run import recipe_data
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +155,25 @@ def test_step_shapes() -> None:
     assert step_shape(recipe("eval.batch_size=64"), 1, 20, 8).pictures == 64
     with pytest.raises(ImageRLError, match=r"prompts_per_step \(8\) must be divisible by the 3 GPUs"):
         step_shape(settings, 3, 20, 8)
+
+
+def test_edits_cost_their_pictures(tmp_path: Path) -> None:
+    """Prompts hold a picture's tokens, denoising is twice as wide, and pictures are read."""
+    policy, config = edit_policy()
+    path = str(tmp_path / "model")
+    Path(path).mkdir()
+    save_policy(policy, Path(path), config)
+    prompts = load_prompt_set(PromptSetConfig(name="tiny_edits", split="train", size=8))
+    ids, _ = policy.encode_prompts([p.text for p in prompts], torch.zeros(8, 8, dtype=torch.long))
+    assert longest_prompt(path, prompts, 8) == ids.shape[1]
+    assert longest_prompt("BLIP3o/BLIP3o-NEXT-edit-VAE", prompts, 729) > 729 + 2 + 40
+    edits = ("data.train.name=tiny_edits", "data.heldout.name=tiny_edits")
+    (captioned,) = plans(recipe("eval.batch_size=4", path=path), [1], 60)
+    (edited,) = plans(recipe("eval.batch_size=4", *edits, path=path), [1], 60)
+    assert edited.phases["reading pictures to edit"] > 4 * 3 * 32 * 64 * 4
+    assert "reading pictures to edit" not in captioned.phases
+    assert edited.phases["denoising"] > 1.2 * captioned.phases["denoising"]
+    assert edited.parts == captioned.parts
 
 
 def test_published_names_need_no_files() -> None:

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import json
 import math
-import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,27 +8,23 @@ import torch
 from torch import nn
 
 from models.image_policy import ImagePolicy
-from models.loading import load_state, read_weights, save_policy
 from rl.errors import ImageRLError
 from rl.pretrain import (
     captions,
     fit,
-    fit_decoder,
     fit_generator,
     fit_reconstruction,
-    kept_states,
     latent_scale,
     learning_rate,
     pictures,
-    pretrain,
     reconstruction_loss,
     resolve_device,
     scenes,
     token_loss,
 )
-from rl.pretrain_config import DecoderStage, GeneratorStage, PretrainRecipe, StageConfig
+from rl.pretrain_config import GeneratorStage, StageConfig
 from rl.tiny_world import FONTS, render
-from tests.micro import MODEL, micro_policy
+from tests.micro import micro_policy
 
 CPU = torch.device("cpu")
 Log = list[tuple[str, int, dict[str, float]]]
@@ -44,15 +37,6 @@ def stage(**changes: Any) -> StageConfig:
 def generator_stage(**changes: Any) -> GeneratorStage:
     defaults = {"steps": 12, "batch_size": 4, "lr": 3e-3, "warmup_steps": 1, "bf16": False}
     return GeneratorStage(**(defaults | changes))
-
-
-def decoder_stage(**changes: Any) -> DecoderStage:
-    defaults = {"steps": 20, "batch_size": 16, "lr": 3e-3, "warmup_steps": 1, "bf16": False}
-    return DecoderStage(**(defaults | {"pictures": 64, "pictures_seed": 5} | changes))
-
-
-def params(*modules: nn.Module) -> list[torch.Tensor]:
-    return [parameter for module in modules for parameter in module.parameters()]
 
 
 def unfrozen_policy() -> ImagePolicy:
@@ -209,90 +193,6 @@ def test_the_flow_loss_sees_its_share_of_the_batch(monkeypatch: pytest.MonkeyPat
     assert seen == [(2, 2, 2)]
     metrics = log[0][2]
     assert metrics["loss"] == pytest.approx(metrics["cross_entropy"] + 0.25 * metrics["flow"], rel=1e-5)
-
-
-def test_kept_states_are_those_of_inference() -> None:
-    policy, _ = micro_policy()
-    hidden, latents, tokens = kept_states(policy, decoder_stage())
-    assert hidden.shape == (64, 9, 32) and latents.shape == (64, *policy.latent_shape)
-    batch = scenes(5, "cache", 0, 64)
-    wanted = pictures(batch)
-    assert torch.equal(tokens, policy.image_tokenizer.encode(wanted))
-    torch.testing.assert_close(latents, policy.decoder.encode(wanted))
-    ids, mask = policy.encode_prompts([batch[9].caption])
-    with torch.no_grad():
-        alone = policy.trainable.hidden_states(ids, mask, tokens[9:10])[0]
-    torch.testing.assert_close(hidden[9], alone, rtol=1e-4, atol=1e-4)
-
-
-def test_a_new_decoder_learns_while_all_else_stays() -> None:
-    results = []
-    for _ in range(2):
-        policy, _ = micro_policy()
-        old = policy.decoder
-        old.vae.register_to_config(scaling_factor=0.5)
-        kept = (policy.trainable, policy.image_tokenizer)
-        before = [p.clone() for module in kept for p in module.parameters()]
-        log: Log = []
-        fit_decoder(policy, decoder_stage(), 0, lambda *e, log=log: log.append(e))
-        assert all(torch.equal(p, q) for p, q in zip(params(*kept), before, strict=True))
-        assert policy.decoder is not old and policy.decoder.scaling_factor == 0.5
-        assert all(
-            torch.equal(p, q) for p, q in zip(params(policy.decoder.vae), params(old.vae), strict=True)
-        )
-        assert not torch.equal(policy.decoder.connector[0].weight, old.connector[0].weight)
-        first, last = log[0][2], log[-1][2]
-        assert first["loss"] == pytest.approx(first["flow"] + 0.3 * first["place"] + first["code"], rel=1e-5)
-        assert last["loss"] < 0.9 * first["loss"] and last["place"] < first["place"]
-        results.append(params(policy.decoder))
-    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("kept", [["tokenizer"], ["tokenizer", "autoencoder", "generator"]])
-def test_an_interrupted_pretraining_continues_with_the_stage_it_was_in(
-    tmp_path: Path, kept: list[str]
-) -> None:
-    short = {"steps": 2, "batch_size": 2, "bf16": False}
-    out = tmp_path / "out"
-    recipe = PretrainRecipe(
-        kind="pretrain",
-        run={"output_dir": str(out)},
-        text_tokenizer={"vocabulary": 300},
-        model=MODEL,
-        tokenizer=short,
-        autoencoder=short,
-        generator=short,
-        decoder={**short, "batch_size": 8, "pictures": 64},
-    )
-    results = []
-    for attempt in range(2):
-        policy, config = micro_policy()
-        policy.decoder.requires_grad_(True)
-
-        def save(folder: Path, policy: ImagePolicy = policy, config: Any = config) -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_policy(policy, folder, config)
-
-        def load(folder: Path, policy: ImagePolicy = policy) -> None:
-            load_state(policy, read_weights(folder), folder)
-
-        pretrain(policy, recipe, save, load)
-        assert policy.decoder.scaling_factor != 1.0
-        results.append(read_weights(out / "model"))
-        if not attempt:
-            made = {"tokenizer.safetensors", "autoencoder.safetensors", "generator"}
-            for name in made - {f"{name}.safetensors" for name in kept} - set(kept):
-                path = out / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert results[0].keys() == results[1].keys()
-    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
-    record = [json.loads(line) for line in (out / "pretrain.jsonl").read_text().splitlines()]
-    stages = [entry["stage"] for entry in record if entry["step"] == 0]
-    everything = ["tokenizer", "autoencoder", "generator", "decoder"]
-    assert stages == everything + [name for name in everything if name not in kept]
-    assert all(math.isfinite(entry["loss"]) and entry["images_per_s"] > 0 for entry in record)
-    facts = json.loads((out / "model" / "pretraining.json").read_text())
-    assert set(facts["stages"]) == set(everything) and facts["recipe"]["generator"]["steps"] == 2
 
 
 def test_devices() -> None:

@@ -19,7 +19,6 @@ from rl.image_files import Example
 from rl.pretrain import captions
 from rl.seeding import generator
 from rl.sft import Collator, counts, of_one_kind
-from rl.sft_config import TrainedConfig
 from rl.sft_objective import SFTBatch, SFTModule, noise_levels, part_of, prompt_targets, token_nll
 from tests.micro import MODEL, micro_policy
 from tests.models.helpers import stir
@@ -163,7 +162,9 @@ def test_recomputed_activations_give_the_same_gradients(pictures: Path) -> None:
     for recompute in (False, True):
         policy = lively()
         module = SFTModule(policy, on_prompt=True, with_flow=True)
-        module.choose(TrainedConfig(decoder="full", gradient_checkpointing=recompute), 0)
+        module.choose(
+            recipe(pictures, "train.decoder=full", f"train.gradient_checkpointing={recompute}".lower())
+        )
         for part in (policy.trainable.lm.model.layers[0].mlp, policy.decoder.sana.transformer_blocks[0].ff):
             part.register_forward_pre_hook(lambda *_, recompute=recompute: calls.append(recompute))
         scores = module.train()(*batch_of(policy, pictures).inputs())
@@ -339,7 +340,7 @@ def test_without_edits_the_reference_connector_has_a_gradient_of_zero(pictures: 
     """Or processes that exchange gradients would wait for it."""
     policy = editing()
     module = SFTModule(policy, on_prompt=True, with_flow=True)
-    module.choose(TrainedConfig(), 0)
+    module.choose(recipe(pictures))
     scores = module(*batch_of(policy, pictures).inputs())
     (scores.image_nll.sum() + scores.flow.sum()).backward()
     for name, parameter in module.named_parameters():

@@ -61,6 +61,7 @@ def test_paths_may_stand_alone(small: Path) -> None:
         ("optim.lr=1e-6", "optim.min_lr (1e-05) is more than optim.lr (1e-06)"),
         ("optim.warmup_steps=10", "optim.warmup_steps (10) must be below run.steps (10)"),
         ("engine.zero_stage=2", "engine.zero_stage needs engine.name: deepspeed"),
+        ("model.dtype=bf16", "model.dtype: bf16 needs engine.precision: bf16"),
         ("data.max_bad_share=1", '"data.max_bad_share"'),
     ],
 )

@@ -158,6 +158,28 @@ def test_other_commands_take_the_model(place: Path, undisturbed: dict[str, Path]
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_checkpoint_is_exported(place: Path, undisturbed: dict[str, Path], variant: str) -> None:
+    run = undisturbed[variant]
+    assert call("export", str(run), str(place / f"{variant}_exported")) == 0
+    stored = load_file(place / f"{variant}_exported" / "model.safetensors")
+    left = load_file(run / "model" / "model.safetensors")
+    assert stored.keys() == left.keys() and all(torch.equal(left[name], stored[name]) for name in left)
+
+
+def test_frozen_weights_in_bfloat16(place: Path) -> None:
+    options = (
+        "model.dtype=bf16",
+        "engine.precision=bf16",
+        "run.steps=2",
+        "train.gradient_checkpointing=true",
+    )
+    assert call(*arguments(place, "lora", "rounded", *options)) == 0
+    assert call(*arguments(place, "lora", "exact", "run.steps=2")) == 0
+    rounded, exact = (read_metrics(place / name)[-1]["eval/heldout/loss"] for name in ("rounded", "exact"))
+    assert rounded == pytest.approx(exact, rel=0.03) and rounded != exact
+
+
 def test_without_heldout_pictures(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*arguments(place, "lora", "no_heldout", "data.heldout=[]", "run.steps=1")) == 0
     run = place / "no_heldout"

@@ -1,0 +1,27 @@
+"""`imagerl ask`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rl.commands.options import Reader, picture_for
+
+
+def ask(
+    picture: Annotated[Path, typer.Argument(help="a picture file")],
+    questions: Annotated[list[str], typer.Argument(help='questions about it, such as "what is written?"')],
+    model: Reader = "tiny_edit",
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 64,
+) -> None:
+    """Let a model that reads pictures answer questions about one, each on a line of its own."""
+    import torch
+
+    from models.loading import load_policy
+
+    policy, _ = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
+    tokens = policy.picture_tokens([picture_for(policy, picture)])
+    for answer in policy.answer(tokens.expand(len(questions), -1), questions, max_tokens):
+        print(" ".join(answer.split()))

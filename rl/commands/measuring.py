@@ -1,0 +1,146 @@
+"""One model, or what stands in for one, measured by a suite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rl.errors import ImageRLError
+
+if TYPE_CHECKING:
+    from rl.evaluate import Evaluation, Source
+    from rl.rollout import RolloutEngine
+    from rl.suites import Suite
+    from rl.types import Prompt
+
+STAND_INS = ("ground truth", "unchanged sources")  # scored instead of what a model draws
+SAME = ("suite_sha256", "seed", "samples")  # what two results must share to be compared prompt by prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """How pictures are drawn; None: as the model's own settings or the suite say."""
+
+    seed: int
+    samples: int | None
+    batch_size: int
+    temperature: float
+    guidance: float | None
+    flow_steps: int | None
+
+    def rollout(self, model: str) -> RolloutEngine:
+        from rl.commands.options import loaded_rollout
+
+        return loaded_rollout(model, self.seed, self.temperature, self.guidance, self.flow_steps)[1]
+
+
+def facts_of(suite: Suite, prompts: Sequence[Prompt], how: Drawing) -> dict[str, Any]:
+    """What results say of the measurement itself, whatever was measured.
+
+    Raises ImageRLError for a reward that cannot be imported, or asks for what the prompts do not have."""
+    from rewards.base import RewardSpec, check_reward
+    from rl.checkpoint import package_versions
+    from rl.suites import fingerprint
+
+    columns = prompts[0].columns
+    rewards, gold = (
+        [check_reward(RewardSpec.from_mapping(entry), columns) for entry in entries]
+        for entries in (suite.rewards, suite.gold)
+    )
+    return {
+        "suite_sha256": fingerprint(suite, prompts),
+        "seed": how.seed,
+        "samples": how.samples or 1,
+        "rewards": rewards,
+        "gold": gold,
+        "versions": package_versions(),
+    }
+
+
+def measure(
+    suite: Suite, prompts: Sequence[Prompt], measured: str, how: Drawing, pictures: Path | None
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Results of a model, or of one of STAND_INS, and what is to be known of it."""
+    from models.fingerprint import model_fingerprint
+
+    if suite.reads:
+        facts = {"model": measured, "model_sha256": model_fingerprint(measured)}
+        return _answers(suite.name, prompts, measured, how.batch_size), facts
+    if measured in STAND_INS:
+        source = _perfect(suite) if measured == STAND_INS[0] else _unchanged(suite, prompts)
+        return _score(suite, prompts, source, how, pictures), {"model": measured}
+    rollout = how.rollout(measured)
+    facts = {"model": measured, "model_sha256": model_fingerprint(measured), **asdict(rollout.sampling)}
+    return _score(suite, prompts, rollout, how, pictures), facts
+
+
+def _score(
+    suite: Suite, prompts: Sequence[Prompt], source: Source, how: Drawing, pictures: Path | None
+) -> Evaluation:
+    from rewards.workers import RewardWorkers
+    from rl.evaluate import evaluate
+    from rl.layouts import save_group
+
+    scorer = RewardWorkers(suite.rewards, gold=suite.gold, workers=0, columns=prompts[0].columns)
+    return evaluate(
+        suite.name,
+        prompts,
+        source,
+        scorer,
+        how.batch_size,
+        samples=how.samples or 1,
+        totals=suite.totals,
+        each=(lambda group: None) if pictures is None else partial(save_group, pictures),
+    )
+
+
+def _answers(name: str, prompts: Sequence[Prompt], model: str, batch_size: int) -> Evaluation:
+    import torch
+
+    from models.loading import load_policy
+    from rl.understanding import evaluate_answers
+
+    policy, _ = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return evaluate_answers(name, prompts, policy, batch_size)
+
+
+def _perfect(suite: Suite) -> Source:
+    from rl.evaluate import GroundTruth
+
+    if suite.truth is None:
+        raise ImageRLError(
+            f"suite {suite.name!r} does not say what a perfect picture is; leave out --ceiling"
+        )
+    return GroundTruth(suite.truth)
+
+
+def _unchanged(suite: Suite, prompts: Sequence[Prompt]) -> Source:
+    from rl.evaluate import GroundTruth
+
+    if any(prompt.reference is None for prompt in prompts):
+        raise ImageRLError(f"--copy scores the sources of edits; suite {suite.name!r} has none")
+    return GroundTruth(lambda prompt: prompt.columns["reference"])
+
+
+def earlier_results(file: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Results that `--json` wrote. Raises ImageRLError when they are not of the same prompts and random numbers."""
+    import json
+
+    from rl.recipe import read_text
+
+    try:
+        document = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise ImageRLError(f"{file}: not JSON ({error.msg}); give what imagerl eval --json wrote") from None
+    if not (isinstance(document, dict) and isinstance(document.get("per_prompt"), list)):
+        raise ImageRLError(f"{file} holds no results; give what imagerl eval --json wrote")
+    for key in SAME:
+        if document.get(key) != facts[key]:
+            raise ImageRLError(
+                f"{file} has another {key} ({document.get(key)}, here {facts[key]}): these are not the same prompts "
+                "and random numbers; give the model itself to --against"
+            )
+    return document
