@@ -23,8 +23,8 @@ FAULTS = ("missing", "colour", "position", "too many")
 
 class CompositionReward:
     """1 when a picture answers its whole specification, else 0; with `credit: partial` the share of its entries that
-    are as asked. Beside it `correct`, `fulfilled` (that share), one part for each tag (`tag_counting`: `correct` where the tag is that), and
-    which share of the entries failed by what (`fault_colour`, ...).
+    are as asked. Beside it `correct`, `fulfilled` (that share), one part for each tag (`tag_counting`: `correct` where
+    the tag is that), and which share of the entries failed by what (`fault_colour`, ...).
 
     Wants the columns of GenEval's metadata: `include`, and where there are any `exclude` and `tag`. None in `include`:
     not applicable. `detector` is `tiny_world` or `shapes` for drawn pictures, else a folder or a hub name; colours in
