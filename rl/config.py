@@ -109,7 +109,7 @@ class RolloutConfig(RecipeModel):
 
 
 class EvalConfig(RecipeModel):
-    suite: Literal["ocr", "edit"] = Field(
+    suite: Literal["ocr", "edit", "clip", "composition"] = Field(
         "ocr", description="name of the evaluation; the reward or gold metric of that name is its `reward`"
     )
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
