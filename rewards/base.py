@@ -32,7 +32,10 @@ from rewards.targets import (
 from rl.types import ImageRLError, RewardFn, RewardOutput
 
 REWARDS: dict[str, str] = {
+    "clip": "rewards.clip:ClipReward",
+    "clip_direction": "rewards.clip:ClipDirectionReward",
     "colours": "rewards.colours:ColoursReward",
+    "composition": "rewards.composition:CompositionReward",
     "edit": "rewards.edit:EditReward",
     "edit_consistency": "rewards.edit_consistency:EditConsistencyReward",
     "ocr": "rewards.ocr:OCRReward",

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rl.algorithm_config import AlgorithmConfig
 from rl.engine_config import CheckpointConfig, EngineConfig, LoraConfig, OptimConfig
+from rl.monitor_config import MonitorsConfig
 from rl.recipe import Loc, RecipeModel, load_yaml_recipe
 from rl.reward_config import RewardsConfig, RewardSpec
 
@@ -108,7 +109,7 @@ class RolloutConfig(RecipeModel):
 
 
 class EvalConfig(RecipeModel):
-    suite: Literal["ocr", "edit"] = Field(
+    suite: Literal["ocr", "edit", "clip", "composition"] = Field(
         "ocr", description="name of the evaluation; the reward or gold metric of that name is its `reward`"
     )
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
@@ -137,6 +138,9 @@ class Recipe(RecipeModel):
     optim: OptimConfig = Field(default_factory=OptimConfig, description="AdamW and its schedule")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="hardware, precision, parallelism")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="held-out evaluation")
+    monitors: MonitorsConfig = Field(
+        default_factory=MonitorsConfig, description="what the run watches itself for, reward hacking first"
+    )
     checkpoint: CheckpointConfig = Field(
         default_factory=CheckpointConfig, description="what a resumed run needs"
     )

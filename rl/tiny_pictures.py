@@ -37,6 +37,7 @@ def check_pictures(count: int, seed: int = 0) -> list[CheckPicture]:
     prompts = prompt_set("heldout", count, seed)
     pictures = []
     for index, prompt in enumerate(prompts):
+        prompt = replace(prompt, columns={**prompt.columns, **_scene(prompt).specification()})
         rng = random.Random(derive_seed("tiny_world check pictures", seed, index))
         scene = _scene(prompt)
         for kind, role, draw in KINDS:
@@ -153,6 +154,8 @@ KINDS: tuple[tuple[str, str, Draw], ...] = (
     ("word repeated", "hack", _repeated),
     ("prompt in a corner", "hack", _corner),
 )
+# What answers no prompt at all, to train a judge of pictures on.
+POOR: tuple[Draw, ...] = (_blank, _noise, _saturated, _everywhere, _repeated, _corner)
 
 DrawEdit = Callable[[Scene, Scene, random.Random], Image.Image]
 EDIT_KINDS: tuple[tuple[str, str, DrawEdit], ...] = (
