@@ -112,7 +112,7 @@ SUITES: dict[str, Suite] = {
         "composition", _composition, [{"name": "composition", "detector": "tiny_world"}], truth=_world_truth
     ),
     "edit": Suite("edit", _edits, [{"name": "edit", "mode": "recognise"}], truth=_ideal, model="tiny_edit"),
-    "ocr": Suite("ocr", _world, [RECOGNISE, {"name": "colours"}], truth=_world_truth),
+    "ocr": Suite("ocr", _world, [RECOGNISE], [{"name": "colours"}], truth=_world_truth),
     "understanding": Suite("understanding", _questions, model="tiny_edit"),
 }
 
