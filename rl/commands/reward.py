@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +28,12 @@ Python = Annotated[
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="settings of the reward, values in YAML")
 ]
-SHIPPED_SETTINGS: dict[str, dict[str, Any]] = {"ocr": {"mode": "recognise"}}  # the pictures show one line
+SHIPPED_SETTINGS: dict[str, dict[str, Any]] = {
+    "clip": {"model": "tiny_clip"},
+    "clip_direction": {"model": "tiny_clip"},
+    "composition": {"detector": "tiny_world"},
+    "ocr": {"mode": "recognise"},  # the pictures show one line
+}
 
 
 @reward.command("check")
@@ -136,11 +142,15 @@ def parse_settings(entries: Sequence[str]) -> dict[str, Any]:
 
 
 def _shipped(but: str) -> list[LoadedReward]:
-    """The rewards that ship, without the one that is checked and those that cannot be had without settings."""
-    from rewards.base import REWARDS, LoadedReward, load_reward, needs_settings
+    """The rewards that ship, without the one that is checked, and those that lack packages or settings here."""
+    from rewards.base import REWARDS, LoadedReward, load_reward
 
-    names = [name for name in REWARDS if name != but and not needs_settings(name)]
-    return [LoadedReward(*load_reward(name, **SHIPPED_SETTINGS.get(name, {}))) for name in names]
+    loaded = []
+    for name in REWARDS:
+        if name != but:
+            with suppress(ImageRLError):
+                loaded.append(LoadedReward(*load_reward(name, **SHIPPED_SETTINGS.get(name, {}))))
+    return loaded
 
 
 def table(report: CheckReport) -> list[str]:
