@@ -44,7 +44,9 @@ def find_words(image: Image.Image, classes: Sequence[str]) -> dict[str, list[Fou
     line = ink - ground
     if np.linalg.norm(line) >= CONTRAST:
         share = (pixels - ground) @ line / (line @ line)
-        ink_name = next((name for name, rgb in INKS.items() if score_colours(pixels, rgb, ground.tolist())[0]), None)
+        ink_name = next(
+            (name for name, rgb in INKS.items() if score_colours(pixels, rgb, ground.tolist())[0]), None
+        )
         for top, bottom in _runs((share > 0.5).any(axis=1), 1):
             columns = (share[top:bottom] > 0.5).any(axis=0)
             for left, right in _runs(columns, max(2, (bottom - top) // 2)):
