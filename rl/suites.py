@@ -184,7 +184,9 @@ def fingerprint(suite: Suite, prompts: Sequence[Prompt]) -> str:
 
 
 def _told(value: Any) -> Any:
-    """What stands for a value that JSON does not hold: pictures by their pixels."""
+    """What stands for a value that JSON does not hold: pictures by their pixels, or by their file."""
+    if isinstance(value, Path):
+        return hashlib.sha256(value.read_bytes()).hexdigest()
     if hasattr(value, "tobytes"):
         size = getattr(value, "size", None)
         return [str(getattr(value, "mode", "")), str(size), hashlib.sha256(value.tobytes()).hexdigest()]

@@ -120,7 +120,7 @@ def _perfect(suite: Suite) -> Source:
 def _unchanged(suite: Suite, prompts: Sequence[Prompt]) -> Source:
     from rl.evaluate import GroundTruth
 
-    if any(prompt.reference is None for prompt in prompts):
+    if any(prompt.columns.get("reference") is None for prompt in prompts):
         raise ImageRLError(f"--copy scores the sources of edits; suite {suite.name!r} has none")
     return GroundTruth(lambda prompt: prompt.columns["reference"])
 
