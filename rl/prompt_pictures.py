@@ -28,7 +28,7 @@ def picture_paths(columns: Mapping[str, Any], folder: Path, place: str) -> dict[
             continue
         if not isinstance(given, str) or not (folder / given).is_file():
             raise ImageRLError(
-                f"{place}: {name}: there is no picture {given!r}; give a path relative to the prompt file"
+                f'{place}: "{name}" should be the path of a picture, and there is none at {given!r}'
             )
         found[name] = folder / given
     return found

@@ -68,10 +68,7 @@ def test_one_instruction_for_two_pictures_is_two_prompts(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("picture", "complaint"),
-    [
-        ("pictures/none.png", "line 1: reference: there is no picture 'pictures/none.png'"),
-        (7, "no picture 7"),
-    ],
+    [("pictures/none.png", "line 1: .*none at 'pictures/none.png'"), (7, "line 1: .*none at 7")],
 )
 def test_a_missing_picture_is_said_at_once(tmp_path: Path, picture: Any, complaint: str) -> None:
     with pytest.raises(ImageRLError, match=complaint):
