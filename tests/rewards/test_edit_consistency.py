@@ -274,7 +274,7 @@ def test_keepers_say_what_else_must_stay() -> None:
     assert kept["reward"] == pytest.approx(kept["done"] * kept["kept"])
     assert plain["judged"] is None
     right = score(reward, render(result), result, "background")
-    assert right["judged"] == 1.0 and right["reward"] > 0.9
+    assert right["judged"] > 0.95 and right["reward"] > 0.85
 
 
 @pytest.mark.parametrize("factor", ["done", "kept"])
