@@ -44,7 +44,9 @@ def find_words(image: Image.Image, classes: Sequence[str]) -> dict[str, list[Fou
     line = ink - ground
     if np.linalg.norm(line) >= CONTRAST:
         share = (pixels - ground) @ line / (line @ line)
-        ink_name = next((name for name, rgb in INKS.items() if score_colours(pixels, rgb, ground)[0]), None)
+        ink_name = next(
+            (name for name, rgb in INKS.items() if score_colours(pixels, rgb, ground.tolist())[0]), None
+        )
         inked = share > 0.5
         heights = [np.ptp(np.nonzero(letter)[0]) + 1 for letter in regions(inked)]
         gap = max(2, int(np.median(heights)) // 2) if heights else 2

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rl.bench import Report, interleaved, peak_memory_mb
-from rl.config import EngineConfig, OptimConfig
 from rl.engine import Engine
+from rl.engine_config import EngineConfig, OptimConfig
 from rl.errors import ImageRLError
 
 GB = 1e9

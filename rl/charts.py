@@ -42,7 +42,7 @@ class Chart:
     title: str
     note: str
     series: list[Series]
-    kind: str = "line"  # line | points | stack
+    kind: str = "line"  # line | points | stack | path: `steps` hold another number than the step
     percent: bool = False
     log: bool = False
     zero: bool = False  # the axis starts at 0
@@ -64,9 +64,8 @@ class Chart:
             points = [(s, v) for s, v in zip(series.steps, series.values, strict=True) if math.isfinite(v)]
             if points:
                 (s0, v0), (s1, v1) = points[0], points[-1]
-                parts.append(
-                    f"{series.label}: {v0:.4g} at {self.axis} {s0:g}, {v1:.4g} at {self.axis} {s1:g}"
-                )
+                ends = f"{v0:.4g} at {self.axis} {s0:.6g}, {v1:.4g} at {self.axis} {s1:.6g}"
+                parts.append(f"{series.label}: {ends}")
         return f"{self.title}. " + "; ".join(parts)
 
 
@@ -207,7 +206,7 @@ def render(chart: Chart, prefix: str) -> str:
         if chart.kind != "stack":
             axes.grid(axis="y", color=_RULE, linewidth=0.7)
         axes.set_axisbelow(True)
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=chart.kind != "path", steps=[1, 2, 2.5, 5, 10]))
         if chart.log and _largest(chart) > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6))
@@ -219,8 +218,11 @@ def render(chart: Chart, prefix: str) -> str:
             axes.set_ylim(0, None if _largest(chart) > 0 else 0.01 if chart.percent else 1)
         unit, factor = (" %", 100) if chart.percent else ("", 1)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:.4g}{unit}"))
-        reach = max(1, chart.last_step, *(step for series in chart.series for step in series.steps))
-        axes.set_xlim(0 if chart.kind == "stack" else -0.01 * reach, reach * 1.01)
+        if chart.kind == "path":
+            axes.set_xlabel(chart.axis, color=_INK)
+        else:
+            reach = max(1, chart.last_step, *(step for series in chart.series for step in series.steps))
+            axes.set_xlim(0 if chart.kind == "stack" else -0.01 * reach, reach * 1.01)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True)
     return _inline(buffer.getvalue().decode(), prefix, chart.description)
@@ -229,6 +231,10 @@ def render(chart: Chart, prefix: str) -> str:
 def _draw_series(axes: Axes, series: Series, colour: str, chart: Chart) -> None:
     values = np.asarray(series.values, dtype=np.float64)
     bounds = series.low is not None and series.high is not None
+    if chart.kind == "path":  # in the order of time, the end filled
+        axes.plot(series.steps, values, color=colour, linewidth=1.2, marker=".", markersize=5, alpha=0.6)
+        axes.plot(series.steps[-1:], values[-1:], color=colour, marker="o", markersize=7)
+        return
     if chart.kind == "points":
         if bounds:
             low, high = (np.asarray(b, dtype=np.float64) for b in (series.low, series.high))

@@ -186,7 +186,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, sort_keys=True))
+    path.write_text(json.dumps(content, indent=1))  # in order, so that a resumed run lists metrics alike
 
 
 def _sha256(path: Path) -> str:

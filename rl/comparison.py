@@ -14,7 +14,7 @@ from rl.errors import ImageRLError
 from rl.files import write_atomic
 from rl.metrics import to_json
 from rl.rollout import evaluation_sampling
-from rl.run import RECIPE_FILE, differing_keys, read_stored_recipe
+from rl.run_folder import RECIPE_FILE, differing_keys, read_stored_recipe
 
 PLAN_FILE = "comparison.json"
 OURS = ("run.steps", "run.seed", "run.output_dir", "run.images", "run.minutes")  # follow from the budget

@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rl.algorithm_config import AlgorithmConfig
+from rl.engine_config import CheckpointConfig, EngineConfig, LoraConfig, OptimConfig
+from rl.monitor_config import MonitorsConfig
 from rl.recipe import Loc, RecipeModel, load_yaml_recipe
+from rl.reward_config import RewardsConfig, RewardSpec
 
 
 class RunConfig(RecipeModel):
@@ -34,23 +35,6 @@ class RunConfig(RecipeModel):
         if self.images is not None and self.minutes is not None:
             raise ValueError("run.images and run.minutes both end a run; give only one")
         return self
-
-
-class LoraConfig(RecipeModel):
-    r: int = Field(16, ge=1, description="rank of the adapters")
-    alpha: float = Field(32.0, gt=0, description="adapters are scaled by alpha / r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
-    target_modules: list[str] | Literal["all-linear"] = Field(
-        "all-linear", description="names of the layers to adapt, or all-linear"
-    )
-
-    @field_validator("dropout")
-    @classmethod
-    def _no_dropout(cls, value: float) -> float:
-        if value:
-            raise ValueError("model.lora.dropout must be 0: with dropout the trainer scores other "
-                             "probabilities than those sampled from")  # fmt: skip
-        return value
 
 
 class ModelConfig(RecipeModel):
@@ -124,164 +108,6 @@ class RolloutConfig(RecipeModel):
                              "distribution but be scored by the whole one")  # fmt: skip
 
 
-class GateConfig(RecipeModel):
-    by: str = Field(
-        min_length=1, description="another reward of the list, or one of its parts: ocr/exact_match"
-    )
-    at_least: float | None = Field(None, description="it passes from this value on")
-    at_most: float | None = Field(None, description="it passes up to this value; give one of the two")
-
-    @model_validator(mode="after")
-    def _one_bound(self) -> Self:
-        if (self.at_least is None) == (self.at_most is None):
-            raise ValueError("a gate needs exactly one of at_least and at_most")
-        return self
-
-
-# The fields of a row of an evaluation: a reward of such a name would overwrite one.
-EVALUATION_FIELDS = ("index", "sample", "prompt", "reward", "exact_match", "confidence")
-
-
-# YAML's keys are texts to the recipe reader.
-Step = Annotated[int, Field(strict=False)]
-
-
-class RewardSpec(RecipeModel):
-    """One reward. Unknown keys are arguments of its constructor."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str | None = Field(None, description="a reward that ships with imagerl")
-    import_path: str | None = Field(None, description="your own: file.py:function or package.module:function")
-    weight: float | dict[Step, float] = Field(
-        1.0, description="factor in the total reward; 0: measured only; {step: weight}: linear between steps"
-    )
-    gate: GateConfig | None = Field(
-        None, description="count it only where another reward passes, as 0 elsewhere"
-    )
-
-    @property
-    def scheduled(self) -> bool:
-        return isinstance(self.weight, dict)
-
-    @field_validator("weight")
-    @classmethod
-    def _schedule(cls, weight: float | dict[int, float]) -> float | dict[int, float]:
-        if isinstance(weight, dict) and (not weight or min(weight) < 0):
-            raise ValueError("a schedule of weights needs steps from 0 on, for example {0: 1.0, 100: 0.2}")
-        return weight
-
-    @property
-    def label(self) -> str:
-        """What the metrics call it: the name, or that of the function."""
-        return self.name or str(self.import_path).rpartition(":")[2]
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        for key in self.kwargs:
-            near = difflib.get_close_matches(key, list(RewardSpec.model_fields), 1, 0.75)
-            if near:
-                raise ValueError(f'unknown key "{key}" of a reward; did you mean "{near[0]}"?')
-        if (self.name is None) == (self.import_path is None):
-            raise ValueError("a reward needs exactly one of name and import_path")
-        if self.import_path is not None and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", self.import_path):
-            raise ValueError(f'import_path "{self.import_path}" should look like file.py:function')
-        if self.label in EVALUATION_FIELDS:
-            raise ValueError(
-                f'a reward cannot be called "{self.label}": evaluations have a field of that name; rename the function'
-            )
-        return self
-
-
-class RewardsConfig(RecipeModel):
-    functions: list[RewardSpec] = Field(
-        min_length=1, description="the rewards; their weighted sum is maximised"
-    )
-    workers: int = Field(1, ge=0, description="Ray actors that score; 0: in this process")
-    timeout_s: float = Field(60.0, gt=0, description="a scoring call that takes longer has failed")
-    max_failure_rate: float = Field(
-        0.5, ge=0, le=1, description="stop when a greater share of samples failed"
-    )
-    max_restarts: int = Field(3, ge=0, description="times that a dead or hanging actor is replaced")
-
-    @field_validator("functions")
-    @classmethod
-    def _labels(cls, functions: list[RewardSpec]) -> list[RewardSpec]:
-        labels = [spec.label for spec in functions]
-        for label in labels:
-            if labels.count(label) > 1:
-                raise ValueError(f'two rewards are called "{label}"; metrics could not tell them apart')
-        weights = [spec.weight for spec in functions]
-        if not any(any(w.values()) if isinstance(w, dict) else w for w in weights):
-            raise ValueError("the weights are all 0: there is nothing to learn from")
-        for spec in functions:
-            by = spec.gate.by.partition("/")[0] if spec.gate else None
-            if spec.gate and (by not in labels or by == spec.label):
-                others = ", ".join(label for label in labels if label != spec.label) or "none"
-                raise ValueError(
-                    f'the gate of "{spec.label}" asks for "{spec.gate.by}", which is no other reward; '
-                    f"there is: {others}"
-                )
-        return functions
-
-
-class OptimConfig(RecipeModel):
-    lr: float = Field(1e-6, gt=0, description="learning rate after the warm-up")
-    betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="AdamW's two decay rates")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon; too large swamps small gradients")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="linear, cosine: to min_lr"
-    )
-    decay_share: float = Field(1.0, gt=0, le=1, description="last share of the updates, in which lr falls")
-    min_lr: float = Field(0.0, ge=0, description="what the linear and cosine schedules fall to")
-    warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
-    max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient norm to this; 0: never")
-
-    @field_validator("betas")
-    @classmethod
-    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("optim.betas must lie in [0, 1)")
-        return betas
-
-    @model_validator(mode="after")
-    def _falls(self) -> Self:
-        if self.min_lr > self.lr:
-            raise ValueError(f"optim.min_lr ({self.min_lr:g}) is more than optim.lr ({self.lr:g})")
-        return self
-
-
-class EngineConfig(RecipeModel):
-    name: Literal["torch", "deepspeed"] = Field("torch", description="what runs the training")
-    zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="ZeRO stage, deepspeed only (there 1)")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights stay fp32")
-    micro_batch_size: int = Field(16, ge=1, description="samples of one forward and backward pass")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    threads: int | None = Field(
-        None,
-        ge=1,
-        description="CPU threads of torch, less rewards.workers while scoring; null: its own choice",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _published_stage(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("name") == "deepspeed" and data.get("zero_stage") is None:
-            return {**data, "zero_stage": 1}
-        return data
-
-    @model_validator(mode="after")
-    def _stage_needs_deepspeed(self) -> Self:
-        if self.zero_stage is not None and self.name != "deepspeed":
-            raise ValueError(f"engine.zero_stage needs engine.name: deepspeed, not {self.name}")
-        return self
-
-
 class EvalConfig(RecipeModel):
     suite: Literal["ocr", "edit", "clip", "composition"] = Field(
         "ocr", description="name of the evaluation; the reward or gold metric of that name is its `reward`"
@@ -292,11 +118,6 @@ class EvalConfig(RecipeModel):
     guidance: float | None = Field(None, ge=0, description="of the decoder; null: as in rollout")
     flow_steps: int | None = Field(None, ge=1, description="of the decoder; null: as in rollout")
     seed: int = Field(0, ge=0, description="seed of the samples, the same at every evaluation")
-
-
-class CheckpointConfig(RecipeModel):
-    every: int = Field(20, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
 
 
 class Recipe(RecipeModel):
@@ -317,6 +138,9 @@ class Recipe(RecipeModel):
     optim: OptimConfig = Field(default_factory=OptimConfig, description="AdamW and its schedule")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="hardware, precision, parallelism")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="held-out evaluation")
+    monitors: MonitorsConfig = Field(
+        default_factory=MonitorsConfig, description="what the run watches itself for, reward hacking first"
+    )
     checkpoint: CheckpointConfig = Field(
         default_factory=CheckpointConfig, description="what a resumed run needs"
     )

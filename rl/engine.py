@@ -21,7 +21,7 @@ from rl.errors import ImageRLError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from rl.config import EngineConfig, OptimConfig
+    from rl.engine_config import EngineConfig, OptimConfig
 
 StateDict = dict[str, dict[str, Tensor]]  # group -> name -> whole tensor
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from rl.errors import ImageRLError
+from rl.prompt_pictures import with_pictures
 from rl.rollout import reward_request
 from rl.stats import Interval, summarise
 from rl.types import Prompt, RewardScorer, RolloutGroup
@@ -26,6 +27,9 @@ class Evaluation:
     metrics: dict[str, Interval]
     per_prompt: list[dict[str, Any]]
     images: np.ndarray  # [N, H, W, 3] uint8, in the order of `per_prompt`; empty when they were not kept
+    totals: list[float] = field(
+        default_factory=list
+    )  # of each row, the weighted sum of the rewards; NaN: none
 
     def flat(self) -> dict[str, float]:
         """For metrics.jsonl: `eval/<suite>/<metric>`."""
@@ -74,7 +78,7 @@ class GroundTruth:
         sample_chunk: int | None = None,
     ) -> Iterator[list[RolloutGroup]]:
         nothing, size = torch.zeros(group_size, 0), None
-        for prompt in prompts:
+        for prompt in map(with_pictures, prompts):
             picture = self.draw(prompt)
             size = size or picture.size
             if picture.size != size:
@@ -106,6 +110,7 @@ def evaluate(
 
     Raises ImageRLError for a reward whose name is that of another field."""
     images, rows, tickets = [], [], []
+    sums: list[float] = []
     chunk = max(1, batch_size // samples)
     for groups in rollout.generate(prompts, samples, f"eval {suite}", chunk, chunk):
         request = reward_request(groups)
@@ -117,6 +122,7 @@ def evaluate(
                 each(group)
     for drawn, ticket in tickets:
         scores = scorer.collect(ticket)
+        sums += scores.totals.tolist()
         names = _metric_names(scores.components, None if totals else suite)
         for row, (prompt, sample) in enumerate(product(drawn, range(samples))):
             fields = {"index": prompt.index, "prompt": prompt.text}
@@ -127,7 +133,7 @@ def evaluate(
             values = {names[component]: float(v[row]) for component, v in scores.components.items()}
             rows.append(fields | values)
     kept = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
-    return Evaluation(suite, summarise(rows), rows, kept)
+    return Evaluation(suite, summarise(rows), rows, kept, sums)
 
 
 def _metric_names(components: Iterable[str], suite: str | None) -> dict[str, str]:

@@ -21,6 +21,8 @@ from PIL import Image
 from rl.charts import SMOOTH_FROM, Chart, Series, as_float, render, training_charts
 from rl.files import write_atomic
 from rl.metrics import is_timing, read_metrics
+from rl.monitor_config import MonitorsConfig
+from rl.monitor_report import alarms, monitor_charts
 from rl.stats import HEADLINES, compare, headline
 
 MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
@@ -77,23 +79,26 @@ def _gather(run_dir: Path) -> dict[str, Any]:
     environment = load(run_dir / "environment.json", json.loads)
     training = [r for r in records if any(k.startswith("reward/") for k in r)]
     done = max((r["step"] for r in training), default=0)
-    gold = [g.get("name") or g.get("import_path") for g in recipe.get("gold") or [] if isinstance(g, dict)]
+    trained, gold = _labels(recipe)
     suites = _evaluations(run_dir, records, load)
     comparison = load(run_dir / "eval" / "comparison.json", json.loads)
-    # written when a run ends, which a budget may decide before its last step
+    # written when a run ends, which a budget or a monitor may decide before its last step
     finished = done > 0 and comparison.get("after_step") == done
     total = done if finished else _dig(recipe, "run", "steps") or done
-    rows = [row for suite, steps in suites.items() for row in _rows(suite, steps, comparison, gold)]
+    rows = [row for suite, steps in suites.items() for row in _rows(suite, steps, comparison, trained, gold)]
     _add_bars(rows)
-    charts = [c for c in [*_heldout_charts(suites), *training_charts(training)] if c.series]
+    suite = _dig(recipe, "eval", "suite") or next(iter(suites), "")
+    watch = monitor_charts(records, suite)
+    charts = [c for c in [*_heldout_charts(suites), *watch, *training_charts(training)] if c.series]
     for number, chart in enumerate(charts):
-        chart.last_step = max([total, *(s for series in chart.series for s in series.steps)])
+        chart.last_step = total
         chart.svg = Markup(render(chart, f"chart{number}"))
     return {
         "name": run_dir.resolve().name,
         "done": done,
         "total": total,
         "finished": done > 0 and done >= total,
+        "alarms": alarms(records, _dig(recipe, "monitors", "window") or MonitorsConfig().window),
         "verdict": next((row for row in rows if row.metric in HEADLINES), rows[0] if rows else None),
         "rows": rows,
         "many_suites": len(suites) > 1,
@@ -152,7 +157,11 @@ def _evaluations(
 
 
 def _rows(
-    suite: str, steps: Mapping[int, Mapping[str, Any]], comparison: Mapping[str, Any], gold: Iterable[Any]
+    suite: str,
+    steps: Mapping[int, Mapping[str, Any]],
+    comparison: Mapping[str, Any],
+    trained: Iterable[str],
+    gold: Iterable[str],
 ) -> list[Row]:
     first, last = min(steps), max(steps)
     compared = comparison.get("before_step"), comparison.get("after_step")
@@ -171,7 +180,7 @@ def _rows(
             suite,
             metric,
             rate=values <= {0, 1} if values else metric.endswith(HEADLINES),
-            gold=any(metric == name or metric.startswith(f"{name}/") for name in gold),
+            gold=next((n for n in [*trained, *gold] if f"{metric}/".startswith(f"{n}/")), suite) in gold,
             prompts=steps[last].get("n"),
             before_step=first,
             after_step=last,
@@ -202,7 +211,7 @@ def _add_bars(rows: Sequence[Row]) -> None:
 def _heldout_charts(suites: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Chart]:
     charts = []
     for suite, steps in suites.items():
-        rows = _rows(suite, steps, {}, [])
+        rows = _rows(suite, steps, {}, [], [])
         for rate in (True, False):
             series = []
             for row in (r for r in rows if r.rate == rate):
@@ -259,19 +268,31 @@ def embedded_grid(path: Path) -> dict[str, Any]:
 
 def _facts(recipe: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The few settings that identify a run at a glance."""
-    functions = _dig(recipe, "rewards", "functions") or recipe.get("rewards")
-    names = [f.get("name") or f.get("import_path") for f in functions or [] if isinstance(f, dict)]
     seconds = sum(r.get("time/step_s") or 0.0 for r in training)
     prompts, group = _dig(recipe, "rollout", "prompts_per_step"), _dig(recipe, "rollout", "group_size")
     facts = {
         "Algorithm": _dig(recipe, "algorithm", "name"),
-        "Rewards": ", ".join(map(str, names)),
+        "Rewards": ", ".join(_labels(recipe)[0]),
         "Model": _dig(recipe, "model", "path"),
         "Samples a step": f"{prompts} prompts × {group}" if prompts and group else None,
         "Seed": _dig(recipe, "run", "seed"),
         "Training time": f"{seconds / 60:.1f} min" if seconds else None,
     }
     return {key: str(value) for key, value in facts.items() if value not in (None, "")}
+
+
+def _labels(recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What metrics call the rewards, and the gold metrics. One named like the suite owns the names without a slash."""
+    rewards = _dig(recipe, "rewards", "functions") or recipe.get("rewards")
+    trained, gold = (
+        [
+            s.get("name") or str(s.get("import_path")).rpartition(":")[2]
+            for s in specs or []
+            if isinstance(s, dict)
+        ]
+        for specs in (rewards, recipe.get("gold"))
+    )
+    return trained, gold
 
 
 def _dig(content: Any, *keys: str) -> Any:

@@ -3,141 +3,28 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from rl.budget import Budget
-from rl.checkpoint import CHECKPOINTS, Checkpoint, latest_checkpoint, save_checkpoint, step_of
+from rl.checkpoint import Checkpoint, save_checkpoint
 from rl.config import Recipe
 from rl.engine import Engine, StateDict
-from rl.errors import ImageRLError
-from rl.evaluate import Evaluation, evaluate
-from rl.files import is_temporary, write_atomic
-from rl.metrics import METRICS_FILE, MetricsLog, Progress, image_grid, save_image, to_json
+from rl.evaluate import evaluate
+from rl.metrics import MetricsLog, Progress
+from rl.monitors import Watch, watched
 from rl.prompt_pictures import with_pictures
-from rl.recipe import load_yaml_recipe
 from rl.report import write_report
 from rl.rollout import RolloutEngine
-from rl.sft_config import AnyRecipe
+from rl.run_folder import PEAK, RunFolder
 from rl.stats import compare
 from rl.trainer import Trainer
 from rl.types import Prompt
-
-RECIPE_FILE = "recipe.yaml"
-MODEL = "model"  # what supervised training leaves
-CONTENTS = {
-    RECIPE_FILE,
-    METRICS_FILE,
-    CHECKPOINTS,
-    MODEL,
-    "environment.json",
-    "report.html",
-    "eval",
-    "samples",
-    "tb",
-}
-# What may change between a run and its continuation without making it another experiment.
-CHANGEABLE = {
-    *(
-        "run.steps",
-        "run.images",
-        "run.minutes",
-        "run.output_dir",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "rollout.max_logprob_diff",
-    ),
-    "algorithm.flow.max_logprob_diff",
-    *(f"rewards.{key}" for key in ("workers", "timeout_s", "max_failure_rate", "max_restarts")),
-    *("data.workers", "data.max_bad_share", "run.model_dtype"),
-}
-
-
-class RunFolder:
-    """The files of one run."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS
-
-    def refuse_run(self) -> None:
-        """Raises ImageRLError when the folder already holds a run, or what is left of one."""
-        if any((self.path / name).exists() for name in (RECIPE_FILE, METRICS_FILE, CHECKPOINTS)):
-            raise ImageRLError(
-                f"{self.path} already holds a run; add --resume to continue it, --overwrite to replace it, "
-                "or set another run.output_dir"
-            )
-
-    def refuse_foreign(self) -> None:
-        """Raises ImageRLError when the folder holds anything that no run writes: it is not ours to delete."""
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise ImageRLError(f"{self.path} is a file, not a run folder; set another run.output_dir")
-        foreign = sorted(p.name for p in self.path.iterdir() if p.name not in CONTENTS)
-        if foreign := [name for name in foreign if not is_temporary(name)]:
-            raise ImageRLError(
-                f"{self.path} holds {foreign[0]}, which is no part of a run; --overwrite would delete it, so "
-                "move it away or set another run.output_dir"
-            )
-
-    def resumable(self, recipe: AnyRecipe) -> Path | None:
-        """The checkpoint to continue from; None when the run was stopped before its first, or never was.
-
-        Raises ImageRLError when the folder belongs to another recipe, or to a longer run."""
-        stored = self.path / RECIPE_FILE
-        if stored.exists():
-            changed = differing_keys(read_stored_recipe(stored, type(recipe)), recipe)
-            if changed:
-                raise ImageRLError(
-                    f"{self.path} was started with another {changed[0]}; resume with the same recipe, "
-                    "or set another run.output_dir"
-                )
-        newest = latest_checkpoint(self.checkpoints)
-        if newest is not None and step_of(newest) > recipe.run.steps:
-            raise ImageRLError(
-                f"{self.path} is at step {step_of(newest)} already but run.steps is {recipe.run.steps}; "
-                "raise run.steps or set another run.output_dir"
-            )
-        return newest
-
-    def begin(self, recipe: AnyRecipe, overwrite: bool = False) -> None:
-        """Write the recipe; with `overwrite` into an emptied folder."""
-        if overwrite and self.path.exists():
-            self.refuse_foreign()
-            shutil.rmtree(self.path)
-        write_atomic(self.path / RECIPE_FILE, recipe.to_yaml())
-
-    def write_evaluation(self, evaluation: Evaluation, step: int, model: str, seed: int) -> None:
-        text = to_json(evaluation.to_dict(step=step, model=model, seed=seed), indent=1)
-        write_atomic(self.path / "eval" / f"{evaluation.suite}_step_{step:06d}.json", text + "\n")
-
-    def write_comparison(self, comparison: Mapping[str, Any], suite: str, after_step: int) -> None:
-        document = {
-            "suite": suite,
-            "before_step": 0,
-            "after_step": after_step,
-            "metrics": {
-                name: {**entry, "difference": asdict(entry["difference"])}
-                for name, entry in comparison.items()
-            },
-        }
-        write_atomic(self.path / "eval" / "comparison.json", to_json(document, indent=1) + "\n")
-
-    def save_grid(self, step: int, images: Sequence[Any], captions: Sequence[str]) -> None:
-        scale = max(1, 192 // images[0].shape[1])
-        grid = image_grid(images, columns=4, captions=captions, scale=scale)
-        save_image(grid, self.path / "samples" / f"step_{step:06d}.png")
 
 
 def with_sources(
@@ -155,27 +42,6 @@ def with_sources(
         shown.append(image)
         captions.append(prompt.text)
     return shown, captions
-
-
-def read_stored_recipe(path: Path, schema: type[AnyRecipe]) -> AnyRecipe:
-    return load_yaml_recipe(schema, path)
-
-
-def differing_keys(stored: AnyRecipe, given: AnyRecipe) -> list[str]:
-    """Dotted keys in which two recipes differ, those that may change left out."""
-
-    def flat(
-        values: Mapping[str, Any], prefix: tuple[str, ...] = ()
-    ) -> Iterator[tuple[tuple[str, ...], Any]]:
-        for key, value in values.items():
-            if isinstance(value, dict):
-                yield from flat(value, (*prefix, key))
-            else:
-                yield (*prefix, key), value
-
-    old, new = dict(flat(stored.model_dump())), dict(flat(given.model_dump()))
-    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    return [key for key in map(".".join, keys) if key not in CHANGEABLE]
 
 
 @contextmanager
@@ -228,7 +94,7 @@ class Loop:
         self.first: list[dict[str, Any]] | None = checkpoint.state.get("first_eval") if checkpoint else None
         self.last: list[dict[str, Any]] | None = checkpoint.state.get("last_eval") if checkpoint else None
         self.note = progress_note if self.engine.is_main else lambda _: None
-        self.finished = False  # the last step is done
+        self.finished = False  # the last step is done, or there shall be no further one
         self.budget = budget or Budget()
         self.budget.restore(checkpoint.state.get("budget", {}) if checkpoint else {})
         self.done = self.start_step  # steps
@@ -248,14 +114,13 @@ class Loop:
                 self._evaluate(0, log)
             with _progress(total, self.start_step, is_main) as progress:
                 for step in range(self.start_step + 1, total + 1):
-                    if self.budget.spent:
+                    if self.budget.spent or self._ends_early():
                         break
                     self.engine.share = self.budget.share
-                    metrics = self._step(step - 1)
+                    metrics = self._observe(step, self._step(step - 1))
                     self.done = step
                     self.budget.spend(self.engine.gather_objects(metrics)[0])  # clocks differ
                     last = step == total or self.budget.spent
-                    stopping = any(self.engine.gather_objects(asked_to_stop()))
                     if log:
                         log.log(step, metrics)
                     if progress:
@@ -264,9 +129,11 @@ class Loop:
                         self._evaluate(step, log)
                     elif self._due(step, self.recipe.run.sample_every):
                         self._draw_samples(step)
-                    if self._due(step, self.recipe.checkpoint.every) or last or stopping:
+                    stopping = any(self.engine.gather_objects(asked_to_stop()))
+                    ending = last or self._ends_early()
+                    if self._due(step, self.recipe.checkpoint.every) or ending or stopping:
                         self._save(step)
-                    if stopping and not last:
+                    if stopping and not ending:
                         self.note(f"stopped after step {step}; continue with --resume")
                         self._finish(log, None)
                         return None
@@ -279,10 +146,12 @@ class Loop:
     def _due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, place: Path | None = None, keep: int | None = None) -> None:
+        """Among the checkpoints of the run folder, or in a place of its own."""
         tensors, state = self._tensors(), self._state()
         if self.engine.is_main:
-            save_checkpoint(self.folder.checkpoints, step, tensors, state, self.recipe.checkpoint.keep)
+            keep = keep or self.recipe.checkpoint.keep
+            save_checkpoint(place or self.folder.checkpoints, step, tensors, state, keep)
         self.engine.barrier()
 
     def _tensors(self) -> StateDict:
@@ -297,6 +166,14 @@ class Loop:
             "recipe": self.recipe.model_dump(),
             "budget": self.budget.state(),
         }
+
+    def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The metrics of a step with what the run makes of them."""
+        return metrics
+
+    def _ends_early(self) -> bool:
+        """Whether the step just done shall be the last. Collective."""
+        return False
 
     def _evaluate(self, step: int, log: MetricsLog | None) -> None:
         """Held-out evaluation: sets `first` (once) and `last` on the main process."""
@@ -328,8 +205,17 @@ class Run(Loop):
         self.trainer = trainer
         self.heldout = heldout[: recipe.eval.size]
         self.eval_rollout = eval_rollout
+        gold = [spec.label for spec in recipe.gold]
+        self.watch = Watch(recipe.monitors, watched(recipe.monitors, gold, recipe.eval.suite))
+        self.watch.restore(checkpoint.state.get("watch", {}) if checkpoint else {})
 
     def _evaluate(self, step: int, log: MetricsLog | None) -> None:
+        self._measure(step, log)
+        best = self.engine.gather_objects(self.watch.best_step)[0] == step
+        if best and step and self.recipe.monitors.stop:
+            self._save(step, self.folder.path / PEAK, keep=1)
+
+    def _measure(self, step: int, log: MetricsLog | None) -> None:
         """Held-out evaluation on the main process; the others wait at the next collective."""
         with self.engine.gathered_parameters():
             self.trainer.policy.refresh_sampler()
@@ -343,10 +229,12 @@ class Run(Loop):
         self.folder.write_evaluation(evaluation, step, self.recipe.model.path, settings.seed)
         self.first = self.first or evaluation.per_prompt
         self.last = evaluation.per_prompt
+        watched_metrics, alarms = self.watch.after_evaluation(step, evaluation.per_prompt, evaluation.totals)
         if log:
-            log.log(step, evaluation.flat())
+            log.log(step, evaluation.flat() | watched_metrics)
         shown = "  ".join(f"{n} {v.mean:.3f}" for n, v in evaluation.metrics.items())
         self.note(f"held-out after step {step}: {shown}")
+        self._sound(alarms)
         count = self.recipe.run.sample_prompts
         self.folder.save_grid(step, *with_sources(list(evaluation.images[:count]), self.heldout[:count]))
         self.engine.barrier()
@@ -365,7 +253,25 @@ class Run(Loop):
         return self.engine.state_dict() | self.trainer.tensors()
 
     def _state(self) -> dict[str, Any]:
-        return {**super()._state(), "trainer": self.trainer.state()}
+        return {**super()._state(), "trainer": self.trainer.state(), "watch": self.watch.state()}
+
+    def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        found, alarms = self.watch.after_step(step, metrics)
+        self._sound(alarms)
+        return {**metrics, **found}
+
+    def _sound(self, alarms: Sequence[str]) -> None:
+        for alarm in alarms:
+            self.note(f"ALARM {alarm}")
+
+    def _ends_early(self) -> bool:
+        return bool(self.engine.gather_objects(self.watch.halts)[0])
+
+    def _where_best(self) -> str:
+        if not self.watch.best_step:
+            return "the watched metrics were best before training"
+        place = self.folder.path / PEAK / f"step_{self.watch.best_step:06d}"
+        return f"the watched metrics were best at step {self.watch.best_step}, kept in {place}"
 
     def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
         if log is None:
@@ -373,6 +279,8 @@ class Run(Loop):
         log.close()
         if comparison is not None:
             self.folder.write_comparison(comparison, self.recipe.eval.suite, self.done)
+            if self.watch.halts:
+                self.note(f"ended after step {self.done} by monitors.stop; {self._where_best()}")
         self.note(f"report: {write_report(self.folder.path)}")
 
 

@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rl.config import CheckpointConfig, EngineConfig, LoraConfig, OptimConfig, Recipe
+from rl.config import Recipe
+from rl.engine_config import CheckpointConfig, EngineConfig, LoraConfig, OptimConfig
 from rl.recipe import RecipeModel, load_yaml_recipe
 
 

@@ -15,7 +15,8 @@ from rl.files import atomic_folder
 from rl.image_files import Example
 from rl.metrics import MetricsLog
 from rl.rollout import RolloutEngine, to_uint8
-from rl.run import MODEL, Loop, RunFolder
+from rl.run import Loop
+from rl.run_folder import MODEL, RunFolder
 from rl.seeding import generator
 from rl.sft import SFTTrainer, of_one_kind
 from rl.sft_config import SFTRecipe

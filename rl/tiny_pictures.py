@@ -61,7 +61,7 @@ def check_edits(count: int, seed: int = 0) -> list[CheckPicture]:
     return pictures
 
 
-def _repainted(source: Scene, result: Scene, rng: random.Random) -> Image.Image:
+def repainted(source: Scene, result: Scene, rng: random.Random) -> Image.Image:
     """What was asked for, on a picture that is otherwise new."""
     fresh = {
         "text": "".join(rng.choices(LETTERS, k=5)),
@@ -166,7 +166,7 @@ EDIT_KINDS: tuple[tuple[str, str, DrawEdit], ...] = (
     ("blank", "degenerate", lambda source, result, rng: _blank(result, rng)),
     ("noise", "degenerate", lambda source, result, rng: _noise(result, rng)),
     ("saturated", "degenerate", lambda source, result, rng: _saturated(result, rng)),
-    ("all repainted", "hack", _repainted),
+    ("all repainted", "hack", repainted),
     ("text over everything", "hack", lambda source, result, rng: _everywhere(result, rng)),
     ("word repeated", "hack", lambda source, result, rng: _repeated(result, rng)),
     ("caption in a corner", "hack", lambda source, result, rng: _corner(result, rng)),

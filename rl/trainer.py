@@ -23,6 +23,7 @@ from rl.engine import Engine
 from rl.flow_actor import FlowActor
 from rl.halves import FLOW, TOKENS, trained_halves
 from rl.metrics import PhaseTimer
+from rl.picture_stats import group_stats, mean_of_groups
 from rl.resampling import Drawn, resample
 from rl.reward_stats import mixing_metrics
 from rl.rollout import RolloutEngine, reward_request
@@ -80,8 +81,10 @@ class Trainer:
                 rank=self.engine.rank,
             )
             batches = self._score_frozen(self._assemble(groups, step))
+            looks = self._looks(groups)
         else:
             batches = self._score_frozen(self._assemble(groups, step))  # rewards are still being computed
+            looks = self._looks(groups)
             scores = drawn = self._collect(tickets)
         drawn = merge_scores(self.engine.gather_objects(drawn))
         refuse_failures(drawn, self.recipe.rewards.max_failure_rate)
@@ -91,7 +94,7 @@ class Trainer:
             if self.tokens is not None:
                 batches[0] = self.tokens.select(batches[0])
             updates = [self._update(batches) for _ in range(self.algorithm.updates_per_rollout)]
-        metrics = self._metrics(drawn, advantages, updates)
+        metrics = self._metrics(drawn, advantages, updates) | looks
         for actor, own in zip(self.actors, zip(*updates, strict=True), strict=True):
             actor.after_step(step, own)
         self._renew_reference(step)
@@ -151,6 +154,14 @@ class Trainer:
             scores = merge_scores([self.scorer.collect(ticket) for ticket in tickets])
         self.engine.leave_cores(0)
         return scores
+
+    def _looks(self, groups: Sequence[RolloutGroup]) -> Metrics:
+        """What the pictures of all ranks look like, and how much those of a prompt differ."""
+        if not self.recipe.monitors.pictures:
+            return {}
+        with self.timer("monitors"):
+            rows = self.engine.gather_objects(group_stats(groups))
+        return mean_of_groups([row for rank in rows for row in rank])
 
     def _draw(self, prompts: Sequence[Prompt], step: int) -> Drawn | None:
         """More groups of this step with their scores."""

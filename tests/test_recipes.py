@@ -13,7 +13,7 @@ from rl.config import Recipe, load_recipe
 from rl.flow_algorithms import FLOW_ALGORITHMS
 from rl.pretrain_config import PretrainRecipe
 from rl.recipe import RecipeModel, load_yaml_recipe, read_recipe
-from rl.run import differing_keys
+from rl.run_folder import differing_keys
 from rl.sft_config import SFTRecipe
 
 SCHEMAS: dict[str, type[RecipeModel]] = {

@@ -10,7 +10,7 @@ from rl.checkpoint import Checkpoint, load_checkpoint
 from rl.engine import Engine
 from rl.environment import write_environment
 from rl.errors import ImageRLError
-from rl.run import RunFolder
+from rl.run_folder import RunFolder
 
 T = TypeVar("T")
 

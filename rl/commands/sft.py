@@ -57,7 +57,7 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
     from rl.image_data import ImageStream, first_examples
     from rl.image_files import load_example
     from rl.rollout import RolloutEngine
-    from rl.run import RunFolder
+    from rl.run_folder import RunFolder
     from rl.sft import Collator, SFTTrainer
     from rl.sft_objective import part_of, sft_module
     from rl.sft_run import SFTRun

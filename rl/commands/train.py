@@ -58,7 +58,8 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     from rl.engine import Engine
     from rl.halves import freeze_references, lr_factor, trained_module
     from rl.rollout import RolloutEngine, evaluation_sampling, training_sampling
-    from rl.run import Run, RunFolder
+    from rl.run import Run
+    from rl.run_folder import RunFolder
     from rl.trainer import Trainer
 
     prompts, heldout = load_prompt_set(recipe.data.train), load_prompt_set(recipe.data.heldout)

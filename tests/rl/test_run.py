@@ -32,7 +32,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     micro_folder(folder / "model")
     for name, overrides in VARIANTS.items():
-        write_recipe(folder, f"run.steps={STEPS}", *overrides, name=f"{name}.yaml")
+        gold = f"gold=[{{import_path: {folder / 'reward.py'}:brightness}}]"
+        more = f"run.steps={STEPS}", "eval.every=4", gold, "monitors.window=3"
+        write_recipe(folder, *more, *overrides, name=f"{name}.yaml")
     return folder
 
 
@@ -101,13 +103,18 @@ def test_run_folder(place: Path, undisturbed: dict[str, Path]) -> None:
 
 def test_metrics_file(undisturbed: dict[str, Path]) -> None:
     records = read_metrics(undisturbed["full"])
-    assert [r["step"] for r in records] == [0, *range(1, STEPS + 1), STEPS]
+    assert [r["step"] for r in records] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
     evaluations = [r for r in records if "eval/ocr/low_tokens" in r]
-    assert [r["step"] for r in evaluations] == [0, STEPS]
+    assert [r["step"] for r in evaluations] == [0, 4, STEPS]
+    assert [r["monitor/reward"] for r in evaluations] == [r["eval/ocr/low_tokens"] for r in evaluations]
+    assert "monitor/brightness/correlation" in evaluations[-1] and "alarm/hacking" in evaluations[0]
     training = [r for r in records if r not in evaluations]
     assert all(r.keys() == training[0].keys() for r in training)
     assert all(isinstance(v, int | float) for r in training for v in r.values())
     assert {"reward/mean", "reward/low_tokens/mean", "kl/k3", "time/step_s", "images_per_s"} <= training[
+        0
+    ].keys()
+    assert {"diversity/tokens", "pictures/saturation", "alarm/diversity", "time/monitors_s"} <= training[
         0
     ].keys()
 
