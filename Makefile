@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet --quiet
-LOCKS := requirements.lock requirements-last.lock
+LOCKS := requirements.lock requirements-last.lock requirements-clip.lock
 SOURCES := rl models rewards tests
 STAMP := $(VENV)/installed
 
@@ -29,6 +29,8 @@ $(STAMP): pyproject.toml $(LOCKS)
 	@echo "install: everything else (some minutes)"
 	@$(PIP) install --no-deps --requirement requirements.lock
 	@DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation --force-reinstall --requirement requirements-last.lock
+	@rm -rf $(VENV)/clip
+	@$(PIP) install --no-deps --target $(VENV)/clip --requirement requirements-clip.lock
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 	@echo "install: done"

@@ -13,13 +13,19 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from rl.clip_config import ClipRecipe
 from rl.config import Recipe
 from rl.pretrain_config import PretrainRecipe
 from rl.recipe import RecipeModel, iter_fields
 from rl.sft_config import SFTRecipe
 
 PAGE = Path(__file__).with_name("recipes.md")
-SCHEMAS: dict[str, type[RecipeModel]] = {"train": Recipe, "pretrain": PretrainRecipe, "sft": SFTRecipe}
+SCHEMAS: dict[str, type[RecipeModel]] = {
+    "train": Recipe,
+    "pretrain": PretrainRecipe,
+    "sft": SFTRecipe,
+    "clip": ClipRecipe,
+}
 MARKERS = re.compile(r"(<!-- keys of (\w+), from the schema: make docs -->\n).*?(<!-- end -->)", re.DOTALL)
 TYPES = {bool: "true, false", int: "integer", float: "number", str: "text", dict: "mapping"}
 SIGNS = {"Ge": "≥", "Gt": ">", "Le": "≤", "Lt": "<"}

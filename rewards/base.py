@@ -9,63 +9,92 @@ for `images` only.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
-import traceback
+import os
+import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rewards.mixing import Gate, Weight
+from rewards.targets import (
+    call_parameters,
+    check_columns,
+    check_settings,
+    construct,
+    import_target,
+    needed_columns,
+    setting_parameters,
+    split_target,
+)
 from rl.types import ImageRLError, RewardFn, RewardOutput
 
 REWARDS: dict[str, str] = {
+    "clip": "rewards.clip:ClipReward",
+    "clip_direction": "rewards.clip:ClipDirectionReward",
     "colours": "rewards.colours:ColoursReward",
+    "composition": "rewards.composition:CompositionReward",
     "edit": "rewards.edit:EditReward",
     "edit_consistency": "rewards.edit_consistency:EditConsistencyReward",
     "ocr": "rewards.ocr:OCRReward",
 }
-SAMPLE_NAMES = ("prompts", "completions", "completion_ids", "images")
+REMOTE = "rewards.remote:RemoteReward"  # behind an address
 
 
 @dataclass(frozen=True, slots=True)
 class RewardSpec:
-    """One entry of a recipe's reward list. `target` is a name in REWARDS, "file.py:function" or
-    "package.module:function"; `settings` go to a class's constructor, or to a function at every call."""
+    """One entry of a recipe's reward list. `target` is a name in REWARDS, "file.py:function",
+    "package.module:function" or the address of a served reward, "http://host:port/name"; `settings` go to a class's
+    constructor, or to a function at every call. `python` is the interpreter that runs the reward in a process of
+    its own, `runtime_env` Ray's description of the environment of its actor."""
 
     target: str
     weight: Weight = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     gate: Gate | None = None
+    python: str | None = None
+    runtime_env: Mapping[str, Any] | None = None
 
     @classmethod
     def from_mapping(cls, entry: Mapping[str, Any]) -> RewardSpec:
-        """From `{name | import_path, weight, gate, **settings}`; a None stands for an absent key."""
+        """From `{name | import_path | url, weight, gate, python, runtime_env, **settings}`; a None stands for an
+        absent key."""
         settings = dict(entry)
         weight, gate = settings.pop("weight", None), settings.pop("gate", None)
-        targets = [
-            t for t in (settings.pop("name", None), settings.pop("import_path", None)) if t is not None
-        ]
+        python, runtime_env = settings.pop("python", None), settings.pop("runtime_env", None)
+        sources = [settings.pop(key, None) for key in ("name", "import_path", "url")]
+        targets = [target for target in sources if target is not None]
         if len(targets) != 1:
-            raise ImageRLError(f"a reward needs either name or import_path, got {dict(entry)}")
+            raise ImageRLError(f"a reward needs exactly one of name, import_path and url, got {dict(entry)}")
         return cls(
             targets[0],
             1.0 if weight is None else weight,
             settings,
             None if gate is None else Gate.from_mapping(gate),
+            python,
+            runtime_env,
         )
 
+    @property
+    def is_remote(self) -> bool:
+        return self.target.startswith(("http://", "https://"))
+
+    @property
+    def is_isolated(self) -> bool:
+        """It may need what this process cannot import."""
+        return self.python is not None or self.runtime_env is not None
+
     def absolute(self) -> RewardSpec:
-        """The same spec with a file's path made absolute, so that another process finds the same file."""
-        path, colon, attribute = self.target.rpartition(":")
-        if not path.endswith(".py"):
-            return self
-        return replace(self, target=f"{Path(path).resolve()}{colon}{attribute}")
+        """The same spec with paths made absolute, so that another process finds the same files. The interpreter's is
+        not resolved: a virtual environment is known by its link."""
+        spec, (path, colon, attribute) = self, self.target.rpartition(":")
+        if path.endswith(".py"):
+            spec = replace(spec, target=f"{Path(path).resolve()}{colon}{attribute}")
+        if self.python is not None:
+            spec = replace(spec, python=os.path.abspath(shutil.which(self.python) or self.python))
+        return spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,105 +107,11 @@ class LoadedReward:
     gate: Gate | None = None
 
 
-class _KeywordReward:
-    """Calls a user's function with the keywords it accepts, and with the recipe's settings."""
-
-    def __init__(self, function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
-        parameters = inspect.signature(function).parameters.values()
-        self._function = function
-        self._settings = dict(settings)
-        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._names = {p.name for p in parameters if _is_keyword(p)}
-
-    def __call__(self, **columns: Any) -> Any:
-        keywords = {**columns, **self._settings}
-        if not self._takes_all:
-            keywords = {name: value for name, value in keywords.items() if name in self._names}
-        return self._function(**keywords)
-
-
-def one_line(error: BaseException) -> str:
-    """ "ValueError: too red (my_reward.py:7)": the error, and where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    text = " ".join(str(error).split())[:200]
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}{': ' if text else ''}{text}{place}"
-
-
-def _is_keyword(parameter: inspect.Parameter) -> bool:
-    return parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-
-
-def _needed(parameters: Iterable[inspect.Parameter]) -> list[str]:
-    """Names that the caller must give by keyword."""
-    return [p.name for p in parameters if _is_keyword(p) and p.default is p.empty]
-
-
-def _call_parameters(found: Any) -> list[inspect.Parameter]:
-    """Parameters of the call that scores samples, without `self`."""
-    if inspect.isclass(found):
-        return list(inspect.signature(_instance_call(found)).parameters.values())[1:]
-    return list(inspect.signature(found).parameters.values())
-
-
-def _import_file(path: Path) -> ModuleType:
-    path = path.resolve()
-    if not path.is_file():
-        raise ImageRLError(f"reward file {path} does not exist; correct its import_path")
-    name = f"reward_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImageRLError(f"reward file {path} is not a Python file; correct its import_path")
-    module = importlib.util.module_from_spec(spec)
-    if str(path.parent) not in sys.path:  # so that it may import its neighbours; last, to shadow nothing
-        sys.path.append(str(path.parent))
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def import_target(target: str) -> Any:
-    """The function or class behind an import path; an ImageRLError says what is wrong with it."""
-    place, _, attribute = target.rpartition(":")
-    if not (place and attribute):
-        raise ImageRLError(f"reward {target!r} must read file.py:function or package.module:function")
-    try:
-        if place.endswith(".py"):
-            module = _import_file(Path(place))
-        else:
-            if str(Path.cwd()) not in sys.path:
-                sys.path.append(str(Path.cwd()))
-            module = importlib.import_module(place)
-    except ImageRLError:
-        raise
-    except SyntaxError as error:
-        where = f"{error.filename}, line {error.lineno}"
-        raise ImageRLError(f"reward {target!r}: syntax error in {where}: {error.msg}") from error
-    except Exception as error:
-        raise ImageRLError(f"reward {target!r}: importing {place} failed: {one_line(error)}") from error
-    if not hasattr(module, attribute):
-        names = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
-        close = difflib.get_close_matches(attribute, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(names) or 'no function'}"
-        raise ImageRLError(f"reward {target!r}: {place} has no {attribute}; {hint}")
-    found = getattr(module, attribute)
-    if not callable(found) or (inspect.isclass(found) and _instance_call(found) is None):
-        raise ImageRLError(f"reward {target!r}: {attribute} is not a function or a class with __call__")
-    return found
-
-
-def _instance_call(cls: type) -> Any:
-    """`__call__` as instances of a class see it, or None; `cls.__call__` may be the metaclass's."""
-    return next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
-
-
 def _resolve(spec: RewardSpec) -> tuple[str, Any]:
     """The label and the function or class of a spec, signature and settings checked, nothing constructed."""
-    if ":" in spec.target or spec.target.endswith(".py"):
+    if spec.is_remote:
+        label, found = _label_of_address(spec.target), import_target(REMOTE)
+    elif ":" in spec.target or spec.target.endswith(".py"):
         label, found = spec.target.rpartition(":")[2], import_target(spec.target)
     elif spec.target in REWARDS:
         label, found = spec.target, import_target(REWARDS[spec.target])
@@ -186,66 +121,109 @@ def _resolve(spec: RewardSpec) -> tuple[str, Any]:
         raise ImageRLError(
             f"no reward is named {spec.target!r}; {hint} (your own: import_path: file.py:name)"
         )
-    is_class = inspect.isclass(found)
-    if inspect.iscoroutinefunction(_instance_call(found) if is_class else found):
-        raise ImageRLError(f"reward {label!r} is async; make it an ordinary function")
-    try:
-        parameters = _call_parameters(found)
-        takers = list(inspect.signature(found).parameters.values()) if is_class else parameters
-    except ValueError as error:
-        raise ImageRLError(f"reward {label!r} has no readable signature; wrap it in a def") from error
-    if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters):
-        raise ImageRLError(f"reward {label!r} must take keywords; write def {label}(images, **kwargs)")
-    names = [p.name for p in takers if _is_keyword(p) and (is_class or p.name not in SAMPLE_NAMES)]
-    for name in spec.settings if not any(p.kind is p.VAR_KEYWORD for p in takers) else ():
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(names) or 'none'}"
-            raise ImageRLError(f"reward {label!r} has no setting {name!r}; {hint}")
-    missing = [name for name in _needed(takers) if is_class and name not in spec.settings]
-    if missing:
-        raise ImageRLError(f"reward {label!r} needs the setting {missing[0]!r}; add it to its entry")
+    check_settings(label, found, _all_settings(spec))
     return label, found
+
+
+def _label_of_address(url: str) -> str:
+    """The last part of an address. Raises ImageRLError for one that is not http(s)://host[:port]/…/name; a user
+    name or query would carry secrets into recipes and logs."""
+    found = re.fullmatch(r"https?://[\w.\-\[\]:]+(?:/[\w.\-~]+)*/([A-Za-z_]\w*)", url)
+    if found is None:
+        raise ImageRLError(
+            "the url of a reward must be http(s)://host:port/name, without user, password and query: the token "
+            "comes from an environment variable"
+        )
+    return found[1]
+
+
+def _all_settings(spec: RewardSpec) -> dict[str, Any]:
+    return {**spec.settings, **({"url": spec.target} if spec.is_remote else {})}
+
+
+def _check_isolated(spec: RewardSpec) -> str:
+    """The label of a reward that this process must not import."""
+    place, label = split_target(spec.target)
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ImageRLError(f"reward file {place} does not exist; correct its import_path")
+    if spec.python is not None and not os.access(shutil.which(spec.python) or spec.python, os.X_OK):
+        raise ImageRLError(
+            f"reward {label!r}: {spec.python} is no program; give the path of a Python interpreter, such as "
+            "/envs/paddle/bin/python"
+        )
+    return label
 
 
 def check_reward(spec: RewardSpec, columns: Iterable[str] | None = None) -> str:
     """The label of a reward that can be imported and takes its settings; nothing heavy is constructed.
 
-    With `columns` (names in the prompt set) every argument without a default must be among them.
-    Raises ImageRLError in one line otherwise."""
+    With `columns` (names in the prompt set) every argument without a default must be among them. A reward with an
+    environment of its own is checked there, when it is loaded. Raises ImageRLError in one line otherwise."""
+    if spec.is_isolated:
+        return _check_isolated(spec)
     label, found = _resolve(spec)
     if columns is not None:
-        given = [*SAMPLE_NAMES, *columns]
-        for name in _needed(_call_parameters(found)):
-            if name not in given and (inspect.isclass(found) or name not in spec.settings):
-                raise ImageRLError(
-                    f"reward {label!r} asks for {name!r}, which is no column of the prompt set; "
-                    f"it gets: {', '.join(given)}"
-                )
+        check_columns(label, needed_columns(found, spec.settings), columns)
     return label
 
 
-def asks_for(spec: RewardSpec, name: str) -> bool:
-    """Whether a reward names a column among its arguments. Raises ImageRLError like `check_reward`."""
-    return any(parameter.name == name for parameter in _call_parameters(_resolve(spec)[1]))
+def takes(spec: RewardSpec) -> list[str]:
+    """Names of a reward's arguments. Raises ImageRLError like `check_reward`."""
+    return [parameter.name for parameter in call_parameters(_resolve(spec)[1])]
+
+
+def columns_needed(spec: RewardSpec) -> list[str]:
+    """Columns without which a reward cannot be called; empty where it checks them itself, in another process."""
+    if spec.is_isolated or spec.is_remote:
+        return []
+    return needed_columns(_resolve(spec)[1], spec.settings)
+
+
+def needs_settings(name: str) -> bool:
+    """Whether a shipped reward cannot be constructed without settings, such as where a judge is."""
+    parameters = inspect.signature(import_target(REWARDS[name])).parameters.values()
+    return any(parameter.default is parameter.empty for parameter in parameters)
+
+
+def secrets_of(spec: RewardSpec) -> list[str]:
+    """Environment variables that a reward's settings ending in `_env` name, defaults included."""
+    named = {name: value for name, value in spec.settings.items() if name.endswith("_env")}
+    if not spec.is_isolated:
+        label, found = _resolve(spec)
+        for parameter in setting_parameters(label, found):
+            if parameter.name.endswith("_env"):
+                named.setdefault(parameter.name, parameter.default)
+    return [value for value in named.values() if isinstance(value, str)]
 
 
 def load_reward(target: str, /, **settings: Any) -> tuple[str, RewardFn]:
-    """Label and callable of a reward by name or import path (see RewardSpec).
+    """Label and callable of a reward by name, import path or address (see RewardSpec).
 
     Raises ImageRLError: unknown name, missing file or function, an error while importing or constructing."""
-    label, found = _resolve(RewardSpec(target, settings=settings))
-    if target in REWARDS:
+    return load_spec(RewardSpec(target, settings=settings))
+
+
+def load_spec(
+    spec: RewardSpec, patience_s: float | None = None, columns: Sequence[str] | None = None
+) -> tuple[str, RewardFn]:
+    """Label and callable of a reward. `patience_s` is the time that one call has, for rewards that wait for others;
+    it goes to a setting of that name. `columns` are checked where only loading can.
+
+    Raises ImageRLError like `load_reward`."""
+    if spec.python is not None:
+        from rewards.interpreter import InterpreterReward
+
+        label = _check_isolated(spec)
+        return label, InterpreterReward(spec.python, spec.target, spec.settings, patience_s, columns)
+    label, found = _resolve(spec)
+    settings = _all_settings(spec)
+    if patience_s is not None and any(p.name == "patience_s" for p in setting_parameters(label, found)):
+        settings.setdefault("patience_s", patience_s)
+    if columns is not None and spec.is_isolated:
+        check_columns(label, needed_columns(found, settings), columns)
+    if spec.is_remote or spec.target in REWARDS:
         return label, found(**settings)
-    if not inspect.isclass(found):
-        return label, _KeywordReward(found, settings)
-    try:
-        instance: Any = found(**settings)
-    except ImageRLError:
-        raise
-    except Exception as error:
-        raise ImageRLError(f"reward {label!r} could not be constructed: {one_line(error)}") from error
-    return label, _KeywordReward(instance, {})
+    return label, construct(label, found, settings)
 
 
 def unique_labels(labels: Sequence[str]) -> list[str]:
@@ -254,9 +232,11 @@ def unique_labels(labels: Sequence[str]) -> list[str]:
     return [label if n == 1 else f"{label}_{n}" for label, n in zip(labels, counts, strict=True)]
 
 
-def load_rewards(specs: Sequence[RewardSpec]) -> list[LoadedReward]:
-    """All rewards of a recipe, under distinct labels. Raises ImageRLError like `load_reward`."""
-    loaded = [load_reward(spec.target, **spec.settings) for spec in specs]
+def load_rewards(
+    specs: Sequence[RewardSpec], patience_s: float | None = None, columns: Sequence[str] | None = None
+) -> list[LoadedReward]:
+    """All rewards of a recipe, under distinct labels. Arguments and errors are those of `load_spec`."""
+    loaded = [load_spec(spec, patience_s, columns) for spec in specs]
     labels = unique_labels([label for label, _ in loaded])
     return [
         LoadedReward(label, fn, spec.weight, spec.gate)

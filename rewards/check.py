@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rewards.base import LoadedReward, one_line
+from rewards.base import LoadedReward
 from rewards.check_ranking import (
     Finding,
     KindRow,
@@ -20,6 +20,7 @@ from rewards.check_ranking import (
     spread_of,
 )
 from rewards.scoring import RewardValues, to_values
+from rewards.targets import one_line
 from rl.types import CheckPicture, ImageRLError, Prompt
 
 TOLERANCE = 1e-4  # of the spread of all values: what rounding may change between two calls

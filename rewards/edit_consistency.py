@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from rewards.base import SAMPLE_NAMES, import_target, load_reward
+from rewards.base import load_reward
 from rewards.colours import estimate_background, estimate_ink
 from rewards.similarity import colour_similarity, correlation, feature_similarity, gradient_features, ssim
+from rewards.targets import SAMPLE_NAMES, import_target
 from rl.types import ImageRLError, RewardOutput
 
 COLOUR = "colour"
@@ -20,9 +21,7 @@ FACTORS = ("done", "kept")
 PARTS = (*FACTORS, "colour", "structure", "features", "inside", "judged")
 CHANGED = 24 / 255  # difference of source and ideal from which a pixel belongs to the edited region
 CORE = 0.8  # share of ink from which a pixel is the inside of a stroke, whatever the ground
-INK_RANGE = (
-    80.0  # distance in 8-bit sRGB, across the line to the ground, from which inks have nothing in common
-)
+INK_RANGE = 80.0  # distance in 8-bit sRGB, across the line to the ground, at which inks share nothing
 INK_STRENGTH = 0.5  # how far along that line the ink must be; thin blurred strokes never reach 1
 CONTRAST = 16.0  # the same, below which a picture has no ink
 
@@ -216,7 +215,7 @@ class EditConsistencyReward:
         for index, kept in zip(asked, self._kept(asked, images, reference, edited, columns), strict=True):
             found = {**kept, "done": done[index]} | ({"judged": judged[index]} if index in judged else {})
             if index in judged:
-                found["kept"] = None if judged[index] is None else kept["kept"] * judged[index]
+                found["kept"] = None if (score := judged[index]) is None else kept["kept"] * score
             for name, value in found.items():
                 parts[name][index] = value if value is not None and np.isfinite(value) else None
             values[index] = _product([parts[name][index] for name in self.factors])

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rewards.base import SAMPLE_NAMES, LoadedReward, one_line
+from rewards.base import LoadedReward
 from rewards.mixing import Mix, weight_at
-from rl.types import ImageRLError, RewardOutput, RewardRequest, RewardScores
+from rewards.targets import SAMPLE_NAMES, one_line
+from rl.types import ImageRLError, RewardFn, RewardOutput, RewardRequest, RewardScores
 
 
 @dataclass(slots=True)
@@ -52,7 +53,14 @@ def _column(entries: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_values(output: Any, size: int) -> RewardValues:
-    """A reward's output as arrays. Raises TypeError or ValueError when it is not a list of `size` numbers."""
+    """A reward's output as arrays: a list of `size` numbers, a RewardOutput, or a dict with its fields.
+
+    Raises TypeError or ValueError when it is none of them."""
+    if isinstance(output, Mapping):
+        unknown = [name for name in output if name not in ("rewards", "breakdown", "reason")]
+        if unknown or "rewards" not in output:
+            raise TypeError("returned a dict; it must have the keys rewards, breakdown and reason, no others")
+        output = RewardOutput(output["rewards"], output.get("breakdown") or {}, output.get("reason"))
     rewards, parts = (output.rewards, output.breakdown) if isinstance(output, RewardOutput) else (output, {})
     values, nones = _column(rewards, size)
     broken = values[~np.isfinite(values) & ~nones]
@@ -66,22 +74,32 @@ def to_values(output: Any, size: int) -> RewardValues:
 
 
 def call_reward(reward: LoadedReward, request: RewardRequest) -> RewardValues:
-    """Calls one reward. Whatever it raises becomes missing values with a reason, except an ImageRLError,
-    which says that the recipe must be mended. A call that raises is repeated by halves, so that only the samples
-    that are at fault are lost: one of them in n costs about 2·log2(n) further calls."""
-    size = len(request.prompts)
-    # Copies, so that a reward that changes what it is given does not change it for the next one.
+    """What one reward says of a request. Raises ImageRLError as the reward does; see `score_samples`."""
     columns = {name: list(values) for name, values in request.columns.items() if name not in SAMPLE_NAMES}
-    images = to_pil_images(request.images)
-    completions = [list(tokens) for tokens in request.completions]
+    samples: dict[str, list[Any]] = {
+        "prompts": list(request.prompts),
+        "completions": [list(tokens) for tokens in request.completions],
+        "images": to_pil_images(request.images),
+        **columns,
+    }
+    return score_samples(reward.fn, samples)
+
+
+def score_samples(reward: RewardFn, samples: Mapping[str, list[Any]]) -> RewardValues:
+    """Calls a reward with `prompts`, `completions`, `images` and columns, one entry a sample. Whatever it raises
+    becomes missing values with a reason, except an ImageRLError, which says that the recipe must be mended. A call
+    that raises is repeated by halves, so that only the samples that are at fault are lost: one of them in n costs
+    about 2·log2(n) further calls."""
+    size = len(samples["prompts"])
+    # Copies, so that a reward that changes what it is given does not change it for the next one.
+    completions = [list(tokens) for tokens in samples["completions"]]
+    given: dict[str, Any] = {name: list(values) for name, values in samples.items()} | {
+        "completions": completions,
+        "completion_ids": completions,
+        "images": [image.copy() for image in samples["images"]],
+    }
     try:
-        output: Any = reward.fn(
-            prompts=list(request.prompts),
-            completions=completions,
-            images=images,
-            completion_ids=completions,
-            **columns,
-        )
+        output: Any = reward(**given)
     except ImageRLError:
         raise
     except Exception as error:
@@ -93,7 +111,9 @@ def call_reward(reward: LoadedReward, request: RewardRequest) -> RewardValues:
         except (TypeError, ValueError) as error:
             return RewardValues.failed(size, one_line(error))
     halves = slice(0, size // 2), slice(size // 2, size)
-    return concatenate([call_reward(reward, part_of(request, half)) for half in halves])
+    return concatenate(
+        [score_samples(reward, {name: values[h] for name, values in samples.items()}) for h in halves]
+    )
 
 
 def part_of(request: RewardRequest, which: slice) -> RewardRequest:

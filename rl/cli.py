@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 
 from rl.commands.ask import ask
 from rl.commands.bench import bench
+from rl.commands.clip import clip
 from rl.commands.compare import compare
 from rl.commands.evaluate import evaluate_model
 from rl.commands.export import export
@@ -39,6 +40,7 @@ app.command()(tokenize)
 app.command()(export)
 app.command()(compare)
 app.command()(pretrain)
+app.command()(clip)
 app.command()(plan)
 app.add_typer(bench, name="bench")
 app.add_typer(reward, name="reward")

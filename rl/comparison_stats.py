@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 
+from rl.seeding import derive_seed
 from rl.stats import Interval
 
 Verdict = Literal["higher", "lower", "no difference shown"]
@@ -105,14 +107,18 @@ def _resampled(scores: np.ndarray, seed: int, level: float, over_seeds: bool) ->
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
         raise ValueError(f"need finite scores [runs, prompts], got shape {values.shape}")
     runs, prompts = values.shape
-    rng = np.random.default_rng(seed)
-    # how often each run and each prompt is drawn says all that a resample says
-    run_shares = rng.multinomial(runs, np.full(runs, 1 / runs), N_BOOT) / runs if over_seeds else None
-    prompt_shares = rng.multinomial(prompts, np.full(prompts, 1 / prompts), N_BOOT) / prompts
-    by_run = prompt_shares @ values.T  # [N_BOOT, runs]
-    means = by_run.mean(axis=1) if run_shares is None else (by_run * run_shares).sum(axis=1)
+    by_run = _shares(prompts, seed, "prompts") @ values.T  # [N_BOOT, runs]
+    means = (by_run * _shares(runs, seed, "runs")).sum(axis=1) if over_seeds else by_run.mean(axis=1)
     resampled = runs if over_seeds else prompts
     return _interval(float(values.mean()), means, resampled, level, n=runs)
+
+
+@lru_cache(maxsize=8)
+def _shares(count: int, seed: int, what: str) -> np.ndarray:
+    """[N_BOOT, count]: the share that each of `count` things has in each resample, which is all that a mean needs to
+    know of it."""
+    rng = np.random.default_rng(derive_seed(seed, what, count))
+    return rng.multinomial(count, np.full(count, 1 / count), N_BOOT) / count
 
 
 def _interval(mean: float, drawn: np.ndarray, resampled: int, level: float, n: int | None = None) -> Interval:

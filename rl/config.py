@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rl.algorithm_config import AlgorithmConfig
 from rl.engine_config import CheckpointConfig, EngineConfig, LoraConfig, OptimConfig
 from rl.monitor_config import MonitorsConfig
 from rl.recipe import Loc, RecipeModel, load_yaml_recipe
+from rl.reward_config import RewardsConfig, RewardSpec
 
 
 class RunConfig(RecipeModel):
@@ -109,113 +108,8 @@ class RolloutConfig(RecipeModel):
                              "distribution but be scored by the whole one")  # fmt: skip
 
 
-class GateConfig(RecipeModel):
-    by: str = Field(
-        min_length=1, description="another reward of the list, or one of its parts: ocr/exact_match"
-    )
-    at_least: float | None = Field(None, description="it passes from this value on")
-    at_most: float | None = Field(None, description="it passes up to this value; give one of the two")
-
-    @model_validator(mode="after")
-    def _one_bound(self) -> Self:
-        if (self.at_least is None) == (self.at_most is None):
-            raise ValueError("a gate needs exactly one of at_least and at_most")
-        return self
-
-
-# The fields of a row of an evaluation: a reward of such a name would overwrite one.
-EVALUATION_FIELDS = ("index", "sample", "prompt", "reward", "exact_match", "confidence")
-
-
-# YAML's keys are texts to the recipe reader.
-Step = Annotated[int, Field(strict=False)]
-
-
-class RewardSpec(RecipeModel):
-    """One reward. Unknown keys are arguments of its constructor."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str | None = Field(None, description="a reward that ships with imagerl")
-    import_path: str | None = Field(None, description="your own: file.py:function or package.module:function")
-    weight: float | dict[Step, float] = Field(
-        1.0, description="factor in the total reward; 0: measured only; {step: weight}: linear between steps"
-    )
-    gate: GateConfig | None = Field(
-        None, description="count it only where another reward passes, as 0 elsewhere"
-    )
-
-    @property
-    def scheduled(self) -> bool:
-        return isinstance(self.weight, dict)
-
-    @field_validator("weight")
-    @classmethod
-    def _schedule(cls, weight: float | dict[int, float]) -> float | dict[int, float]:
-        if isinstance(weight, dict) and (not weight or min(weight) < 0):
-            raise ValueError("a schedule of weights needs steps from 0 on, for example {0: 1.0, 100: 0.2}")
-        return weight
-
-    @property
-    def label(self) -> str:
-        """What the metrics call it: the name, or that of the function."""
-        return self.name or str(self.import_path).rpartition(":")[2]
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        for key in self.kwargs:
-            near = difflib.get_close_matches(key, list(RewardSpec.model_fields), 1, 0.75)
-            if near:
-                raise ValueError(f'unknown key "{key}" of a reward; did you mean "{near[0]}"?')
-        if (self.name is None) == (self.import_path is None):
-            raise ValueError("a reward needs exactly one of name and import_path")
-        if self.import_path is not None and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", self.import_path):
-            raise ValueError(f'import_path "{self.import_path}" should look like file.py:function')
-        if self.label in EVALUATION_FIELDS:
-            raise ValueError(
-                f'a reward cannot be called "{self.label}": evaluations have a field of that name; rename the function'
-            )
-        return self
-
-
-class RewardsConfig(RecipeModel):
-    functions: list[RewardSpec] = Field(
-        min_length=1, description="the rewards; their weighted sum is maximised"
-    )
-    workers: int = Field(1, ge=0, description="Ray actors that score; 0: in this process")
-    timeout_s: float = Field(60.0, gt=0, description="a scoring call that takes longer has failed")
-    max_failure_rate: float = Field(
-        0.5, ge=0, le=1, description="stop when a greater share of samples failed"
-    )
-    max_restarts: int = Field(3, ge=0, description="times that a dead or hanging actor is replaced")
-
-    @field_validator("functions")
-    @classmethod
-    def _labels(cls, functions: list[RewardSpec]) -> list[RewardSpec]:
-        labels = [spec.label for spec in functions]
-        for label in labels:
-            if labels.count(label) > 1:
-                raise ValueError(f'two rewards are called "{label}"; metrics could not tell them apart')
-        weights = [spec.weight for spec in functions]
-        if not any(any(w.values()) if isinstance(w, dict) else w for w in weights):
-            raise ValueError("the weights are all 0: there is nothing to learn from")
-        for spec in functions:
-            by = spec.gate.by.partition("/")[0] if spec.gate else None
-            if spec.gate and (by not in labels or by == spec.label):
-                others = ", ".join(label for label in labels if label != spec.label) or "none"
-                raise ValueError(
-                    f'the gate of "{spec.label}" asks for "{spec.gate.by}", which is no other reward; '
-                    f"there is: {others}"
-                )
-        return functions
-
-
 class EvalConfig(RecipeModel):
-    suite: Literal["ocr", "edit"] = Field(
+    suite: Literal["ocr", "edit", "clip", "composition"] = Field(
         "ocr", description="name of the evaluation; the reward or gold metric of that name is its `reward`"
     )
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")

@@ -54,6 +54,12 @@ def _tiny_world(split: str, size: int | None, seed: int) -> list[Prompt]:
     return prompt_set(split, size, seed)
 
 
+def _tiny_composition(split: str, size: int | None, seed: int) -> list[Prompt]:
+    from rl.tiny_world import composition_set
+
+    return composition_set(split, size, seed)
+
+
 def _tiny_edits(split: str, size: int | None, seed: int) -> list[Prompt]:
     from rl.tiny_edits import edit_set
 
@@ -61,6 +67,7 @@ def _tiny_edits(split: str, size: int | None, seed: int) -> list[Prompt]:
 
 
 NAMED_SETS: dict[str, Callable[[str, int | None, int], list[Prompt]]] = {
+    "tiny_composition": _tiny_composition,
     "tiny_edits": _tiny_edits,
     "tiny_world": _tiny_world,
 }

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from rl.errors import ImageRLError
+from rl.prompt_pictures import with_pictures
 from rl.rollout import reward_request
 from rl.stats import Interval, summarise
 from rl.types import Prompt, RewardScorer, RolloutGroup
@@ -77,7 +78,7 @@ class GroundTruth:
         sample_chunk: int | None = None,
     ) -> Iterator[list[RolloutGroup]]:
         nothing, size = torch.zeros(group_size, 0), None
-        for prompt in prompts:
+        for prompt in map(with_pictures, prompts):
             picture = self.draw(prompt)
             size = size or picture.size
             if picture.size != size:

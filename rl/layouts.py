@@ -18,10 +18,11 @@ from PIL import Image
 from rl.errors import ImageRLError
 from rl.evaluate import Source
 from rl.files import write_atomic
+from rl.kept_pictures import refuse_filled
 from rl.metrics import save_image, to_json
 from rl.prompt_pictures import open_picture
 from rl.recipe import read_text
-from rl.types import Prompt, RolloutGroup
+from rl.types import Prompt
 
 GRID = 4  # pictures that DPG-Bench's scorer cuts out of a grid of two rows
 
@@ -190,22 +191,6 @@ def draw(
                 written.write(folder, by_index[group.prompt.index], group.images)
         done += len(chunk)
         yield done
-
-
-def save_group(folder: Path, group: RolloutGroup) -> None:
-    """The pictures of one prompt, named by its index and the sample: `00012_00.png`."""
-    for sample, picture in enumerate(group.images):
-        save_image(Image.fromarray(picture), folder / picture_name(group.prompt.index, sample))
-
-
-def picture_name(index: int, sample: int) -> str:
-    return f"{index:05d}_{sample:02d}.png"
-
-
-def refuse_filled(folder: Path) -> None:
-    """Raises ImageRLError when a folder for pictures holds something already, or is none."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ImageRLError(f"{folder} is not empty; choose another folder for the pictures, or remove it")
 
 
 def _begin(folder: Path, facts: Mapping[str, Any]) -> None:

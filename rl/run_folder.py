@@ -15,6 +15,7 @@ from rl.files import is_temporary, write_atomic
 from rl.metrics import METRICS_FILE, image_grid, save_image, to_json
 from rl.monitor_config import MonitorsConfig
 from rl.recipe import load_yaml_recipe
+from rl.reward_config import without_addresses
 from rl.sft_config import AnyRecipe
 
 RECIPE_FILE = "recipe.yaml"
@@ -146,6 +147,6 @@ def differing_keys(stored: AnyRecipe, given: AnyRecipe) -> list[str]:
             else:
                 yield (*prefix, key), value
 
-    old, new = dict(flat(stored.model_dump())), dict(flat(given.model_dump()))
+    old, new = (dict(flat(without_addresses(recipe.model_dump()))) for recipe in (stored, given))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     return [key for key in map(".".join, keys) if key not in CHANGEABLE]

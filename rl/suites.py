@@ -76,6 +76,12 @@ def _world(size: int | None) -> list[Prompt]:
     return prompt_set("heldout", size)
 
 
+def _composition(size: int | None) -> list[Prompt]:
+    from rl.tiny_world import composition_set
+
+    return composition_set("heldout", size)
+
+
 def _world_truth(prompt: Prompt) -> Image.Image:
     from rl.tiny_world import truth
 
@@ -101,8 +107,12 @@ def _ideal(prompt: Prompt) -> Image.Image:
 
 # A suite is one row.
 SUITES: dict[str, Suite] = {
+    "clip": Suite("clip", _world, [{"name": "clip", "model": "tiny_clip"}], truth=_world_truth),
+    "composition": Suite(
+        "composition", _composition, [{"name": "composition", "detector": "tiny_world"}], truth=_world_truth
+    ),
     "edit": Suite("edit", _edits, [{"name": "edit", "mode": "recognise"}], truth=_ideal, model="tiny_edit"),
-    "ocr": Suite("ocr", _world, [RECOGNISE, {"name": "colours"}], truth=_world_truth),
+    "ocr": Suite("ocr", _world, [RECOGNISE], [{"name": "colours"}], truth=_world_truth),
     "understanding": Suite("understanding", _questions, model="tiny_edit"),
 }
 
@@ -174,7 +184,9 @@ def fingerprint(suite: Suite, prompts: Sequence[Prompt]) -> str:
 
 
 def _told(value: Any) -> Any:
-    """What stands for a value that JSON does not hold: pictures by their pixels."""
+    """What stands for a value that JSON does not hold: pictures by their pixels, picture files by their bytes."""
+    if isinstance(value, Path):
+        return hashlib.sha256(value.read_bytes()).hexdigest()
     if hasattr(value, "tobytes"):
         size = getattr(value, "size", None)
         return [str(getattr(value, "mode", "")), str(size), hashlib.sha256(value.tobytes()).hexdigest()]

@@ -46,12 +46,14 @@ class Edit:
         return replace(self.source, **{self.part: self.value})
 
     def columns(self) -> dict[str, object]:
-        """Columns of the prompt set: what the result must show, what changes, the picture to edit, and a perfect
-        result, in which whatever need not change is as it was."""
+        """Columns of the prompt set: what the result must show, what changes, the picture to edit, a perfect result,
+        in which whatever need not change is as it was, and captions of both."""
         return self.result.columns() | {
             "edited": self.part,
             "reference": render(self.source),
             "ideal": render(self.result),
+            "caption_before": self.source.caption,
+            "caption_after": self.result.caption,
         }
 
 

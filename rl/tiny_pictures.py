@@ -37,6 +37,7 @@ def check_pictures(count: int, seed: int = 0) -> list[CheckPicture]:
     prompts = prompt_set("heldout", count, seed)
     pictures = []
     for index, prompt in enumerate(prompts):
+        prompt = replace(prompt, columns={**prompt.columns, **_scene(prompt).specification()})
         rng = random.Random(derive_seed("tiny_world check pictures", seed, index))
         scene = _scene(prompt)
         for kind, role, draw in KINDS:
@@ -60,7 +61,7 @@ def check_edits(count: int, seed: int = 0) -> list[CheckPicture]:
     return pictures
 
 
-def _repainted(source: Scene, result: Scene, rng: random.Random) -> Image.Image:
+def repainted(source: Scene, result: Scene, rng: random.Random) -> Image.Image:
     """What was asked for, on a picture that is otherwise new."""
     fresh = {
         "text": "".join(rng.choices(LETTERS, k=5)),
@@ -153,6 +154,8 @@ KINDS: tuple[tuple[str, str, Draw], ...] = (
     ("word repeated", "hack", _repeated),
     ("prompt in a corner", "hack", _corner),
 )
+# What answers no prompt at all, to train a judge of pictures on.
+POOR: tuple[Draw, ...] = (_blank, _noise, _saturated, _everywhere, _repeated, _corner)
 
 DrawEdit = Callable[[Scene, Scene, random.Random], Image.Image]
 EDIT_KINDS: tuple[tuple[str, str, DrawEdit], ...] = (
@@ -163,7 +166,7 @@ EDIT_KINDS: tuple[tuple[str, str, DrawEdit], ...] = (
     ("blank", "degenerate", lambda source, result, rng: _blank(result, rng)),
     ("noise", "degenerate", lambda source, result, rng: _noise(result, rng)),
     ("saturated", "degenerate", lambda source, result, rng: _saturated(result, rng)),
-    ("all repainted", "hack", _repainted),
+    ("all repainted", "hack", repainted),
     ("text over everything", "hack", lambda source, result, rng: _everywhere(result, rng)),
     ("word repeated", "hack", lambda source, result, rng: _repeated(result, rng)),
     ("caption in a corner", "hack", lambda source, result, rng: _corner(result, rng)),

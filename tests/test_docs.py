@@ -19,6 +19,7 @@ from rewards.base import LoadedReward, load_reward
 from rewards.scoring import call_reward
 from rl.advantages import group_advantages
 from rl.cli import app
+from rl.clip_config import ClipRecipe
 from rl.config import Recipe
 from rl.flow_actor import PER_ACTION as FLOW_PER_ACTION
 from rl.monitor_config import MonitorsConfig
@@ -63,7 +64,11 @@ def check_command(words: Sequence[str]) -> None:
         context = command.make_context(name, list(rest), parent=context)
     values = context.params
     if "recipe" in values:
-        schemas: dict[str, type[RecipeModel]] = {"pretrain": PretrainRecipe, "sft": SFTRecipe}
+        schemas: dict[str, type[RecipeModel]] = {
+            "pretrain": PretrainRecipe,
+            "sft": SFTRecipe,
+            "clip": ClipRecipe,
+        }
         load_yaml_recipe(schemas.get(words[0], Recipe), values["recipe"], values["overrides"] or [])
 
 

@@ -15,7 +15,7 @@ COMMANDS = "rl.commands."  # where the three meet
 SHARED = ("rl.types", "rl.errors")
 # Seconds each to import: only inside functions, so that `imagerl --help` and recipe errors come at once.
 HEAVY = ("accelerate", "deepspeed", "diffusers", "matplotlib", "onnxruntime", "paddleocr", "paddlex")
-HEAVY += ("peft", "rapidocr", "ray", "tensorboard", "transformers", "trl")
+HEAVY += ("open_clip", "peft", "rapidocr", "ray", "tensorboard", "timm", "torchvision", "transformers", "trl")
 TORCH_FREE = ("rl.config", "rl.recipe", "rl.errors")
 MAX_LINES = 400
 

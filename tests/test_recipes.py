@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rl.algorithms import ALGORITHMS
+from rl.clip_config import ClipRecipe
 from rl.comparison import refuse_incomparable
 from rl.config import Recipe, load_recipe
 from rl.flow_algorithms import FLOW_ALGORITHMS
@@ -15,7 +16,12 @@ from rl.recipe import RecipeModel, load_yaml_recipe, read_recipe
 from rl.run_folder import differing_keys
 from rl.sft_config import SFTRecipe
 
-SCHEMAS: dict[str, type[RecipeModel]] = {"train": Recipe, "pretrain": PretrainRecipe, "sft": SFTRecipe}
+SCHEMAS: dict[str, type[RecipeModel]] = {
+    "train": Recipe,
+    "pretrain": PretrainRecipe,
+    "sft": SFTRecipe,
+    "clip": ClipRecipe,
+}
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.y*ml"))
 COMPARED = sorted((FOLDER / "compare").glob("*.yaml"))

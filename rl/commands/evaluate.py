@@ -110,7 +110,7 @@ def compare(
     from rl.against import compared
     from rl.commands.measuring import earlier_results, facts_of, measure
     from rl.files import write_atomic
-    from rl.layouts import refuse_filled
+    from rl.kept_pictures import refuse_filled
     from rl.metrics import to_json
 
     if pictures is not None:

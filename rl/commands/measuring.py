@@ -82,7 +82,7 @@ def _score(
 ) -> Evaluation:
     from rewards.workers import RewardWorkers
     from rl.evaluate import evaluate
-    from rl.layouts import save_group
+    from rl.kept_pictures import save_group
 
     scorer = RewardWorkers(suite.rewards, gold=suite.gold, workers=0, columns=prompts[0].columns)
     return evaluate(
@@ -120,7 +120,7 @@ def _perfect(suite: Suite) -> Source:
 def _unchanged(suite: Suite, prompts: Sequence[Prompt]) -> Source:
     from rl.evaluate import GroundTruth
 
-    if any(prompt.reference is None for prompt in prompts):
+    if any(prompt.columns.get("reference") is None for prompt in prompts):
         raise ImageRLError(f"--copy scores the sources of edits; suite {suite.name!r} has none")
     return GroundTruth(lambda prompt: prompt.columns["reference"])
 

@@ -1,9 +1,10 @@
-"""`imagerl reward`: is a function fit to be a reward?"""
+"""`imagerl reward`: is a function fit to be a reward, and serving one to other machines."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,16 +13,27 @@ import typer
 from rl.errors import ImageRLError
 
 if TYPE_CHECKING:
-    from rewards.base import LoadedReward
+    from rewards.base import LoadedReward, RewardSpec
     from rewards.check import CheckReport
 
-reward = typer.Typer(no_args_is_help=True, help="Check rewards.")
+reward = typer.Typer(no_args_is_help=True, help="Check and serve rewards.")
 
-Target = Annotated[str, typer.Argument(help="a reward that ships, or file.py:name or package.module:name")]
+Target = Annotated[
+    str,
+    typer.Argument(help="a reward that ships, file.py:name, package.module:name, or a served one's address"),
+]
+Python = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Python interpreter with its own packages that runs it")
+]
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="settings of the reward, values in YAML")
 ]
-SHIPPED_SETTINGS: dict[str, dict[str, Any]] = {"ocr": {"mode": "recognise"}}  # the pictures show one line
+SHIPPED_SETTINGS: dict[str, dict[str, Any]] = {
+    "clip": {"model": "tiny_clip"},
+    "clip_direction": {"model": "tiny_clip"},
+    "composition": {"detector": "tiny_world"},
+    "ocr": {"mode": "recognise"},  # the pictures show one line
+}
 
 
 @reward.command("check")
@@ -36,9 +48,10 @@ def check_reward(
     ] = False,
     max_ms: Annotated[float | None, typer.Option(min=0, help="fail above this time per picture")] = None,
     page: Annotated[Path | None, typer.Option(help="write an HTML page with the pictures here")] = None,
+    python: Python = None,
 ) -> None:
     """Put a reward through what every reward must stand; the exit code is 1 when it fails."""
-    from rewards.base import LoadedReward, RewardSpec, asks_for, load_reward
+    from rewards.base import LoadedReward, RewardSpec, load_spec
     from rewards.base import check_reward as check_signature
     from rewards.check import check
     from rewards.check_page import check_page
@@ -46,10 +59,13 @@ def check_reward(
     from rl.tiny_pictures import check_edits, check_pictures
 
     given = parse_settings(settings or [])
-    spec = RewardSpec(target, settings=given)
-    pictures = (check_edits if asks_for(spec, "reference") else check_pictures)(prompts, seed)
+    spec = RewardSpec(target, settings=given, python=python).absolute()
+    check_signature(spec)
+    label, function = load_spec(spec)
+    pictures = (check_edits if "reference" in parameters_of(spec, function) else check_pictures)(
+        prompts, seed
+    )
     check_signature(spec, pictures[0].prompt.columns)
-    label, function = load_reward(target, **given)
     others = _shipped(but=target)
     report = check(
         LoadedReward(label, function), pictures, others, grouped=grouped, penalty=penalty, max_ms=max_ms
@@ -63,6 +79,7 @@ def check_reward(
             "check",
             target,
             *(settings or []),
+            *([f"--python={python}"] if python else []),
             f"--prompts={prompts}",
             f"--seed={seed}",
         ]
@@ -72,6 +89,43 @@ def check_reward(
         count, first = len(report.failed), report.failed[0]
         rest = f" (and {count - 1} more)" if count > 1 else ""
         raise ImageRLError(f"reward {label!r} fails {first.check!r}: {first.sentence}{rest}")
+
+
+@reward.command("serve")
+def serve_reward(
+    target: Target,
+    settings: Settings = None,
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0: every interface")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 0,
+    token_env: Annotated[
+        str, typer.Option(help="environment variable with the token")
+    ] = "IMAGERL_REWARD_TOKEN",
+    python: Python = None,
+    max_mib: Annotated[int, typer.Option(min=1, help="largest request")] = 256,
+    max_pixels: Annotated[int, typer.Option(min=1, help="largest picture")] = 4096 * 4096,
+    waiting: Annotated[int, typer.Option(min=1, help="requests held at a time")] = 16,
+) -> None:
+    """Serve a reward over HTTP to those who know the token: `{url: http://host:port/name}` in a recipe."""
+    from rewards.base import RewardSpec, columns_needed, load_spec
+    from rewards.base import check_reward as check_signature
+    from rewards.server import reward_app
+    from rewards.wire import Limits
+    from rl.serving import run_app, token_from
+
+    token = token_from(token_env)
+    spec = RewardSpec(target, settings=parse_settings(settings or []), python=python).absolute()
+    check_signature(spec)
+    label, function = load_spec(spec)
+    limits = Limits(body=max_mib * 2**20, pixels=max_pixels)
+    app = reward_app(label, function, parameters_of(spec, function), columns_needed(spec), limits, waiting)
+    run_app(app, host, port, token, lambda address: print(f"serving {address}/{label}", flush=True))
+
+
+def parameters_of(spec: RewardSpec, function: Any) -> list[str]:
+    """Names that a reward takes; a reward in another process says them itself."""
+    from rewards.base import takes
+
+    return getattr(function, "parameters", None) or takes(spec)
 
 
 def parse_settings(entries: Sequence[str]) -> dict[str, Any]:
@@ -88,11 +142,16 @@ def parse_settings(entries: Sequence[str]) -> dict[str, Any]:
 
 
 def _shipped(but: str) -> list[LoadedReward]:
-    """The rewards that ship, without the one that is checked."""
-    from rewards.base import REWARDS, LoadedReward, load_reward
+    """The rewards that ship, without the one that is checked, those that cannot be had without settings, and those
+    whose packages are not installed."""
+    from rewards.base import REWARDS, LoadedReward, load_reward, needs_settings
 
-    names = [name for name in REWARDS if name != but]
-    return [LoadedReward(*load_reward(name, **SHIPPED_SETTINGS.get(name, {}))) for name in names]
+    loaded = []
+    for name in REWARDS:
+        if name != but and not needs_settings(name):
+            with suppress(ImageRLError):
+                loaded.append(LoadedReward(*load_reward(name, **SHIPPED_SETTINGS.get(name, {}))))
+    return loaded
 
 
 def table(report: CheckReport) -> list[str]:

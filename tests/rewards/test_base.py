@@ -129,7 +129,7 @@ def test_asking_for_a_column_that_the_prompt_set_lacks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("entry", [{"weight": 1.0}, {"name": "ocr", "import_path": "mine.py:f"}])
 def test_entry_names_exactly_one_reward(entry: dict[str, object]) -> None:
-    with pytest.raises(ImageRLError, match="either name or import_path"):
+    with pytest.raises(ImageRLError, match="exactly one of name, import_path and url"):
         RewardSpec.from_mapping(entry)
 
 

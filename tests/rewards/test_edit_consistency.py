@@ -2,6 +2,7 @@
 better edit never less than a worse one."""
 
 import itertools
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,17 @@ from PIL import Image, ImageFilter
 
 from rewards.base import LoadedReward
 from rewards.check import check
-from rewards.edit_consistency import EditConsistencyReward, progress, region_to_keep
-from rl.tiny_pictures import check_edits
+from rewards.edit_consistency import (
+    EditConsistencyReward,
+    ink_similarity,
+    progress,
+    region_to_keep,
+    stroke_similarity,
+)
+from rl.tiny_edits import edits_of
+from rl.tiny_pictures import check_edits, repainted
 from rl.tiny_world import FONTS, Scene, render
-from rl.types import ImageRLError
+from rl.types import ImageRLError, Prompt
 
 SOURCE = Scene("HOUSE", "black", "white", FONTS[0])
 COLOURED = (("ink", "red"), ("ink", "blue"), ("background", "yellow"), ("background", "cyan"))
@@ -72,6 +80,44 @@ def test_what_edits_earn(reward: EditConsistencyReward, part: str, value: str, i
     assert earned(noise) < 0.1
     assert earned(render(replace(result, text="CHAIR"))) < 0.5  # the colour is right and the word is gone
     assert earned(render(result).filter(ImageFilter.GaussianBlur(0.7))) < right
+
+
+@pytest.mark.parametrize("ideal", [False, True])
+def test_repainting_earns_little_and_less_of_it_more(reward: EditConsistencyReward, ideal: bool) -> None:
+    """Held-out edits of every font and colour: what was asked for on a new picture, the right edit, and mixtures."""
+    steps = np.linspace(0, 1, 5)
+    for index, edit in enumerate(edits_of("heldout", 60)):
+        prompt = Prompt(index, edit.instruction, edit.columns())
+        new, right = repainted(edit.source, edit.result, random.Random(index)), render(edit.result)
+        pictures = [Image.blend(new, right, t) for t in steps]
+        columns = {
+            name: [value] * len(steps) for name, value in prompt.columns.items() if ideal or name != "ideal"
+        }
+        output = reward(prompts=[prompt.text] * len(steps), images=pictures, **columns)
+        kept = np.array(output.breakdown["kept"], dtype=float)
+        assert kept[0] < 0.12 and kept[-1] > 0.7, (edit, kept)
+        assert (np.diff(kept) > -0.02).all(), (edit, kept)
+        assert output.rewards[0] < 0.12  # type: ignore[operator]
+
+
+def test_strokes_and_inks_by_hand() -> None:
+    source = np.full((8, 16, 3), 255.0)
+    source[2:6, 2:6] = 0.0
+    other_ground, other_ink, elsewhere = source.copy(), source.copy(), np.full((8, 16, 3), 255.0)
+    other_ground[source == 255] = 200.0
+    other_ink[2:6, 2:6] = (200, 0, 0)
+    elsewhere[2:6, 10:14] = 0.0
+    faint = 255 - (255 - source) * 0.25
+    assert stroke_similarity(other_ground, source) == pytest.approx(1.0)
+    assert stroke_similarity(other_ink, source) == pytest.approx(1.0)
+    assert stroke_similarity(elsewhere, source) == 0.0
+    assert ink_similarity(other_ground, source) == ink_similarity(elsewhere, source) == 1.0
+    assert ink_similarity(faint, source) == pytest.approx(0.25 / 0.5)  # half of the way that counts as all
+    assert ink_similarity(other_ink, source) == 0.0
+    assert ink_similarity(np.full_like(source, 255.0), source) == 0.0  # no ink at all
+    near = source.copy()
+    near[2:6, 2:6] = (40, 0, 0)  # across the line from white to black: 40·√(2/3) = 32.66
+    assert ink_similarity(near, source) == pytest.approx(1 - 32.66 / 80, abs=1e-3)
 
 
 @pytest.mark.parametrize(("part", "value"), COLOURED)

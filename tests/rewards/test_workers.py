@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rewards.actors import Plan
 from rewards.workers import RewardWorkers, _shards
 from rl.types import ImageRLError, RewardRequest, RewardScorer
 
@@ -33,6 +34,10 @@ def behave(prompts, images, flag):
 
 def brightness(images):
     return [sum(image.getpixel((1, 1))) for image in images]
+
+def where(images):
+    place = len(os.environ.get("WHERE", ""))
+    return {"rewards": [place] * len(images), "breakdown": {"pid": [os.getpid()] * len(images)}}
 """
 
 
@@ -132,6 +137,28 @@ def test_reward_that_always_dies_stops_the_run(workers: RewardWorkers, folder: P
             ask(with_one, "die")
     finally:
         with_one.close()
+
+
+def test_a_runtime_env_makes_an_actor_of_its_own(workers: RewardWorkers, folder: Path) -> None:
+    where = {"import_path": f"{folder}/mine.py:where", "runtime_env": {"env_vars": {"WHERE": "elsewhere"}}}
+    scorer = RewardWorkers([specs(folder)[0], where], gold=[specs(folder)[1]], workers=1)
+    try:
+        scorer.wait_until_ready()
+        scores = scorer.collect(scorer.submit(request("a", "b"), with_gold=True))
+    finally:
+        scorer.close()
+    assert scores.components["where"].tolist() == [len("elsewhere")] * 4
+    assert set(scores.components["where/pid"]).isdisjoint(scores.components["behave/pid"])
+    assert np.isfinite(scores.components["brightness"]).all()
+    with pytest.raises(ImageRLError, match="Ray does not accept a reward's runtime_env"):
+        RewardWorkers([{**where, "runtime_env": {"pip": 5}}], workers=1)
+    with pytest.raises(ImageRLError, match=r"runtime_env needs rewards\.workers of 1 or more"):
+        RewardWorkers([where], workers=0)
+
+
+def test_secrets_go_to_the_actors_but_not_into_their_description() -> None:
+    plan = Plan({}, None, 1.0, "/", {"IMAGERL_REWARD_TOKEN": "of-the-tests"})
+    assert "of-the-tests" not in repr(plan)
 
 
 def test_gold_metrics_are_measured_on_request_and_never_rewarded(folder: Path) -> None:

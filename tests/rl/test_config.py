@@ -118,6 +118,8 @@ def test_a_later_override_wins(path: Path) -> None:
 def test_reward_label_and_kwargs() -> None:
     spec = RewardSpec.model_validate({"import_path": "a/b.py:redness", "threshold": 3})
     assert (spec.label, spec.kwargs, spec.weight) == ("redness", {"threshold": 3}, 1.0)
+    served = RewardSpec.model_validate({"url": "https://gpu-box:8123/a/clip", "batch": 8})
+    assert (served.label, served.kwargs) == ("clip", {"batch": 8})
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,11 @@ def test_mistakes_name_the_key_and_the_way_out(path: Path, override: str, parts:
         (["rewards=[{name: ocr}, {name: ocr}]"], 'two rewards are called "ocr"'),
         (["rewards=[{name: a}, {import_path: 'x.py:a'}]"], 'two rewards are called "a"'),
         (["rewards.0.weight=0"], "the weights are all 0"),
-        (["rewards=[{weight: 1.0}]"], "exactly one of name and import_path"),
+        (["rewards=[{url: 'http://me:secret@host/ocr'}]"], "url should look like http://host:port/name"),
+        (["rewards=[{url: 'http://host/ocr', name: ocr}]"], "exactly one of name, import_path and url"),
+        (["rewards=[{name: ocr, python: /usr/bin/python3}]"], "python needs import_path"),
+        (["rewards=[{url: 'http://host/ocr', runtime_env: {}}]"], "runtime_env is of the actor"),
+        (["rewards=[{weight: 1.0}]"], "exactly one of name, import_path and url"),
         (["rewards=[{import_path: redness}]"], "should look like file.py:function"),
         (["rewards=[{import_path: 'x.py:exact_match'}]"], 'cannot be called "exact_match"'),
         (["gold=[{import_path: 'x.py:reward'}]"], 'cannot be called "reward"'),

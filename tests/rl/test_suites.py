@@ -241,10 +241,10 @@ def test_edits_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "is 8x9 pixels, others 8x8; give pictures of one size" in capsys.readouterr().err
     (tmp_path / "s1.png").write_bytes(b"no picture")
     assert imagerl("eval", "--suite", str(suite), "--copy") == 1
-    assert "edits.jsonl, line 2: reference: " in (told := capsys.readouterr().err) and told.count("\n") == 1
+    assert "s1.png cannot be read as a picture" in (told := capsys.readouterr().err) and told.count("\n") == 1
     (tmp_path / "s1.png").unlink()
     assert imagerl("eval", "--suite", str(suite), "--copy") == 1
-    assert "line 2: reference: there is no picture" in capsys.readouterr().err
+    assert 'line 2: "reference" should be the path of a picture' in capsys.readouterr().err
 
 
 LIGHT = "rewards: [{import_path: my.py:light}]"

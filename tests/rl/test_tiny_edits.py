@@ -41,6 +41,7 @@ def test_an_edit_changes_one_part_and_keeps_the_rest(
     assert columns["edited"] == part
     assert columns["reference"] == render(RIVER) and columns["ideal"] == render(result)
     assert columns["target"] == result.text
+    assert (columns["caption_before"], columns["caption_after"]) == (RIVER.caption, result.caption)
     assert columns["ink_rgb"] == list(INKS[result.ink])
     assert columns["background_rgb"] == list(BACKGROUNDS[result.background])
 

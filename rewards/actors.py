@@ -1,0 +1,231 @@
+"""Ray actors that hold rewards, and the threads in the driver that feed them.
+
+Each actor has one thread in the driver that hands it one call at a time. Thus a call's time-out starts when
+the call does, a free actor takes the next call, and a dead or hanging actor holds up nobody but itself."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewards.base import LoadedReward, RewardSpec, load_spec
+from rewards.scoring import RewardValues, call_reward
+from rewards.targets import one_line
+from rl.types import ImageRLError, RewardRequest
+
+NICENESS = 5  # an actor yields to the training process; it catches up while that one waits
+ATTEMPTS = 2  # of one call, when the actor dies under it
+START_TIMEOUT_S = 300.0  # loading models; downloads included
+OBJECT_STORE_BYTES = 512 * 2**20  # of shared memory, for pictures under way; Ray spills to disk beyond
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an actor is to hold."""
+
+    specs: Mapping[int, RewardSpec]  # by place in the recipe
+    columns: Sequence[str] | None
+    patience_s: float
+    folder: str  # the driver's; a user's reward may open files relative to it
+    # Of the driver's environment, which an actor of a cluster does not inherit.
+    secrets: Mapping[str, str] = field(repr=False)
+
+
+class RewardActor:
+    """Runs in a Ray process: holds the loaded rewards and calls one at a time."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        os.environ.update(plan.secrets)
+        os.nice(NICENESS)
+        if os.path.isdir(plan.folder):
+            os.chdir(plan.folder)
+
+    def load(self) -> str | None:
+        """None when all rewards are loaded, else what the user has to mend."""
+        plan = self._plan
+        try:
+            self._rewards = {
+                place: LoadedReward(*load_spec(spec, plan.patience_s, plan.columns))
+                for place, spec in plan.specs.items()
+            }
+        except ImageRLError as error:
+            return str(error)
+        return None
+
+    def score(self, reward: int, request: RewardRequest) -> RewardValues | str:
+        """What one reward says; a string is what the user has to mend."""
+        try:
+            return call_reward(self._rewards[reward], request)
+        except ImageRLError as error:
+            return str(error)
+
+
+@dataclass(slots=True)
+class Call:
+    """One reward on a part of a request."""
+
+    reward: int
+    label: str
+    request: Any  # reference to a RewardRequest in Ray's object store
+    size: int
+    answer: Future[RewardValues]
+
+
+class Worker(threading.Thread):
+    """Owns one actor: starts it, feeds it from the shared queue, replaces it when it dies or hangs."""
+
+    def __init__(
+        self, calls: queue.SimpleQueue[Call | None], create: Any, timeout_s: float, max_restarts: int
+    ) -> None:
+        super().__init__(daemon=True, name="reward-worker")
+        self.ready: Future[None] = Future()
+        self._calls = calls
+        self._create = create
+        self._timeout_s = timeout_s
+        self._max_restarts = max_restarts
+        self._restarts = 0  # since the last call that was answered
+        self._actor: Any = None
+        self._closing = False
+
+    def run(self) -> None:
+        try:
+            self._start_actor()
+            self.ready.set_result(None)
+        except Exception as error:
+            self.ready.set_exception(error)
+        while (call := self._calls.get()) is not None:
+            try:
+                call.answer.set_result(self._answer(call))
+            except Exception as error:
+                call.answer.set_exception(error)
+
+    def stop(self) -> None:
+        """Ends the actor, also under a call, and one of the threads that share the queue, at its next call."""
+        self._closing = True
+        self._calls.put(None)
+        self._kill_actor()
+
+    def _start_actor(self) -> None:
+        import ray
+
+        self._actor = self._create()
+        try:
+            problem = ray.get(self._actor.load.remote(), timeout=START_TIMEOUT_S)
+        except ray.exceptions.RuntimeEnvSetupError as error:
+            self._kill_actor()
+            why = " ".join(str(error).split())[-300:]
+            raise ImageRLError(f"Ray cannot make the runtime_env of a reward: …{why}") from error
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            self._kill_actor()
+            raise ImageRLError(
+                f"a reward process did not start ({type(error).__name__}); try rewards.workers=0 to see why"
+            ) from error
+        if problem is not None:
+            self._kill_actor()
+            raise ImageRLError(problem)
+
+    def _kill_actor(self) -> None:
+        import ray
+
+        actor, self._actor = self._actor, None
+        if actor is not None and ray.is_initialized():
+            ray.kill(actor)
+
+    def _answer(self, call: Call) -> RewardValues:
+        import ray
+
+        for _ in range(ATTEMPTS):
+            if self._actor is None:
+                self._restart(call.label)
+            try:
+                values = ray.get(self._actor.score.remote(call.reward, call.request), timeout=self._timeout_s)
+            except ray.exceptions.GetTimeoutError:
+                self._kill_actor()
+                return RewardValues.failed(
+                    call.size, f"no answer within {self._timeout_s:g} s (rewards.timeout_s)"
+                )
+            except ray.exceptions.RayActorError:
+                self._kill_actor()
+                continue
+            self._restarts = 0
+            if isinstance(values, str):
+                raise ImageRLError(values)
+            return values
+        return RewardValues.failed(call.size, f"the reward process died {ATTEMPTS} times on this call")
+
+    def _restart(self, label: str) -> None:
+        if self._closing:
+            raise RuntimeError("the reward workers are closed")
+        self._restarts += 1
+        if self._restarts > self._max_restarts:
+            raise ImageRLError(
+                f"the process of reward {label!r} died or hung {self._restarts} times in a row; "
+                "mend the reward (rewards.workers=0 shows it) or raise rewards.max_restarts"
+            )
+        self._start_actor()
+
+
+@contextmanager
+def _environment(**variables: str) -> Any:
+    """Sets environment variables for the processes started inside."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def start_ray(workers: int) -> bool:
+    """Connects to the cluster of RAY_ADDRESS or starts one on loopback; True when it is ours to stop.
+
+    Must be called from the main thread: Ray's processes die with the thread that started them."""
+    if not os.environ.get("RAY_ADDRESS"):
+        # Ray listens on every interface unless told, before its import, that there will be no other node.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray
+
+    if ray.is_initialized():
+        return False
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level="error", log_to_driver=False)
+        return False
+    # The last variable keeps GPUs visible to actors that reserve none.
+    with _environment(
+        OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0"
+    ):
+        ray.init(
+            address="local",
+            num_cpus=workers,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level="error",
+            log_to_driver=False,
+        )
+    return True
+
+
+def actor_class(cpus: int, environment: Mapping[str, Any] | None) -> Any:
+    """`RewardActor` for Ray, in a runtime environment of its own or in ours. Raises ImageRLError for one that Ray
+    does not accept."""
+    import ray
+    from ray.runtime_env import RuntimeEnv
+
+    remote = ray.remote(num_cpus=cpus, max_restarts=0)(RewardActor)
+    if environment is None:
+        return remote
+    try:
+        return remote.options(runtime_env=RuntimeEnv(**environment))
+    except Exception as error:
+        raise ImageRLError(f"Ray does not accept a reward's runtime_env: {one_line(error)}") from error
