@@ -43,8 +43,14 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands(script: str, program: str) -> Iterator[list[str]]:
     """Calls of a program in a shell script, as words."""
+    whole = ""
     for line in script.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+        whole += line + "\n"
+        try:
+            words = shlex.split(whole, comments=True)
+        except ValueError:  # a quotation that goes on in the next line
+            continue
+        whole = ""
         if words[:1] == [program]:
             yield words[1:]
 
