@@ -326,6 +326,10 @@ def _span(interval: Mapping[str, float | None] | None, rate: bool = False, sign:
 
 
 def _command(argv: Any) -> str:
-    """A command line to paste: the program by its bare name, arguments quoted for a shell."""
+    """A command line to paste: the program by its bare name, `imagerl` where it was started as a module, arguments
+    quoted for a shell."""
     words = [str(word) for word in argv] if isinstance(argv, list) else []
-    return shlex.join([Path(words[0]).name, *words[1:]]) if words else ""
+    if not words:
+        return ""
+    program = Path(words[0]).name
+    return shlex.join(["imagerl" if program == "cli.py" else program, *words[1:]])
