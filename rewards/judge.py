@@ -162,7 +162,7 @@ class JudgeReward:
             content = [picture_part(image)]
         content.append(text_part(self.rubric.show.format_map(values).strip()))
         system = self.rubric.system
-        messages = [{"role": "system", "content": system}] if system else []
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": content})
         return json.dumps({**self._asking, "messages": messages}).encode()
 
