@@ -2,10 +2,11 @@
 
 GenEval (arXiv 2310.11513), DPG-Bench (arXiv 2403.05135) and ImgEdit-Bench (arXiv 2505.20275). Prompts come from the
 benchmark's own files, unchanged; every random number depends on the seed, the prompt's place and the sample, so an
-interrupted drawing goes on where it stopped and ends in the same folder."""
+interrupted drawing goes on as if it had not been."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,11 @@ def entries_of(layout: str, prompts: Path, sources: Path | None) -> list[Entry]:
     if not entries:
         raise ImageRLError(f"{prompts} holds no prompts")
     return entries
+
+
+def prompts_sha256(entries: Sequence[Entry]) -> str:
+    """Of names and texts in their order: other prompts must not go on in a folder that was begun with these."""
+    return hashlib.sha256(json.dumps([(entry.name, entry.text) for entry in entries]).encode()).hexdigest()
 
 
 def samples_of(layout: str, samples: int | None) -> int:

@@ -162,7 +162,7 @@ def draw_for_scorer(
 
     from models.fingerprint import model_fingerprint
     from rl.checkpoint import package_versions
-    from rl.layouts import draw, entries_of, samples_of
+    from rl.layouts import draw, entries_of, prompts_sha256, samples_of
 
     if prompts is None or pictures is None:
         raise ImageRLError(
@@ -175,6 +175,7 @@ def draw_for_scorer(
     facts = {
         "layout": layout,
         "prompts": len(entries),
+        "prompts_sha256": prompts_sha256(entries),
         "model": model,
         "model_sha256": model_fingerprint(model),
         "seed": how.seed,

@@ -230,6 +230,11 @@ def test_from_the_command_line(
     assert f"{out}: 3 prompts, 2 pictures each" in capsys.readouterr().out
     facts = json.loads((tmp_path / "out.json").read_text())
     assert facts["layout"] == "geneval" and len(facts["model_sha256"]) == 64 and facts["flow_steps"] == 3
+    geneval.write_text("\n".join(RECORDS).replace("two cows", "two oxen"))
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--prompts", str(geneval)])
+    assert ended.value.code == 1
+    assert "was begun with another prompts_sha256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
