@@ -283,7 +283,7 @@ def _notes(results: Results) -> list[str]:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    names = dict.fromkeys(key for row in rows for key in row if key not in ("index", "prompt"))
+    names = dict.fromkeys(key for row in rows for key in row if key not in ("index", "prompt", "sample"))
     return {
         name: np.array([math.nan if row.get(name) is None else float(row[name]) for row in rows])
         for name in names

@@ -46,7 +46,7 @@ def monitor_charts(records: Records, suite: str) -> list[Chart]:
     """Reward and watched metrics over time and against KL, variety, colours; a chart without data has no series."""
     training = [record for record in records if "reward/mean" in record]
     evaluations = [record for record in records if "monitor/reward" in record]
-    kl = {record["step"]: as_float(record.get("kl/k3")) for record in training}
+    kl = {0: 0.0} | {record["step"]: as_float(record.get("kl/k3")) for record in training}
     gold = {name: f"eval/{suite}/{name}" for name in watched_names(records)}
 
     def over_time(label: str, key: str, source: Records) -> list[Series]:
@@ -62,7 +62,8 @@ def monitor_charts(records: Records, suite: str) -> list[Chart]:
     watched = [one for name, key in gold.items() for one in over_time(name, key, evaluations)]
     together = [one for n in gold for one in over_time(n, f"monitor/{n}/correlation", evaluations)]
     paid = against_kl("reward in training", "reward/mean", training)
-    paid += [one for name, key in gold.items() for one in against_kl(name, key, evaluations)]
+    if paid:
+        paid += [one for name, key in gold.items() for one in against_kl(name, key, evaluations)]
     return [
         Chart(
             "Reward and gold",

@@ -119,7 +119,7 @@ class Watch:
     names: list[str]  # of the watched metrics, as evaluations call them
     start: list[Metrics] = field(default_factory=list)  # of the first `window` steps
     recent: list[Metrics] = field(default_factory=list)  # of the last `window` steps
-    means: dict[str, list[list[float]]] = field(default_factory=dict)  # by name: [reward, gold] a evaluation
+    means: dict[str, list[list[float]]] = field(default_factory=dict)  # by name: [reward, gold] an evaluation
     peaks: dict[str, HeldOut] = field(default_factory=dict)
     sounding: list[str] = field(default_factory=list)  # alarms that were on when last looked at
     hacked: bool = False

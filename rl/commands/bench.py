@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -56,8 +58,6 @@ def bench_rewards(
     json: ReportFile = None,
 ) -> None:
     """Each reward of a recipe on the pictures of one step, and how much of the scoring training waits for."""
-    from functools import partial
-
     from rewards.base import RewardSpec, load_rewards
     from rewards.scoring import call_reward
     from rl import bench as benchmarks
@@ -94,6 +94,43 @@ def trained_steps(recipe: str, overrides: list[str], steps: int) -> dict[str, fl
         run_training(settings)
         batch = settings.rollout.prompts_per_step * settings.rollout.group_size
         return benchmarks.bench_step(Path(scratch) / "run", batch * tokens)
+
+
+@bench.command("variance")
+def bench_variance(
+    recipe: Annotated[str, typer.Argument(help="recipe YAML")] = "recipes/tiny_ocr_grpo.yaml",
+    overrides: Overrides = None,
+    prompts: Annotated[int, typer.Option(min=2, help="prompts of the measurement")] = 32,
+    group_size: Annotated[int, typer.Option(min=2, help="token sequences of each")] = 8,
+    decodes: Annotated[int, typer.Option(min=2, help="pictures of each sequence")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds of timing; the median counts")] = 5,
+    json: ReportFile = None,
+) -> None:
+    """What rollout.shared_noise and rollout.decodes buy for the tokens' gradient at equal cost."""
+    from contextlib import nullcontext
+
+    import torch
+
+    from models.loading import load_policy
+    from rewards.base import RewardSpec, load_rewards
+    from rewards.scoring import score_request
+    from rl import bench as benchmarks
+    from rl.bench_variance import gains, measure
+    from rl.data import load_prompt_set
+    from rl.halves import trained_module
+    from rl.rollout import RolloutEngine, training_sampling
+
+    settings = load_recipe(recipe, overrides or [])
+    torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
+    policy, _ = load_policy(settings.model.path, "cuda" if torch.cuda.is_available() else "cpu")
+    trained_module(policy, settings)
+    sampling = replace(training_sampling(settings), shared_noise=True, decodes=decodes)
+    rollout = RolloutEngine(policy, sampling, settings.run.seed, nullcontext)
+    specs = [RewardSpec.from_mapping(spec.model_dump()) for spec in settings.rewards.functions]
+    score = partial(score_request, load_rewards(specs))
+    train = load_prompt_set(settings.data.train).prompts[:prompts]
+    rewards, seconds = measure(policy, rollout, score, train, group_size, repeats)
+    benchmarks.show(gains(rewards, seconds), json)
 
 
 @bench.command("algorithms")

@@ -49,7 +49,7 @@ def test_curves() -> None:
     training, against = charts["Reward against KL"].series
     assert training.steps == pytest.approx([0.01 * s for s in range(1, 9)])
     assert training.values == pytest.approx([0.1 * s for s in range(1, 9)])
-    assert against.steps == pytest.approx([0.02, 0.04, 0.06, 0.08])  # there is no KL at step 0
+    assert against.steps == pytest.approx([0, 0.02, 0.04, 0.06, 0.08])
     assert [s.label for s in charts["Variety within groups"].series] == ["tokens", "pixels"]
     assert [s.label for s in charts["Look of the pictures"].series] == ["saturation", "blank"]
     assert charts["Correlation of reward and gold"].series[0].steps == [4, 6]  # then gold stands still
