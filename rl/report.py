@@ -21,8 +21,8 @@ from PIL import Image
 from rl.charts import SMOOTH_FROM, Chart, Series, as_float, render, training_charts
 from rl.files import write_atomic
 from rl.metrics import is_timing, read_metrics
-from rl.monitor_config import MonitorsConfig
-from rl.monitor_report import alarms, monitor_charts
+from rl.monitoring.config import MonitorsConfig
+from rl.monitoring.report import alarms, monitor_charts
 from rl.stats import HEADLINES, compare, headline
 
 MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
