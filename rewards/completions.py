@@ -52,9 +52,7 @@ def read_completion(body: bytes, time_s: float, retries: int) -> Said:
         message, ending = choice["message"], choice.get("finish_reason")
         text, refusal = message.get("content"), message.get("refusal")
         usage = told.get("usage") or {}
-        tokens_in, tokens_out = (
-            float(usage.get(name, math.nan)) for name in ("prompt_tokens", "completion_tokens")
-        )
+        asked, written = (float(usage.get(name, math.nan)) for name in ("prompt_tokens", "completion_tokens"))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"the judge's answer is no chat completion ({type(error).__name__})") from error
     if isinstance(text, list):
@@ -65,7 +63,7 @@ def read_completion(body: bytes, time_s: float, retries: int) -> Said:
         raise ValueError("the judge's answer was cut off; raise its max_tokens")
     if not isinstance(text, str):  # an empty one may be the right answer of a judge that reads
         raise ValueError("the judge said nothing")
-    return Said(text, tokens_in, tokens_out, time_s, retries)
+    return Said(text, asked, written, time_s, retries)
 
 
 class AnswerCache:

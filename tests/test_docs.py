@@ -19,15 +19,16 @@ from rewards.base import LoadedReward, load_reward
 from rewards.scoring import call_reward
 from rl.advantages import group_advantages
 from rl.cli import app
-from rl.clip_config import ClipRecipe
-from rl.config import Recipe
-from rl.flow_actor import PER_ACTION as FLOW_PER_ACTION
-from rl.monitor_config import MonitorsConfig
-from rl.monitors import Watch
-from rl.picture_stats import group_stats, mean_of_groups
-from rl.pretrain_config import PretrainRecipe
+from rl.comparison.plan import split_arguments
+from rl.config import Recipe, load_recipe
+from rl.flow.actor import PER_ACTION as FLOW_PER_ACTION
+from rl.monitoring.config import MonitorsConfig
+from rl.monitoring.picture_stats import group_stats, mean_of_groups
+from rl.monitoring.watch import Watch
+from rl.pretraining.clip_config import ClipRecipe
+from rl.pretraining.config import PretrainRecipe
 from rl.recipe import RecipeModel, load_yaml_recipe
-from rl.sft_config import SFTRecipe
+from rl.sft.config import SFTRecipe
 from rl.step_metrics import OTHER_SUMS, PER_ACTION, update_metrics
 from rl.types import Prompt, RewardRequest, RolloutGroup
 
@@ -43,8 +44,14 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands(script: str, program: str) -> Iterator[list[str]]:
     """Calls of a program in a shell script, as words."""
+    whole = ""
     for line in script.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+        whole += line + "\n"
+        try:
+            words = shlex.split(whole, comments=True)
+        except ValueError:  # a quotation that goes on in the next line
+            continue
+        whole = ""
         if words[:1] == [program]:
             yield words[1:]
 
@@ -63,6 +70,12 @@ def check_command(words: Sequence[str]) -> None:
         name, command, rest = command.resolve_command(context, rest)
         context = command.make_context(name, list(rest), parent=context)
     values = context.params
+    if words[0] == "compare":
+        recipes, overrides = split_arguments(values["arguments"])
+        for recipe in recipes:
+            found = sorted(ROOT.glob(recipe)) or [recipe]  # the shell expands stars
+            for path in found:
+                load_recipe(path, overrides)
     if "recipe" in values:
         schemas: dict[str, type[RecipeModel]] = {
             "pretrain": PretrainRecipe,
@@ -135,6 +148,8 @@ def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> No
         ("trian recipes/tiny_ocr_grpo.yaml", "trian"),
         ("export runs/x", "target"),
         ("bench rolout", "rolout"),
+        ("compare recipes/compare/grpo.yaml --budget images=9", "seeds"),
+        ("compare recipes/compare/grpo.yaml --seeds 1 --budget images=9 optim.lrr=1", "optim.lr"),
         ("bench step recipes/tiny_ocr_grpo.yaml run.sed=1", "run.seed"),
     ],
 )

@@ -1,7 +1,7 @@
 """A served reward may move between a run and its continuation."""
 
 from rl.config import Recipe
-from rl.run import differing_keys
+from rl.run_folder import differing_keys
 
 
 def recipe(**reward: object) -> Recipe:
