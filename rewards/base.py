@@ -9,7 +9,6 @@ for `images` only.
 from __future__ import annotations
 
 import difflib
-import inspect
 import os
 import re
 import shutil
@@ -38,6 +37,7 @@ REWARDS: dict[str, str] = {
     "composition": "rewards.composition:CompositionReward",
     "edit": "rewards.edit:EditReward",
     "edit_consistency": "rewards.edit_consistency:EditConsistencyReward",
+    "judge": "rewards.judge:JudgeReward",
     "ocr": "rewards.ocr:OCRReward",
 }
 REMOTE = "rewards.remote:RemoteReward"  # behind an address
@@ -177,12 +177,6 @@ def columns_needed(spec: RewardSpec) -> list[str]:
     if spec.is_isolated or spec.is_remote:
         return []
     return needed_columns(_resolve(spec)[1], spec.settings)
-
-
-def needs_settings(name: str) -> bool:
-    """Whether a shipped reward cannot be constructed without settings, such as where a judge is."""
-    parameters = inspect.signature(import_target(REWARDS[name])).parameters.values()
-    return any(parameter.default is parameter.empty for parameter in parameters)
 
 
 def secrets_of(spec: RewardSpec) -> list[str]:

@@ -79,10 +79,10 @@ class Client:
                 problem = f"HTTP {status}: {_message(data)}"
                 if status not in RETRIED:
                     raise Refused(status, problem)
+            except (TimeoutError, urllib3.exceptions.ReadTimeoutError):
+                problem = f"no answer within {attempt_s:g} s"
             except urllib3.exceptions.HTTPError as error:
                 problem = _short(error)
-            except TimeoutError:
-                problem = f"no answer within {attempt_s:g} s"
             pause = self._pause(attempts, asked)
             if time.monotonic() + pause >= deadline:
                 raise GaveUp(f"{problem} (tried {attempts} times)")

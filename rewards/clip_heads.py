@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rl.types import ImageRLError
 
 SIMILARITIES = ("cosine", "clipscore", "logit", "probability")
+STILL = 0.02  # distance of features of length 1 under which a picture has hardly changed
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": nn.functional.relu,
@@ -47,10 +48,13 @@ def similarity(name: str, value: Tensor, scale: float, bias: float) -> Tensor:
 
 
 def direction(pictures: Tensor, references: Tensor, captions: Tensor, before: Tensor) -> Tensor:
-    """Cosine of what changed in the pictures and in the words (arXiv 2108.00946); 0 where nothing did."""
+    """Cosine of what changed in the pictures and in the words (arXiv 2108.00946); next to 0 where next to nothing did.
+
+    A picture that is only encoded in another batch moves by rounding, and that has a direction, too: hence STILL."""
     moved, asked = pictures - references, captions - before
-    lengths = moved.norm(dim=-1) * asked.norm(dim=-1)
-    return (moved * asked).sum(dim=-1) / lengths.clamp(min=1e-6)
+    return (moved * asked).sum(dim=-1) / (
+        moved.norm(dim=-1).clamp(min=STILL) * asked.norm(dim=-1).clamp(min=1e-6)
+    )
 
 
 class PictureHead:

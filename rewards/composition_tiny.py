@@ -11,7 +11,7 @@ from rewards.colours import estimate_background, estimate_ink, score_colours
 from rewards.composition_rule import Found
 
 WORD, BACKGROUND = "word", "background"
-# The inks and grounds of the tiny world; tests hold them to `rl.tiny_world`.
+# The inks and grounds of the tiny world; tests hold them to `rl.tiny.world`.
 INKS = {
     "black": (0, 0, 0),
     "red": (200, 0, 0),
@@ -34,7 +34,7 @@ OUTLINE = 32  # pixels a side, at which outlines are compared
 
 
 def find_words(image: Image.Image, classes: Sequence[str]) -> dict[str, list[Found]]:
-    """The words of a picture of one ink on one ground, told apart by gaps of half their height, and the ground."""
+    """The words of a picture of one ink on one ground, told apart by gaps of half a letter, and the ground."""
     pixels = np.asarray(image.convert("RGB"))
     height, width = pixels.shape[:2]
     ground = estimate_background(pixels)
@@ -44,11 +44,15 @@ def find_words(image: Image.Image, classes: Sequence[str]) -> dict[str, list[Fou
     line = ink - ground
     if np.linalg.norm(line) >= CONTRAST:
         share = (pixels - ground) @ line / (line @ line)
-        ink_name = next((name for name, rgb in INKS.items() if score_colours(pixels, rgb, ground.tolist())[0]), None)
-        for top, bottom in _runs((share > 0.5).any(axis=1), 1):
-            columns = (share[top:bottom] > 0.5).any(axis=0)
-            for left, right in _runs(columns, max(2, (bottom - top) // 2)):
-                if (share[top:bottom, left:right] > 0.5).sum() >= LEAST:
+        ink_name = next(
+            (name for name, rgb in INKS.items() if score_colours(pixels, rgb, ground.tolist())[0]), None
+        )
+        inked = share > 0.5
+        heights = [np.ptp(np.nonzero(letter)[0]) + 1 for letter in regions(inked)]
+        gap = max(2, int(np.median(heights)) // 2) if heights else 2
+        for top, bottom in _runs(inked.any(axis=1), 1):
+            for left, right in _runs(inked[top:bottom].any(axis=0), gap):
+                if inked[top:bottom, left:right].sum() >= LEAST:
                     found[WORD].append(Found((left, top, right, bottom), colour=ink_name))
     return {name: found.get(name, []) for name in classes}
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from rewards.pictures import to_png
+from rewards.pictures import to_quick_png
 from rewards.wire import WireError, pack_request, unpack_reply
 from rl.types import ImageRLError, RewardOutput
 
@@ -76,7 +76,7 @@ class InterpreterReward:
         **columns: list[Any],
     ) -> RewardOutput:
         try:
-            body = pack_request(prompts, completions, images, columns, to_png)
+            body = pack_request(prompts, completions, images, columns, to_quick_png)
         except WireError as error:
             raise ImageRLError(f"reward {self._label!r}: {error}") from error
         reason = ""

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from typing import Any
 
 from PIL import Image
 
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def to_png(picture: Any) -> bytes | None:
-    """A PIL picture as a PNG file, lossless; modes that PNG has not become RGB. None for what is no picture."""
+    """A PIL picture as a small PNG file, lossless; modes that PNG has not become RGB. None for what is no picture."""
     if not isinstance(picture, Image.Image):
         return None
     if picture.mode not in PNG_MODES:
         picture = picture.convert("RGB")
     file = io.BytesIO()
-    picture.save(file, "PNG", compress_level=1)  # a few times faster than the default, a few per cent larger
+    picture.save(file, "PNG")
     return file.getvalue()
+
+
+def to_quick_png(picture: Any) -> bytes | None:
+    """The same, not compressed: a third to a half larger, and many times faster to write and read."""
+    if not isinstance(picture, Image.Image) or picture.mode != "RGB":
+        return to_png(picture)
+    width, height = picture.size
+    pixels, stride = picture.tobytes(), 3 * width
+    rows = b"".join(b"\0" + pixels[start : start + stride] for start in range(0, len(pixels), stride))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits a channel, RGB
+    return (
+        SIGNATURE
+        + _chunk(b"IHDR", header)
+        + _chunk(b"IDAT", zlib.compress(rows, level=0))
+        + _chunk(b"IEND", b"")
+    )
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def open_png(data: bytes) -> Image.Image:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rewards.client import Client, GaveUp, Refused, secret
-from rewards.pictures import to_png
+from rewards.pictures import to_quick_png
 from rewards.wire import Reply, WireError, pack_request, unpack_reply
 from rl.types import ImageRLError, RewardOutput
 
@@ -31,7 +31,7 @@ class RemoteReward:
         self,
         url: str,
         token_env: str = TOKEN_ENV,
-        batch: int = 64,
+        batch: int = 32,
         timeout_s: float = 30.0,
         patience_s: float = 48.0,
     ) -> None:
@@ -75,7 +75,7 @@ class RemoteReward:
                     completions[part],
                     images[part],
                     {name: values[part] for name, values in columns.items()},
-                    to_png,
+                    to_quick_png,
                 )
             except WireError as error:
                 raise ImageRLError(f"reward {self._url}: {error}") from error

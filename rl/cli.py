@@ -19,6 +19,7 @@ from rl.commands.plan import plan
 from rl.commands.pretrain import pretrain
 from rl.commands.reward import reward
 from rl.commands.sample import sample
+from rl.commands.serve import serve
 from rl.commands.sft import sft
 from rl.commands.tokenize import tokenize
 from rl.commands.train import train
@@ -35,6 +36,7 @@ app.command()(train)
 app.command()(sft)
 app.command()(sample)
 app.command()(ask)
+app.command()(serve)
 app.command("eval")(evaluate_model)
 app.command()(tokenize)
 app.command()(export)

@@ -15,9 +15,9 @@ from rl.budget import Budget
 from rl.checkpoint import Checkpoint, save_checkpoint
 from rl.config import Recipe
 from rl.engine import Engine, StateDict
-from rl.evaluate import evaluate
+from rl.evaluation.evaluate import evaluate
 from rl.metrics import MetricsLog, Progress
-from rl.monitors import Watch, watched
+from rl.monitoring.watch import Watch, watched
 from rl.prompt_pictures import with_pictures
 from rl.report import write_report
 from rl.rollout import RolloutEngine
@@ -112,9 +112,10 @@ class Loop:
         with stop_on_signals() as asked_to_stop:
             if self.first is None:
                 self._evaluate(0, log)
+            ended = self.budget.spent or self._ends_early()
             with _progress(total, self.start_step, is_main) as progress:
                 for step in range(self.start_step + 1, total + 1):
-                    if self.budget.spent or self._ends_early():
+                    if ended:
                         break
                     self.engine.share = self.budget.share
                     metrics = self._observe(step, self._step(step - 1))
@@ -130,10 +131,10 @@ class Loop:
                     elif self._due(step, self.recipe.run.sample_every):
                         self._draw_samples(step)
                     stopping = any(self.engine.gather_objects(asked_to_stop()))
-                    ending = last or self._ends_early()
-                    if self._due(step, self.recipe.checkpoint.every) or ending or stopping:
+                    ended = last or self._ends_early()
+                    if self._due(step, self.recipe.checkpoint.every) or ended or stopping:
                         self._save(step)
-                    if stopping and not ending:
+                    if stopping and not ended:
                         self.note(f"stopped after step {step}; continue with --resume")
                         self._finish(log, None)
                         return None
@@ -279,7 +280,7 @@ class Run(Loop):
         log.close()
         if comparison is not None:
             self.folder.write_comparison(comparison, self.recipe.eval.suite, self.done)
-            if self.watch.halts:
+            if self.watch.halts and self.done < self.recipe.run.steps:
                 self.note(f"ended after step {self.done} by monitors.stop; {self._where_best()}")
         self.note(f"report: {write_report(self.folder.path)}")
 

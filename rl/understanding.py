@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rl.evaluate import Evaluation
+from rl.evaluation.evaluate import Evaluation
+from rl.prompt_pictures import with_pictures
 from rl.stats import summarise
 from rl.types import Prompt
 
@@ -36,6 +37,7 @@ def evaluate_answers(suite: str, prompts: Sequence[Prompt], reader: Reader, batc
 
     `accuracy` is over all of them, `accuracy_<asked>` over one kind of question."""
     rows: list[dict[str, Any]] = []
+    prompts = [with_pictures(prompt) for prompt in prompts]
     shown = [prompt.columns["reference"] for prompt in prompts]
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]

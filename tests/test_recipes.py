@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from rl.algorithms import ALGORITHMS
-from rl.clip_config import ClipRecipe
-from rl.comparison import refuse_incomparable
+from rl.comparison.plan import refuse_incomparable
 from rl.config import Recipe, load_recipe
-from rl.flow_algorithms import FLOW_ALGORITHMS
-from rl.pretrain_config import PretrainRecipe
+from rl.flow.algorithms import FLOW_ALGORITHMS
+from rl.pretraining.clip_config import ClipRecipe
+from rl.pretraining.config import PretrainRecipe
 from rl.recipe import RecipeModel, load_yaml_recipe, read_recipe
 from rl.run_folder import differing_keys
-from rl.sft_config import SFTRecipe
+from rl.sft.config import SFTRecipe
 
 SCHEMAS: dict[str, type[RecipeModel]] = {
     "train": Recipe,

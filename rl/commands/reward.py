@@ -56,7 +56,7 @@ def check_reward(
     from rewards.check import check
     from rewards.check_page import check_page
     from rl.files import write_atomic
-    from rl.tiny_pictures import check_edits, check_pictures
+    from rl.tiny.pictures import check_edits, check_pictures
 
     given = parse_settings(settings or [])
     spec = RewardSpec(target, settings=given, python=python).absolute()
@@ -125,7 +125,7 @@ def parameters_of(spec: RewardSpec, function: Any) -> list[str]:
     """Names that a reward takes; a reward in another process says them itself."""
     from rewards.base import takes
 
-    return getattr(function, "parameters", None) or takes(spec)
+    return list(function.parameters) if spec.is_isolated or spec.is_remote else takes(spec)
 
 
 def parse_settings(entries: Sequence[str]) -> dict[str, Any]:
@@ -142,13 +142,12 @@ def parse_settings(entries: Sequence[str]) -> dict[str, Any]:
 
 
 def _shipped(but: str) -> list[LoadedReward]:
-    """The rewards that ship, without the one that is checked, those that cannot be had without settings, and those
-    whose packages are not installed."""
-    from rewards.base import REWARDS, LoadedReward, load_reward, needs_settings
+    """The rewards that ship, without the one that is checked, and those that lack packages or settings here."""
+    from rewards.base import REWARDS, LoadedReward, load_reward
 
     loaded = []
     for name in REWARDS:
-        if name != but and not needs_settings(name):
+        if name != but:
             with suppress(ImageRLError):
                 loaded.append(LoadedReward(*load_reward(name, **SHIPPED_SETTINGS.get(name, {}))))
     return loaded

@@ -33,6 +33,8 @@ def test_direction_by_hand() -> None:
     assert direction(east, north, north, east).item() == pytest.approx(-1.0)
     assert direction(west, east, north, east).item() == pytest.approx(2**-0.5)  # (-2, 0) against (-1, 1)
     assert direction(east, east, north, east).item() == 0.0
+    rounded = torch.tensor([[1.0, 1e-6]])  # just the direction asked for, but by rounding alone
+    assert direction(rounded, east, north, east).item() == pytest.approx(2**-0.5 * 1e-6 / 0.02)
 
 
 def laion_layout() -> nn.Sequential:

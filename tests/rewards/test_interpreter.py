@@ -1,5 +1,6 @@
 """A reward in another interpreter: one without any of our packages, and what happens when it dies or hangs."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,10 @@ import pytest
 from PIL import Image
 
 from rewards.base import RewardSpec, check_reward, load_spec
-from rewards.interpreter import InterpreterReward
+from rewards.child import read_frame, write_frame
+from rewards.interpreter import CHILD, InterpreterReward
+from rewards.pictures import to_png
+from rewards.wire import pack_request
 from rewards.workers import RewardWorkers
 from rl.types import ImageRLError, RewardRequest
 
@@ -149,6 +153,22 @@ def test_the_process_ends_with_its_reward(folder: Path) -> None:
     del reward
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_it_does_not_outlive_who_started_it(folder: Path) -> None:
+    """Even with the reward at work: a killed scoring process cannot say goodbye."""
+    wanted = {"target": f"{folder}/mine.py:behave", "settings": {"flag": ""}, "columns": None}
+    child = subprocess.Popen([sys.executable, str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        write_frame(child.stdin, json.dumps(wanted).encode())
+        assert json.loads(read_frame(child.stdout) or b"")["parameters"] == ["prompts", "images", "flag"]
+        write_frame(child.stdin, pack_request(["hang"], [[0]], [PICTURE], {}, to_png))
+        child.stdin.close()
+        assert child.wait(timeout=20) == 0
+    finally:
+        child.kill()
+        child.stdout.close()
 
 
 @pytest.mark.parametrize(

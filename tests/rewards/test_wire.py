@@ -2,12 +2,13 @@
 
 import json
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from rewards.pictures import open_png, to_png
+from rewards.pictures import open_png, to_png, to_quick_png
 from rewards.wire import Limits, WireError, pack_reply, pack_request, unpack_reply, unpack_request
 
 
@@ -44,10 +45,11 @@ def test_a_request_comes_back_whole() -> None:
     assert samples["n"] == [2, 0.5] and samples["d"] == [{"a": [1]}, "ü"]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
-def test_odd_modes_survive(mode: str) -> None:
+@pytest.mark.parametrize("write", [to_png, to_quick_png])
+@pytest.mark.parametrize("mode", ["RGB", "1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_pictures_of_any_mode_survive(mode: str, write: Callable[[Image.Image], bytes | None]) -> None:
     sent = picture(0, mode=mode)
-    opened = open_png(to_png(sent) or b"")
+    opened = open_png(write(sent) or b"")
     assert opened.mode == ("RGB" if mode == "CMYK" else mode)
     np.testing.assert_array_equal(np.asarray(opened.convert("RGBA")), np.asarray(sent.convert("RGBA")))
 

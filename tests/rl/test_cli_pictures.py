@@ -12,7 +12,7 @@ from PIL import Image
 from models.building import new_policy
 from models.loading import save_policy
 from rl.cli import main
-from rl.pretrain import captions
+from rl.pretraining.stages import captions
 from tests.micro import MODEL, micro_folder
 
 
@@ -77,7 +77,7 @@ def test_a_picture_is_edited_and_what_is_done_to_it_first_is_said(
         (["eval", "--suite", "understanding", "--ceiling"], "suite 'understanding' draws none"),
         (["eval", "--suite", "ocr", "--copy"], "suite 'ocr' has none"),
         (["eval", "--suite", "edit", "--copy", "--ceiling"], "give only one"),
-        (["eval", "--suite", "reading"], "there is: edit, ocr, understanding"),
+        (["eval", "--suite", "reading"], "there is: clip, composition, edit, ocr, understanding"),
         (["eval", "--suite", "edit", "--n", "99999", "--copy"], "has 889 prompts, not 99999"),
         (["eval", "--suite", "understanding", "--n", "3", "--model", "{place}/drawer"], "trained to edit"),
     ],

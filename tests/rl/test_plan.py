@@ -208,8 +208,10 @@ def test_too_much_is_said() -> None:
     )
 
 
-def test_the_full_size_recipe_says_what_the_plan_says() -> None:
-    path = ROOT / "recipes" / "blip3o_next_ocr_grpo.yaml"
+@pytest.mark.parametrize("name", ["blip3o_next_ocr_grpo.yaml", "blip3o_next_edit_grpo.yaml"])
+def test_the_full_size_recipe_says_what_the_plan_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "recipes" / name
     (line,) = re.findall(r"^# Memory by `imagerl plan`: .*$", path.read_text(), re.MULTILINE)
     said = [float(number) for number in re.findall(r"\d+\.\d", line)]
     assert said == [round(plan.peak / GIB, 1) for plan in plans(load_recipe(path), (1, 2, 4, 8))]

@@ -13,8 +13,8 @@ from models.image_policy import ImagePolicy
 from rl.data import GroupedSampler
 from rl.rollout import encode
 from rl.run import with_sources
-from rl.tiny_edits import edit_set
-from rl.tiny_world import prompt_set
+from rl.tiny.edits import edit_set
+from rl.tiny.world import prompt_set
 from rl.trainer import Trainer
 from rl.types import Prompt
 from tests.models.helpers import edit_policy, random_tokens
@@ -43,10 +43,10 @@ def test_the_first_step_is_on_policy_and_the_second_is_not(size: int) -> None:
     """Sampler, trainer and reference agree on every token of every edit; then the policy leaves the reference."""
     trainer = edit_trainer(f"engine.micro_batch_size={size}")
     first, second = trainer.step(0), trainer.step(1)
-    assert first["policy/logprob_diff_max"] < 1e-4
+    assert first["rollout/logprob_diff_max"] < 1e-4
     assert abs(first["kl/k3"]) < 1e-6 < second["kl/k3"]
     assert first["reward/likeness/std"] > 0 and first["grad_norm"] > 0
-    assert second["policy/logprob_diff_max"] < 1e-4
+    assert second["rollout/logprob_diff_max"] < 1e-4
 
 
 def scores(policy: ImagePolicy, prompts: list[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:

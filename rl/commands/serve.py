@@ -1,0 +1,43 @@
+"""`imagerl serve`: a model that reads pictures, for whoever asks as they ask a hosted one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rl.commands.options import Reader
+
+
+def serve(
+    model: Reader = "tiny_edit",
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0: every interface")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 0,
+    token_env: Annotated[
+        str, typer.Option(help="environment variable with the token that clients send as their key")
+    ] = "IMAGERL_SERVE_TOKEN",
+    name: Annotated[str | None, typer.Option(help="what clients call it; default: the folder's name")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="questions answered together")] = 16,
+) -> None:
+    """Serve a model that answers questions about pictures behind an OpenAI-compatible endpoint."""
+    import torch
+
+    from models.loading import load_policy
+    from models.pictures import prepare_picture
+    from rl.chat_server import chat_app
+    from rl.serving import run_app, token_from
+
+    token = token_from(token_env)
+    policy, _ = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = policy.require_tokenizer()
+
+    @torch.no_grad()
+    def answers(pictures: Sequence[Any], questions: Sequence[str], max_new_tokens: int) -> list[str]:
+        shown = torch.stack([prepare_picture(picture, tokenizer.picture_size) for picture in pictures])
+        return policy.answer(tokenizer.encode(shown.to(policy.device)), questions, max_new_tokens)
+
+    called = name or Path(model).name
+    app = chat_app(answers, called, batch)
+    run_app(app, host, port, token, lambda address: print(f"serving {called} at {address}/v1", flush=True))

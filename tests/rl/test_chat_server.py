@@ -1,0 +1,166 @@
+"""A model of ours behind an OpenAI-compatible endpoint, and as the judge of its own pictures."""
+
+import base64
+import io
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import urllib3
+from PIL import Image
+
+from models.pictures import prepare_picture
+from rewards.judge import JudgeReward
+from rl.chat_server import RequestError, chat_app, parse_chat
+from rl.cli import main
+from rl.errors import ImageRLError
+from tests.micro import micro_folder, micro_policy
+from tests.served import served
+
+HEADERS = {"Authorization": "Bearer of-the-tests"}
+
+
+def data_url(picture: Image.Image, kind: str = "PNG") -> str:
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+RED = Image.new("RGB", (64, 32), "red")
+PICTURE = {"type": "image_url", "image_url": {"url": data_url(RED)}}
+QUESTION = {"type": "text", "text": "what is written?"}
+
+
+def chat(*parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    content = list(parts or (PICTURE, QUESTION))
+    return {"model": "micro", "messages": [{"role": "user", "content": content}], **changes}
+
+
+def test_a_question_is_one_picture_and_all_texts() -> None:
+    body = chat(QUESTION, PICTURE, {"type": "text", "text": "in capitals"}, max_tokens=7)
+    body["messages"].insert(0, {"role": "system", "content": "be brief"})
+    question = parse_chat(body, "micro")
+    assert question.text == "be brief\nwhat is written?\nin capitals" and question.max_new_tokens == 7
+    assert question.picture.size == (64, 32)
+    assert parse_chat(chat(max_completion_tokens=9, max_tokens=7), "micro").max_new_tokens == 9
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ([], "must be a JSON object"),
+        ({"model": "micro"}, "with messages"),
+        (chat(model="gpt"), "no model is named 'gpt' here; there is 'micro'"),
+        (chat(stream=True), "stream and n are not supported"),
+        (chat(response_format={"type": "json_schema"}), "ask without response_format"),
+        (chat(temperature=0.7), "set temperature to 0"),
+        (chat(max_tokens=0), "max_tokens must be"),
+        (chat(max_tokens=True), "max_tokens must be"),
+        (chat(QUESTION), "about one picture, not 0"),
+        (chat(PICTURE, PICTURE, QUESTION), "about one picture, not 2"),
+        (chat(PICTURE), "there is no question"),
+        (chat({"type": "input_audio"}), "of the types text and image_url"),
+        ({"model": "micro", "messages": [{"role": "assistant", "content": "x"}]}, "there is no conversation"),
+        ({"model": "micro", "messages": [{"role": "user", "content": 5}]}, "a text or a list of parts"),
+        (
+            chat({"type": "image_url", "image_url": {"url": "http://169.254.169.254/x.png"}}, QUESTION),
+            "addresses are not fetched",
+        ),
+        (
+            chat({"type": "image_url", "image_url": {"url": "data:image/png;base64,!!!"}}, QUESTION),
+            "cannot be decoded",
+        ),
+        (
+            chat({"type": "image_url", "image_url": {"url": data_url(RED)[:90]}}, QUESTION),
+            "cannot be decoded",
+        ),
+        (
+            chat({"type": "image_url", "image_url": {"url": data_url(RED, "GIF")}}, QUESTION),
+            "cannot be decoded",
+        ),
+    ],
+)
+def test_what_cannot_be_answered_is_said(body: Any, text: str) -> None:
+    with pytest.raises(RequestError, match=text):
+        parse_chat(body, "micro")
+
+
+def test_questions_that_wait_are_answered_together() -> None:
+    batches: list[tuple[int, int]] = []
+    busy, go = threading.Event(), threading.Event()
+
+    def answers(pictures: Sequence[Any], questions: Sequence[str], most: int) -> list[str]:
+        batches.append((len(questions), most))
+        busy.set()
+        assert go.wait(20)
+        return [question.upper() for question in questions]
+
+    with served(chat_app(answers, "micro", batch=4)) as address, ThreadPoolExecutor(8) as threads:
+        url = f"{address}/v1/chat/completions"
+
+        def ask(text: str, most: int = 7) -> str:
+            body = chat(PICTURE, {"type": "text", "text": text}, max_tokens=most)
+            answer = urllib3.request("POST", url, json=body, headers=HEADERS, retries=False, timeout=30)
+            assert answer.status == 200
+            return str(answer.json()["choices"][0]["message"]["content"])
+
+        first = threads.submit(ask, "first")
+        assert busy.wait(20)
+        rest = [threads.submit(ask, f"q{number}") for number in range(5)]
+        other = threads.submit(ask, "longer", 9)
+        time.sleep(1.0)  # in which they come in
+        go.set()
+        assert [first.result(), *(answer.result() for answer in rest), other.result()] == [
+            "FIRST", "Q0", "Q1", "Q2", "Q3", "Q4", "LONGER"
+        ]  # fmt: skip
+    assert batches[0] == (1, 7) and sum(size for size, _ in batches) == 7
+    assert max(size for size, _ in batches) > 1 and (1, 9) in batches
+
+
+def test_errors_reach_the_client() -> None:
+    def answers(*_: Any) -> list[str]:
+        raise ImageRLError("this model has no image tokenizer")
+
+    with served(chat_app(answers, "micro")) as address:
+        url = f"{address}/v1/chat/completions"
+        answer = urllib3.request("POST", url, json=chat(), headers=HEADERS, retries=False)
+        assert answer.status == 400 and "no image tokenizer" in answer.json()["error"]["message"]
+        answer = urllib3.request("POST", url, body=b"{", headers=HEADERS, retries=False)
+        assert answer.status == 400 and "not JSON" in answer.json()["error"]["message"]
+        assert urllib3.request("POST", url, json=chat(), retries=False).status == 401
+        listed = urllib3.request("GET", f"{address}/v1/models", headers=HEADERS, retries=False).json()
+        assert [entry["id"] for entry in listed["data"]] == ["micro"]
+
+
+def test_a_model_judges_by_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a picture through HTTP to the model that `imagerl serve` loads and back: the judge hears what the model
+    says here."""
+    monkeypatch.setenv("IMAGERL_SERVE_TOKEN", "of-the-tests")
+    ready: list[Any] = []
+    monkeypatch.setattr("rl.serving.run_app", lambda *given: ready.append(given))
+    with pytest.raises(SystemExit) as leaving:
+        main(["serve", "--model", str(micro_folder(tmp_path / "micro", seed=3))])
+    assert leaving.value.code == 0
+    app, host, port, token, _ = ready[0]
+    assert (host, port, token) == ("127.0.0.1", 0, "of-the-tests")
+
+    policy, _ = micro_policy(3)
+    tokenizer = policy.require_tokenizer()
+    noise = (torch.rand(2, 32, 64, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
+    pictures = [Image.fromarray(pixels) for pixels in noise]
+    shown = torch.stack([prepare_picture(picture, tokenizer.picture_size) for picture in pictures])
+    with torch.no_grad():
+        said = policy.answer(tokenizer.encode(shown), ["what is written?"] * 2, 8)
+    assert all(text.strip() for text in said)
+    with served(app) as address:
+        judge = JudgeReward(
+            f"{address}/v1", "micro", rubric="read_back", key_env="IMAGERL_SERVE_TOKEN", max_tokens=8
+        )
+        output = judge(prompts=["", ""], images=pictures, target=[said[0], said[1] + said[1]])
+    assert output.rewards[0] == 1.0 and output.breakdown["exact"][0] == 1.0
+    assert 0 <= output.rewards[1] < 1 and output.breakdown["exact"][1] == 0.0
