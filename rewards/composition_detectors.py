@@ -95,10 +95,13 @@ class OpenVocabularyDetector:
         )
         return [
             [
-                Found((box[0], box[1], box[2], box[3]), score)
-                for box, score in zip(result["boxes"].tolist(), result["scores"].tolist(), strict=True)
+                Found(box, score)
+                for box, score in zip(
+                    _within(result["boxes"].tolist(), picture.size), result["scores"].tolist(), strict=True
+                )
+                if box[0] < box[2] and box[1] < box[3]
             ]
-            for result in results
+            for result, picture in zip(results, pictures, strict=True)
         ]
 
 
@@ -125,6 +128,16 @@ class ClipColours:
         ]
         features = self._model.encode_captions(texts).unflatten(0, (len(names), len(COLOURS), len(TEMPLATES)))
         return torch.nn.functional.normalize(features.mean(dim=2), dim=-1)
+
+
+def _within(
+    boxes: Sequence[Sequence[float]], size: tuple[int, int]
+) -> list[tuple[float, float, float, float]]:
+    """Boxes cut off at the rim of a picture: OWLv2 looks at a square that may reach beyond it."""
+    return [
+        (max(0.0, box[0]), max(0.0, box[1]), min(float(size[0]), box[2]), min(float(size[1]), box[3]))
+        for box in boxes
+    ]
 
 
 def _crop(image: Image.Image, box: Sequence[float]) -> Image.Image:

@@ -16,9 +16,10 @@ from rewards.composition import CompositionReward
 from rewards.composition_detectors import ClipColours, OpenVocabularyDetector
 from rewards.composition_rule import Found
 from rewards.composition_tiny import GREY, GROUNDS, INKS, SHAPE_COLOURS, find_words
-from rl import tiny_shapes, tiny_world
-from rl.tiny_pictures import check_pictures
-from rl.tiny_shapes import COLOURS, SHAPES, TAGS, answer, draw, shape_set, specification
+from rl.tiny import shapes as tiny_shapes
+from rl.tiny import world as tiny_world
+from rl.tiny.pictures import check_pictures
+from rl.tiny.shapes import COLOURS, SHAPES, TAGS, answer, draw, shape_set, specification
 from rl.types import ImageRLError, RewardOutput
 
 
@@ -36,7 +37,7 @@ def test_every_true_drawing_is_right_and_every_wrong_one_wrong() -> None:
     """Of all six tags; wrong ones miss a shape, have one too many, another colour, or another place."""
     rng = random.Random(0)
     right, wrong = [], []
-    for number in range(120):
+    for number in range(60):
         line = specification(rng, TAGS[number % 6])
         shapes = answer(rng, line)
         right.append((draw(shapes), line))
@@ -238,9 +239,61 @@ def owlv2(folder: Path) -> str:
     return str(folder)
 
 
-def test_a_detector_of_transformers_gives_boxes_of_the_picture(tmp_path: Path) -> None:
+def grounding_dino(folder: Path) -> str:
+    """Grounding DINO with random weights. It knows phrases by BERT's ids, so the tokenizer has them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import (
+        BertConfig,
+        GroundingDinoConfig,
+        GroundingDinoForObjectDetection,
+        GroundingDinoProcessor,
+        PreTrainedTokenizerFast,
+        SwinConfig,
+    )
+    from transformers.models.grounding_dino.image_processing_pil_grounding_dino import (
+        GroundingDinoImageProcessorPil,
+    )
+
+    ids = {
+        "[PAD]": 0,
+        "[UNK]": 100,
+        "[CLS]": 101,
+        "[SEP]": 102,
+        ".": 1012,
+        "?": 1029,
+        "a": 5,
+        "cup": 6,
+        "dog": 7,
+    }
+    plain = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    plain.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    plain.post_processor = processors.BertProcessing(("[SEP]", 102), ("[CLS]", 101))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, **special)
+    sizes: dict[str, Any] = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = BertConfig(vocab_size=1100, hidden_size=16, max_position_embeddings=32, **sizes)
+    swin = SwinConfig(
+        image_size=64,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=2,
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    layers: dict[str, Any] = {"encoder_layers": 1, "decoder_layers": 1, "num_queries": 6, "d_model": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    torch.manual_seed(0)
+    config = GroundingDinoConfig(backbone_config=swin, text_config=text, max_text_len=32, **layers, **heads)
+    GroundingDinoForObjectDetection(config).save_pretrained(folder)
+    processor = GroundingDinoImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 64})
+    GroundingDinoProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("build", [owlv2, grounding_dino], ids=lambda build: build.__name__)
+def test_a_detector_of_transformers_gives_boxes_of_the_picture(build: Any, tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="OWLv2's preprocessing needs scipy: make install")
-    detector = OpenVocabularyDetector(owlv2(tmp_path), threshold=0.0, max_overlap=0.99, batch_size=2)
+    detector = OpenVocabularyDetector(build(tmp_path), threshold=0.0, max_overlap=0.99, batch_size=2)
     found = detector([halves(), halves().resize((40, 80))], [["cup", "dog"], ["dog"]])
     assert [sorted(one) for one in found] == [["cup", "dog"], ["dog"]]
     for objects in [*found[0].values(), *found[1].values()]:
@@ -249,9 +302,11 @@ def test_a_detector_of_transformers_gives_boxes_of_the_picture(tmp_path: Path) -
         assert [one.confidence for one in objects] == sorted(
             (one.confidence for one in objects), reverse=True
         )
+    assert max(one.box[2] for one in found[0]["dog"]) > 40 >= max(one.box[2] for one in found[1]["dog"])
+    assert max(one.box[3] for one in found[1]["dog"]) <= 80
     alone = detector([halves()], [["dog"]])[0]["dog"]
     assert [one.confidence for one in alone] == pytest.approx(
-        [one.confidence for one in found[0]["dog"]], abs=1e-5
+        [one.confidence for one in found[0]["dog"]], abs=1e-4
     )
     nothing = OpenVocabularyDetector(str(tmp_path), threshold=1.0, max_overlap=0.5)
     assert nothing([halves()], [["cup"]]) == [{"cup": []}]

@@ -3,16 +3,19 @@
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from rewards.base import LoadedReward, load_reward
+from rewards.check import check
 from rewards.clip_models import load_clip
 from rl.cli import main
-from rl.clip_config import ClipRecipe
-from rl.clip_pretrain import PARTS, measure
+from rl.pretraining.clip import PARTS, measure
+from rl.pretraining.clip_config import ClipRecipe
 from rl.recipe import load_yaml_recipe
-from rl.tiny_pictures import check_pictures
+from rl.tiny.pictures import check_edits, check_pictures
 from tests.rewards.clip_folders import need_open_clip
 
 FOLDER = Path(str(files("rewards"))) / "tiny_clip"
@@ -53,18 +56,19 @@ def test_it_measures_as_its_record_says() -> None:
     assert min(told[f"picture/{part}"].mean for part in PARTS) > 0.65
 
 
-@pytest.mark.parametrize("arguments", [["clip", "model=tiny_clip"], ["clip_direction", "model=tiny_clip"]])
-def test_the_rewards_pass_the_check(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    need_open_clip()
-    with pytest.raises(SystemExit) as leaving:
-        main(["reward", "check", *arguments, "--prompts", "6"])
-    assert leaving.value.code == 0, capsys.readouterr()
-
-
-def test_composition_passes_the_check(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as leaving:
-        main(["reward", "check", "composition", "detector=tiny_world", "--prompts", "3"])
-    assert leaving.value.code == 0, capsys.readouterr()
+@pytest.mark.parametrize(
+    ("target", "settings", "make"),
+    [
+        ("clip", {"model": "tiny_clip"}, check_pictures),
+        ("clip_direction", {"model": "tiny_clip"}, check_edits),
+        ("composition", {"detector": "tiny_world"}, check_pictures),
+    ],
+)
+def test_the_rewards_pass_the_check(target: str, settings: dict[str, Any], make: Any) -> None:
+    if target != "composition":
+        need_open_clip()
+    report = check(LoadedReward(*load_reward(target, **settings)), make(4))
+    assert not report.failed
 
 
 @pytest.mark.parametrize("suite", ["clip", "composition"])
