@@ -9,7 +9,8 @@ import numpy as np
 
 from rl.bench.measuring import Report, interleaved
 from rl.decodes import crossed_split
-from rl.rollout import RolloutEngine, reward_request, to_uint8
+from rl.prompt_pictures import with_pictures
+from rl.rollout import RolloutEngine, encode, reward_request, to_uint8
 from rl.types import Prompt, RewardRequest, RewardScores
 
 DECODES = (1, 2, 4)
@@ -35,12 +36,14 @@ def measure(
     ]
     rewards = np.concatenate(totals).reshape(-1, group_size, sampling.decodes)
 
-    some = list(prompts[:4])
-    ids, mask = policy.encode_prompts([prompt.text for prompt in some])
+    some = [with_pictures(prompt) for prompt in prompts[:4]]
+    given = encode(policy, some)
+    ids, mask = given.ids, given.mask
+    drawing = (sampling.guidance, sampling.flow_steps, given.latents)
     uniforms = rollout.uniforms("variance", some, group_size)
     noise = rollout.noise("variance", some, group_size)[:: sampling.decodes]
     trajectory = policy.sample_tokens(ids, mask, uniforms, sampling.temperature)
-    pictures = policy.decode(trajectory.hidden, noise, sampling.guidance, sampling.flow_steps)
+    pictures = policy.decode(trajectory.hidden, noise, *drawing)
     (groups,) = rollout.generate(some, group_size, "variance")
     request = reward_request(groups)
     request.images[:: sampling.decodes] = to_uint8(pictures)
@@ -52,7 +55,7 @@ def measure(
     seconds = interleaved(
         {
             "tokens": lambda: policy.sample_tokens(ids, mask, uniforms, sampling.temperature),
-            "decode": lambda: policy.decode(trajectory.hidden, noise, sampling.guidance, sampling.flow_steps),
+            "decode": lambda: policy.decode(trajectory.hidden, noise, *drawing),
             "score": lambda: score(request),
             "update": update,
         },

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
@@ -7,9 +10,10 @@ from models.image_policy import ImagePolicy
 from rl.bench.variance import gains, measure
 from rl.decodes import crossed_split
 from rl.rollout import RolloutEngine
+from rl.tiny.edits import edit_set
 from rl.tiny.world import prompt_set
-from rl.types import RewardRequest, RewardScores, SamplingParams
-from tests.models.helpers import lively_policy
+from rl.types import Prompt, RewardRequest, RewardScores, SamplingParams
+from tests.models.helpers import edit_policy, lively_policy
 
 
 def crossed(tokens: float, noise: float, both: float, shape: tuple[int, int, int]) -> np.ndarray:
@@ -65,21 +69,23 @@ def test_signals_are_parts_of_the_variance_of_advantages() -> None:
     assert report["gain/own_4_low"] < expected < report["gain/own_4_high"]
 
 
-@pytest.fixture(scope="module")
-def policy() -> ImagePolicy:
-    return lively_policy()
+def editor() -> ImagePolicy:
+    policy, _ = edit_policy()
+    policy.trainable.requires_grad_(True)
+    return policy
 
 
-def test_measuring(policy: ImagePolicy) -> None:
-    from contextlib import nullcontext
+@pytest.mark.parametrize(("make", "prompts"), [(lively_policy, prompt_set), (editor, edit_set)])
+def test_measuring(make: Callable[[], ImagePolicy], prompts: Callable[[str, int], list[Prompt]]) -> None:
+    policy = make()
 
     def score(request: RewardRequest) -> RewardScores:
         return RewardScores(request.images.mean(axis=(1, 2, 3)) / 255, {}, {}, {})
 
     sampling = SamplingParams(flow_steps=1, shared_noise=True, decodes=2)
     rollout = RolloutEngine(policy, sampling, 0, nullcontext)
-    rewards, seconds = measure(policy, rollout, score, prompt_set("train", 5), 3, 1)
+    rewards, seconds = measure(policy, rollout, score, prompts("train", 5), 3, 1)
     assert rewards.shape == (5, 3, 2) and set(seconds) == {"tokens", "decode", "score", "update"}
     assert all(value > 0 for value in seconds.values())
-    (groups,) = rollout.generate(prompt_set("train", 1), 3, "variance")
+    (groups,) = rollout.generate(prompts("train", 1), 3, "variance")
     assert rewards[0] == pytest.approx(groups[0].images.mean(axis=(1, 2, 3)).reshape(3, 2) / 255, abs=1e-2)
