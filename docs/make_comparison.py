@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rl.comparison_results import Contrast, Results, Standing, collect
+from rl.comparison.results import Contrast, Results, Standing, collect
 from rl.stats import Interval
 
 PICTURE = Path(__file__).with_name("comparison.png")

@@ -13,11 +13,11 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rl.clip_config import ClipRecipe
 from rl.config import Recipe
-from rl.pretrain_config import PretrainRecipe
+from rl.pretraining.clip_config import ClipRecipe
+from rl.pretraining.config import PretrainRecipe
 from rl.recipe import RecipeModel, iter_fields
-from rl.sft_config import SFTRecipe
+from rl.sft.config import SFTRecipe
 
 PAGE = Path(__file__).with_name("recipes.md")
 SCHEMAS: dict[str, type[RecipeModel]] = {

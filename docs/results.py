@@ -20,7 +20,6 @@ COLUMNS = (
     "ink right",
     "background right",
     "KL",
-    "minutes",
 )
 
 
@@ -41,7 +40,6 @@ def row(run: Path) -> list[str]:
         percent("colours/ink"),
         percent("colours/background"),
         f"{steps[-1]['kl/k3']:.4f}",
-        f"{sum(record['time/step_s'] for record in steps) / 60:.1f}",
     ]
 
 

@@ -11,7 +11,7 @@ from rewards.colours import estimate_background, estimate_ink, score_colours
 from rewards.composition_rule import Found
 
 WORD, BACKGROUND = "word", "background"
-# The inks and grounds of the tiny world; tests hold them to `rl.tiny_world`.
+# The inks and grounds of the tiny world; tests hold them to `rl.tiny.world`.
 INKS = {
     "black": (0, 0, 0),
     "red": (200, 0, 0),

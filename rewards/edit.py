@@ -25,7 +25,7 @@ class EditReward:
     absolute, in 0..1) and `kept_similarity` (SSIM) against the ideal over the pixels in which reference and ideal
     agree, None where there are none.
 
-    Wants the columns of `rl.tiny_edits`: `target`, `ink_rgb`, `background_rgb`, `edited`, `reference`, `ideal`.
+    Wants the columns of `rl.tiny.edits`: `target`, `ink_rgb`, `background_rgb`, `edited`, `reference`, `ideal`.
     Settings are those of `OCRReward`."""
 
     __name__ = "edit"

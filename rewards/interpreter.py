@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -24,6 +25,7 @@ START_S = 280.0  # to import and construct; the actor around it has 300
 ATTEMPTS = 2  # of one call, when the process dies under it
 PATIENCE_S = 48.0  # of one call, unless told
 MOST_PRINTED = 2**20  # bytes kept of what it prints
+PIPE_BYTES = 2**20
 CHILD = Path(__file__).with_name("child.py")
 # Of the environment: what would show the interpreter our packages.
 OURS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
@@ -117,6 +119,8 @@ class InterpreterReward:
             )
         except OSError as error:
             raise ImageRLError(f"reward {self._label!r}: {self._python} does not start: {error}") from error
+        assert process.stdin is not None
+        _prepare(process.stdin.fileno())
         self._process = process
         self._stop = weakref.finalize(self, _stop, process)
         try:
@@ -165,6 +169,14 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
                 stream.close()
     process.kill()
     process.wait()
+
+
+def _prepare(descriptor: int) -> None:
+    """Makes writing to a pipe return instead of wait, and the pipe large where the system lets us: with 64 KiB the two
+    processes would take turns a thousand times for a large picture."""
+    os.set_blocking(descriptor, False)
+    with contextlib.suppress(AttributeError, OSError):
+        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def _wait(descriptor: int, writing: bool, deadline: float) -> None:

@@ -16,6 +16,7 @@ from rl.types import ImageRLError
 FOLDER = Path(__file__).with_name("rubrics")
 COMBINE = ("mean", "geometric", "min")
 REASON = "reason"  # what a judge writes before its marks
+COSTS = ("time_s", "tokens_in", "tokens_out", "cost", "cached", "retries")  # logged beside the marks
 MOST_MARKS = 101
 
 
@@ -190,7 +191,7 @@ def _questions(entries: Any) -> tuple[Question, ...]:
         raise ValueError("questions must be a mapping with at least one question")
     questions = []
     for name, entry in entries.items():
-        if not isinstance(name, str) or not name.isidentifier() or name == REASON:
+        if not isinstance(name, str) or not name.isidentifier() or name in (REASON, *COSTS):
             raise ValueError(f"{name!r} cannot be the name of a question")
         if not isinstance(entry, dict):
             raise ValueError(f"question {name!r} must be a mapping with ask and most")

@@ -18,7 +18,7 @@ from rl.algorithms import (
     RatioLevel,
     Scale,
 )
-from rl.flow_config import FlowConfig
+from rl.flow.config import FlowConfig
 from rl.recipe import RecipeModel
 
 GRPO = ALGORITHMS["grpo"]

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rl.algorithm_config import AlgorithmConfig
 from rl.engine_config import CheckpointConfig, EngineConfig, LoraConfig, OptimConfig
-from rl.monitor_config import MonitorsConfig
+from rl.monitoring.config import MonitorsConfig
 from rl.recipe import Loc, RecipeModel, load_yaml_recipe
 from rl.reward_config import RewardsConfig, RewardSpec
 

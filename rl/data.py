@@ -49,19 +49,19 @@ class PromptSet:
 
 
 def _tiny_world(split: str, size: int | None, seed: int) -> list[Prompt]:
-    from rl.tiny_world import prompt_set
+    from rl.tiny.world import prompt_set
 
     return prompt_set(split, size, seed)
 
 
 def _tiny_composition(split: str, size: int | None, seed: int) -> list[Prompt]:
-    from rl.tiny_world import composition_set
+    from rl.tiny.world import composition_set
 
     return composition_set(split, size, seed)
 
 
 def _tiny_edits(split: str, size: int | None, seed: int) -> list[Prompt]:
-    from rl.tiny_edits import edit_set
+    from rl.tiny.edits import edit_set
 
     return edit_set(split, size, seed)
 

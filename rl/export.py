@@ -29,8 +29,8 @@ from rl.halves import trained_module
 from rl.metrics import read_metrics, to_json
 from rl.recipe import validate_recipe
 from rl.seeding import generator
-from rl.sft_config import AnyRecipe, SFTRecipe
-from rl.sft_objective import sft_module
+from rl.sft.config import AnyRecipe, SFTRecipe
+from rl.sft.objective import sft_module
 
 PROOF_PROMPTS = (
     'a sign that says "RIVER" in red on a white background',

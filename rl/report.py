@@ -21,8 +21,8 @@ from PIL import Image
 from rl.charts import SMOOTH_FROM, Chart, Series, as_float, render, training_charts
 from rl.files import write_atomic
 from rl.metrics import is_timing, read_metrics
-from rl.monitor_config import MonitorsConfig
-from rl.monitor_report import alarms, monitor_charts
+from rl.monitoring.config import MonitorsConfig
+from rl.monitoring.report import alarms, monitor_charts
 from rl.stats import HEADLINES, compare, headline
 
 MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
@@ -326,6 +326,10 @@ def _span(interval: Mapping[str, float | None] | None, rate: bool = False, sign:
 
 
 def _command(argv: Any) -> str:
-    """A command line to paste: the program by its bare name, arguments quoted for a shell."""
+    """A command line to paste: the program by its bare name, `imagerl` where it was started as a module, arguments
+    quoted for a shell."""
     words = [str(word) for word in argv] if isinstance(argv, list) else []
-    return shlex.join([Path(words[0]).name, *words[1:]]) if words else ""
+    if not words:
+        return ""
+    program = Path(words[0]).name
+    return shlex.join(["imagerl" if program == "cli.py" else program, *words[1:]])

@@ -15,9 +15,9 @@ from rl.budget import Budget
 from rl.checkpoint import Checkpoint, save_checkpoint
 from rl.config import Recipe
 from rl.engine import Engine, StateDict
-from rl.evaluate import evaluate
+from rl.evaluation.evaluate import evaluate
 from rl.metrics import MetricsLog, Progress
-from rl.monitors import Watch, watched
+from rl.monitoring.watch import Watch, watched
 from rl.prompt_pictures import with_pictures
 from rl.report import write_report
 from rl.rollout import RolloutEngine

@@ -10,13 +10,13 @@ from typing import Any
 
 from rl.checkpoint import CHECKPOINTS, latest_checkpoint, step_of
 from rl.errors import ImageRLError
-from rl.evaluate import Evaluation
+from rl.evaluation.evaluate import Evaluation
 from rl.files import is_temporary, write_atomic
 from rl.metrics import METRICS_FILE, image_grid, save_image, to_json
-from rl.monitor_config import MonitorsConfig
+from rl.monitoring.config import MonitorsConfig
 from rl.recipe import load_yaml_recipe
 from rl.reward_config import without_addresses
-from rl.sft_config import AnyRecipe
+from rl.sft.config import AnyRecipe
 
 RECIPE_FILE = "recipe.yaml"
 MODEL = "model"  # what supervised training leaves

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 CLOSING_S = 5.0  # for requests under way when the server is told to stop
 SHORTEST_TOKEN = 8
+READ_BYTES = (
+    2**22
+)  # read ahead of a body: with 64 KiB both sides take turns hundreds of times for large pictures
 
 
 def token_from(variable: str) -> str:
@@ -61,7 +64,7 @@ async def serve(
     Raises ImageRLError when it cannot listen there."""
     from aiohttp import web
 
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSING_S)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSING_S, read_bufsize=READ_BYTES)
     await runner.setup()
     try:
         try:

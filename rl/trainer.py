@@ -20,10 +20,10 @@ from rl.config import Recipe
 from rl.data import GroupedSampler
 from rl.decodes import average_decodes, variance_split
 from rl.engine import Engine
-from rl.flow_actor import FlowActor
+from rl.flow.actor import FlowActor
 from rl.halves import FLOW, TOKENS, trained_halves
 from rl.metrics import PhaseTimer
-from rl.picture_stats import group_stats, mean_of_groups
+from rl.monitoring.picture_stats import group_stats, mean_of_groups
 from rl.resampling import Drawn, resample
 from rl.reward_stats import mixing_metrics
 from rl.rollout import RolloutEngine, reward_request
@@ -39,7 +39,7 @@ Batches = list[Any]  # one per actor
 
 class Trainer:
     """Every algorithm of `rl.algorithms` on the tokens of the autoregressive half, every one of
-    `rl.flow_algorithms` on the denoising steps of the decoder, or both in one step from the same rewards."""
+    `rl.flow.algorithms` on the denoising steps of the decoder, or both in one step from the same rewards."""
 
     def __init__(
         self,

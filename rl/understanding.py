@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rl.evaluate import Evaluation
+from rl.evaluation.evaluate import Evaluation
 from rl.prompt_pictures import with_pictures
 from rl.stats import summarise
 from rl.types import Prompt

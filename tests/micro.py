@@ -11,7 +11,7 @@ import torch
 from models.building import new_policy
 from models.image_policy import ImagePolicy
 from models.loading import save_policy
-from rl.pretrain import captions
+from rl.pretraining.stages import captions
 
 MODEL: dict[str, Any] = {
     "qwen3": {

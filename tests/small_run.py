@@ -23,7 +23,7 @@ from rl.engine import Engine
 from rl.halves import freeze_references, lr_factor, trained_module
 from rl.recipe import apply_override, validate_recipe
 from rl.rollout import RolloutEngine, training_sampling
-from rl.tiny_world import prompt_set
+from rl.tiny.world import prompt_set
 from rl.trainer import Trainer
 from rl.types import RewardRequest, RewardScores
 from tests.micro import micro_policy

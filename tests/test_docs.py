@@ -19,16 +19,16 @@ from rewards.base import LoadedReward, load_reward
 from rewards.scoring import call_reward
 from rl.advantages import group_advantages
 from rl.cli import app
-from rl.clip_config import ClipRecipe
-from rl.comparison import split_arguments
+from rl.comparison.plan import split_arguments
 from rl.config import Recipe, load_recipe
-from rl.flow_actor import PER_ACTION as FLOW_PER_ACTION
-from rl.monitor_config import MonitorsConfig
-from rl.monitors import Watch
-from rl.picture_stats import group_stats, mean_of_groups
-from rl.pretrain_config import PretrainRecipe
+from rl.flow.actor import PER_ACTION as FLOW_PER_ACTION
+from rl.monitoring.config import MonitorsConfig
+from rl.monitoring.picture_stats import group_stats, mean_of_groups
+from rl.monitoring.watch import Watch
+from rl.pretraining.clip_config import ClipRecipe
+from rl.pretraining.config import PretrainRecipe
 from rl.recipe import RecipeModel, load_yaml_recipe
-from rl.sft_config import SFTRecipe
+from rl.sft.config import SFTRecipe
 from rl.step_metrics import OTHER_SUMS, PER_ACTION, update_metrics
 from rl.types import Prompt, RewardRequest, RolloutGroup
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from rl.algorithms import ALGORITHMS
-from rl.clip_config import ClipRecipe
-from rl.comparison import refuse_incomparable
+from rl.comparison.plan import refuse_incomparable
 from rl.config import Recipe, load_recipe
-from rl.flow_algorithms import FLOW_ALGORITHMS
-from rl.pretrain_config import PretrainRecipe
+from rl.flow.algorithms import FLOW_ALGORITHMS
+from rl.pretraining.clip_config import ClipRecipe
+from rl.pretraining.config import PretrainRecipe
 from rl.recipe import RecipeModel, load_yaml_recipe, read_recipe
 from rl.run_folder import differing_keys
-from rl.sft_config import SFTRecipe
+from rl.sft.config import SFTRecipe
 
 SCHEMAS: dict[str, type[RecipeModel]] = {
     "train": Recipe,
@@ -57,7 +57,7 @@ def test_compared_recipes_differ_in_their_algorithm_alone() -> None:
         changed = {key for key in differing_keys(shared, recipe) if not key.startswith("algorithm.")}
         assert changed <= may_differ, path.name
         rollout = recipe.rollout
-        assert rollout.prompts_per_step * rollout.group_size * rollout.decodes == 96
+        assert rollout.prompts_per_step * rollout.group_size * rollout.decodes == 48
         assert recipe.algorithm.updates_per_rollout == 2
     refuse_incomparable({path.stem: load_recipe(path) for path in COMPARED})
 

@@ -28,8 +28,8 @@ def bench_rollout(
     json: ReportFile = None,
 ) -> None:
     """Sampling and decoding, beside transformers' generate with the same weights and lengths."""
-    from rl import bench as benchmarks
-    from rl.tiny_world import prompt_set
+    from rl.bench import measuring as benchmarks
+    from rl.tiny.world import prompt_set
 
     policy, rollout = loaded_rollout(model, 0, 1.0, None, None)
     report = benchmarks.bench_rollout(policy, rollout, prompt_set("train", prompts), group_size, repeats)
@@ -44,7 +44,7 @@ def bench_step(
     json: ReportFile = None,
 ) -> None:
     """Whole training steps of a recipe: tokens trained, share of each phase, reward time that nothing hides."""
-    from rl import bench as benchmarks
+    from rl.bench import measuring as benchmarks
 
     benchmarks.show(trained_steps(recipe, overrides or [], steps), json)
 
@@ -60,8 +60,8 @@ def bench_rewards(
     """Each reward of a recipe on the pictures of one step, and how much of the scoring training waits for."""
     from rewards.base import RewardSpec, load_rewards
     from rewards.scoring import call_reward
-    from rl import bench as benchmarks
-    from rl.bench_rewards import bench_rewards as measure
+    from rl.bench import measuring as benchmarks
+    from rl.bench.rewards import bench_rewards as measure
     from rl.data import load_prompt_set
     from rl.rollout import reward_request, training_sampling
 
@@ -85,7 +85,7 @@ def trained_steps(recipe: str, overrides: list[str], steps: int) -> dict[str, fl
     import tempfile
 
     from models.loading import load_policy
-    from rl import bench as benchmarks
+    from rl.bench import measuring as benchmarks
 
     with tempfile.TemporaryDirectory() as scratch:
         fixed = [f"run.output_dir={scratch}/run", f"run.steps={steps}", "eval.every=0", "eval.size=2"]
@@ -114,8 +114,8 @@ def bench_variance(
     from models.loading import load_policy
     from rewards.base import RewardSpec, load_rewards
     from rewards.scoring import score_request
-    from rl import bench as benchmarks
-    from rl.bench_variance import gains, measure
+    from rl.bench import measuring as benchmarks
+    from rl.bench.variance import gains, measure
     from rl.data import load_prompt_set
     from rl.halves import trained_module
     from rl.rollout import RolloutEngine, training_sampling
@@ -145,8 +145,8 @@ def bench_algorithms(
     """What each algorithm's update costs over plain GRPO's, on the same tensors."""
     import torch
 
-    from rl import bench as benchmarks
-    from rl.bench_algorithms import bench_algorithms as measure
+    from rl.bench import measuring as benchmarks
+    from rl.bench.algorithms import bench_algorithms as measure
 
     if samples % group_size:
         raise ImageRLError(f"--group-size {group_size} must divide --samples {samples}")
@@ -173,9 +173,9 @@ def bench_model(
     from models.published import full_size_config
     from models.shards import Shards, save_shards
     from models.weights import empty_policy, fill, fill_randomly, full_state
-    from rl import bench as benchmarks
-    from rl.bench_model import bench_model as measure
-    from rl.bench_model import require_memory
+    from rl.bench import measuring as benchmarks
+    from rl.bench.model import bench_model as measure
+    from rl.bench.model import require_memory
     from rl.commands.plan import model_config
 
     if size == "full":

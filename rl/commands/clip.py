@@ -22,12 +22,12 @@ def clip(
 
     from rewards.clip_building import build_tokenizer, new_model, preprocessing, save_model
     from rewards.clip_models import load_clip
-    from rl.clip_config import ClipRecipe
-    from rl.clip_pretrain import fit_clip, measure
     from rl.environment import write_environment
     from rl.files import write_atomic
     from rl.metrics import to_json
-    from rl.pretrain import captions, resolve_device
+    from rl.pretraining.clip import fit_clip, measure
+    from rl.pretraining.clip_config import ClipRecipe
+    from rl.pretraining.stages import captions, resolve_device
     from rl.recipe import load_yaml_recipe
     from rl.seeding import derive_seed
 

@@ -12,8 +12,8 @@ import typer
 from rl.errors import ImageRLError
 
 if TYPE_CHECKING:
-    from rl.comparison import Plan, PlannedRun
-    from rl.comparison_jobs import Outcome
+    from rl.comparison.jobs import Outcome
+    from rl.comparison.plan import Plan, PlannedRun
 
 
 def compare(
@@ -37,7 +37,7 @@ def compare(
     ] = False,
 ) -> None:
     """Train recipes with several seeds at an equal budget, and tell what differs."""
-    from rl.comparison import Plan, label_recipes, parse_budget, split_arguments
+    from rl.comparison.plan import Plan, label_recipes, parse_budget, split_arguments
 
     paths, overrides = split_arguments(arguments)
     if not paths:
@@ -57,8 +57,8 @@ def run_comparison(plan: Plan, folder: Path, jobs: int, resume: bool, keep_basel
     """Run what is missing of a plan, then write page and tables of all that its folder holds.
 
     Raises ImageRLError for what cannot be compared, before anything runs, and at the end when runs failed."""
-    from rl import comparison_jobs
-    from rl.comparison import plan_runs
+    from rl.comparison import jobs as comparison_jobs
+    from rl.comparison.plan import plan_runs
     from rl.environment import write_environment
 
     whole = plan.joined_to(folder, resume, keep_baseline)
@@ -76,9 +76,9 @@ def run_comparison(plan: Plan, folder: Path, jobs: int, resume: bool, keep_basel
 
 def tell(folder: Path, outcomes: dict[PlannedRun, Outcome]) -> None:
     """Write page and tables, and print the verdicts."""
-    from rl.comparison_page import is_rate, sentence, write_comparison_page
-    from rl.comparison_results import collect
-    from rl.comparison_tables import write_tables
+    from rl.comparison.page import is_rate, sentence, write_comparison_page
+    from rl.comparison.results import collect
+    from rl.comparison.tables import write_tables
 
     results = collect(folder)
     write_tables(results, folder)
@@ -96,7 +96,7 @@ def tell(folder: Path, outcomes: dict[PlannedRun, Outcome]) -> None:
 
 def refuse_failures(runs: Sequence[PlannedRun], outcomes: dict[PlannedRun, Outcome]) -> None:
     """Raises ImageRLError when a run failed: the command did not do all it was asked to."""
-    from rl.comparison_jobs import log_path
+    from rl.comparison.jobs import log_path
 
     failed = [run for run in runs if outcomes[run] == "failed"]
     if failed:

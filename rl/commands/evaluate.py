@@ -12,8 +12,8 @@ from rl.errors import ImageRLError
 
 if TYPE_CHECKING:
     from rl.commands.measuring import Drawing
+    from rl.evaluation.suites import Suite
     from rl.stats import Interval
-    from rl.suites import Suite
 
 LAYOUT_ONLY = "it draws for a scorer and measures nothing"
 
@@ -56,7 +56,7 @@ def evaluate_model(
 ) -> None:
     """Measure a model on held-out prompts with 95 % intervals, compare two, or draw for a benchmark's own scorer."""
     from rl.commands.measuring import Drawing
-    from rl.suites import find_suite
+    from rl.evaluation.suites import find_suite
 
     how = Drawing(seed, samples, batch_size, temperature, guidance, flow_steps)
     if layout is not None:
@@ -107,10 +107,10 @@ def compare(
 ) -> None:
     """Measure one or two models, tell and write what came out."""
     from models.loading import model_folder
-    from rl.against import compared
     from rl.commands.measuring import earlier_results, facts_of, measure
+    from rl.evaluation.against import compared
+    from rl.evaluation.kept_pictures import refuse_filled
     from rl.files import write_atomic
-    from rl.kept_pictures import refuse_filled
     from rl.metrics import to_json
 
     if pictures is not None:
@@ -162,7 +162,7 @@ def draw_for_scorer(
 
     from models.fingerprint import model_fingerprint
     from rl.checkpoint import package_versions
-    from rl.layouts import draw, entries_of, samples_of
+    from rl.evaluation.layouts import draw, entries_of, prompts_sha256, samples_of
 
     if prompts is None or pictures is None:
         raise ImageRLError(
@@ -175,6 +175,7 @@ def draw_for_scorer(
     facts = {
         "layout": layout,
         "prompts": len(entries),
+        "prompts_sha256": prompts_sha256(entries),
         "model": model,
         "model_sha256": model_fingerprint(model),
         "seed": how.seed,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rl.errors import ImageRLError
 
 if TYPE_CHECKING:
-    from rl.evaluate import Evaluation, Source
+    from rl.evaluation.evaluate import Evaluation, Source
+    from rl.evaluation.suites import Suite
     from rl.rollout import RolloutEngine
-    from rl.suites import Suite
     from rl.types import Prompt
 
 STAND_INS = ("ground truth", "unchanged sources")  # scored instead of what a model draws
@@ -43,7 +43,7 @@ def facts_of(suite: Suite, prompts: Sequence[Prompt], how: Drawing) -> dict[str,
     Raises ImageRLError for a reward that cannot be imported, or asks for what the prompts do not have."""
     from rewards.base import RewardSpec, check_reward
     from rl.checkpoint import package_versions
-    from rl.suites import fingerprint
+    from rl.evaluation.suites import fingerprint
 
     columns = prompts[0].columns
     rewards, gold = (
@@ -81,8 +81,8 @@ def _score(
     suite: Suite, prompts: Sequence[Prompt], source: Source, how: Drawing, pictures: Path | None
 ) -> Evaluation:
     from rewards.workers import RewardWorkers
-    from rl.evaluate import evaluate
-    from rl.kept_pictures import save_group
+    from rl.evaluation.evaluate import evaluate
+    from rl.evaluation.kept_pictures import save_group
 
     scorer = RewardWorkers(suite.rewards, gold=suite.gold, workers=0, columns=prompts[0].columns)
     return evaluate(
@@ -108,7 +108,7 @@ def _answers(name: str, prompts: Sequence[Prompt], model: str, batch_size: int) 
 
 
 def _perfect(suite: Suite) -> Source:
-    from rl.evaluate import GroundTruth
+    from rl.evaluation.evaluate import GroundTruth
 
     if suite.truth is None:
         raise ImageRLError(
@@ -118,7 +118,7 @@ def _perfect(suite: Suite) -> Source:
 
 
 def _unchanged(suite: Suite, prompts: Sequence[Prompt]) -> Source:
-    from rl.evaluate import GroundTruth
+    from rl.evaluation.evaluate import GroundTruth
 
     if any(prompt.columns.get("reference") is None for prompt in prompts):
         raise ImageRLError(f"--copy scores the sources of edits; suite {suite.name!r} has none")

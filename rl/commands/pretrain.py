@@ -11,7 +11,7 @@ from rl.commands.options import Overrides
 
 if TYPE_CHECKING:
     from models.image_policy import ImagePolicy
-    from rl.pretrain_config import PretrainRecipe
+    from rl.pretraining.config import PretrainRecipe
 
 
 def pretrain(
@@ -21,9 +21,9 @@ def pretrain(
     import torch
 
     from models.loading import load_state, read_weights, save_policy
-    from rl.pretrain import resolve_device
-    from rl.pretrain_config import PretrainRecipe
-    from rl.pretrain_run import pretrain as run_stages
+    from rl.pretraining.config import PretrainRecipe
+    from rl.pretraining.run import pretrain as run_stages
+    from rl.pretraining.stages import resolve_device
     from rl.recipe import load_yaml_recipe
     from rl.seeding import derive_seed
 
@@ -48,8 +48,8 @@ def starting_policy(recipe: PretrainRecipe) -> tuple[ImagePolicy, dict[str, Any]
     from models.building import new_policy
     from models.growing import grow, turns
     from models.loading import load_policy
-    from rl.pretrain import captions
-    from rl.pretrain_tasks import edits, questions
+    from rl.pretraining.stages import captions
+    from rl.pretraining.tasks import edits, questions
 
     seed, vocabulary = recipe.run.seed, recipe.text_tokenizer.vocabulary
     if recipe.init is None:

@@ -57,7 +57,7 @@ def check_reward(
     from rewards.check import check
     from rewards.check_page import check_page
     from rl.files import write_atomic
-    from rl.tiny_pictures import check_edits, check_pictures
+    from rl.tiny.pictures import check_edits, check_pictures
 
     given = parse_settings(settings or [])
     spec = RewardSpec(target, settings=given, python=python).absolute()

@@ -12,11 +12,11 @@ import typer
 
 from rl.commands.options import Overrides, Overwrite, Resume, refuse_both
 from rl.errors import ImageRLError
-from rl.sft_config import ImageDataConfig, SFTRecipe, SourceConfig, load_sft_recipe
+from rl.sft.config import ImageDataConfig, SFTRecipe, SourceConfig, load_sft_recipe
 
 if TYPE_CHECKING:
-    from rl.image_data import ShuffledSource
     from rl.image_files import Limits
+    from rl.sft.image_data import ShuffledSource
 
 
 def sft(
@@ -54,13 +54,13 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
     from models.loading import load_policy, save_policy
     from rl.commands.running import begin_run, open_run
     from rl.engine import Engine
-    from rl.image_data import ImageStream, first_examples
     from rl.image_files import load_example
     from rl.rollout import RolloutEngine
     from rl.run_folder import RunFolder
-    from rl.sft import Collator, SFTTrainer
-    from rl.sft_objective import part_of, sft_module
-    from rl.sft_run import SFTRun
+    from rl.sft.image_data import ImageStream, first_examples
+    from rl.sft.objective import part_of, sft_module
+    from rl.sft.run import SFTRun
+    from rl.sft.trainer import Collator, SFTTrainer
     from rl.types import SamplingParams
 
     data, seed = recipe.data, recipe.run.seed
@@ -124,8 +124,8 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
 
 
 def open_sources(configs: Sequence[SourceConfig], data: ImageDataConfig, seed: int) -> list[ShuffledSource]:
-    from rl.image_data import ShuffledSource
-    from rl.image_sources import open_source
+    from rl.sft.image_data import ShuffledSource
+    from rl.sft.image_sources import open_source
 
     return [
         ShuffledSource(one.path, open_source(one.path, one.caption_field), seed, number, data.open_shards)

@@ -7,7 +7,7 @@ from models.building import build_image_tokenizer, build_text_tokenizer, new_pol
 from models.image_policy import ImagePolicy
 from models.image_tokenizer import FSQTokenizer
 from models.ta_tok import TATokenizer
-from rl.tiny_world import DIGITS, LETTERS
+from rl.tiny.world import DIGITS, LETTERS
 from rl.types import ImageRLError
 from tests.micro import MODEL, micro_policy
 

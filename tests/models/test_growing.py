@@ -5,7 +5,7 @@ import torch
 
 from models.growing import grow, turns
 from models.image_policy import ImagePolicy
-from rl.pretrain import captions
+from rl.pretraining.stages import captions
 from rl.types import ImageRLError
 from tests.micro import micro_policy
 from tests.models.helpers import random_tokens, stir

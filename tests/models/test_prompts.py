@@ -7,7 +7,7 @@ import torch
 
 from models.image_policy import ImagePolicy
 from models.prompts import EDIT, REQUEST, SYSTEM, PromptEncoder
-from rl.pretrain import captions
+from rl.pretraining.stages import captions
 from rl.types import ImageRLError
 from tests.micro import micro_policy
 

@@ -12,7 +12,7 @@ from models.image_policy import ImagePolicy
 from models.loading import load_policy, model_folder
 from rewards.colours import score_colours
 from rl.rollout import encode, to_uint8
-from rl.tiny_edits import edit_set, question_set
+from rl.tiny.edits import edit_set, question_set
 from rl.types import Prompt
 
 FILES = ("README.md", "config.json", "model.safetensors", "pretraining.json", "tokenizer.json")

@@ -12,7 +12,7 @@ from rewards.base import LoadedReward, load_reward
 from rewards.check import CheckReport, check
 from rewards.check_page import check_page
 from rewards.check_ranking import rank, rank_correlation
-from rl.tiny_pictures import KINDS, check_pictures
+from rl.tiny.pictures import KINDS, check_pictures
 from rl.types import RewardOutput
 
 PICTURES = check_pictures(4)

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from rewards.colours import ColoursReward, estimate_background, score_colours
-from rl import tiny_world
-from rl.tiny_world import BACKGROUNDS, INKS, Scene
+from rl.tiny import world as tiny_world
+from rl.tiny.world import BACKGROUNDS, INKS, Scene
 from rl.types import ImageRLError
 
 SCENES = [

@@ -16,9 +16,10 @@ from rewards.composition import CompositionReward
 from rewards.composition_detectors import ClipColours, OpenVocabularyDetector
 from rewards.composition_rule import Found
 from rewards.composition_tiny import GREY, GROUNDS, INKS, SHAPE_COLOURS, find_words
-from rl import tiny_shapes, tiny_world
-from rl.tiny_pictures import check_pictures
-from rl.tiny_shapes import COLOURS, SHAPES, TAGS, answer, draw, shape_set, specification
+from rl.tiny import shapes as tiny_shapes
+from rl.tiny import world as tiny_world
+from rl.tiny.pictures import check_pictures
+from rl.tiny.shapes import COLOURS, SHAPES, TAGS, answer, draw, shape_set, specification
 from rl.types import ImageRLError, RewardOutput
 
 

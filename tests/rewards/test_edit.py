@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from rewards.edit import EditReward, kept_fidelity
-from rl.tiny_edits import PARTS, edit_set
-from rl.tiny_world import Scene, render
+from rl.tiny.edits import PARTS, edit_set
+from rl.tiny.world import Scene, render
 from rl.types import Prompt, RewardOutput
 
 PROMPTS = edit_set("heldout", 6)

@@ -19,9 +19,9 @@ from rewards.edit_consistency import (
     region_to_keep,
     stroke_similarity,
 )
-from rl.tiny_edits import edits_of
-from rl.tiny_pictures import check_edits, repainted
-from rl.tiny_world import FONTS, Scene, render
+from rl.tiny.edits import edits_of
+from rl.tiny.pictures import check_edits, repainted
+from rl.tiny.world import FONTS, Scene, render
 from rl.types import ImageRLError, Prompt
 
 SOURCE = Scene("HOUSE", "black", "white", FONTS[0])

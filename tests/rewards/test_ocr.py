@@ -14,7 +14,7 @@ from rewards.base import LoadedReward, as_trl_reward
 from rewards.ocr import OCRReward, exact_match, join_lines, quoted_text, score_text, target_of
 from rewards.ocr_engine import RECOGNISER, Line, model_folder, wheel_models
 from rewards.scoring import score_request
-from rl import tiny_world
+from rl.tiny import world as tiny_world
 from rl.types import ImageRLError, RewardRequest
 
 

@@ -105,6 +105,7 @@ WHOLE = {"instructions": "i", "show": "{prompt}", "questions": QUESTION}
         ({**WHOLE, "show": "{"}, "write {{ and }} for braces"),
         ({**WHOLE, "questions": {}}, "at least one question"),
         ({**WHOLE, "questions": {"reason": QUESTION["a"]}}, "cannot be the name"),
+        ({**WHOLE, "questions": {"cost": QUESTION["a"]}}, "cannot be the name"),
         ({**WHOLE, "questions": {"a": {"ask": "?"}}}, "whole numbers least < most"),
         ({**WHOLE, "questions": {"a": {"ask": "?", "most": 0}}}, "whole numbers least < most"),
         ({**WHOLE, "questions": {"a": {"ask": "?", "most": 5, "max": 1}}}, "no key 'max'"),

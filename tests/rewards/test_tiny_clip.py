@@ -12,10 +12,10 @@ from rewards.base import LoadedReward, load_reward
 from rewards.check import check
 from rewards.clip_models import load_clip
 from rl.cli import main
-from rl.clip_config import ClipRecipe
-from rl.clip_pretrain import PARTS, measure
+from rl.pretraining.clip import PARTS, measure
+from rl.pretraining.clip_config import ClipRecipe
 from rl.recipe import load_yaml_recipe
-from rl.tiny_pictures import check_edits, check_pictures
+from rl.tiny.pictures import check_edits, check_pictures
 from tests.rewards.clip_folders import need_open_clip
 
 FOLDER = Path(str(files("rewards"))) / "tiny_clip"

@@ -12,7 +12,7 @@ from PIL import Image
 from models.building import new_policy
 from models.loading import save_policy
 from rl.cli import main
-from rl.pretrain import captions
+from rl.pretraining.stages import captions
 from tests.micro import MODEL, micro_folder
 
 

@@ -21,11 +21,11 @@ from rl import export as export_module
 from rl.checkpoint import load_checkpoint
 from rl.cli import main
 from rl.errors import ImageRLError
+from rl.evaluation.suites import SUITES
 from rl.export import PROVENANCE, export, proof_samples, trained_policy
 from rl.metrics import read_metrics
 from rl.rollout import RolloutEngine
-from rl.suites import SUITES
-from rl.tiny_world import prompt_set
+from rl.tiny.world import prompt_set
 from rl.types import SamplingParams
 from tests.micro import micro_folder
 from tests.small_run import low_tokens, write_recipe

@@ -10,7 +10,7 @@ import torch
 from models.image_policy import ImagePolicy
 from rl.rollout import RolloutEngine, reward_request, to_uint8
 from rl.seeding import generator
-from rl.tiny_world import prompt_set
+from rl.tiny.world import prompt_set
 from rl.types import Prompt, RolloutGroup, SamplingParams
 from tests.models.helpers import lively_policy, stir
 

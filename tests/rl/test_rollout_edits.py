@@ -12,8 +12,8 @@ import torch
 from models.image_policy import ImagePolicy
 from rl.errors import ImageRLError
 from rl.rollout import RolloutEngine, encode, reward_request
-from rl.tiny_edits import edit_set
-from rl.tiny_world import prompt_set
+from rl.tiny.edits import edit_set
+from rl.tiny.world import prompt_set
 from rl.types import Prompt, RolloutGroup, SamplingParams
 from tests.models.helpers import edit_policy
 

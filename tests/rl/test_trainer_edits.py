@@ -13,8 +13,8 @@ from models.image_policy import ImagePolicy
 from rl.data import GroupedSampler
 from rl.rollout import encode
 from rl.run import with_sources
-from rl.tiny_edits import edit_set
-from rl.tiny_world import prompt_set
+from rl.tiny.edits import edit_set
+from rl.tiny.world import prompt_set
 from rl.trainer import Trainer
 from rl.types import Prompt
 from tests.models.helpers import edit_policy, random_tokens

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rl.tiny_edits import question_set
+from rl.tiny.edits import question_set
 from rl.understanding import evaluate_answers, same_answer
 
 PROMPTS = question_set("heldout", 9)

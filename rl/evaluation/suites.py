@@ -1,0 +1,198 @@
+"""Evaluation suites: which prompts are drawn, and which rewards measure the pictures. Some by name, others from
+YAML files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, model_validator
+
+from rl.config import PromptSetConfig, RewardSpec
+from rl.errors import ImageRLError
+from rl.recipe import RecipeModel, load_yaml_recipe
+from rl.types import Prompt
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+HELDOUT = 256  # prompts of a named suite, unless told otherwise
+RECOGNISE = {"name": "ocr", "mode": "recognise"}  # the tiny world shows one line of text
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """What one evaluation measures. `rewards` and `gold` are entries as in a recipe; gold ones are never trained on,
+    and told apart in the results. Without rewards the prompts are questions about pictures."""
+
+    name: str
+    prompts: Callable[[int | None], list[Prompt]]  # the first n, all when None
+    rewards: Sequence[Mapping[str, Any]] = ()
+    gold: Sequence[Mapping[str, Any]] = ()
+    truth: Callable[[Prompt], Image.Image] | None = None  # a perfect picture of a prompt
+    model: str = "tiny"  # measured when no other is named
+    size: int | None = HELDOUT  # prompts when no number is given; None: all
+    totals: bool = False  # `reward` is the weighted sum, not the reward of the suite's name
+
+    @property
+    def reads(self) -> bool:
+        """Whether the model answers questions instead of drawing."""
+        return not self.rewards
+
+
+class SuiteFile(RecipeModel):
+    """A suite of one's own."""
+
+    name: str | None = Field(None, min_length=1, description="what results call it; null: the file's name")
+    prompts: PromptSetConfig | list[str | dict[str, Any]] = Field(
+        description="a prompt set as in a recipe's data, or a list of prompts"
+    )
+    rewards: list[RewardSpec] = Field(min_length=1, description="what is measured; weights give the total")
+    gold: list[RewardSpec] = Field(default_factory=list, description="measured beside it, in no total")
+
+    @model_validator(mode="after")
+    def _labels(self) -> SuiteFile:
+        labels = [spec.label for spec in (*self.rewards, *self.gold)]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f'two rewards are called "{label}"; results could not tell them apart')
+        for index, spec in enumerate((*self.rewards, *self.gold)):
+            if spec.scheduled:
+                raise ValueError(f'"{spec.label}" has a schedule; an evaluation has no steps, give a number')
+            if spec.gate and index >= len(self.rewards):
+                raise ValueError(f'gold metric "{spec.label}" is in no total; remove its gate')
+            if spec.gate and spec.gate.by.partition("/")[0] not in labels[: len(self.rewards)]:
+                raise ValueError(f'the gate of "{spec.label}" asks for "{spec.gate.by}", which is no reward')
+        return self
+
+
+def _world(size: int | None) -> list[Prompt]:
+    from rl.tiny.world import prompt_set
+
+    return prompt_set("heldout", size)
+
+
+def _composition(size: int | None) -> list[Prompt]:
+    from rl.tiny.world import composition_set
+
+    return composition_set("heldout", size)
+
+
+def _world_truth(prompt: Prompt) -> Image.Image:
+    from rl.tiny.world import truth
+
+    return truth(prompt)
+
+
+def _edits(size: int | None) -> list[Prompt]:
+    from rl.tiny.edits import edit_set
+
+    return edit_set("heldout", size)
+
+
+def _questions(size: int | None) -> list[Prompt]:
+    from rl.tiny.edits import question_set
+
+    return question_set("heldout", size)
+
+
+def _ideal(prompt: Prompt) -> Image.Image:
+    picture: Image.Image = prompt.columns["ideal"]
+    return picture
+
+
+# A suite is one row.
+SUITES: dict[str, Suite] = {
+    "clip": Suite("clip", _world, [{"name": "clip", "model": "tiny_clip"}], truth=_world_truth),
+    "composition": Suite(
+        "composition", _composition, [{"name": "composition", "detector": "tiny_world"}], truth=_world_truth
+    ),
+    "edit": Suite("edit", _edits, [{"name": "edit", "mode": "recognise"}], truth=_ideal, model="tiny_edit"),
+    "ocr": Suite("ocr", _world, [RECOGNISE], [{"name": "colours"}], truth=_world_truth),
+    "understanding": Suite("understanding", _questions, model="tiny_edit"),
+}
+
+
+def find_suite(name: str) -> Suite:
+    """A suite by name, or from a YAML file.
+
+    Raises ImageRLError: no such suite or file, or a mistake in the file, in one line."""
+    if name in SUITES:
+        return SUITES[name]
+    if Path(name).suffix.lower() in (".yaml", ".yml"):
+        return load_suite(name)
+    known = ", ".join(sorted(SUITES))
+    raise ImageRLError(f"no suite is named {name!r}; there is: {known} (your own: a file such as suite.yaml)")
+
+
+def load_suite(path: str) -> Suite:
+    """A suite from a file of the schema `SuiteFile`. Prompts are read when they are asked for.
+
+    Raises ImageRLError with one line on a mistake."""
+    file = load_yaml_recipe(SuiteFile, path)
+    name = file.name or Path(path).stem
+    named = None if isinstance(file.prompts, list) else file.prompts.name
+
+    def prompts(size: int | None) -> list[Prompt]:
+        from rl.data import inline_prompts, load_prompt_set
+
+        if isinstance(file.prompts, PromptSetConfig):
+            drawn = load_prompt_set(file.prompts)
+        else:
+            drawn = inline_prompts(file.prompts, path)
+        if size is not None and size > len(drawn):
+            raise ImageRLError(f"{drawn.source} has {len(drawn)} prompts, not {size}; ask for fewer")
+        return list(drawn)[:size]
+
+    def truth(prompt: Prompt) -> Image.Image:
+        if named == "tiny_world":
+            return _world_truth(prompt)
+        if prompt.columns.get("ideal") is None:
+            raise ImageRLError(
+                f'suite {name!r} does not say what a perfect picture of "{prompt.text}" is: add a column `ideal`'
+            )
+        return _ideal(prompt)
+
+    return Suite(
+        name,
+        prompts,
+        [spec.model_dump() for spec in file.rewards],
+        [spec.model_dump() for spec in file.gold],
+        truth,
+        size=None,
+        totals=True,
+    )
+
+
+def fingerprint(suite: Suite, prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of what is asked and how it is judged: prompts with their columns and pictures, reward entries, and the
+    files of one's own rewards. Equal fingerprints mean comparable results."""
+    entries = [*suite.rewards, *suite.gold]
+    files = {
+        entry["import_path"]: _file_hash(entry["import_path"])
+        for entry in entries
+        if entry.get("import_path")
+    }
+    asked = [[prompt.index, prompt.text, prompt.columns] for prompt in prompts]
+    content = {"rewards": list(suite.rewards), "gold": list(suite.gold), "files": files, "prompts": asked}
+    text = json.dumps(content, sort_keys=True, default=_told)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _told(value: Any) -> Any:
+    """What stands for a value that JSON does not hold: pictures by their pixels, picture files by their bytes."""
+    if isinstance(value, Path):
+        return hashlib.sha256(value.read_bytes()).hexdigest()
+    if hasattr(value, "tobytes"):
+        size = getattr(value, "size", None)
+        return [str(getattr(value, "mode", "")), str(size), hashlib.sha256(value.tobytes()).hexdigest()]
+    return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+def _file_hash(import_path: str) -> str | None:
+    file = Path(import_path.rpartition(":")[0])
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None

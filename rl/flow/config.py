@@ -1,0 +1,150 @@
+"""The `algorithm.flow` section of a training recipe. Importable without torch."""
+
+from __future__ import annotations
+
+from typing import Any, Self, get_args
+
+from pydantic import Field, model_validator
+
+from rl.flow.algorithms import (
+    FLOW_ALGORITHMS,
+    MATCHING,
+    FlowLoss,
+    FlowName,
+    KLForm,
+    Place,
+    Sampler,
+    Weight,
+)
+from rl.recipe import RecipeModel
+
+ROW = FLOW_ALGORITHMS["flow_grpo"]
+
+
+class FlowLoraConfig(RecipeModel):
+    r: int = Field(32, ge=1, description="rank of the decoder's adapters")
+    alpha: float = Field(64.0, gt=0, description="adapters are scaled by alpha / r")
+    target_modules: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        min_length=1,
+        description="names of the decoder's layers to adapt",
+    )
+
+
+class FlowConfig(RecipeModel):
+    """`name` supplies the defaults that differ between algorithms; the defaults shown here are Flow-GRPO's."""
+
+    name: FlowName = Field("flow_grpo", description="sets the defaults of this section: docs/flow.md")
+    joint: bool = Field(False, description="train the tokens too, in the same steps; else they are frozen")
+    lora: FlowLoraConfig | None = Field(
+        None, description="train adapters of the transformer; null: it and the connector in full"
+    )
+    lr: float | None = Field(None, gt=0, description="the decoder's learning rate; null: optim.lr")
+
+    sampler: Sampler = Field(
+        ROW.sampler, description="how stochastic steps draw; ode (for nft and awm): none is"
+    )
+    noise_level: float = Field(ROW.noise_level, ge=0, description="size of their noise, eta of the papers")
+    window: Place = Field(
+        ROW.window, description="which steps are stochastic and train: all but the last, or a window of them"
+    )
+    window_size: int = Field(ROW.window_size, ge=1, description="steps in a random or sliding window")
+    window_stop: int | None = Field(
+        None, ge=1, description="stochastic steps lie before this one; null: the last"
+    )
+    window_every: int = Field(25, ge=1, description="training steps between moves of a sliding window by one")
+    guidance: float | None = Field(
+        None, ge=0, description="guidance of training rollouts and replay; null: rollout.guidance"
+    )
+    steps: int | None = Field(
+        None, ge=1, description="denoising steps of training rollouts; null: rollout.flow_steps"
+    )
+
+    loss: FlowLoss = Field(ROW.loss, description="what is minimised; the table's names in docs/flow.md")
+    clip_low: float = Field(ROW.clip_low, gt=0, le=1, description="ratios below 1 - clip_low get no gradient")
+    clip_high: float = Field(ROW.clip_high, gt=0, description="ratios above 1 + clip_high get no gradient")
+    kl_threshold: float = Field(
+        1e-5, gt=0, description="flow_dppo: KL from the old policy at which a step stops, nats per dimension"
+    )
+    advantage_max: float = Field(ROW.advantage_max, gt=0, description="advantages are clamped to ± this")
+    beta: float = Field(1.0, gt=0, description="nft: how far the implicit policies lie from the old one")
+    weight: Weight = Field("uniform", description="awm: weight of a noise level")
+    points: int = Field(4, ge=1, description="nft, awm: noise levels that a sample is matched at per update")
+
+    kl_coef: float = Field(
+        ROW.kl_coef,
+        ge=0,
+        description="weight of the KL to the frozen decoder, per step and dimension; 0: none",
+    )
+    kl_form: KLForm = Field(
+        "exact",
+        description="exact, or times the step's length as flow_grpo has it; nft, awm: squared velocities",
+    )
+    max_logprob_diff: float | None = Field(
+        None,
+        gt=0,
+        description="stop when replay differs more from the rollout on a log-prob; null: 1e-5, bf16 0.1",
+    )
+
+    @property
+    def is_matching(self) -> bool:
+        """Whether finished samples are matched, instead of denoising steps scored."""
+        return self.loss in MATCHING
+
+    @model_validator(mode="before")
+    @classmethod
+    def _row(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("name", "flow_grpo") in get_args(FlowName):
+            return {**FLOW_ALGORITHMS[data.get("name", "flow_grpo")].defaults(), **data}
+        return data
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.is_matching != (self.sampler == "ode"):
+            wanted = "ode" if self.is_matching else "sde, dance or cps"
+            raise ValueError(
+                f"algorithm.flow.loss {self.loss} needs another sampler than {self.sampler}; set "
+                f"algorithm.flow.sampler to {wanted}"
+            )
+        if not self.is_matching and self.noise_level == 0:
+            raise ValueError(
+                "algorithm.flow.noise_level is 0: without noise no step has a log-prob; raise it, or train by "
+                "name: nft or awm"
+            )
+        if self.sampler == "cps" and self.noise_level >= 1:
+            raise ValueError(
+                "algorithm.flow.noise_level must be below 1 with sampler cps: at 1 all noise is new"
+            )
+        return self
+
+    def check(self, recipe: Any) -> None:
+        """Raises ValueError where the rest of a training recipe leaves this section impossible."""
+        self._check_steps(self.steps or recipe.rollout.flow_steps)
+        if recipe.engine.zero_stage == 3:
+            raise ValueError(
+                "algorithm.flow samples from the weights it trains; set engine.zero_stage to 2 or less"
+            )
+        if self.joint:
+            return
+        if recipe.model.lora:
+            raise ValueError(
+                "model.lora is of the language model, which does not train; set algorithm.flow.lora, or "
+                "algorithm.flow.joint: true"
+            )
+        if recipe.algorithm.kl_in == "reward" or recipe.algorithm.reference_every:
+            raise ValueError(
+                "algorithm.kl_in: reward and algorithm.reference_every are of the tokens, which do not train; "
+                "remove them, or set algorithm.flow.joint: true"
+            )
+
+    def _check_steps(self, steps: int) -> None:
+        """The last denoising step stays deterministic: noise put in there would stay in the picture."""
+        if self.is_matching:
+            return
+        room = min(steps - 1, self.window_stop or steps)
+        size = 1 if self.window == "all" else self.window_size
+        if size > room:
+            raise ValueError(
+                f"algorithm.flow needs {size} stochastic steps but only {room} of {steps} can be; raise "
+                "algorithm.flow.steps or window_stop, or lower window_size"
+            )

@@ -1,0 +1,103 @@
+"""A pretraining recipe, stage by stage, and the record of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rl.environment import write_environment
+from rl.files import write_atomic
+from rl.pretraining.config import PretrainRecipe
+from rl.pretraining.decoder import fit_decoder
+from rl.pretraining.stages import fit_generator, fit_reconstruction, latent_scale
+from rl.pretraining.tasks import fit_tasks
+
+
+def pretrain(
+    policy: Any, recipe: PretrainRecipe, save: Callable[[Path], None], load: Callable[[Path], None]
+) -> None:
+    """All stages of a recipe, in place. `save` writes the policy as a model folder, `load` fills it from one.
+
+    What a finished stage has made is kept in the output folder and reused, so that an interrupted run continues
+    with the stage it was in."""
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    out, seed, device = Path(recipe.run.output_dir), recipe.run.seed, policy.device
+    out.mkdir(parents=True, exist_ok=True)
+    record = out / "pretrain.jsonl"
+
+    def log(stage: str, step: int, metrics: dict[str, float]) -> None:
+        with record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        print(f"{stage} {step}: {shown}", flush=True)
+
+    if recipe.tokenizer is not None and recipe.autoencoder is not None:
+        fit_reconstructions(policy, recipe, out, log)
+        scale = latent_scale(lambda pixels: policy.decoder.vae.encode(pixels).latent, seed, device)
+        policy.decoder.vae.register_to_config(scaling_factor=scale)
+
+    def language_model(name: str, train: Callable[[Callable[[int], None]], None]) -> None:
+        folder = out / name
+        if folder.is_dir():
+            load(folder)
+            print(f"{name}: kept {folder}")
+        else:
+            train(lambda step: save(out / f"snapshot_{step:06d}"))
+            save(folder)
+
+    if (generator := recipe.generator) is not None:
+        language_model(
+            "generator", lambda snapshot: fit_generator("generator", policy, generator, seed, log, snapshot)
+        )
+    if (tasks := recipe.tasks) is not None:
+        language_model("tasks", lambda snapshot: fit_tasks(policy, tasks, seed, log, snapshot))
+    if recipe.decoder is not None:
+        fit_decoder(policy, recipe.decoder, seed, log)
+    save(out / "model")
+    write_record(out, recipe)
+
+
+def fit_reconstructions(
+    policy: Any, recipe: PretrainRecipe, out: Path, log: Callable[[str, int, dict[str, float]], None]
+) -> None:
+    """The two parts that learn to draw their input again; what an earlier run has finished is kept."""
+    from safetensors.torch import load_file, save_file
+
+    vae, tokenizer = policy.decoder.vae, policy.image_tokenizer
+
+    def autoencode(pixels: Tensor) -> Tensor:
+        return vae.decode(vae.encode(pixels).latent).sample
+
+    parts = (
+        ("tokenizer", tokenizer, tokenizer, recipe.tokenizer),
+        ("autoencoder", vae, autoencode, recipe.autoencoder),
+    )
+    for name, module, reconstruct, stage in parts:
+        weights = out / f"{name}.safetensors"
+        if weights.exists():
+            module.load_state_dict(load_file(weights))
+            print(f"{name}: kept {weights}")
+        elif stage is not None:
+            fit_reconstruction(name, module, reconstruct, stage, recipe.run.seed, policy.device, log)
+            save_file(module.state_dict(), weights)
+
+
+def write_record(out: Path, recipe: PretrainRecipe) -> None:
+    """`pretraining.json` beside the weights: recipe, hardware, minutes and last losses of every stage."""
+    last: dict[str, dict[str, Any]] = {}
+    for line in (out / "pretrain.jsonl").read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        last[values.pop("stage")] = values
+    write_environment(out, [])
+    document = {
+        "recipe": recipe.model_dump(mode="json"),
+        "stages": last,
+        "environment": json.loads((out / "environment.json").read_text(encoding="utf-8")),
+    }
+    write_atomic(out / "model" / "pretraining.json", json.dumps(document, indent=1) + "\n")

@@ -1,0 +1,140 @@
+"""A run of supervised fine-tuning: held-out losses, grids, checkpoints with the place in the data, the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rl.checkpoint import Checkpoint
+from rl.evaluation.evaluate import Evaluation
+from rl.files import atomic_folder
+from rl.image_files import Example
+from rl.metrics import MetricsLog
+from rl.rollout import RolloutEngine, to_uint8
+from rl.run import Loop
+from rl.run_folder import MODEL, RunFolder
+from rl.seeding import generator
+from rl.sft.config import SFTRecipe
+from rl.sft.objective import SFTBatch
+from rl.sft.trainer import SFTTrainer, of_one_kind
+from rl.stats import summarise
+from rl.types import Prompt
+
+SUITE = "heldout"
+
+
+class SFTRun(Loop):
+    """`execute` also leaves the trained model in the run folder, once the last step is done."""
+
+    def __init__(
+        self,
+        recipe: SFTRecipe,
+        folder: RunFolder,
+        trainer: SFTTrainer,
+        heldout: Sequence[Example],
+        rollout: RolloutEngine,
+        checkpoint: Checkpoint | None,
+        save_model: Callable[[Path], None],
+        progress_note: Callable[[str], None] = print,
+    ) -> None:
+        super().__init__(recipe, folder, trainer, checkpoint, progress_note)
+        self.trainer = trainer
+        self.rollout = rollout
+        self.save_model = save_model
+        self.captions = [example.caption for example in heldout]
+        self.drawn = heldout[: recipe.run.sample_prompts]
+        self._batches = self._own_batches(heldout)
+
+    def _own_batches(self, heldout: Sequence[Example]) -> list[tuple[list[int], SFTBatch]]:
+        """This process's held-out samples with their numbers, encoded once; the same noise at every evaluation."""
+        own = list(range(self.engine.rank, len(heldout), self.engine.world_size))
+        batches = []
+        for places in of_one_kind([heldout[n] for n in own], self.recipe.engine.micro_batch_size):
+            numbers = [own[place] for place in places]
+            randomness = [generator(self.recipe.eval.seed, "held-out flow", number) for number in numbers]
+            batches.append((numbers, self.trainer.collate([heldout[n] for n in numbers], randomness)))
+        return batches
+
+    def execute(self, resumed: bool) -> dict[str, Any] | None:
+        comparison = super().execute(resumed)
+        if self.finished:
+            with self.engine.gathered_parameters():
+                if self.engine.is_main:
+                    with atomic_folder(self.folder.path / MODEL, replace=True) as folder:
+                        self.save_model(folder)
+                    self.note(f"model: {self.folder.path / MODEL}")
+                self.engine.barrier()
+        return comparison
+
+    def _state(self) -> dict[str, Any]:
+        return super()._state() | {"data": self.engine.gather_objects(self.trainer.stream.state())}
+
+    def _evaluate(self, step: int, log: MetricsLog | None) -> None:
+        rows: list[dict[str, Any]] = []
+        with self.engine.gathered_parameters():
+            for numbers, batch in self._batches:
+                for number, losses in zip(numbers, self.trainer.measure(batch), strict=True):
+                    rows.append({"index": number, "prompt": self.captions[number], **losses})
+            everyone = self.engine.gather_objects(rows)
+            if self.engine.is_main:
+                gathered = [row for own in everyone for row in own]
+                self._record(step, sorted(gathered, key=lambda row: row["index"]), log)
+                self._draw(step)
+            self.engine.barrier()
+
+    def _record(self, step: int, rows: list[dict[str, Any]], log: MetricsLog | None) -> None:
+        self.first = rows if self.first is None else self.first
+        self.last = rows
+        if not rows:
+            return
+        evaluation = Evaluation(SUITE, summarise(rows), rows, np.zeros((0, 1, 1, 3), np.uint8))
+        self.folder.write_evaluation(evaluation, step, self.recipe.model.path, self.recipe.eval.seed)
+        if log:
+            log.log(step, evaluation.flat())
+        shown = "  ".join(f"{name.replace('_', ' ')} {v.mean:.4f}" for name, v in evaluation.metrics.items())
+        self.note(f"held-out after step {step}: {shown}")
+
+    def _draw_samples(self, step: int) -> None:
+        with self.engine.gathered_parameters():
+            if self.engine.is_main:
+                self._draw(step)
+            self.engine.barrier()
+
+    def _draw(self, step: int) -> None:
+        """A grid of the first held-out captions, on the main process, parameters gathered."""
+        if not self.drawn:
+            return
+        self.trainer.module.eval()
+        self.rollout.policy.refresh_sampler()
+        images: dict[int, np.ndarray] = {}
+        for places in of_one_kind(self.drawn, len(self.drawn)):
+            images |= zip(places, self._pictures(places), strict=True)
+        captions = self.captions[: len(images)]
+        self.folder.save_grid(step, [images[place] for place in sorted(images)], captions)
+
+    @torch.no_grad()
+    def _pictures(self, places: list[int]) -> np.ndarray:
+        """[B, H, W, 3] uint8 of some held-out captions, or of edits, with random numbers of their own."""
+        policy, sampling = self.rollout.policy, self.rollout.sampling
+        examples = [self.drawn[place] for place in places]
+        prompts = [Prompt(place, example.caption) for place, example in zip(places, examples, strict=True)]
+        reference = self.trainer.collate.reference_of(examples)
+        read = () if reference is None else (reference[0],)
+        ids, mask = policy.encode_prompts([prompt.text for prompt in prompts], *read)
+        uniforms, noise = (draw(SUITE, prompts, 1) for draw in (self.rollout.uniforms, self.rollout.noise))
+        trajectory = policy.sample_tokens(ids, mask, uniforms, sampling.temperature)
+        start = () if reference is None else (reference[1],)
+        with self.engine.autocast():
+            pictures = policy.decode(trajectory.hidden, noise, sampling.guidance, sampling.flow_steps, *start)
+        return to_uint8(pictures)
+
+    def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
+        if log is None:
+            return
+        log.close()
+        if comparison:
+            self.folder.write_comparison(comparison, SUITE, self.recipe.run.steps)

@@ -1,0 +1,191 @@
+"""The training step of supervised fine-tuning: samples to batches, batches to one update (arXiv 2510.15857)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rl.engine import Engine
+from rl.image_files import REASONS, Example
+from rl.metrics import PhaseTimer
+from rl.seeding import generator
+from rl.sft.config import SFTRecipe
+from rl.sft.image_data import Drawn, ImageStream
+from rl.sft.objective import SFTBatch, SFTModule, SFTScores, noise_levels, prompt_targets
+
+
+class Collator:
+    """Samples to batches: prompts, tokens and latents by the frozen parts, and random numbers."""
+
+    def __init__(self, policy: Any, engine: Engine) -> None:
+        self.policy = policy
+        self.engine = engine
+
+    @torch.no_grad()
+    def __call__(
+        self, examples: Sequence[Example], randomness: Sequence[torch.Generator], dropout: float = 0.0
+    ) -> SFTBatch:
+        """A batch whose random numbers come from one generator a sample: σ, then dropping, then noise."""
+        policy, decoder = self.policy, self.policy.decoder
+        captions = [example.caption for example in examples]
+        pictures = to_pixels([example.picture for example in examples]).to(policy.device)
+        tokens = policy.tokens_of(pictures)
+        with self.engine.autocast():
+            latents = decoder.encode(pictures).float()
+        reference = self.reference_of(examples)
+        if reference is None:
+            prompt_ids, prompt_mask = policy.encode_prompts(captions)
+        else:
+            prompt_ids, prompt_mask = policy.encode_prompts(captions, reference[0])
+        uniform = torch.stack([torch.rand((), generator=g) for g in randomness])
+        drop = torch.stack([torch.rand((), generator=g) for g in randomness]) < dropout
+        noise = torch.stack([torch.randn(decoder.latent_shape, generator=g) for g in randomness])
+        sigma = noise_levels(uniform, float(decoder.scheduler_config.get("shift", 1.0)))
+        sigma, noise, drop = (part.to(policy.device) for part in (sigma, noise, drop))
+        start = None if reference is None else reference[1]
+        return SFTBatch(prompt_ids, prompt_mask, tokens, latents, sigma, noise, drop, start)
+
+    @torch.no_grad()
+    def reference_of(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor] | None:
+        """Tokens [B, T] and latents [B, C, h, w] of what edits start from; None when the examples are none."""
+        pictures = [example.reference for example in examples if example.reference is not None]
+        if not pictures:
+            return None
+        tokens, latents = self.policy.reference_of(to_pixels(pictures).to(self.policy.device))
+        return tokens, latents.float()
+
+
+def of_one_kind(examples: Sequence[Example], size: int) -> list[list[int]]:
+    """Places of the examples in parts of at most `size`, captions and edits apart: their prompts and conditions have
+    other lengths."""
+    kinds: tuple[list[int], list[int]] = ([], [])
+    for place, example in enumerate(examples):
+        kinds[example.reference is not None].append(place)
+    return [kind[start : start + size] for kind in kinds for start in range(0, len(kind), size)]
+
+
+def to_pixels(pictures: Sequence[np.ndarray]) -> Tensor:
+    """[H, W, 3] uint8 each -> [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class SFTTrainer:
+    """One optimizer step at a time over a stream of samples."""
+
+    def __init__(
+        self, recipe: SFTRecipe, module: SFTModule, stream: ImageStream, collate: Collator, engine: Engine
+    ) -> None:
+        self.recipe = recipe
+        self.module = module
+        self.stream = stream
+        self.collate = collate
+        self.engine = engine
+        self.timer = PhaseTimer(torch.cuda.synchronize if engine.device.type == "cuda" else None)
+
+    def step(self, step: int) -> dict[str, float]:
+        """Train on the next `data.batch_size` samples; returns what to log."""
+        self.timer.start()
+        with self.timer("data"):
+            drawn = self.stream.take(self.recipe.data.batch_size // self.engine.world_size)
+        with self.timer("encode"):
+            batches = self._batches(drawn)
+        with self.timer("update"):
+            metrics = self._update(batches)
+        timing = self.timer.metrics()
+        rate = self.recipe.data.batch_size / timing["time/step_s"]
+        return metrics | self._data_metrics() | timing | {"images_per_s": rate}
+
+    def _batches(self, drawn: Sequence[Drawn]) -> list[SFTBatch]:
+        """This process's samples in microbatches."""
+        seed, dropout = self.recipe.run.seed, self.recipe.objective.condition_dropout
+        batches = []
+        for places in of_one_kind([one.example for one in drawn], self.recipe.engine.micro_batch_size):
+            part = [drawn[place] for place in places]
+            randomness = [generator(seed, "flow", one.number) for one in part]
+            batches.append(self.collate([one.example for one in part], randomness, dropout))
+        return batches
+
+    def _update(self, batches: Sequence[SFTBatch]) -> dict[str, float]:
+        rounds = max(
+            self.engine.gather_objects(len(batches))
+        )  # a mix of kinds may divide less well elsewhere
+        own = {
+            name: sum(counts(self.module, batch)[name] for batch in batches) for name in ("image", "prompt")
+        }
+        totals = self.engine.sum_over_ranks(own)
+        sums: dict[str, Tensor] = {}
+        self.engine.module.train()
+        for number in range(rounds):
+            batch = batches[min(number, len(batches) - 1)]
+            with self.engine.microbatch(last=number == rounds - 1):
+                with self.engine.autocast():
+                    scores = self.engine.module(*batch.inputs())
+                if number >= len(batches):
+                    scores = SFTScores(*(0.0 * values for values in scores))
+                loss = self._loss(scores, totals["image"] + totals["prompt"], self.recipe.data.batch_size)
+                self.engine.backward(loss)
+            for name, value in {"loss": loss, **scores._asdict()}.items():
+                sums[name] = (
+                    sums.get(name, torch.zeros((), dtype=torch.float64)) + value.detach().double().cpu().sum()
+                )
+        grad_norm = self.engine.step()
+        summed = self.engine.sum_over_ranks(sums)
+        metrics = {
+            "loss": summed["loss"],
+            "cross_entropy": summed["image_nll"] / totals["image"],
+            "flow": summed["flow"] / self.recipe.data.batch_size,
+        }
+        if totals["prompt"]:
+            metrics["prompt_cross_entropy"] = summed["prompt_nll"] / totals["prompt"]
+        return metrics | {"grad_norm": grad_norm, "lr": self.engine.lr}
+
+    def _loss(self, scores: SFTScores, positions: float, samples: float) -> Tensor:
+        """Share of some samples in the loss of a batch: means over its predicted tokens and over its pictures."""
+        weights = self.recipe.objective
+        nll = (scores.image_nll + scores.prompt_nll).sum() / positions
+        return weights.cross_entropy_weight * nll + weights.flow_weight * scores.flow.sum() / samples
+
+    def _data_metrics(self) -> dict[str, float]:
+        counted = self.stream.counts
+        own = {"data/seen": float(counted.seen), "data/bad": float(counted.bad.total())}
+        own |= {f"data/bad/{reason}": float(counted.bad[reason]) for reason in REASONS}
+        totals = self.engine.sum_over_ranks(own)
+        epoch = max(self.engine.gather_objects(self.stream.epoch))
+        shown = {key: value for key, value in totals.items() if value or key in ("data/seen", "data/bad")}
+        return {"data/epoch": float(epoch), **shown}
+
+    @torch.no_grad()
+    def measure(self, batch: SFTBatch) -> list[dict[str, float]]:
+        """Losses of each sample of a batch. Within `engine.gathered_parameters`."""
+        self.module.eval()
+        with self.engine.autocast():
+            scores = self.module(*batch.inputs())
+        rows = []
+        for row in range(len(batch.tokens)):
+            one = SFTScores(*(values[row : row + 1] for values in scores))
+            counted = counts(self.module, batch, row)
+            positions = counted["image"] + counted["prompt"]
+            losses = {  # alphabetical, as they come back from a checkpoint
+                "cross_entropy": float(one.image_nll) / counted["image"],
+                "flow": float(one.flow),
+                "loss": float(self._loss(one, positions, 1)),
+            }
+            if counted["prompt"]:
+                losses["prompt_cross_entropy"] = float(one.prompt_nll) / counted["prompt"]
+            rows.append(losses)
+        return rows
+
+
+def counts(module: SFTModule, batch: SFTBatch, row: int | None = None) -> Mapping[str, int]:
+    """Predicted positions of a batch, or of one of its rows: of the image (with its end) and of the prompt."""
+    rows = slice(None) if row is None else slice(row, row + 1)
+    tokens = batch.tokens[rows]
+    prompt = 0
+    if module.on_prompt:
+        columns = module.ar.vocabulary.columns
+        prompt = int(prompt_targets(batch.prompt_ids[rows], batch.prompt_mask[rows], columns)[1].sum())
+    return {"image": tokens.numel() + len(tokens), "prompt": prompt}

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+from models.image_policy import ImagePolicy
+from rl.errors import ImageRLError
+from rl.evaluation.evaluate import Evaluation, evaluate
+from rl.rollout import RolloutEngine
+from rl.tiny.world import prompt_set
+from rl.types import RewardRequest, RewardScores, SamplingParams
+from tests.models.helpers import lively_policy
+
+PROMPTS = prompt_set("heldout", 5)
+
+
+class Brightness:
+    """A scorer with one reward, its part, a gold metric, and one sample that it cannot score."""
+
+    def __init__(self) -> None:
+        self.requests: list[RewardRequest] = []
+        self.gold: list[bool] = []
+        self.open: list[int] = []
+
+    def submit(self, request: RewardRequest, with_gold: bool = False) -> int:
+        self.requests.append(request)
+        self.gold.append(with_gold)
+        self.open.append(len(self.requests) - 1)
+        return len(self.requests) - 1
+
+    def collect(self, ticket: int) -> RewardScores:
+        self.open.remove(ticket)
+        request = self.requests[ticket]
+        value = request.images.mean((1, 2, 3)) / 255
+        value[[target == PROMPTS[3].columns["target"] for target in request.columns["target"]]] = math.nan
+        exact = (value > 0.5).astype(float)
+        return RewardScores(
+            totals=value,
+            components={"ocr": value, "ocr/exact_match": exact, "colours/ink": 1 - value},
+            failures={},
+            reasons={},
+        )
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def policy() -> ImagePolicy:
+    return lively_policy()
+
+
+def run(policy: ImagePolicy, batch_size: int = 2, seed: int = 0) -> tuple[Evaluation, Brightness]:
+    scorer = Brightness()
+    rollout = RolloutEngine(policy, SamplingParams(flow_steps=2), seed, nullcontext)
+    return evaluate("ocr", PROMPTS, rollout, scorer, batch_size), scorer
+
+
+def test_metrics_have_short_names_and_leave_out_what_could_not_be_scored(policy: ImagePolicy) -> None:
+    result, scorer = run(policy)
+    assert set(result.metrics) == {"reward", "exact_match", "colours/ink"}
+    assert set(result.flat()) == {"eval/ocr/reward", "eval/ocr/exact_match", "eval/ocr/colours/ink"}
+    means = result.images.mean((1, 2, 3)) / 255
+    known = np.delete(means, 3)
+    assert result.metrics["reward"].n == 4
+    assert result.flat()["eval/ocr/reward"] == pytest.approx(known.mean())
+    assert result.metrics["colours/ink"].mean == pytest.approx(1 - known.mean())
+    assert result.metrics["reward"].low <= known.mean() <= result.metrics["reward"].high
+    assert [len(request.prompts) for request in scorer.requests] == [2, 2, 1]
+    assert scorer.gold == [True] * 3 and not scorer.open
+
+
+def test_rows_say_which_prompt_they_are_about(policy: ImagePolicy) -> None:
+    result, _ = run(policy)
+    assert [row["index"] for row in result.per_prompt] == [prompt.index for prompt in PROMPTS]
+    assert [row["prompt"] for row in result.per_prompt] == [prompt.text for prompt in PROMPTS]
+    assert math.isnan(result.per_prompt[3]["reward"])
+    assert result.per_prompt[4]["reward"] == pytest.approx(result.images[4].mean() / 255)
+    document = result.to_dict(step=7, model="tiny")
+    assert document["suite"] == "ocr" and document["step"] == 7 and document["n"] == 5
+    assert document["metrics"]["reward"] == {
+        "mean": result.metrics["reward"].mean,
+        "low": result.metrics["reward"].low,
+        "high": result.metrics["reward"].high,
+        "n": 4,
+    }
+    assert document["per_prompt"] == result.per_prompt
+
+
+def test_every_evaluation_uses_the_same_draws(policy: ImagePolicy) -> None:
+    first, _ = run(policy)
+    again, _ = run(policy)
+    assert np.array_equal(first.images, again.images)
+    assert first.flat() == again.flat()
+    whole, _ = run(policy, batch_size=64)
+    assert abs(whole.images.astype(int) - first.images).max() <= 1
+    other, _ = run(policy, seed=1)
+    assert not np.array_equal(first.images, other.images)
+
+
+def test_two_policies_are_compared_on_the_same_random_numbers(policy: ImagePolicy) -> None:
+    seen = []
+
+    class Watched(RolloutEngine):
+        def uniforms(self, *arguments: object) -> object:  # type: ignore[override]
+            seen.append(super().uniforms(*arguments))  # type: ignore[arg-type]
+            return seen[-1]
+
+    for candidate in (policy, lively_policy(seed=5)):
+        rollout = Watched(candidate, SamplingParams(flow_steps=1), 0, nullcontext)
+        evaluate("ocr", PROMPTS, rollout, Brightness(), 5)
+    assert (seen[0] == seen[1]).all()
+
+
+def test_a_reward_cannot_overwrite_a_field(policy: ImagePolicy) -> None:
+    """`exact_match` is a part of the suite's reward, `index` and `prompt` are the row's own."""
+
+    class Clashing(Brightness):
+        def __init__(self, label: str) -> None:
+            super().__init__()
+            self.label = label
+
+        def collect(self, ticket: int) -> RewardScores:
+            scores = super().collect(ticket)
+            scores.components[self.label] = scores.totals
+            return scores
+
+    rollout = RolloutEngine(policy, SamplingParams(flow_steps=2), 0, nullcontext)
+    for label in ("exact_match", "index", "prompt", "reward"):
+        with pytest.raises(ImageRLError, match=f"reward '{label}': an evaluation of 'ocr' has another field"):
+            evaluate("ocr", PROMPTS[:1], rollout, Clashing(label), 1)

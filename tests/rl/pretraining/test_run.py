@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models.image_policy import ImagePolicy
+from models.loading import load_policy, load_state, read_weights, save_policy
+from rl.commands.pretrain import pretrain as pretrain_command
+from rl.errors import ImageRLError
+from rl.pretraining.config import PretrainRecipe
+from rl.pretraining.run import pretrain
+from rl.recipe import validate_recipe
+from tests.micro import MODEL, micro_folder, micro_policy
+
+
+@pytest.mark.parametrize("kept", [["tokenizer"], ["tokenizer", "autoencoder", "generator"]])
+def test_an_interrupted_pretraining_continues_with_the_stage_it_was_in(
+    tmp_path: Path, kept: list[str]
+) -> None:
+    short = {"steps": 2, "batch_size": 2, "bf16": False}
+    out = tmp_path / "out"
+    recipe = PretrainRecipe(
+        kind="pretrain",
+        run={"output_dir": str(out)},
+        text_tokenizer={"vocabulary": 300},
+        model=MODEL,
+        tokenizer=short,
+        autoencoder=short,
+        generator=short,
+        decoder={**short, "batch_size": 8, "pictures": 64},
+    )
+    results = []
+    for attempt in range(2):
+        policy, config = micro_policy()
+        policy.decoder.requires_grad_(True)
+
+        def save(folder: Path, policy: ImagePolicy = policy, config: Any = config) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_policy(policy, folder, config)
+
+        def load(folder: Path, policy: ImagePolicy = policy) -> None:
+            load_state(policy, read_weights(folder), folder)
+
+        pretrain(policy, recipe, save, load)
+        assert policy.decoder.scaling_factor != 1.0
+        results.append(read_weights(out / "model"))
+        if not attempt:
+            made = {"tokenizer.safetensors", "autoencoder.safetensors", "generator"}
+            for name in made - {f"{name}.safetensors" for name in kept} - set(kept):
+                path = out / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+    record = [json.loads(line) for line in (out / "pretrain.jsonl").read_text().splitlines()]
+    stages = [entry["stage"] for entry in record if entry["step"] == 0]
+    everything = ["tokenizer", "autoencoder", "generator", "decoder"]
+    assert stages == everything + [name for name in everything if name not in kept]
+    assert all(math.isfinite(entry["loss"]) and entry["images_per_s"] > 0 for entry in record)
+    facts = json.loads((out / "model" / "pretraining.json").read_text())
+    assert set(facts["stages"]) == set(everything) and facts["recipe"]["generator"]["steps"] == 2
+
+
+SHORT = {"steps": 2, "batch_size": 8, "bf16": False}
+
+
+def test_a_model_that_draws_learns_to_edit_and_to_read(tmp_path: Path) -> None:
+    """The whole command, from a model folder to one that does all three tasks."""
+    import yaml
+
+    begun = micro_folder(tmp_path / "begun")
+    recipe = {
+        "kind": "pretrain",
+        "run": {"output_dir": str(tmp_path / "out")},
+        "init": str(begun),
+        "text_tokenizer": {"vocabulary": 320},
+        "tasks": {**SHORT, "snapshot_every": 1},
+        "decoder": {**SHORT, "renew": False, "edit_share": 0.5, "pictures": 64},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    pretrain_command(str(tmp_path / "recipe.yaml"))
+    old, new = read_weights(begun), read_weights(tmp_path / "out" / "model")
+    kept = [name for name in old if name.startswith(("image_tokenizer.", "model.sana_vae."))]
+    assert kept
+    for name in kept:
+        torch.testing.assert_close(new[name], old[name], rtol=1e-2, atol=1e-2)  # stored as bfloat16
+    assert any(name.startswith("model.und_image_vae_connector.") for name in new)
+    policy, config = load_policy(str(tmp_path / "out" / "model"))
+    assert config["edit"] and (tmp_path / "out" / "snapshot_000001").is_dir()
+    assert isinstance(policy.answer(torch.zeros(1, 8, dtype=torch.long), ["what is written?"], 2)[0], str)
+    facts = json.loads((tmp_path / "out" / "model" / "pretraining.json").read_text())
+    assert set(facts["stages"]) == {"tasks", "decoder"}
+    assert {"draw", "edit", "read"} <= set(facts["stages"]["tasks"])
+
+
+STAGES = dict.fromkeys(("tokenizer", "autoencoder", "generator"), SHORT)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({}, "model, tokenizer, autoencoder, generator must be given where init is not"),
+        ({"init": "tiny"}, "tasks must be given where init is"),
+        ({"init": "tiny", "tasks": SHORT, "generator": SHORT}, "generator must be left out"),
+        ({"model": MODEL, **STAGES, "tasks": SHORT}, "name it as init"),
+        ({"model": MODEL, **STAGES, "decoder": {**SHORT, "edit_share": 0.5}}, "name it as init"),
+    ],
+)
+def test_stages_that_do_not_fit_together_are_refused(sections: dict[str, Any], message: str) -> None:
+    recipe = {"kind": "pretrain", "run": {"output_dir": "x"}, "text_tokenizer": {}, **sections}
+    with pytest.raises(ImageRLError, match=message):
+        validate_recipe(PretrainRecipe, recipe, "recipe.yaml")
