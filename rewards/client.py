@@ -79,7 +79,7 @@ class Client:
                 problem = f"HTTP {status}: {_message(data)}"
                 if status not in RETRIED:
                     raise Refused(status, problem)
-            except (TimeoutError, urllib3.exceptions.TimeoutError):
+            except (TimeoutError, urllib3.exceptions.ReadTimeoutError):
                 problem = f"no answer within {attempt_s:g} s"
             except urllib3.exceptions.HTTPError as error:
                 problem = _short(error)

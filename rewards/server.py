@@ -81,6 +81,8 @@ def reward_app(
             return problem(error.status, str(error))
         except TimeoutError:
             return problem(408, f"the request did not come in within {body_s:g} s")
+        except ConnectionError:  # gave up while it sent; nobody will read this
+            return problem(408, "you left")
         except ImageRLError as error:
             return problem(422, str(error))
         finally:

@@ -176,6 +176,8 @@ def chat_app(answers: Answers, model: str, batch: int = 16, waiting: int = 256) 
             future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             questions.put_nowait((question, future))
             return web.json_response(_completion(model, await future))
+        except ConnectionError:  # gave up while it sent; nobody will read this
+            return problem(408, "you left")
         except (RequestError, ImageRLError) as error:
             return problem(400, str(error))
         finally:

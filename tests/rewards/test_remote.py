@@ -162,6 +162,21 @@ def test_large_and_unfinished_bodies_are_refused() -> None:
             assert b"408" in connection.recv(100)
 
 
+def test_a_client_that_leaves_in_the_middle_is_no_error(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = address.removeprefix("http://").removesuffix("/behave").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(
+            f"POST /behave HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+            "Content-Length: 5000000\r\n\r\nhalf".encode()
+        )
+        time.sleep(0.5)  # the server is reading
+    time.sleep(0.5)
+    assert np.isfinite(ask(RewardWorkers([{"url": address}], workers=0), "a").totals).all()
+    assert [record for record in caplog.records if record.name.startswith("aiohttp")] == []
+
+
 def test_a_busy_server_asks_to_come_again() -> None:
     with served(reward_app("behave", behave, [], waiting=1)) as address:
         reward = RemoteReward(f"{address}/behave", patience_s=10)
