@@ -57,7 +57,7 @@ def test_compared_recipes_differ_in_their_algorithm_alone() -> None:
         changed = {key for key in differing_keys(shared, recipe) if not key.startswith("algorithm.")}
         assert changed <= may_differ, path.name
         rollout = recipe.rollout
-        assert rollout.prompts_per_step * rollout.group_size * rollout.decodes == 48
+        assert rollout.prompts_per_step * rollout.group_size * rollout.decodes == 96
         assert recipe.algorithm.updates_per_rollout == 2
     refuse_incomparable({path.stem: load_recipe(path) for path in COMPARED})
 

@@ -32,7 +32,8 @@ SHIPPED_SETTINGS: dict[str, dict[str, Any]] = {
     "clip": {"model": "tiny_clip"},
     "clip_direction": {"model": "tiny_clip"},
     "composition": {"detector": "tiny_world"},
-    "ocr": {"mode": "recognise"},  # the pictures show one line
+    "edit": {"mode": "recognise"},  # the pictures show one line
+    "ocr": {"mode": "recognise"},
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,9 @@ def test_the_shim_is_only_for_torchvision_that_does_not_fit(monkeypatch: pytest.
     monkeypatch.setattr(clip_packages.importlib, "import_module", fail)
     with pytest.raises(ImageRLError, match=r"another error.*install torch and torchvision of one build"):
         clip_packages.import_open_clip()
+
+
+def test_nobody_else_sees_the_folder_of_open_clip() -> None:
+    """A child that inherits the path would have transformers find a torchvision that does not load there."""
+    need_open_clip()
+    assert str(Path(sys.prefix) / clip_packages.FOLDER) not in sys.path
