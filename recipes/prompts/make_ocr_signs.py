@@ -67,7 +67,10 @@ def main() -> None:
     numbers = random.Random(SEED)
     pool = iter(texts(numbers))
     for split, size in SIZES.items():
-        rows = [{"prompt": prompt(text, numbers), "target": text} for text, _ in zip(pool, range(size), strict=False)]
+        rows = [
+            {"prompt": prompt(text, numbers), "target": text}
+            for text, _ in zip(pool, range(size), strict=False)
+        ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (Path(__file__).parent / f"ocr_signs_{split}.jsonl").write_text(lines, encoding="utf-8")
 
