@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from rl.prompt_pictures import with_pictures
 from rl.report import write_report
 from rl.rollout import RolloutEngine
 from rl.run_folder import PEAK, RunFolder
+from rl.signals import stop_signals
 from rl.stats import compare
 from rl.trainer import Trainer
 from rl.types import Prompt
@@ -58,12 +58,8 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         if os.environ.get("RANK", "0") == "0":  # not by print, which this may have interrupted
             os.write(2, b"imagerl: stopping after this step; once more to stop at once\n")
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with stop_signals(ask):
         yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class Stepper(Protocol):

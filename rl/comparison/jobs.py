@@ -16,6 +16,7 @@ from typing import IO, Literal, Protocol
 
 from rl.comparison.plan import PlannedRun
 from rl.errors import ImageRLError
+from rl.signals import stop_signals
 
 LOCK, LOG = "{}.lock", "{}.log"  # beside the run folder
 Outcome = Literal["finished", "stopped", "failed", "elsewhere"]
@@ -175,9 +176,5 @@ def _counted_signals() -> Iterator[Callable[[], int]]:
         count += 1
         os.write(2, b"imagerl: stopping all runs after their step; once more to stop at once\n")
 
-    previous = {number: signal.signal(number, one_more) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with stop_signals(one_more):
         yield lambda: count
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
