@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 # What pip is told to install as torch. It comes first and alone, so that nothing else picks another build.
 TORCH ?= torch==2.13.0
+# How many processes share the test suite. Each computes with one thread.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet --quiet
@@ -45,7 +47,7 @@ format: $(STAMP) ## let ruff format and mend what it can
 	@$(BIN)/ruff check --fix $(SOURCES)
 
 test: $(STAMP) ## the whole test suite
-	@$(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile
 
 train: $(STAMP) ## post-train the shipped tiny model to spell: recipes/tiny_ocr_grpo.yaml
 	@$(BIN)/imagerl train recipes/tiny_ocr_grpo.yaml --overwrite

@@ -44,7 +44,7 @@ def pretrain(
 
 
 def starting_policy(recipe: PretrainRecipe) -> tuple[ImagePolicy, dict[str, Any]]:
-    """An untrained policy, or `init` made able to learn editing and reading."""
+    """An untrained policy, or `init`, for `tasks` made able to learn editing and reading."""
     from models.building import new_policy
     from models.growing import grow, turns
     from models.loading import load_policy
@@ -55,6 +55,8 @@ def starting_policy(recipe: PretrainRecipe) -> tuple[ImagePolicy, dict[str, Any]
     if recipe.init is None:
         assert recipe.model is not None  # the schema wants one of the two
         return new_policy(recipe.model, captions(seed, 500), vocabulary)
+    if recipe.tasks is None:
+        return load_policy(recipe.init)
     instructions = [edit.instruction for edit in edits(seed, "captions", 0, 500, 1 / 3)]
     asked = questions(seed, "captions", 0, 200, 1 / 3)
     corpus = turns(

@@ -76,10 +76,10 @@ class PretrainRecipe(RecipeModel):
 
     kind: Literal["pretrain"] = Field(description="marks the schema")
     run: PretrainRun
-    text_tokenizer: TextTokenizerConfig
+    text_tokenizer: TextTokenizerConfig = Field(default_factory=TextTokenizerConfig)
     init: str | None = Field(
         None,
-        description="model to begin with: it becomes edit-capable and learns `tasks`; null: build `model`",
+        description="model to begin with: for `tasks` it becomes edit-capable; null: build `model`",
     )
     model: dict[str, Any] | None = Field(
         None, description="qwen3, sana, vae, scheduler, image_tokenizer, latent_size; with `init` its own"
@@ -101,6 +101,6 @@ class PretrainRecipe(RecipeModel):
                 raise ValueError("editing and reading are taught to a model that can draw; name it as init")
         elif given := [name for name, value in new.items() if value is not None]:
             raise ValueError(f"{', '.join(given)} must be left out: init has them already")
-        elif self.tasks is None:
-            raise ValueError("tasks must be given where init is")
+        elif self.tasks is None and self.decoder is None:
+            raise ValueError("tasks, decoder or both must be given where init is")
         return self

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from rl.environment import write_environment
+from rl.errors import ImageRLError
 from rl.files import write_atomic
 from rl.pretraining.config import PretrainRecipe
 from rl.pretraining.decoder import fit_decoder
 from rl.pretraining.stages import fit_generator, fit_reconstruction, latent_scale
 from rl.pretraining.tasks import fit_tasks
+from rl.recipe import load_yaml_recipe
+from rl.run_folder import RECIPE_FILE
+
+STAGES = ("tokenizer", "autoencoder", "generator", "tasks")  # whose weights are kept, in their order
 
 
 def pretrain(
@@ -24,11 +29,13 @@ def pretrain(
     """All stages of a recipe, in place. `save` writes the policy as a model folder, `load` fills it from one.
 
     What a finished stage has made is kept in the output folder and reused, so that an interrupted run continues
-    with the stage it was in."""
+    with the stage it was in. Raises ImageRLError when that was made with other settings."""
+    out, seed, device = Path(recipe.run.output_dir), recipe.run.seed, policy.device
+    refuse_foreign_stages(out, recipe)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / RECIPE_FILE, recipe.to_yaml())
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    out, seed, device = Path(recipe.run.output_dir), recipe.run.seed, policy.device
-    out.mkdir(parents=True, exist_ok=True)
     record = out / "pretrain.jsonl"
 
     def log(stage: str, step: int, metrics: dict[str, float]) -> None:
@@ -61,6 +68,24 @@ def pretrain(
         fit_decoder(policy, recipe.decoder, seed, log)
     save(out / "model")
     write_record(out, recipe)
+
+
+def refuse_foreign_stages(out: Path, recipe: PretrainRecipe) -> None:
+    """Kept weights continue the run that made them only: they fit one seed, one text tokenizer and one start."""
+    kept = [name for name in STAGES if (out / name).is_dir() or (out / f"{name}.safetensors").exists()]
+    if not kept:
+        return
+    file = out / RECIPE_FILE
+    if not file.exists():
+        raise ImageRLError(f"{out} holds {', '.join(kept)}, but no {RECIPE_FILE}; set another run.output_dir")
+    stored, given = load_yaml_recipe(PretrainRecipe, file).model_dump(), recipe.model_dump()
+    changed = [name for name in ("init", "text_tokenizer", "model", *kept) if stored[name] != given[name]]
+    if stored["run"]["seed"] != given["run"]["seed"]:
+        changed.insert(0, "run.seed")
+    if changed:
+        raise ImageRLError(
+            f"{out} was begun with another {', '.join(changed)}; set another run.output_dir, or delete it"
+        )
 
 
 def fit_reconstructions(

@@ -14,9 +14,10 @@ from models.loading import load_policy, load_state, read_weights, save_policy
 from rl.commands.pretrain import pretrain as pretrain_command
 from rl.errors import ImageRLError
 from rl.pretraining.config import PretrainRecipe
-from rl.pretraining.run import pretrain
+from rl.pretraining.run import pretrain, refuse_foreign_stages
 from rl.recipe import validate_recipe
 from tests.micro import MODEL, micro_folder, micro_policy
+from tests.models.helpers import edit_policy
 
 
 @pytest.mark.parametrize("kept", [["tokenizer"], ["tokenizer", "autoencoder", "generator"]])
@@ -98,6 +99,81 @@ def test_a_model_that_draws_learns_to_edit_and_to_read(tmp_path: Path) -> None:
     assert {"draw", "edit", "read"} <= set(facts["stages"]["tasks"])
 
 
+def test_the_decoder_of_a_finished_model_goes_on_learning(tmp_path: Path) -> None:
+    """Without `tasks` the language model, its text tokenizer and what it was taught stay as they are."""
+    import yaml
+
+    begun = tmp_path / "begun"
+    policy, config = edit_policy()
+    begun.mkdir()
+    save_policy(policy, begun, config)
+    recipe = {
+        "kind": "pretrain",
+        "run": {"output_dir": str(tmp_path / "out")},
+        "init": str(begun),
+        "decoder": {**SHORT, "renew": False, "edit_share": 0.5, "pictures": 64},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    pretrain_command(str(tmp_path / "recipe.yaml"))
+    old, new = (read_weights(folder) for folder in (begun, tmp_path / "out" / "model"))
+    assert old.keys() == new.keys()
+    changed = {name for name in old if not torch.equal(old[name].bfloat16(), new[name])}
+    assert {name.split(".")[1] for name in changed} == {
+        "sana",
+        "diffusion_connector",
+        "und_image_vae_connector",
+    }
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / "model" / name).read_bytes() == (begun / name).read_bytes()
+
+
+def test_a_model_that_only_draws_is_not_given_a_decoder_for_edits(tmp_path: Path) -> None:
+    import yaml
+
+    recipe = {
+        "kind": "pretrain",
+        "run": {"output_dir": str(tmp_path / "out")},
+        "init": str(micro_folder(tmp_path / "begun")),
+        "decoder": {**SHORT, "renew": False, "edit_share": 0.5, "pictures": 64},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ImageRLError, match="edit"):
+        pretrain_command(str(tmp_path / "recipe.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"run": {"seed": 1}}, "run.seed"),
+        ({"text_tokenizer": {"vocabulary": 330}}, "text_tokenizer"),
+        ({"tokenizer": {"steps": 3}}, "tokenizer"),
+        ({"model": {"scheduler": {"shift": 3.0}}}, "model"),
+    ],
+)
+def test_weights_kept_from_other_settings_are_refused(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    """A language model under the text tokenizer of another seed would silently learn from other words."""
+    recipe: dict[str, Any] = {
+        "kind": "pretrain",
+        "run": {"output_dir": str(tmp_path)},
+        "text_tokenizer": {"vocabulary": 300},
+        "model": MODEL,
+        **dict.fromkeys(("tokenizer", "autoencoder", "generator"), SHORT),
+    }
+    (tmp_path / "recipe.yaml").write_text(PretrainRecipe(**recipe).to_yaml())
+    refuse_foreign_stages(tmp_path, PretrainRecipe(**recipe | {"text_tokenizer": {"vocabulary": 310}}))
+    (tmp_path / "tokenizer.safetensors").touch()
+    refuse_foreign_stages(tmp_path, PretrainRecipe(**recipe))
+    refuse_foreign_stages(tmp_path, PretrainRecipe(**recipe | {"generator": {**SHORT, "steps": 3}}))
+    changed = {key: {**recipe[key], **value} for key, value in change.items()}
+    with pytest.raises(ImageRLError, match=f"begun with another {named}; set another run.output_dir"):
+        refuse_foreign_stages(tmp_path, PretrainRecipe(**recipe | changed))
+    (tmp_path / "recipe.yaml").unlink()
+    with pytest.raises(ImageRLError, match="no recipe"):
+        refuse_foreign_stages(tmp_path, PretrainRecipe(**recipe))
+
+
 STAGES = dict.fromkeys(("tokenizer", "autoencoder", "generator"), SHORT)
 
 
@@ -105,7 +181,7 @@ STAGES = dict.fromkeys(("tokenizer", "autoencoder", "generator"), SHORT)
     ("sections", "message"),
     [
         ({}, "model, tokenizer, autoencoder, generator must be given where init is not"),
-        ({"init": "tiny"}, "tasks must be given where init is"),
+        ({"init": "tiny"}, "tasks, decoder or both must be given where init is"),
         ({"init": "tiny", "tasks": SHORT, "generator": SHORT}, "generator must be left out"),
         ({"model": MODEL, **STAGES, "tasks": SHORT}, "name it as init"),
         ({"model": MODEL, **STAGES, "decoder": {**SHORT, "edit_share": 0.5}}, "name it as init"),
