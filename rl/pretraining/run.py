@@ -20,6 +20,7 @@ from rl.pretraining.tasks import fit_tasks
 from rl.recipe import load_yaml_recipe
 from rl.run_folder import RECIPE_FILE
 
+RECORD = "pretraining.json"
 STAGES = ("tokenizer", "autoencoder", "generator", "tasks")  # whose weights are kept, in their order
 
 
@@ -114,7 +115,8 @@ def fit_reconstructions(
 
 
 def write_record(out: Path, recipe: PretrainRecipe) -> None:
-    """`pretraining.json` beside the weights: recipe, hardware, minutes and last losses of every stage."""
+    """`pretraining.json` beside the weights: recipe, hardware, minutes and last losses of every stage, and under
+    `init` the same of the model that it began with, where its folder has it."""
     last: dict[str, dict[str, Any]] = {}
     for line in (out / "pretrain.jsonl").read_text(encoding="utf-8").splitlines():
         values = json.loads(line)
@@ -125,4 +127,7 @@ def write_record(out: Path, recipe: PretrainRecipe) -> None:
         "stages": last,
         "environment": json.loads((out / "environment.json").read_text(encoding="utf-8")),
     }
-    write_atomic(out / "model" / "pretraining.json", json.dumps(document, indent=1) + "\n")
+    begun = Path(recipe.init or "", RECORD)
+    if recipe.init is not None and begun.is_file():
+        document["init"] = json.loads(begun.read_text(encoding="utf-8"))
+    write_atomic(out / "model" / RECORD, json.dumps(document, indent=1) + "\n")

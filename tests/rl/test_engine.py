@@ -204,7 +204,7 @@ def test_training_moves_and_clips(one_process: dict[str, Any]) -> None:
 def test_accumulation_equals_one_batch(one_process: dict[str, Any]) -> None:
     accumulated = train(settings(), microbatches=6)
     assert_same_curve(accumulated["curve"], one_process["curve"])
-    assert_same(accumulated["end"]["model"], one_process["end"]["model"], atol=1e-6)
+    assert_same(accumulated["end"]["model"], one_process["end"]["model"], atol=1e-5)
 
 
 def test_deepspeed_alone_trains_like_torch(one_process: dict[str, Any]) -> None:

@@ -107,6 +107,7 @@ def test_the_decoder_of_a_finished_model_goes_on_learning(tmp_path: Path) -> Non
     policy, config = edit_policy()
     begun.mkdir()
     save_policy(policy, begun, config)
+    (begun / "pretraining.json").write_text('{"stages": {"tasks": {"step": 7}}}')
     recipe = {
         "kind": "pretrain",
         "run": {"output_dir": str(tmp_path / "out")},
@@ -125,6 +126,8 @@ def test_the_decoder_of_a_finished_model_goes_on_learning(tmp_path: Path) -> Non
     }
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "out" / "model" / name).read_bytes() == (begun / name).read_bytes()
+    facts = json.loads((tmp_path / "out" / "model" / "pretraining.json").read_text())
+    assert set(facts["stages"]) == {"decoder"} and facts["init"]["stages"]["tasks"]["step"] == 7
 
 
 def test_a_model_that_only_draws_is_not_given_a_decoder_for_edits(tmp_path: Path) -> None:
