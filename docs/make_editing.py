@@ -1,8 +1,8 @@
 """Draws docs/editing.png from pictures of the first held-out edits, before and after training:
 
-    imagerl eval --suite edit --n 12 --pictures runs/edits_before
-    imagerl eval --suite edit --n 12 --model runs/tiny_edit_grpo/checkpoints/step_000080 --pictures runs/edits_after
-    python docs/make_editing.py runs/edits_before runs/edits_after
+imagerl eval --suite edit --n 12 --pictures runs/edits_before
+imagerl eval --suite edit --n 12 --model runs/tiny_edit_grpo/checkpoints/step_000080 --pictures runs/edits_after
+python docs/make_editing.py runs/edits_before runs/edits_after
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def sheet(folders: list[Path]) -> Image.Image:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: python docs/make_editing.py BEFORE AFTER, folders of `imagerl eval --suite edit --pictures`")
+        sys.exit(
+            "usage: python docs/make_editing.py BEFORE AFTER, folders of `imagerl eval --suite edit --pictures`"
+        )
     sheet([Path(folder) for folder in sys.argv[1:]]).save(PICTURE)
     print(PICTURE)

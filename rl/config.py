@@ -51,7 +51,7 @@ class ModelConfig(RecipeModel):
 
 
 class PromptSetConfig(RecipeModel):
-    name: str | None = Field(None, description="a named prompt set: tiny_world or tiny_edits")
+    name: str | None = Field(None, description="a named set: tiny_world, tiny_edits or tiny_text_edits")
     path: str | None = Field(None, description="a prompt file: .jsonl, .csv, .txt or .yaml")
     split: Literal["train", "heldout"] | None = Field(None, description="which part of a named set")
     size: int | None = Field(None, ge=1, description="take only the first this many prompts; null: all")

@@ -66,9 +66,16 @@ def _tiny_edits(split: str, size: int | None, seed: int) -> list[Prompt]:
     return edit_set(split, size, seed)
 
 
+def _tiny_text_edits(split: str, size: int | None, seed: int) -> list[Prompt]:
+    from rl.tiny.edits import edit_set
+
+    return edit_set(split, size, seed, parts=("text",))
+
+
 NAMED_SETS: dict[str, Callable[[str, int | None, int], list[Prompt]]] = {
     "tiny_composition": _tiny_composition,
     "tiny_edits": _tiny_edits,
+    "tiny_text_edits": _tiny_text_edits,
     "tiny_world": _tiny_world,
 }
 

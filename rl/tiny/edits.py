@@ -103,24 +103,26 @@ def random_question(rng: random.Random, fonts: Sequence[str] = FONTS, text_share
     return Question(scene, "text" if rng.random() < text_share else rng.choice(PARTS[1:]))
 
 
-def edits_of(split: str, size: int | None = None, seed: int = 0) -> list[Edit]:
-    """`size` edits of a split, one for every text when None: the parts in turn, colours drawn from `seed`.
+def edits_of(split: str, size: int | None = None, seed: int = 0, parts: Sequence[str] = PARTS) -> list[Edit]:
+    """`size` edits of a split, one for every text when None: `parts` in turn, colours drawn from `seed`.
 
     Raises ImageRLError when the split has fewer texts than asked for."""
     pool = _pool("tiny_edits", split, size)
     edits = []
     for index, text in enumerate(pool[:size]):
         rng = random.Random(derive_seed("tiny_edits", seed, index))
-        part = PARTS[index % len(PARTS)]
+        part = parts[index % len(parts)]
         shown = pool[(index + rng.randrange(1, len(pool))) % len(pool)] if part == "text" else text
         source = random_scene(rng, shown)
         edits.append(Edit(source, part, new_value(rng, source, part, text)))
     return edits
 
 
-def edit_set(split: str, size: int | None = None, seed: int = 0) -> list[Prompt]:
+def edit_set(
+    split: str, size: int | None = None, seed: int = 0, parts: Sequence[str] = PARTS
+) -> list[Prompt]:
     """The edits of a split as prompts. Raises ImageRLError like `edits_of`."""
-    edits = enumerate(edits_of(split, size, seed))
+    edits = enumerate(edits_of(split, size, seed, parts))
     return [Prompt(index=index, text=edit.instruction, columns=edit.columns()) for index, edit in edits]
 
 

@@ -89,6 +89,16 @@ def test_sets_show_and_ask_for_texts_of_their_split(split: str) -> None:
         assert prompt.columns["reference"] == render(edit.source)
 
 
+def test_a_set_of_edits_of_the_text_alone() -> None:
+    config = PromptSetConfig(name="tiny_text_edits", split="heldout", size=60)
+    prompts = load_prompt_set(config).prompts
+    assert {prompt.columns["edited"] for prompt in prompts} == {"text"}
+    assert [prompt.columns["target"] for prompt in prompts] == list(texts("heldout")[:60])
+    edits = edits_of("heldout", 60, parts=("text",))
+    assert all(edit.source.text != edit.result.text == edit.value for edit in edits)
+    assert all(replace(edit.source, text=edit.value) == edit.result for edit in edits)
+
+
 def test_sets_are_prefixes_of_each_other_and_the_seed_changes_them() -> None:
     small, large, other = edit_set("train", 9), edit_set("train", 30), edit_set("train", 9, seed=1)
     assert small == large[:9] and small != other
