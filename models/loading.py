@@ -44,11 +44,20 @@ def model_folder(path: str) -> Path:
     return folder
 
 
+def _way_to_a_model(folder: Path) -> str:
+    """What to do instead when a folder is no model."""
+    if (folder / "model" / "config.json").is_file():
+        return f"the model is in {folder / 'model'}"
+    if any((folder / name).exists() for name in ("checkpoints", "optimizer.safetensors")):
+        return f"it is a run's; make a model of it with: imagerl export {folder} OUT"
+    return "give the folder of a model or of an export"
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it is, of either layout."""
     file = folder / "config.json"
     if not file.is_file():
-        raise ImageRLError(f"{folder} has no config.json; give the folder of a model or of an export")
+        raise ImageRLError(f"{folder} has no config.json; {_way_to_a_model(folder)}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

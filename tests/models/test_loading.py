@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,22 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, saved: Path) ->
 def test_no_folder() -> None:
     with pytest.raises(ImageRLError, match=r"'nowhere/at/all' is no folder.*\"?'?tiny"):
         load_policy("nowhere/at/all")
+
+
+@pytest.mark.parametrize(
+    ("file", "way"),
+    [
+        ("checkpoints/step_000010/state.json", "make a model of it with: imagerl export {folder} OUT"),
+        ("optimizer.safetensors", "make a model of it with: imagerl export {folder} OUT"),
+        ("model/config.json", "the model is in {folder}/model"),
+        ("notes.txt", "give the folder of a model or of an export"),
+    ],
+)
+def test_a_folder_of_something_else_says_the_way(tmp_path: Path, file: str, way: str) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(ImageRLError, match=re.escape(way.format(folder=tmp_path))):
+        load_policy(str(tmp_path))
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:
