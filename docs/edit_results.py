@@ -1,4 +1,4 @@
-"""The table of docs/editing.md: `python docs/edit_results.py runs/tiny_edit_grpo/seed-*`. The last row is the mean of
+"""The table of docs/editing.md: `python docs/edit_results.py runs/edits/seed-*`. The last row is the mean of
 all runs, with seeds and prompts resampled."""
 
 from __future__ import annotations

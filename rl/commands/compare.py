@@ -89,7 +89,8 @@ def tell(folder: Path, outcomes: dict[PlannedRun, Outcome]) -> None:
     for line in results.notes:
         print(f"note: {line}")
     print(f"report: {page}")
-    unfinished = [run for run, outcome in outcomes.items() if outcome in ("stopped", "elsewhere")]
+    left = [run for run, outcome in outcomes.items() if outcome in ("stopped", "elsewhere")]
+    unfinished = [run for run in left if not run.finished]  # another process may have done it since
     if unfinished:
         print(f"{len(unfinished)} runs are not finished or run elsewhere; continue with --resume")
 
