@@ -231,12 +231,12 @@ def test_another_process_can_take_a_part(
 def test_runs_that_another_process_has_finished_meanwhile_are_not_called_unfinished(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = arguments(place, "grpo", output="shared")
+    given = arguments(place, "grpo", output="meanwhile")
     assert call(*given) == 0
     monkeypatch.setattr(comparison_jobs, "execute", lambda runs, _: dict.fromkeys(runs, "elsewhere"))
     capsys.readouterr()
     assert call(*given, "--resume") == 0
     assert "not finished" not in capsys.readouterr().out
-    (place / "shared" / "grpo" / "seed-1" / "eval" / "comparison.json").unlink()
+    (place / "meanwhile" / "grpo" / "seed-1" / "eval" / "comparison.json").unlink()
     call(*given, "--resume")
     assert "1 runs are not finished or run elsewhere" in capsys.readouterr().out
