@@ -1,9 +1,9 @@
 """Draws docs/editing.png from pictures of the first held-out edits, before and after training:
 
+imagerl export runs/edits/seed-1 runs/edit_export
 imagerl eval --suite edit --n 12 --pictures runs/edits_before
-imagerl eval --suite edit --n 12 --model runs/tiny_edit_grpo/checkpoints/step_000080 --pictures runs/edits_after
-python docs/make_editing.py runs/edits_before runs/edits_after
-"""
+imagerl eval --suite edit --n 12 --model runs/edit_export --pictures runs/edits_after
+python docs/make_editing.py runs/edits_before runs/edits_after"""
 
 from __future__ import annotations
 

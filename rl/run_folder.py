@@ -14,7 +14,7 @@ from rl.evaluation.evaluate import Evaluation
 from rl.files import is_temporary, write_atomic
 from rl.metrics import METRICS_FILE, image_grid, save_image, to_json
 from rl.monitoring.config import MonitorsConfig
-from rl.recipe import load_yaml_recipe
+from rl.recipe import RecipeModel, load_yaml_recipe
 from rl.reward_config import without_addresses
 from rl.sft.config import AnyRecipe
 
@@ -135,7 +135,7 @@ def read_stored_recipe(path: Path, schema: type[AnyRecipe]) -> AnyRecipe:
     return load_yaml_recipe(schema, path)
 
 
-def differing_keys(stored: AnyRecipe, given: AnyRecipe) -> list[str]:
+def differing_keys(stored: RecipeModel, given: RecipeModel) -> list[str]:
     """Dotted keys in which two recipes differ, those that may change left out."""
 
     def flat(

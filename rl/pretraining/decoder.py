@@ -73,6 +73,7 @@ def fit_decoder(policy: Any, stage: DecoderStage, seed: int, log: LogFn) -> None
     decoder = policy.renew_decoder() if stage.renew else policy.decoder
     decoder.vae.requires_grad_(False).eval()
     editing = round(stage.batch_size * stage.edit_share)
+    connectors = [decoder.require_edit()] if editing else []
     kept = [(kept_states(policy, stage), stage.batch_size - editing)]
     if editing:
         kept.append((kept_edits(policy, stage), editing))
@@ -82,10 +83,9 @@ def fit_decoder(policy: Any, stage: DecoderStage, seed: int, log: LogFn) -> None
     probes = nn.ModuleDict(
         {"place": nn.Linear(width, len(places)), "code": nn.Linear(width, len(quantizer.levels))}
     )
-    learning = [decoder.connector, decoder.sana, probes.to(device)]
-    if editing:
-        learning.append(decoder.require_edit())
-    module = nn.ModuleList(learning).requires_grad_(True)
+    module = nn.ModuleList([decoder.connector, decoder.sana, probes.to(device), *connectors]).requires_grad_(
+        True
+    )
     draws = torch.Generator().manual_seed(seed)
 
     def losses_of(states: KeptStates, size: int) -> tuple[Tensor, Tensor, Tensor]:

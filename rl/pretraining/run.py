@@ -18,7 +18,7 @@ from rl.pretraining.decoder import fit_decoder
 from rl.pretraining.stages import fit_generator, fit_reconstruction, latent_scale
 from rl.pretraining.tasks import fit_tasks
 from rl.recipe import load_yaml_recipe
-from rl.run_folder import RECIPE_FILE
+from rl.run_folder import RECIPE_FILE, differing_keys
 
 RECORD = "pretraining.json"
 STAGES = ("tokenizer", "autoencoder", "generator", "tasks")  # whose weights are kept, in their order
@@ -79,11 +79,9 @@ def refuse_foreign_stages(out: Path, recipe: PretrainRecipe) -> None:
     file = out / RECIPE_FILE
     if not file.exists():
         raise ImageRLError(f"{out} holds {', '.join(kept)}, but no {RECIPE_FILE}; set another run.output_dir")
-    stored, given = load_yaml_recipe(PretrainRecipe, file).model_dump(), recipe.model_dump()
-    changed = [name for name in ("init", "text_tokenizer", "model", *kept) if stored[name] != given[name]]
-    if stored["run"]["seed"] != given["run"]["seed"]:
-        changed.insert(0, "run.seed")
-    if changed:
+    fixed = {"init", "text_tokenizer", "model", *kept}
+    keys = differing_keys(load_yaml_recipe(PretrainRecipe, file), recipe)
+    if changed := [key for key in keys if key == "run.seed" or key.split(".")[0] in fixed]:
         raise ImageRLError(
             f"{out} was begun with another {', '.join(changed)}; set another run.output_dir, or delete it"
         )
@@ -127,7 +125,6 @@ def write_record(out: Path, recipe: PretrainRecipe) -> None:
         "stages": last,
         "environment": json.loads((out / "environment.json").read_text(encoding="utf-8")),
     }
-    begun = Path(recipe.init or "", RECORD)
-    if recipe.init is not None and begun.is_file():
+    if recipe.init is not None and (begun := Path(recipe.init, RECORD)).is_file():
         document["init"] = json.loads(begun.read_text(encoding="utf-8"))
     write_atomic(out / "model" / RECORD, json.dumps(document, indent=1) + "\n")

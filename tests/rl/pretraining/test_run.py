@@ -140,7 +140,7 @@ def test_a_model_that_only_draws_is_not_given_a_decoder_for_edits(tmp_path: Path
         "decoder": {**SHORT, "renew": False, "edit_share": 0.5, "pictures": 64},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(ImageRLError, match="edit"):
+    with pytest.raises(ImageRLError, match="give a model trained to edit pictures"):
         pretrain_command(str(tmp_path / "recipe.yaml"))
 
 
@@ -148,9 +148,9 @@ def test_a_model_that_only_draws_is_not_given_a_decoder_for_edits(tmp_path: Path
     ("change", "named"),
     [
         ({"run": {"seed": 1}}, "run.seed"),
-        ({"text_tokenizer": {"vocabulary": 330}}, "text_tokenizer"),
-        ({"tokenizer": {"steps": 3}}, "tokenizer"),
-        ({"model": {"scheduler": {"shift": 3.0}}}, "model"),
+        ({"text_tokenizer": {"vocabulary": 330}}, "text_tokenizer.vocabulary"),
+        ({"tokenizer": {"steps": 3}}, "tokenizer.steps"),
+        ({"model": {"scheduler": {**MODEL["scheduler"], "shift": 3.0}}}, "model.scheduler.shift"),
     ],
 )
 def test_weights_kept_from_other_settings_are_refused(
