@@ -73,6 +73,16 @@ class Plan:
     overrides: list[str]
     evals: int | None = None
 
+    @property
+    def command(self) -> list[str]:
+        """The one call that makes all of it, whatever calls it was made by. Its folder is left out."""
+        return [
+            *("imagerl", "compare", *self.recipes.values()),
+            *("--seeds", f"{max(self.seeds) + 1}", "--budget", f"{self.budget.unit}={self.budget.amount:.15g}"),
+            *(("--evals", f"{self.evals}") if self.evals else ()),
+            *("--baseline", self.baseline, *self.overrides),
+        ]
+
     def joined_to(self, folder: Path, resume: bool, keep_baseline: bool) -> Plan:
         """This plan together with that which the folder already holds: more recipes and more seeds.
 

@@ -136,6 +136,7 @@ def test_the_page_tells_it(folder: Path) -> None:
     assert re.search(
         r"b against a, after training: higher \(\+40\.0 points, \+[\d.]+ to \+[\d.]+, 2 seeds\)", text
     )
+    assert re.search(r"Do it again imagerl compare \S+ \S+ --seeds 2 --budget images=16 .*--baseline a", text)
     assert "b against its start" in text and "gold" in text and "baseline" in text
     assert "<script>" not in html and HOSTILE in page.text.replace("'\"'\"'", "'")  # in the quoted command
     pictures = [attributes["src"] for attributes in page.all("img")]
