@@ -78,7 +78,12 @@ class Plan:
         """The one call that makes all of it, whatever calls it was made by. Its folder is left out."""
         return [
             *("imagerl", "compare", *self.recipes.values()),
-            *("--seeds", f"{max(self.seeds) + 1}", "--budget", f"{self.budget.unit}={self.budget.amount:.15g}"),
+            *(
+                "--seeds",
+                f"{max(self.seeds) + 1}",
+                "--budget",
+                f"{self.budget.unit}={self.budget.amount:.15g}",
+            ),
             *(("--evals", f"{self.evals}") if self.evals else ()),
             *("--baseline", self.baseline, *self.overrides),
         ]
