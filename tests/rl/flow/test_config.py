@@ -44,12 +44,32 @@ def test_a_name_sets_its_row_and_any_key_overrides_it(name: Any) -> None:
         (["algorithm.flow={}", "model.lora={r: 2}"], "algorithm.flow.joint: true"),
         (["algorithm.flow={}", "algorithm.kl_in=reward"], "of the tokens, which do not train"),
         (["algorithm.flow={name: flow_gpro}"], "flow_grpo"),
+        (["algorithm.flow={name: nft}", "rollout.guidance=2.0"], "rollout.guidance is 2, but nft matches"),
+        (["algorithm.flow={name: awm, guidance: 4.5}"], "algorithm.flow.guidance is 4.5, but awm matches"),
+        (["algorithm.flow={loss: nft, sampler: ode, guidance: 0.0}"], "algorithm.flow.allow_guidance: true"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_way_out(overrides: list[str], part: str) -> None:
     with pytest.raises(ImageRLError) as caught:
         recipe(*overrides)
     assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FLOW_ALGORITHMS)
+def test_matching_draws_without_guidance_unless_told_twice(name: Any) -> None:
+    matching = name in ("nft", "awm")
+    assert recipe(f"algorithm.flow.name={name}").rollout.guidance == (1.0 if matching else 2.0)
+    told = recipe("algorithm.flow={name: nft, allow_guidance: true}", "rollout.guidance=2.0")
+    assert told.rollout.guidance == 2.0
+    apart = recipe("algorithm.flow={name: nft, guidance: 1.0}", "rollout.guidance=2.0")  # only judged at 2
+    assert apart.rollout.guidance == 2.0
+
+
+def test_unscaled_rewards_with_nft_are_doubted() -> None:
+    (doubt,) = recipe("algorithm.flow={name: nft}", "algorithm.scale_rewards=none").doubts
+    assert "a tenth of the signal" in doubt and "\n" not in doubt
+    assert not recipe("algorithm.flow={name: awm}", "algorithm.scale_rewards=none").doubts
+    assert not recipe("algorithm.flow={name: nft}").doubts and not recipe().doubts
 
 
 def test_the_tokens_may_have_adapters_where_both_train() -> None:
