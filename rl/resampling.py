@@ -63,7 +63,7 @@ def silent_groups(totals: np.ndarray, group_size: int) -> list[int]:
 def replace_groups(
     scores: RewardScores, places: Sequence[int], fresh: RewardScores, group_size: int
 ) -> RewardScores:
-    """`scores` with the groups at `places` replaced by those of `fresh`, in order. Failures are of all that was drawn."""
+    """`scores` with the groups at `places` replaced by those of `fresh`, in order. Failures are of all drawn."""
     order = np.arange(len(scores.totals)).reshape(-1, group_size)
     order[list(places)] = len(scores.totals) + np.arange(len(fresh.totals)).reshape(-1, group_size)
     return map_samples(merge_scores([scores, fresh]), lambda values: values[order.ravel()])

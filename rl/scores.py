@@ -41,5 +41,7 @@ def merge_scores(parts: Sequence[RewardScores]) -> RewardScores:
     failures: Counter[str] = Counter()
     for part in parts:
         failures.update(part.failures)
-    whole = {field.name: merged([getattr(part, field.name) for part in parts]) for field in fields(RewardScores)}
+    whole = {
+        field.name: merged([getattr(part, field.name) for part in parts]) for field in fields(RewardScores)
+    }
     return RewardScores(**whole | {"failures": dict(failures)})

@@ -68,10 +68,10 @@ def microbatch_sums(
 
 
 def update_metrics(updates: Sequence[Metrics], on_policy: bool) -> Metrics:
-    """Means over the actions of the last update, where the policy has moved furthest from the rollout. The replay gap
-    and the KL to the reference are those of the first: the actions must come from the policy whose KL they estimate,
-    and a later one did not draw them. With one update the ratio is 1 by design, and the log says so. Sums of a user's own
-    loss come as `policy/<name>`."""
+    """Means over the actions of the last update, where the policy has moved furthest from the rollout. The replay
+    gap and the KL to the reference are those of the first: actions tell the KL of the policy that drew them, not of
+    a later one. With one update the ratio is 1 by design, and the log says so. Sums of a user's own loss come as
+    `policy/<name>`."""
     made = [update for update in updates if update]
     metrics: Metrics = {"policy/updates": float(len(made)), "policy/ratio_is_one_expected": float(on_policy)}
     if not made:

@@ -39,8 +39,22 @@ SETTINGS = {
     "TRANSFORMERS_SDPA_FORCE_GQA": "1",
 }
 OPERATIONAL = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HOME"),
-    *("TORCHELASTIC_RUN_ID", "TORCH_NCCL_BLOCKING_WAIT", "NCCL_ALGO", "GLOO_SOCKET_IFNAME", "DEEPSPEED_TIMEOUT"),
+    *(
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "OMP_NUM_THREADS",
+        "CUDA_VISIBLE_DEVICES",
+        "HF_HOME",
+    ),
+    *(
+        "TORCHELASTIC_RUN_ID",
+        "TORCH_NCCL_BLOCKING_WAIT",
+        "NCCL_ALGO",
+        "GLOO_SOCKET_IFNAME",
+        "DEEPSPEED_TIMEOUT",
+    ),
     *("TORCH_HOME", "TORCH_EXTENSIONS_DIR", "TORCH_LOGS", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_CUDA_ARCH_LIST"),
     *("TORCH_DISTRIBUTED_DEBUG", "TRANSFORMERS_OFFLINE", "DIFFUSERS_VERBOSITY", "ACCELERATE_LOG_LEVEL"),
     *("DEEPSEEK_API_KEY", "TORCHLIGHT"),  # no family of ours
@@ -96,7 +110,11 @@ def test_a_configuration_file_of_accelerate_changes_no_gradient(
 ) -> None:
     (tmp_path / "accelerate").mkdir()
     config = {
-        **{"compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "mixed_precision": "bf16"},
+        **{
+            "compute_environment": "LOCAL_MACHINE",
+            "distributed_type": "DEEPSPEED",
+            "mixed_precision": "bf16",
+        },
         **{"num_machines": 1, "num_processes": 1, "machine_rank": 0, "use_cpu": True},
         "deepspeed_config": {"gradient_accumulation_steps": 4, "zero_stage": 3, "gradient_clipping": 0.01},
         "dynamo_config": {"dynamo_backend": "EAGER"},

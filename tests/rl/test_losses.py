@@ -116,7 +116,9 @@ def test_the_kl_from_the_old_policy_is_that_of_its_actions():
     )
     logged = policy_loss(inputs).metrics["old_kl"].item() / 10
     assert logged == pytest.approx(0.7 * math.log(7 / 3) + 0.2 * math.log(2) + 0.1 * math.log(1 / 6))
-    assert logged == pytest.approx(0.55256, abs=1e-5)  # KL(policy || old) is 0.752, and its k3 of these actions 0.497
+    assert logged == pytest.approx(
+        0.55256, abs=1e-5
+    )  # KL(policy || old) is 0.752, and its k3 of these actions 0.497
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

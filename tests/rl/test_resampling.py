@@ -110,7 +110,9 @@ def test_ranks_share_out_what_one_process_would_do() -> None:
 
 def test_all_that_was_drawn_is_counted() -> None:
     merged = merge_scores([scores_of(1, 2, failures=1), scores_of(3, 4, failures=2)])
-    assert merged.totals.tolist() == [1, 2, 3, 4] and merged.failures == {"r": 3} and merged.weights == {"r": 1}
+    assert (
+        merged.totals.tolist() == [1, 2, 3, 4] and merged.failures == {"r": 3} and merged.weights == {"r": 1}
+    )
 
 
 def marked(name: str, samples: int, mark: float) -> Any:
@@ -122,7 +124,9 @@ def marked(name: str, samples: int, mark: float) -> Any:
     return {"r": values} if "dict" in kind else values
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(RewardScores) if "ndarray" in str(field.type)])
+@pytest.mark.parametrize(
+    "name", [field.name for field in fields(RewardScores) if "ndarray" in str(field.type)]
+)
 def test_no_field_keeps_rows_of_what_was_replaced(name: str) -> None:
     old, new = (
         RewardScores(**{field.name: marked(field.name, n, mark) for field in fields(RewardScores)})
