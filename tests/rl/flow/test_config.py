@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from rl.cli import main
 from rl.config import Recipe
 from rl.errors import ImageRLError
 from rl.flow.algorithms import FLOW_ALGORITHMS
 from rl.recipe import validate_recipe
-from tests.small_run import recipe_data
+from tests.micro import micro_folder
+from tests.small_run import recipe_data, write_recipe
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -75,3 +77,14 @@ def test_unscaled_rewards_with_nft_are_doubted() -> None:
 def test_the_tokens_may_have_adapters_where_both_train() -> None:
     assert recipe("algorithm.flow={joint: true}", "model.lora={r: 2}").algorithm.flow is not None
     assert recipe("algorithm.flow={name: nft}", "rollout.flow_steps=1").algorithm.flow is not None
+
+
+def test_a_run_tells_its_doubts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    micro_folder(tmp_path / "model")
+    recipe = write_recipe(
+        tmp_path, "run.steps=1", "algorithm.flow={name: nft}", "algorithm.scale_rewards=none"
+    )
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", str(recipe)])
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "a tenth" in line]
+    assert told.startswith("imagerl: algorithm.scale_rewards is none")
