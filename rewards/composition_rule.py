@@ -155,9 +155,12 @@ def without_overlaps(objects: Sequence[Found], max_overlap: float) -> list[Found
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes; 0 for empty ones."""
-    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    both = width * height
-    union = sum(max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1]) for box in (a, b)) - both
+    """Intersection over union of two boxes as GenEval has it: corners are pixels that belong to the box, so that each
+    side is longer by one than they lie apart, and boxes that leave less than a pixel between them overlap."""
+    both = _pixels((*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:])))
+    union = _pixels(a) + _pixels(b) - both
     return both / union if union > 0 else 0.0
+
+
+def _pixels(box: Sequence[float]) -> float:
+    return max(box[2] - box[0] + 1, 0.0) * max(box[3] - box[1] + 1, 0.0)

@@ -132,6 +132,11 @@ class AlgorithmConfig(RecipeModel):
                 "algorithm.reference_every renews a reference that nothing uses; set algorithm.kl_coef or "
                 "algorithm.measure_kl"
             )
+        if self.reference_every == 1 and (self.kl_target is not None or self.updates_per_rollout == 1):
+            raise ValueError(
+                "algorithm.reference_every is 1: a step then begins at its own reference, so that the KL of its first "
+                "update is 0 and kl_target would run kl_coef to nothing; set it to 2 or more"
+            )
         return self
 
     @model_validator(mode="after")

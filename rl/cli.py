@@ -23,6 +23,7 @@ from rl.commands.serve import serve
 from rl.commands.sft import sft
 from rl.commands.tokenize import tokenize
 from rl.commands.train import train
+from rl.environment import leave_to_the_recipe
 from rl.errors import ImageRLError
 
 INTERRUPTED = 130  # what typer returns after Ctrl-C
@@ -55,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     rank = os.environ.get("RANK", "0")
     name = "imagerl" if rank == "0" else f"imagerl (process {rank})"
+    ignored = leave_to_the_recipe()
+    if ignored and rank == "0":
+        print(f"{name}: ignores {', '.join(ignored)}; recipe and command alone decide", file=sys.stderr)
     try:
         code = app(args=given or ["--help"], prog_name="imagerl", standalone_mode=False)
     except ImageRLError as error:

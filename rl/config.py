@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rl.algorithm_config import AlgorithmConfig
 from rl.engine_config import CheckpointConfig, EngineConfig, LoraConfig, OptimConfig
+from rl.flow.config import is_matching
 from rl.monitoring.config import MonitorsConfig
 from rl.recipe import Loc, RecipeModel, load_yaml_recipe
 from rl.reward_config import RewardsConfig, RewardSpec
@@ -80,7 +81,9 @@ class RolloutConfig(RecipeModel):
     temperature: float = Field(1.0, gt=0, description="of sampling, and of the scored distribution alike")
     top_k: int | None = Field(None, description="must stay null: log-probs are of the whole distribution")
     top_p: float | None = Field(None, description="must stay null: log-probs are of the whole distribution")
-    guidance: float = Field(2.0, ge=0, description="classifier-free guidance of the decoder; 1: none")
+    guidance: float = Field(
+        2.0, ge=0, description="classifier-free guidance of the decoder; 1: none, the default for nft and awm"
+    )
     flow_steps: int = Field(30, ge=1, description="denoising steps of the decoder")
     shared_noise: bool = Field(False, description="one decoder noise a group: rewards differ by tokens only")
     decodes: int = Field(
@@ -147,8 +150,15 @@ class Recipe(RecipeModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _short_rewards(cls, data: Any) -> Any:
-        return cls.prepare(data) if isinstance(data, dict) else data
+    def _written_out(cls, data: Any) -> Any:
+        """Short spellings, and the one default that depends on another section."""
+        if not isinstance(data, dict):
+            return data
+        algorithm, rollout = data.get("algorithm"), data.get("rollout", {})
+        flow = algorithm.get("flow") if isinstance(algorithm, dict) else None
+        if is_matching(flow) and isinstance(rollout, dict):
+            data = {**data, "rollout": {"guidance": 1.0, **rollout}}
+        return cls.prepare(data)
 
     @classmethod
     def prepare(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -172,6 +182,17 @@ class Recipe(RecipeModel):
         if self.rollout.max_logprob_diff is None and self.algorithm.importance_cap is not None:
             return math.inf
         return self.rollout.max_logprob_diff or (1.0 if self.engine.precision == "bf16" else 0.01)
+
+    @property
+    def doubts(self) -> list[str]:
+        """What is possible and hardly meant, one line each."""
+        flow = self.algorithm.flow
+        if flow is None or flow.loss != "nft" or self.algorithm.scale_rewards != "none":
+            return []
+        return [
+            "algorithm.scale_rewards is none: nft weighs advantages against algorithm.flow.advantage_max, so rewards "
+            "that differ by 0.1 within a group give it a tenth of the signal of scaled ones; use group or batch"
+        ]
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -3,10 +3,9 @@ tokens and what to the decoder. Pure functions of a step's rewards."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
+from rl.scores import map_samples
 from rl.types import RewardScores
 
 
@@ -15,12 +14,7 @@ def average_decodes(scores: RewardScores, decodes: int) -> RewardScores:
     value, NaN where none has. With M = 1 the scores themselves."""
     if decodes == 1:
         return scores
-    return replace(
-        scores,
-        totals=_mean(scores.totals, decodes),
-        components={name: _mean(values, decodes) for name, values in scores.components.items()},
-        gated={name: _mean(values, decodes) for name, values in scores.gated.items()},
-    )
+    return map_samples(scores, lambda values: _mean(values, decodes))
 
 
 def variance_split(totals: np.ndarray, group_size: int, decodes: int) -> dict[str, float]:

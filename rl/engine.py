@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rl import zero
+from rl.environment import leave_to_the_recipe
 from rl.errors import ImageRLError
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ class Engine:
         # Accelerate keeps one configuration per process; an engine made later must not inherit it.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        leave_to_the_recipe()  # among them what an earlier engine with DeepSpeed has left behind
         zero.stop_posing()
         if self.zero_stage is not None:
             return zero.create_accelerator(self.zero_stage, self.precision, use_cpu)

@@ -1,4 +1,4 @@
-"""The machine, the versions and the command behind a run."""
+"""The machine, the versions and the command behind a run, and what of the environment may speak to it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,41 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
 from rl.files import write_atomic
-from rl.metrics import to_json
 
 PACKAGES = (
     *("imagerl", "torch", "transformers", "diffusers", "accelerate", "deepspeed", "peft", "trl", "ray"),
     *("paddleocr", "onnxruntime", "safetensors", "numpy", "pillow", "pydantic"),
 )
+
+# Families of variables by which the libraries below us, and those below them, let the environment decide how they
+# compute: accumulation, precision, sharding, kernels, compilers. Also all that an Accelerate configuration file can
+# say, because `accelerate launch` hands it on in such variables.
+_SETTINGS = re.compile(
+    r"(ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG|DS|DEEPSPEED|TORCH[A-Z]*|PYTORCH|DIFFUSERS|TRANSFORMERS"
+    r"|ONEDNN|DNNL|XLA)_|CUBLAS(LT)?_EMULAT|(NVIDIA_TF32_OVERRIDE|ATEN_CPU_CAPABILITY|USE_HUB_KERNELS)$"
+)
+# What in these families only says where, between whom, how long, and what is told: ranks and transport, folders and
+# caches, memory, building of extensions, logs.
+_OPERATIONAL = re.compile(
+    r"(TORCH_?ELASTIC|TORCH_(NCCL|GLOO|FR|DIST|DISTRIBUTED|SHOW))_|DS_BUILD_|(TORCH_CUDA_ARCH_LIST|PYTORCH_VERSION)$"
+    r"|DS_(SKIP_CUDA_CHECK|IGNORE_CUDA_DETECTION|ENV_FILE)$|TORCH_DEVICE_BACKEND_AUTOLOAD$|ACCELERATE_CPU_AFFINITY$"
+    r"|.*_(HOME|DIR|CACHE|OFFLINE|TIMEOUT|ALLOC_CONF|NVML_BASED_CUDA_CHECK|VERBOSE|VERBOSITY|\w*WARNINGS|LOGS?"
+    r"|LOG_LEVEL|WEIGHTS_ONLY_LOAD)$|.*DEBUG"
+)
+
+
+def leave_to_the_recipe(environment: MutableMapping[str, str] = os.environ) -> list[str]:
+    """Take every variable out of the environment that would change what a recipe or a command computes, whoever reads
+    it: to be called before torch and the like are imported. Returns their names. What is purely operational stays."""
+    names = sorted(name for name in environment if _SETTINGS.match(name) and not _OPERATIONAL.match(name))
+    for name in names:
+        del environment[name]
+    return names
 
 
 def write_environment(run_dir: Path | str, argv: Sequence[str]) -> Path:
@@ -34,7 +58,7 @@ def write_environment(run_dir: Path | str, argv: Sequence[str]) -> Path:
     known = json.loads(path.read_text()) if path.exists() else None
     if isinstance(known, dict):
         known.setdefault("resumed", []).append(session)
-        write_atomic(path, to_json(known, indent=2))
+        write_atomic(path, json.dumps(known, indent=2, ensure_ascii=False))
         return path
     packages = {}
     for name in PACKAGES:
@@ -53,7 +77,7 @@ def write_environment(run_dir: Path | str, argv: Sequence[str]) -> Path:
         "git_commit": _git_commit(),
         "packages": packages,
     }
-    write_atomic(path, to_json(facts, indent=2))
+    write_atomic(path, json.dumps(facts, indent=2, ensure_ascii=False))
     return path
 
 

@@ -93,8 +93,8 @@ def policy_loss(
         The loss, and sums over the given actions (float64 scalars without gradient): `actions`; `ratio`, the one
         that the level gives each action; `ratio_deviation` = |ratio - 1|, exactly 0 on-policy, and its square
         `ratio_deviation_squared`; `clip_low`, `clip_high` = actions on which the lower or upper bound took
-        effect; `old_kl` = k3 of the policy against `old_logprobs`, how far this update has moved; with policy
-        weights `policy_weight`; with a reference `kl_k1`, `kl_k2`, `kl_k3`.
+        effect; `old_kl` = k3 of KL(old policy || policy), how far updates have moved: the actions are the old
+        policy's; with policy weights `policy_weight`; with a reference `kl_k1`, `kl_k2`, `kl_k3`.
 
     Raises:
         ValueError: kl_coef without ref_logprobs, a denominator that is not positive, advantages that are
@@ -133,7 +133,7 @@ def policy_loss(
             "ratio_deviation_squared": deviation.square(),
             "clip_low": maximised.low & mask,
             "clip_high": maximised.high & mask,
-            "old_kl": k3(logprobs, old_logprobs),
+            "old_kl": k3(old_logprobs, logprobs),
         }
         if inputs.policy_weights is not None:
             sums["policy_weight"] = policy_weights

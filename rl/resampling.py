@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from rl.scores import join_components, merge_scores
+from rl.scores import map_samples, merge_scores
 from rl.types import Prompt, RewardScores, RolloutGroup
 
 Drawn = tuple[list[RolloutGroup], RewardScores]
@@ -64,12 +63,7 @@ def silent_groups(totals: np.ndarray, group_size: int) -> list[int]:
 def replace_groups(
     scores: RewardScores, places: Sequence[int], fresh: RewardScores, group_size: int
 ) -> RewardScores:
-    """`scores` with the groups at `places` replaced by those of `fresh`, in order. Failures stay as they were."""
-    rows = (np.asarray(places)[:, None] * group_size + np.arange(group_size)).ravel()
-    joined = join_components([(len(scores.totals), scores.components), (len(rows), fresh.components)])
-    totals = np.concatenate([scores.totals, fresh.totals])
-    order = np.arange(len(scores.totals))
-    order[rows] = len(order) + np.arange(len(rows))
-    return replace(
-        scores, totals=totals[order], components={name: values[order] for name, values in joined.items()}
-    )
+    """`scores` with the groups at `places` replaced by those of `fresh`, in order. Failures are of all drawn."""
+    order = np.arange(len(scores.totals)).reshape(-1, group_size)
+    order[list(places)] = len(scores.totals) + np.arange(len(fresh.totals)).reshape(-1, group_size)
+    return map_samples(merge_scores([scores, fresh]), lambda values: values[order.ravel()])

@@ -214,7 +214,7 @@ class RolloutEngine:
 
 
 def _chunks(prompts: Sequence[Prompt], size: int | None) -> Iterator[Sequence[Prompt]]:
-    size = size or len(prompts)
+    size = size or max(len(prompts), 1)  # a rank may have none, as when others replace silent groups
     return (prompts[start : start + size] for start in range(0, len(prompts), size))
 
 

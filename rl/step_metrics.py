@@ -29,6 +29,7 @@ PER_ACTION = {
     "kl_k2": "kl/k2",
     "kl_k3": "kl/k3",
 }
+KL_SUMS = ("kl_k1", "kl_k2", "kl_k3")
 OTHER_SUMS = ("actions", "loss", "grad_norm", "lr", "replay_gap", "replay_gap_max", "ratio_deviation_squared")
 
 
@@ -68,17 +69,19 @@ def microbatch_sums(
 
 def update_metrics(updates: Sequence[Metrics], on_policy: bool) -> Metrics:
     """Means over the actions of the last update, where the policy has moved furthest from the rollout. The replay
-    gap is that of the first. With one update the ratio is 1 by design, and the log says so. Sums of a user's own
-    loss come as `policy/<name>`."""
+    gap and the KL to the reference are those of the first: actions tell the KL of the policy that drew them, not of
+    a later one. With one update the ratio is 1 by design, and the log says so. Sums of a user's own loss come as
+    `policy/<name>`."""
     made = [update for update in updates if update]
     metrics: Metrics = {"policy/updates": float(len(made)), "policy/ratio_is_one_expected": float(on_policy)}
     if not made:
         return metrics
     first, last = made[0], made[-1]
     actions = last["actions"]
+    kl_to_reference = {name: value for name, value in first.items() if name in KL_SUMS}
     metrics |= {
         PER_ACTION.get(name, f"policy/{name}"): value / actions
-        for name, value in last.items()
+        for name, value in {**last, **kl_to_reference}.items()
         if name not in OTHER_SUMS
     }
     if "ratio_deviation_squared" in last:

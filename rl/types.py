@@ -236,7 +236,7 @@ class RewardRequest:
 
 @dataclass(slots=True)
 class RewardScores:
-    """Scores of one request. NaN marks a sample without a usable value."""
+    """Scores of one request. NaN marks a sample without a usable value. See `rl.scores` for what is done to all."""
 
     totals: np.ndarray  # [B] float64, weighted sum; NaN: leave this sample out
     components: dict[str, np.ndarray]  # raw values by "<reward>" and "<reward>/<part>", [B] float64

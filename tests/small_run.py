@@ -34,6 +34,11 @@ def low_tokens(completions, **_):
     return [sum(token < 8 for token in tokens) / len(tokens) for tokens in completions]
 
 
+def mostly_low(completions, **_):
+    """Whether most of the tokens are from there: groups of two are silent half of the time."""
+    return [float(value > 0.5) for value in low_tokens(completions)]
+
+
 def brightness(images, **_):
     """Mean grey value in [0, 1]."""
     return [sum(image.convert("L").tobytes()) / (255 * image.width * image.height) for image in images]

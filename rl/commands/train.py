@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any
@@ -103,6 +104,8 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
             trainer.restore(checkpoint.state.get("trainer", {}), checkpoint.tensors)
         scorer.wait_until_ready()
         begin_run(engine, folder, recipe, overwrite)
+        for doubt in recipe.doubts if engine.is_main else ():
+            print(f"imagerl: {doubt}", file=sys.stderr)
         return Run(recipe, folder, trainer, heldout.prompts, eval_rollout, checkpoint).execute(resume)
     finally:
         if scorer is not None:

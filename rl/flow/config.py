@@ -21,6 +21,12 @@ from rl.recipe import RecipeModel
 ROW = FLOW_ALGORITHMS["flow_grpo"]
 
 
+def is_matching(flow: Any) -> bool:
+    """Whether an `algorithm.flow` as written in YAML, right or wrong, asks for a loss on finished samples: by its
+    loss, or by the name of the row that has no other."""
+    return isinstance(flow, dict) and flow.get("loss", flow.get("name")) in MATCHING
+
+
 class FlowLoraConfig(RecipeModel):
     r: int = Field(32, ge=1, description="rank of the decoder's adapters")
     alpha: float = Field(64.0, gt=0, description="adapters are scaled by alpha / r")
@@ -54,7 +60,13 @@ class FlowConfig(RecipeModel):
     )
     window_every: int = Field(25, ge=1, description="training steps between moves of a sliding window by one")
     guidance: float | None = Field(
-        None, ge=0, description="guidance of training rollouts and replay; null: rollout.guidance"
+        None,
+        ge=0,
+        description="guidance of training rollouts and replay; null: rollout.guidance, for nft and awm 1 by default",
+    )
+    allow_guidance: bool = Field(
+        False,
+        description="nft, awm: train at a guidance other than 1 all the same, with its spurious gradient",
     )
     steps: int | None = Field(
         None, ge=1, description="denoising steps of training rollouts; null: rollout.flow_steps"
@@ -120,6 +132,13 @@ class FlowConfig(RecipeModel):
     def check(self, recipe: Any) -> None:
         """Raises ValueError where the rest of a training recipe leaves this section impossible."""
         self._check_steps(self.steps or recipe.rollout.flow_steps)
+        guidance = recipe.rollout.guidance if self.guidance is None else self.guidance
+        if self.is_matching and guidance != 1 and not self.allow_guidance:
+            key = "rollout" if self.guidance is None else "algorithm.flow"
+            raise ValueError(
+                f"{key}.guidance is {guidance:g}, but {self.loss} matches the velocity of unguided samples and gets a "
+                "spurious gradient from others; set it to 1, or algorithm.flow.allow_guidance: true as well"
+            )
         if recipe.engine.zero_stage == 3:
             raise ValueError(
                 "algorithm.flow samples from the weights it trains; set engine.zero_stage to 2 or less"

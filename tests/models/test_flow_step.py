@@ -176,3 +176,21 @@ def test_a_permutation_of_the_batch_permutes_the_log_probs():
 def test_what_has_no_meaning_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("steps", "widest", "end"), [(10, 0.091, -0.035), (30, 0.062, -0.004), (4000, 0.046, 0.002)]
+)
+def test_sde_begins_too_wide_however_fine_its_steps(steps, widest, end):
+    """Data N(0, 1), whose velocity is known: the spread after each step, exactly, against that of the data. At sigma 1
+    the published noise is infinite and capped, which puts about eta^2 too much variance into the first steps."""
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    sde, ode = step_coefficients("sde", sigmas, 0.7), step_coefficients("ode", sigmas)
+    variance, off = 1.0, []
+    for step, (sigma, following) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
+        a, b, std = (float(value[step]) for value in (ode if step == steps - 1 else sde))
+        slope = (2 * sigma - 1) / ((1 - sigma) ** 2 + sigma**2)
+        variance = (a + b * slope) ** 2 * variance + std**2
+        off.append(math.sqrt(variance / ((1 - following) ** 2 + following**2)) - 1)
+    assert off.index(max(off)) == 1
+    assert (max(off), off[-1]) == pytest.approx((widest, end), abs=6e-4)

@@ -72,10 +72,16 @@ def test_positions_are_to_an_earlier_entry_that_is_as_asked() -> None:
     assert verdict({"cow": [right, Found((0, 40, 19, 60))], "dog": [left]}, each) == [None, "position"]
 
 
+def test_overlap_counts_pixels_as_geneval_does() -> None:
+    """Each of the larger boxes is 3 x 3 pixels, corners included."""
+    assert overlap((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(6 / (9 + 9 - 6))
+    assert overlap((0, 0, 2, 2), (2, 2, 4, 4)) == pytest.approx(1 / 17)
+    assert overlap((0, 0, 2, 2), (2.5, 0, 4.5, 2)) == pytest.approx(1.5 / 16.5)
+    assert overlap((0, 0, 2, 2), (3, 0, 5, 2)) == 0.0
+    assert overlap((1, 1, 1, 1), (1, 1, 1, 1)) == 1.0
+
+
 def test_overlapping_boxes_are_one_object() -> None:
-    assert overlap((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
-    assert overlap((0, 0, 2, 2), (2, 2, 4, 4)) == 0.0
-    assert overlap((1, 1, 1, 1), (1, 1, 1, 1)) == 0.0
     sure, near, far = Found((0, 0, 10, 10), 0.9), Found((1, 0, 11, 10), 0.5), Found((8, 8, 18, 18), 0.4)
     assert without_overlaps([far, near, sure], 0.5) == [sure, far]
     assert without_overlaps([far, near, sure], 1.0) == [sure, near, far]

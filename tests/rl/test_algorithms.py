@@ -87,6 +87,8 @@ def test_a_stored_recipe_says_everything(tmp_path: Path) -> None:
         (["name=rloo", "normaliser=tokens"], "set algorithm.normaliser: sequence"),
         (["kl_coef=0", "kl_target=0.1"], "algorithm.kl_target is 0.1 but algorithm.kl_coef is 0"),
         (["name=dapo", "reference_every=5"], "set algorithm.kl_coef or algorithm.measure_kl"),
+        (["reference_every=1", "kl_target=0.1", "updates_per_rollout=2"], "would run kl_coef to nothing"),
+        (["reference_every=1"], "the KL of its first update is 0"),
         (["top_entropy=0"], '"algorithm.top_entropy" should be greater than 0'),
         (["importance_cap=0"], '"algorithm.importance_cap" should be greater than 0'),
     ],

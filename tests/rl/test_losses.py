@@ -101,6 +101,26 @@ def test_advantages_may_differ_between_actions():
         policy_loss(replace(inputs, advantages=inputs.advantages[:, 0]))
 
 
+def test_the_kl_from_the_old_policy_is_that_of_its_actions():
+    """Ten actions in the very shares of the old policy: the estimate is the enumerated KL(old || policy)."""
+    old = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    new = torch.tensor([0.3, 0.1, 0.6], dtype=torch.float64)
+    actions = torch.tensor([[0] * 7 + [1] * 2 + [2]])
+    inputs = LossInputs(
+        logprobs=new.log()[actions],
+        old_logprobs=old.log()[actions],
+        ref_logprobs=None,
+        advantages=torch.ones(1, 1, dtype=torch.float64),
+        action_mask=torch.ones(1, 10, dtype=torch.bool),
+        denominator=1.0,
+    )
+    logged = policy_loss(inputs).metrics["old_kl"].item() / 10
+    assert logged == pytest.approx(0.7 * math.log(7 / 3) + 0.2 * math.log(2) + 0.1 * math.log(1 / 6))
+    assert logged == pytest.approx(
+        0.55256, abs=1e-5
+    )  # KL(policy || old) is 0.752, and its k3 of these actions 0.497
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("sizes", [[1] * 6, [2, 4], [5, 1]])
 def test_accumulated_microbatches_equal_one_batch(name, sizes):

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from rl.decodes import average_decodes
 from rl.resampling import replace_groups, resample, silent_groups
 from rl.scores import merge_scores
 from rl.types import Prompt, RewardScores, RolloutGroup
@@ -15,7 +18,7 @@ NAN = np.nan
 
 def scores_of(*totals: float, failures: int = 0) -> RewardScores:
     values = np.array(totals)
-    return RewardScores(values, {"r": values / 2}, {"r": failures}, {})
+    return RewardScores(values, {"r": values / 2}, {"r": failures}, {}, {"r": values * 10}, {"r": 1})
 
 
 def group(index: int, size: int = 2) -> RolloutGroup:
@@ -39,6 +42,7 @@ def test_groups_are_replaced_in_place() -> None:
     assert replaced.totals.tolist() == [1, 2, 7, 8, 9, 10]
     assert replaced.components["r"].tolist() == [0.5, 1, 3.5, 4, 4.5, 5]
     fresh = RewardScores(np.array([7.0, 8.0]), {}, {}, {})  # as when the reward failed for all
+    assert replaced.gated["r"].tolist() == [10, 20, 70, 80, 90, 100]  # what GDPO compares
     lacking = replace_groups(scores_of(1, 2, 3, 3), [1], fresh, 2)
     assert lacking.totals.tolist() == [1, 2, 7, 8]
     np.testing.assert_array_equal(lacking.components["r"], [0.5, 1, NAN, NAN])
@@ -106,4 +110,29 @@ def test_ranks_share_out_what_one_process_would_do() -> None:
 
 def test_all_that_was_drawn_is_counted() -> None:
     merged = merge_scores([scores_of(1, 2, failures=1), scores_of(3, 4, failures=2)])
-    assert merged.totals.tolist() == [1, 2, 3, 4] and merged.failures == {"r": 3}
+    assert (
+        merged.totals.tolist() == [1, 2, 3, 4] and merged.failures == {"r": 3} and merged.weights == {"r": 1}
+    )
+
+
+def marked(name: str, samples: int, mark: float) -> Any:
+    """A value for any field of `RewardScores`, of the kind that its annotation says."""
+    kind = {field.name: str(field.type) for field in fields(RewardScores)}[name]
+    if "ndarray" not in kind:
+        return {"r": 1}
+    values = np.arange(samples) + mark
+    return {"r": values} if "dict" in kind else values
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in fields(RewardScores) if "ndarray" in str(field.type)]
+)
+def test_no_field_keeps_rows_of_what_was_replaced(name: str) -> None:
+    old, new = (
+        RewardScores(**{field.name: marked(field.name, n, mark) for field in fields(RewardScores)})
+        for n, mark in ((6, 0.0), (2, 100.0))
+    )
+    value = getattr(replace_groups(old, [1], new, 2), name)
+    assert (value["r"] if isinstance(value, dict) else value).tolist() == [0, 1, 100, 101, 4, 5]
+    value = getattr(average_decodes(old, 2), name)
+    assert (value["r"] if isinstance(value, dict) else value).tolist() == [0.5, 2.5, 4.5]

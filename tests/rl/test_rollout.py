@@ -60,6 +60,12 @@ def test_groups_come_in_the_order_of_the_prompts(policy: ImagePolicy) -> None:
         assert group.action_mask.all() and (group.rollout_logprobs < 0).all()
 
 
+@pytest.mark.parametrize("sample_chunk", [None, 2])
+def test_no_prompts_are_no_groups(policy: ImagePolicy, sample_chunk: int | None) -> None:
+    """As on a rank whose groups all teach something while another rank draws in place of silent ones."""
+    assert list(engine(policy).generate([], GROUP, 0, sample_chunk=sample_chunk)) == []
+
+
 def test_a_batch_is_redrawn_bit_for_bit(policy: ImagePolicy) -> None:
     first, second = draw(engine(policy)), draw(engine(policy))
     for one, two in zip(first, second, strict=True):

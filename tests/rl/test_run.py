@@ -304,6 +304,12 @@ ENGINES = {
 }
 
 
+def resampling(place: Path) -> tuple[str, ...]:
+    """DAPO with rewards under which one rank has silent groups while the other has none."""
+    reward = f"rewards.functions=[{{import_path: {place / 'reward.py'}:mostly_low}}]"
+    return ("algorithm.name=dapo", "rollout.prompts_per_step=4", "rollout.group_size=2", reward)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(place: Path) -> str:
     """What two processes print that train with every engine in turn."""
@@ -312,7 +318,7 @@ def two_ranks(place: Path) -> str:
     program.write_text(RANK_PROGRAM)
     runs = [
         arguments(place, "full", f"ranks_{name}", "run.steps=3", "engine.micro_batch_size=3", *overrides)
-        for name, overrides in ENGINES.items()
+        for name, overrides in {**ENGINES, "dapo": resampling(place)}.items()
     ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -337,7 +343,17 @@ def test_two_processes_train_like_one(
 
 
 @pytest.mark.slow
+def test_two_processes_resample_like_one(place: Path, two_ranks: str) -> None:
+    command = Command(place, *arguments(place, "full", "dapo_alone", "run.steps=3", *resampling(place)))
+    assert command.wait() == 0, command.output
+    alone, together = measured(place / "dapo_alone"), measured(place / "ranks_dapo")
+    assert sum(line.get("rollout/resampled_groups", 0) for line in alone) >= 3
+    for one, two in zip(alone, together, strict=True):
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.slow
 def test_only_the_main_process_prints(two_ranks: str) -> None:
     lines = two_ranks.splitlines()
-    assert len([line for line in lines if line.startswith("held-out after step 0:")]) == len(ENGINES)
-    assert len([line for line in lines if line.startswith("held-out low tokens:")]) == len(ENGINES)
+    assert len([line for line in lines if line.startswith("held-out after step 0:")]) == len(ENGINES) + 1
+    assert len([line for line in lines if line.startswith("held-out ") and "→" in line]) == len(ENGINES) + 1

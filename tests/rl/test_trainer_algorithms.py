@@ -143,6 +143,15 @@ def test_a_run_continues_bit_for_bit(tmp_path: Path) -> None:
     assert measured(forgetful, range(3, 4)) != expected[3:4]
 
 
+def test_the_kl_to_the_reference_is_that_of_the_policy_which_drew() -> None:
+    trainer = small_trainer("algorithm.updates_per_rollout=3", "optim.lr=0.01")
+    first, second = measured(trainer, range(2))
+    assert (
+        first["kl/k3"] == first["kl/k1"] == 0 < first["policy/old_kl"]
+    )  # it is the reference at the first update
+    assert second["kl/k3"] > 0
+
+
 def test_the_controller_raises_and_lowers_the_coefficient() -> None:
     common = ("optim.lr=0.01", "algorithm.kl_coef=0.1")
     for target, sign in (("1e-6", 1), ("10", -1)):

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from rl.cli import main
 from rl.config import Recipe
 from rl.errors import ImageRLError
 from rl.flow.algorithms import FLOW_ALGORITHMS
 from rl.recipe import validate_recipe
-from tests.small_run import recipe_data
+from tests.micro import micro_folder
+from tests.small_run import recipe_data, write_recipe
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -44,6 +46,9 @@ def test_a_name_sets_its_row_and_any_key_overrides_it(name: Any) -> None:
         (["algorithm.flow={}", "model.lora={r: 2}"], "algorithm.flow.joint: true"),
         (["algorithm.flow={}", "algorithm.kl_in=reward"], "of the tokens, which do not train"),
         (["algorithm.flow={name: flow_gpro}"], "flow_grpo"),
+        (["algorithm.flow={name: nft}", "rollout.guidance=2.0"], "rollout.guidance is 2, but nft matches"),
+        (["algorithm.flow={name: awm, guidance: 4.5}"], "algorithm.flow.guidance is 4.5, but awm matches"),
+        (["algorithm.flow={loss: nft, sampler: ode, guidance: 0.0}"], "algorithm.flow.allow_guidance: true"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_way_out(overrides: list[str], part: str) -> None:
@@ -52,6 +57,34 @@ def test_what_cannot_be_is_refused_with_the_way_out(overrides: list[str], part: 
     assert part in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", FLOW_ALGORITHMS)
+def test_matching_draws_without_guidance_unless_told_twice(name: Any) -> None:
+    matching = name in ("nft", "awm")
+    assert recipe(f"algorithm.flow.name={name}").rollout.guidance == (1.0 if matching else 2.0)
+    told = recipe("algorithm.flow={name: nft, allow_guidance: true}", "rollout.guidance=2.0")
+    assert told.rollout.guidance == 2.0
+    apart = recipe("algorithm.flow={name: nft, guidance: 1.0}", "rollout.guidance=2.0")  # only judged at 2
+    assert apart.rollout.guidance == 2.0
+
+
+def test_unscaled_rewards_with_nft_are_doubted() -> None:
+    (doubt,) = recipe("algorithm.flow={name: nft}", "algorithm.scale_rewards=none").doubts
+    assert "a tenth of the signal" in doubt and "\n" not in doubt
+    assert not recipe("algorithm.flow={name: awm}", "algorithm.scale_rewards=none").doubts
+    assert not recipe("algorithm.flow={name: nft}").doubts and not recipe().doubts
+
+
 def test_the_tokens_may_have_adapters_where_both_train() -> None:
     assert recipe("algorithm.flow={joint: true}", "model.lora={r: 2}").algorithm.flow is not None
     assert recipe("algorithm.flow={name: nft}", "rollout.flow_steps=1").algorithm.flow is not None
+
+
+def test_a_run_tells_its_doubts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    micro_folder(tmp_path / "model")
+    recipe = write_recipe(
+        tmp_path, "run.steps=1", "algorithm.flow={name: nft}", "algorithm.scale_rewards=none"
+    )
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", str(recipe)])
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "a tenth" in line]
+    assert told.startswith("imagerl: algorithm.scale_rewards is none")

@@ -1,6 +1,7 @@
 from dataclasses import replace
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -82,6 +83,48 @@ def test_at_the_old_policy_the_gradient_of_nft_depends_on_neither_beta_nor_the_l
     for beta, limit in ((0.1, 5.0), (1.0, 2.0)):
         again = gradient("nft", inputs, beta=beta, advantage_max=limit)
         torch.testing.assert_close(again, first, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", MATCHING_LOSSES)
+@pytest.mark.parametrize(
+    ("guidance", "spurious"), [(1.0, (0, 0, 0)), (2.0, (-0.195, 0.169, 0.053)), (4.5, (0.053, 0.854, 0.229))]
+)
+def test_guidance_adds_a_spurious_gradient(name, guidance, spurious):
+    """Pictures of one number: captioned ones are N(0, 1/4), all together N(0, 1). The velocities of both are known, and
+    the guided one, slope·x, draws N(0, 1/4^guidance). What a constant added to it does to the expected loss, by
+    quadrature, less the true gradient E[A (v* - u)] of the velocity v* that those samples have, in parts of the latter.
+    """
+    nodes, masses = np.polynomial.hermite_e.hermegauss(8)
+    z, noise = torch.from_numpy(np.stack(np.meshgrid(nodes, nodes)).reshape(2, -1, 1))
+    mass = torch.from_numpy(np.outer(masses, masses).reshape(-1, 1)) / masses.sum() ** 2
+    spread = 0.5**guidance
+
+    def slope(level, deviation):
+        variance = ((1 - level) * deviation) ** 2 + level**2
+        return (level - (1 - level) * deviation**2) / variance, variance
+
+    found = []
+    for level in (0.25, 0.5, 0.75):
+        x = (1 - level) * spread * z + level * noise
+        guided = slope(level, 1.0)[0] + guidance * (slope(level, 0.5)[0] - slope(level, 1.0)[0])
+        sizes = {}
+        for key, used in (("guided", guided), ("true", slope(level, spread)[0])):
+            inputs = MatchingInputs(
+                velocity=(used * x)[..., None, None, None].float().requires_grad_(),
+                old_velocity=None,
+                ref_velocity=None,
+                latents=(spread * z)[..., None, None].float(),
+                noise=noise[..., None, None, None].float(),
+                sigma=torch.full_like(z, level).float(),
+                advantages=(z * mass).float(),  # the reward is the number itself
+                action_mask=torch.ones_like(z, dtype=torch.bool),
+                denominator=1.0,
+            )
+            settings = {"min_weight": 1e3} if name == "nft" else {}  # no adaptive weight: the error itself
+            sizes[key] = gradient(name, inputs, **settings).double().sum().item()
+        assert sizes["true"] > 0
+        found.append(sizes["guided"] / sizes["true"] - 1)
+    assert found == pytest.approx(spurious, abs=2e-3)
 
 
 @pytest.mark.parametrize("name", MATCHING_LOSSES)
