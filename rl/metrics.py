@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from rl.errors import ImageRLError
+from rl.errors import ImageRLError, one_line
 from rl.files import write_atomic, write_error
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a line of its own, above the bar."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
 
     def _seconds_left(self, step: int) -> float:
         (first_step, first), (_, last) = self._times[0], self._times[-1]

@@ -68,7 +68,7 @@ def token(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     names = ["prompts", "images", "target"]
-    with served(reward_app("behave", behave, names, ["target"], Limits(pixels=100))) as address:
+    with served(reward_app("behave", behave, names, ["target"], Limits(pixels=100, body=10**6))) as address:
         yield f"{address}/behave"
 
 
@@ -142,8 +142,8 @@ def test_the_server_refuses_what_is_no_request(address: str) -> None:
 
 
 def test_large_and_unfinished_bodies_are_refused() -> None:
-    app = reward_app("behave", behave, [], limits=Limits(body=1000), body_s=0.3)
-    with served(app) as address:
+    app = reward_app("behave", behave, [], limits=Limits(body=1000))
+    with served(app, body_s=0.3) as address:
         headers = {"Authorization": f"Bearer {TOKEN}"}
         answer = urllib3.request(
             "POST", f"{address}/behave", body=b"x" * 1001, headers=headers, retries=False
@@ -178,7 +178,7 @@ def test_a_client_that_leaves_in_the_middle_is_no_error(
 
 
 def test_a_busy_server_asks_to_come_again() -> None:
-    with served(reward_app("behave", behave, [], waiting=1)) as address:
+    with served(reward_app("behave", behave, []), waiting=1) as address:
         reward = RemoteReward(f"{address}/behave", patience_s=10)
         images = to_pil_images(request("a").images[:1])
 

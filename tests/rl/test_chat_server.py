@@ -2,8 +2,10 @@
 
 import base64
 import io
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,6 +31,13 @@ def data_url(picture: Image.Image, kind: str = "PNG") -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def blank_png(width: int, height: int) -> str:
+    """A data URL of a PNG file that announces a size and has no pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return f"data:image/png;base64,{base64.b64encode(file + struct.pack('>I', 0) + b'IDAT').decode()}"
+
+
 RED = Image.new("RGB", (64, 32), "red")
 PICTURE = {"type": "image_url", "image_url": {"url": data_url(RED)}}
 QUESTION = {"type": "text", "text": "what is written?"}
@@ -44,7 +53,7 @@ def test_a_question_is_one_picture_and_all_texts() -> None:
     body["messages"].insert(0, {"role": "system", "content": "be brief"})
     question = parse_chat(body, "micro")
     assert question.text == "be brief\nwhat is written?\nin capitals" and question.max_new_tokens == 7
-    assert question.picture.size == (64, 32)
+    assert Image.open(io.BytesIO(question.picture)).size == (64, 32)
     assert parse_chat(chat(max_completion_tokens=9, max_tokens=7), "micro").max_new_tokens == 9
 
 
@@ -74,8 +83,13 @@ def test_a_question_is_one_picture_and_all_texts() -> None:
             "cannot be decoded",
         ),
         (
-            chat({"type": "image_url", "image_url": {"url": data_url(RED)[:90]}}, QUESTION),
+            chat({"type": "image_url", "image_url": {"url": data_url(RED)[:50]}}, QUESTION),
             "cannot be decoded",
+        ),
+        (chat(PICTURE, {"type": "text", "text": "why? " * 801}), "has 4004 characters; at most 4000"),
+        (
+            chat({"type": "image_url", "image_url": {"url": blank_png(4097, 4096)}}, QUESTION),
+            "has 4097×4096 pixels",
         ),
         (
             chat({"type": "image_url", "image_url": {"url": data_url(RED, "GIF")}}, QUESTION),
@@ -143,7 +157,7 @@ def test_the_shipped_model_reads_back_what_is_written(monkeypatch: pytest.Monkey
     with pytest.raises(SystemExit) as leaving:
         main(["serve"])
     assert leaving.value.code == 0
-    app, host, port, token, _ = ready[0]
+    app, host, port, token, *_ = ready[0]
     assert (host, port, token) == ("127.0.0.1", 0, "of-the-tests")
     prompts = prompt_set("heldout", 8)
     pictures = [truth(prompt) for prompt in prompts]
