@@ -128,13 +128,18 @@ def _values(first: RewardValues, pictures: Sequence[CheckPicture]) -> Finding:
     broken = ~np.isfinite(first.values) & ~first.not_applicable
     if broken.any():
         where = _shown(pictures[int(np.flatnonzero(broken)[0])])
-        what = f"{int(broken.sum())} of {broken.size} pictures have no usable value (the first: {where})"
-        computed = first.reason is None or first.reason.startswith(
-            "returned "
-        )  # not said by the reward itself
-        hint = "; guard divisions and logarithms, and return None where the reward does not apply"
+        count = f"{int(broken.sum())} of {broken.size}"
+        if first.reason is not None and not first.reason.startswith(
+            ("returned nan", "returned inf", "returned -inf")
+        ):
+            return Finding(
+                "values", "fail", f"{count} pictures have no value (the first: {where}): {first.reason}"
+            )
         return Finding(
-            "values", "fail", f"{what}: {first.reason or 'NaN or infinite'}{hint if computed else ''}"
+            "values",
+            "fail",
+            f"{count} values are NaN or infinite (the first: {where}): guard divisions and logarithms, and return "
+            "None where the reward does not apply",
         )
     finite = first.values[np.isfinite(first.values)]
     if not finite.size:

@@ -225,4 +225,4 @@ def _reason(error: BaseException) -> str:
     # Below 0 it is of the look-up of a name, and TLS has numbers of its own.
     if isinstance(number, int) and number > 0 and not isinstance(error, aiohttp.ClientSSLError):
         return os.strerror(number)
-    return f"{type(error).__name__}: {one_line(error, 200)}"
+    return f"{type(error).__name__}: {one_line(getattr(error, 'message', error), 200)}"

@@ -6,7 +6,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -147,6 +147,72 @@ def test_errors_reach_the_client() -> None:
         assert urllib3.request("POST", url, json=chat(), retries=False).status == 401
         listed = urllib3.request("GET", f"{address}/v1/models", headers=HEADERS, retries=False).json()
         assert [entry["id"] for entry in listed["data"]] == ["micro"]
+
+
+def test_pictures_are_unpacked_one_by_one_when_their_turn_comes() -> None:
+    """A picture that is broken, or a question that the model refuses, costs the others nothing."""
+    unpacked: list[tuple[int, int]] = []
+    busy, go = threading.Event(), threading.Event()
+
+    def answers(pictures: Iterable[Image.Image], questions: Sequence[str], _: int) -> list[str]:
+        busy.set()
+        assert go.wait(20)
+        for picture in pictures:
+            unpacked.append(picture.size)
+        if "refused" in questions:
+            raise ImageRLError("the question is longer than the model's positions")
+        return [question.upper() for question in questions]
+
+    broken = base64.b64encode(base64.b64decode(data_url(RED).partition(",")[2])[:60]).decode()
+    with served(chat_app(answers, "micro", batch=8)) as address, ThreadPoolExecutor(4) as threads:
+        url = f"{address}/v1/chat/completions"
+
+        def ask(text: str, picture: str) -> tuple[int, str]:
+            shown = {"type": "image_url", "image_url": {"url": picture}}
+            body = chat(shown, {"type": "text", "text": text})
+            answer = urllib3.request("POST", url, json=body, headers=HEADERS, retries=False, timeout=60)
+            told = answer.json()
+            said = told["error"]["message"] if "error" in told else told["choices"][0]["message"]["content"]
+            return answer.status, said
+
+        first = threads.submit(ask, "first", data_url(RED))
+        assert busy.wait(20)
+        given = [
+            ("good", data_url(RED)),
+            ("bad", f"data:image/png;base64,{broken}"),
+            ("refused", data_url(RED)),
+        ]
+        rest = [threads.submit(ask, *entry) for entry in given]
+        time.sleep(1.0)  # in which they come in
+        assert unpacked == []
+        go.set()
+        assert first.result() == (200, "FIRST")
+        good, bad, refused = (answer.result() for answer in rest)
+    assert good == (200, "GOOD")
+    assert bad[0] == 400 and "cannot be decoded" in bad[1]
+    assert refused == (400, "the question is longer than the model's positions")
+
+
+def test_a_model_that_cannot_answer_is_not_served(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("IMAGERL_SERVE_TOKEN", "of-the-tests")
+    monkeypatch.setattr("rl.serving.run_app", lambda *_: pytest.fail("it was served"))
+    with pytest.raises(SystemExit) as leaving:
+        main(["serve", "--model", "tiny"])
+    said = capsys.readouterr().err
+    assert leaving.value.code == 1 and said.count("\n") == 1
+    assert "tiny cannot answer questions about pictures (" in said and "such as tiny_edit" in said
+
+
+def test_a_judge_that_is_called_by_a_wrong_name_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with (
+        served(chat_app(lambda *_: [], "micro"), token=None) as address,
+        pytest.raises(SystemExit) as leaving,
+    ):
+        main(["reward", "check", "judge", f"endpoint={address}/v1", "model=mikro", "--prompts=2"])
+    assert leaving.value.code == 1
+    assert "HTTP 404: no model is named 'mikro' here; there is 'micro'" in capsys.readouterr().err
 
 
 def test_the_shipped_model_reads_back_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
