@@ -22,6 +22,7 @@ from models.published import EDIT_UNUSED, from_published, is_published
 from models.shards import SHARD_BYTES, WEIGHTS, Shards, save_shards
 from models.weights import check_fit, empty_policy, fill, full_state, is_tied
 from models.weights import load_state as load_state
+from rl.errors import one_line
 from rl.types import ImageRLError
 
 TINY = "tiny"
@@ -154,7 +155,7 @@ def load_policy(
         policy.decoder.unused_connector = None
     notes = check_fit(policy, shards.shapes, folder / WEIGHTS, published)
     if notes:
-        _logger.warning("%s: %s", folder, "; ".join(notes))
+        _logger.warning("%s: %s", folder, one_line("; ".join(notes)))  # it names tensors as the file does
     fill(policy, shards, dtype, device)
     policy.trainable.eval()
     policy.decoder.requires_grad_(False).eval()

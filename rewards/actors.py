@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import queue
+import socket
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from rewards.base import LoadedReward, RewardSpec, load_spec
 from rewards.scoring import RewardValues, call_reward
@@ -22,6 +24,7 @@ from rl.types import ImageRLError, RewardRequest
 NICENESS = 5  # an actor yields to the training process; it catches up while that one waits
 ATTEMPTS = 2  # of one call, when the actor dies under it
 START_TIMEOUT_S = 300.0  # loading models; downloads included
+CONNECT_S, JOIN_S = 5.0, 30.0  # to a cluster that is said to run: a port, and the whole of it
 OBJECT_STORE_BYTES = 512 * 2**20  # of shared memory, for pictures under way; Ray spills to disk beyond
 
 
@@ -187,19 +190,54 @@ def _environment(**variables: str) -> Any:
                 os.environ[name] = value
 
 
+def cluster_address() -> str | None:
+    """The cluster that is to be joined; None: one of our own is started."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return None if address in ("", "local") else address
+
+
+def _join_cluster(address: str) -> None:
+    """Connects to a running cluster. Raises ImageRLError when that fails or takes too long: Ray itself tries for
+    minutes, for example when the variable still names yesterday's cluster."""
+    import ray
+
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        if parts.port is not None:  # "auto" has none
+            socket.create_connection((parts.hostname, parts.port), CONNECT_S).close()
+        joining: Future[None] = Future()
+
+        def join() -> None:
+            try:
+                ray.init(logging_level="error", log_to_driver=False)
+                joining.set_result(None)
+            except BaseException as error:
+                joining.set_exception(error)
+
+        threading.Thread(target=join, daemon=True, name="ray-join").start()
+        joining.result(JOIN_S)
+    except Exception as error:
+        why = f"no answer within {JOIN_S:g} s" if isinstance(error, TimeoutError) else str(error)
+        raise ImageRLError(
+            f"no Ray cluster can be joined at RAY_ADDRESS={address} ({why}); unset RAY_ADDRESS to let the run start "
+            "its own, or set it to a cluster that runs"
+        ) from error
+
+
 def start_ray(workers: int) -> bool:
     """Connects to the cluster of RAY_ADDRESS or starts one on loopback; True when it is ours to stop.
 
     Must be called from the main thread: Ray's processes die with the thread that started them."""
-    if not os.environ.get("RAY_ADDRESS"):
+    address = cluster_address()
+    if address is None:
         # Ray listens on every interface unless told, before its import, that there will be no other node.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     if ray.is_initialized():
         return False
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="error", log_to_driver=False)
+    if address is not None:
+        _join_cluster(address)
         return False
     # The last variable keeps GPUs visible to actors that reserve none.
     with _environment(

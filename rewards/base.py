@@ -82,6 +82,11 @@ class RewardSpec:
         return self.target.startswith(("http://", "https://"))
 
     @property
+    def asks_server(self) -> bool:
+        """It needs somebody who answers."""
+        return self.is_remote or self.target == "judge"
+
+    @property
     def is_isolated(self) -> bool:
         """It may need what this process cannot import."""
         return self.python is not None or self.runtime_env is not None

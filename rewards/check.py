@@ -128,11 +128,18 @@ def _values(first: RewardValues, pictures: Sequence[CheckPicture]) -> Finding:
     broken = ~np.isfinite(first.values) & ~first.not_applicable
     if broken.any():
         where = _shown(pictures[int(np.flatnonzero(broken)[0])])
+        count = f"{int(broken.sum())} of {broken.size}"
+        if first.reason is not None and not first.reason.startswith(
+            ("returned nan", "returned inf", "returned -inf")
+        ):
+            return Finding(
+                "values", "fail", f"{count} pictures have no value (the first: {where}): {first.reason}"
+            )
         return Finding(
             "values",
             "fail",
-            f"{int(broken.sum())} of {broken.size} values are NaN or infinite (the first: {where}): guard "
-            "divisions and logarithms, and return None where the reward does not apply",
+            f"{count} values are NaN or infinite (the first: {where}): guard divisions and logarithms, and return "
+            "None where the reward does not apply",
         )
     finite = first.values[np.isfinite(first.values)]
     if not finite.size:

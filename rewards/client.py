@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
+import io
 import json
+import logging
 import os
 import random
+import threading
 import time
 import urllib.request
 from collections.abc import Mapping
+from functools import cache
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-import urllib3
+import aiohttp
 
-from rl.types import ImageRLError
+from rl.errors import ImageRLError, one_line
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 CONNECT_S = 5.0
+TOLD_AFTER_S = 1.5  # of failures; a server that starts again is often back before
 MOST_BYTES = 64 * 2**20  # of an answer
+
+_logger = logging.getLogger(__name__)
 
 
 class Refused(Exception):
@@ -40,21 +48,26 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """Sends requests to one server. `token` is its bearer token. Safe to use from many threads.
+    """Sends requests to one server, whose address is `url`. `token` is its bearer token. Safe to use from many threads.
 
     Proxies of the environment are used as usual, but never for this machine itself. Redirects are not followed: they
-    would carry the token elsewhere."""
+    would carry the token elsewhere. When a server cannot be had for a while, one warning says so.
 
-    def __init__(self, url: str, token: str | None, connections: int = 4, seed: int = 0) -> None:
+    Raises ImageRLError for what is no address."""
+
+    def __init__(self, url: str, token: str | None, seed: int = 0) -> None:
+        try:
+            urlsplit(url).port  # noqa: B018 (it is looked at when asked for)
+        except ValueError as error:
+            raise ImageRLError(f"{url} is no address: {error}") from error
         self._url = url
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._headers = {
+            "Accept-Encoding": "identity",
+            **({"Authorization": f"Bearer {token}"} if token else {}),
+        }
         self._jitter = random.Random(seed)
-        proxy = _proxy_for(url)
-        self._pool: urllib3.PoolManager = (
-            urllib3.ProxyManager(proxy, maxsize=connections)
-            if proxy
-            else urllib3.PoolManager(maxsize=connections)
-        )
+        self._proxy = _proxy_for(url)
+        self._warned = False
 
     def send(
         self,
@@ -63,30 +76,65 @@ class Client:
         deadline: float,
         attempt_s: float,
         headers: Mapping[str, str] | None = None,
+        path: str = "",
     ) -> Answer:
-        """The answer to a request, tried until `deadline` (of `time.monotonic`), each time for `attempt_s` seconds.
+        """The answer to a request, tried until `deadline` (of `time.monotonic`), each time for `attempt_s` seconds:
+        looking up the name, connecting, sending, waiting, and the last byte of the answer included.
 
         Raises Refused for a status that another attempt would not change, and GaveUp."""
-        attempts = 0
-        while True:
-            attempts += 1
-            asked = None
-            try:
-                end = min(deadline, time.monotonic() + attempt_s)
-                status, data, asked = self._once(method, body, end, headers)
-                if status == 200:
-                    return Answer(data, attempts)
-                problem = f"HTTP {status}: {_message(data)}"
-                if status not in RETRIED:
-                    raise Refused(status, problem)
-            except (TimeoutError, urllib3.exceptions.ReadTimeoutError):
-                problem = f"no answer within {attempt_s:g} s"
-            except urllib3.exceptions.HTTPError as error:
-                problem = _short(error)
-            pause = self._pause(attempts, asked)
-            if time.monotonic() + pause >= deadline:
-                raise GaveUp(f"{problem} (tried {attempts} times)")
-            time.sleep(pause)
+        asking = self._send(
+            method, self._url + path, body, deadline, attempt_s, {**self._headers, **(headers or {})}
+        )
+        answer = asyncio.run_coroutine_threadsafe(asking, _loop(os.getpid()))
+        try:
+            return answer.result()
+        finally:
+            answer.cancel()  # after Ctrl-C; else it is done
+
+    async def _send(
+        self,
+        method: str,
+        url: str,
+        body: bytes | None,
+        deadline: float,
+        attempt_s: float,
+        headers: Mapping[str, str],
+    ) -> Answer:
+        attempts, started = 0, time.monotonic()
+        async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session:
+            while True:
+                attempts += 1
+                asked = None
+                try:
+                    async with asyncio.timeout(min(deadline - time.monotonic(), attempt_s)):
+                        status, data, asked = await self._once(session, method, url, body, headers)
+                    if status == 200:
+                        self._answered()
+                        return Answer(data, attempts)
+                    problem = f"HTTP {status}: {_message(data)}"
+                    if status not in RETRIED:
+                        raise Refused(status, problem)
+                except TimeoutError:  # of the attempt, or of connecting
+                    problem = f"no answer within {attempt_s:g} s"
+                except (aiohttp.ClientError, OSError, ValueError) as error:
+                    problem = _reason(error)
+                pause = self._pause(attempts, asked)
+                left = deadline - time.monotonic()
+                if pause >= left:
+                    raise GaveUp(f"{problem} (tried {attempts} times)")
+                if time.monotonic() + pause - started > TOLD_AFTER_S:
+                    self._warn(f"{url}: {problem}; trying again for up to {left:.0f} s")
+                await asyncio.sleep(pause)
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            _logger.warning(text)
+
+    def _answered(self) -> None:
+        if self._warned:
+            self._warned = False
+            _logger.warning("%s: answers again", self._url)
 
     def _pause(self, attempts: int, asked: float | None) -> float:
         """Seconds until the next attempt: doubling, with up to a half more so that clients do not come all at once;
@@ -94,33 +142,39 @@ class Client:
         longest = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempts - 1))
         return max(longest * (1 + self._jitter.random() / 2), asked or 0.0)
 
-    def _once(
-        self, method: str, body: bytes | None, end: float, headers: Mapping[str, str] | None
+    async def _once(
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        url: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
     ) -> tuple[int, bytes, float | None]:
-        """Status, body and the seconds of `Retry-After`. Raises TimeoutError at `end` and urllib3's errors."""
-        left = max(0.01, end - time.monotonic())
-        response = self._pool.request(
+        """Status, body and the seconds of `Retry-After`. Raises aiohttp's errors."""
+        async with session.request(
             method,
-            self._url,
-            body=body,
-            headers={**self._headers, **(headers or {})},
-            timeout=urllib3.Timeout(connect=min(CONNECT_S, left), read=left),
-            retries=False,
-            redirect=False,
-            preload_content=False,
-        )
-        try:
+            url,
+            data=None if body is None else io.BytesIO(body),  # a large one is then sent in parts
+            headers=headers,
+            proxy=self._proxy,
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+        ) as response:
             data = bytearray()
-            while part := response.read(2**16):
+            async for part in response.content.iter_any():
                 data += part
                 if len(data) > MOST_BYTES:
                     raise Refused(response.status, f"the answer is longer than {MOST_BYTES} bytes")
-                if time.monotonic() > end:
-                    raise TimeoutError
-            response.release_conn()
             return response.status, bytes(data), _seconds(response.headers.get("Retry-After"))
-        finally:
-            response.close()
+
+
+@cache
+def _loop(_process: int) -> asyncio.AbstractEventLoop:
+    """The event loop of all clients of a process, in a thread of its own: the caller's may run one already, as in
+    notebooks, and a look-up of a name that hangs must not hold up the caller. A forked process has no such thread."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True, name="http-client").start()
+    return loop
 
 
 def secret(variable: str, purpose: str) -> str:
@@ -160,13 +214,15 @@ def _message(data: bytes) -> str:
     try:
         told = json.loads(text)["error"]
         text = told["message"] if isinstance(told, dict) else told
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
-    return " ".join(str(text).split())[:300] or "without a word"
+    return one_line(text, 300) or "without a word"
 
 
-def _short(error: BaseException) -> str:
-    """The cause of a failed connection, without the addresses of objects."""
-    while error.__cause__ is not None or isinstance(error.__context__, OSError):
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _reason(error: BaseException) -> str:
+    """Why there was no answer: the system's words where it has some."""
+    number = getattr(error, "errno", None)
+    # Below 0 it is of the look-up of a name, and TLS has numbers of its own.
+    if isinstance(number, int) and number > 0 and not isinstance(error, aiohttp.ClientSSLError):
+        return os.strerror(number)
+    return f"{type(error).__name__}: {one_line(getattr(error, 'message', error), 200)}"

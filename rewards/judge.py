@@ -84,13 +84,14 @@ class JudgeReward:
         self._answers = AnswerCache(REMEMBERED, None if cache is None else Path(cache))
         key = None if key_env is None else secret(key_env, f"the key of {endpoint}")
         base = endpoint.rstrip("/")
-        self._client = Client(f"{base}/chat/completions", key, concurrency)
-        self._check(Client(f"{base}/models", key, 1), base)
+        self._client = Client(base, key)
+        self._check(base)
 
-    def _check(self, models: Client, base: str) -> None:
+    def _check(self, base: str) -> None:
         """Is there anybody, and do they accept the key? What `/models` says beyond that does not matter."""
+        deadline = time.monotonic() + self._patience_s
         try:
-            models.send("GET", None, time.monotonic() + self._patience_s, self._timeout_s)
+            self._client.send("GET", None, deadline, self._timeout_s, path="/models")
         except GaveUp as error:
             raise ImageRLError(f"the judge at {base} cannot be reached: {error}") from error
         except Refused as error:
@@ -174,7 +175,12 @@ class JudgeReward:
         started = time.monotonic()
         try:
             answer = self._client.send(
-                "POST", body, deadline, self._timeout_s, {"Content-Type": "application/json"}
+                "POST",
+                body,
+                deadline,
+                self._timeout_s,
+                {"Content-Type": "application/json"},
+                "/chat/completions",
             )
             return read_completion(answer.body, time.monotonic() - started, answer.attempts - 1)
         except Refused as error:

@@ -45,7 +45,10 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def open_png(data: bytes) -> Image.Image:
-    """A picture with all its pixels read. Raises what Pillow raises for a broken file."""
+    """A picture with all its pixels read. Raises what Pillow raises for a broken file, and ValueError for one that
+    gives its size twice: Pillow believes the last, limits were held against the first."""
     picture = Image.open(io.BytesIO(data), formats=["PNG"])
+    if picture.size != struct.unpack(">II", data[16:24]):
+        raise ValueError("it has two headers")
     picture.load()
     return picture.copy()  # plain, without the file behind it

@@ -12,6 +12,7 @@ from PIL import Image
 from rewards.base import LoadedReward
 from rewards.mixing import Mix, weight_at
 from rewards.targets import SAMPLE_NAMES, one_line
+from rl import errors
 from rl.types import ImageRLError, RewardFn, RewardOutput, RewardRequest, RewardScores
 
 
@@ -180,7 +181,7 @@ def combine(
         if lost.any():
             gate_missing = mix.gate and np.isfinite(value.values[lost]).all()
             reason = f"{mix.gate.by}, its gate, has no value" if mix.gate and gate_missing else value.reason
-            scores.reasons[mix.label] = reason or "returned None"
+            scores.reasons[mix.label] = errors.one_line(reason or "returned None")
     return scores
 
 

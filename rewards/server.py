@@ -1,4 +1,5 @@
-"""The other side of `rewards.remote`: a reward as a web application. Who may ask is not decided here."""
+"""The other side of `rewards.remote`: a reward as a web application. Who may ask, how long sending may take and how
+many may wait is not decided here."""
 
 from __future__ import annotations
 
@@ -16,8 +17,6 @@ from rl.types import ImageRLError, RewardFn
 if TYPE_CHECKING:
     from aiohttp import web
 
-BODY_S = 60.0  # in which a request must have come in whole
-
 
 def reward_app(
     label: str,
@@ -25,21 +24,18 @@ def reward_app(
     parameters: Sequence[str],
     needed: Sequence[str] = (),
     limits: Limits = LIMITS,
-    waiting: int = 16,
-    body_s: float = BODY_S,
 ) -> web.Application:
-    """`POST /<label>` scores, `GET /<label>` tells what is served. The reward is called by one thread, one request
-    after the other, and at most `waiting` requests are held at a time; more are told to come again.
+    """`POST /<label>` scores, `GET /<label>` tells what is served. Requests are unpacked and scored by one thread, one
+    after the other, so pictures of a single request are in memory at a time.
 
     `parameters` are the names that the reward takes; `needed` the columns without which it cannot be called."""
     from aiohttp import web
 
     thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
     turn = asyncio.Lock()
-    held = 0
 
-    def problem(status: int, text: str, **headers: str) -> web.Response:
-        return web.json_response({"error": text}, status=status, headers=headers)
+    def problem(status: int, text: str) -> web.Response:
+        return web.json_response({"error": text}, status=status)
 
     def answer(body: bytes) -> bytes:
         samples = unpack_request(body, open_png, limits)
@@ -57,21 +53,9 @@ def reward_app(
             }
         )
 
-    async def read(request: web.Request) -> bytes:
-        if (request.content_length or 0) > limits.body:
-            raise WireError(
-                f"the request has {request.content_length} bytes; at most {limits.body} are taken", 413
-            )
-        async with asyncio.timeout(body_s):
-            return await request.read()
-
     async def score(request: web.Request) -> web.Response:
-        nonlocal held
-        if held >= waiting:
-            return problem(503, f"{held} requests are waiting already", **{"Retry-After": "1"})
-        held += 1
+        body = await request.read()
         try:
-            body = await read(request)
             async with turn:
                 if request.transport is None:  # gave up while it waited
                     return problem(408, "you left")
@@ -79,14 +63,8 @@ def reward_app(
             return web.Response(body=told, content_type="application/json")
         except WireError as error:
             return problem(error.status, str(error))
-        except TimeoutError:
-            return problem(408, f"the request did not come in within {body_s:g} s")
-        except ConnectionError:  # gave up while it sent; nobody will read this
-            return problem(408, "you left")
         except ImageRLError as error:
             return problem(422, str(error))
-        finally:
-            held -= 1
 
     app = web.Application(client_max_size=limits.body)
     app.router.add_get(f"/{label}", describe)

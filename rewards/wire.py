@@ -16,25 +16,30 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
+
+from rl.errors import one_line
 
 VERSION = 1
 PICTURE = "$picture"
 NAMES = ("prompts", "completions", "columns", "pictures")
 PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 MIB = 2**20
+LONGEST_REASON = 500  # characters
 
 
 class WireError(ValueError):
-    """A message that cannot be accepted. `status` is HTTP's."""
+    """A message that cannot be accepted, in one line. `status` is HTTP's."""
 
     def __init__(self, text: str, status: int = 400) -> None:
-        super().__init__(text)
+        super().__init__(one_line(text, LONGEST_REASON))
         self.status = status
 
 
 class Limits(NamedTuple):
-    """What a receiver takes."""
+    """What a receiver takes. All pictures of a request together may have as many pixels as `body` holds in RGB: what is
+    sent uncompressed is within it anyway, and nothing else may unpack to more."""
 
     body: int = 256 * MIB  # bytes of a request
     header: int = 16 * MIB  # bytes of its JSON
@@ -123,14 +128,27 @@ def unpack_request(
     data = _split(body, end + 1, header["pictures"], limits)
     if len(data) < size:
         raise WireError(f"{size} prompts came with {len(data)} pictures")
-    opened = [_opened(number, png, open_picture, limits.pixels) for number, png in enumerate(data)]
-    columns = {name: _filled(values, opened) for name, values in header["columns"].items()}
+    pixels = sum(_pixels(number, png, limits.pixels) for number, png in enumerate(data))
+    if 3 * pixels > limits.body:
+        raise WireError(
+            f"the pictures have {pixels} pixels together; at most {limits.body // 3} are taken", 413
+        )
+
+    @lru_cache(None)  # only what is used is unpacked, and once
+    def picture(number: int) -> Any:
+        try:
+            return open_picture(data[number])
+        except Exception as error:  # decoders raise whatever they like at a broken file
+            raise WireError(f"picture {number} cannot be decoded: {error}") from error
+
+    images = [picture(number) for number in range(size)]
+    columns = {name: _filled(values, picture, len(data)) for name, values in header["columns"].items()}
     completions = header["completions"]
     return {
         "prompts": header["prompts"],
         "completions": completions,
         "completion_ids": completions,
-        "images": opened[:size],
+        "images": images,
         **columns,
     }
 
@@ -186,31 +204,28 @@ def _split(body: bytes, start: int, sizes: list[int], limits: Limits) -> list[by
     return files
 
 
-def _opened(number: int, data: bytes, open_picture: Callable[[bytes], Any], pixels: int) -> Any:
-    """A picture. Its size is read before anything of it is unpacked."""
+def _pixels(number: int, data: bytes, most: int) -> int:
+    """Pixels of a PNG file, from its header."""
     if not data.startswith(PNG_START) or len(data) < 24:
         raise WireError(f"picture {number} is not a PNG file")
     width, height = struct.unpack(">II", data[16:24])
-    if width * height > pixels:
-        raise WireError(f"picture {number} has {width}×{height} pixels; at most {pixels} are taken", 413)
-    try:
-        return open_picture(data)
-    except Exception as error:  # decoders raise whatever they like at a broken file
-        raise WireError(f"picture {number} cannot be decoded: {' '.join(str(error).split())}") from error
+    if width * height > most:
+        raise WireError(f"picture {number} has {width}×{height} pixels; at most {most} are taken", 413)
+    return int(width * height)
 
 
-def _filled(entry: Any, pictures: list[Any]) -> Any:
-    """A column with its pictures in place."""
+def _filled(entry: Any, picture: Callable[[int], Any], count: int) -> Any:
+    """A column with its pictures, of which there are `count`, in place."""
     if isinstance(entry, list):
-        return [_filled(value, pictures) for value in entry]
+        return [_filled(value, picture, count) for value in entry]
     if not isinstance(entry, dict):
         return entry
     if PICTURE not in entry:
-        return {key: _filled(value, pictures) for key, value in entry.items()}
+        return {key: _filled(value, picture, count) for key, value in entry.items()}
     number = entry[PICTURE]
-    if len(entry) > 1 or type(number) is not int or not 0 <= number < len(pictures):
+    if len(entry) > 1 or type(number) is not int or not 0 <= number < count:
         raise WireError(f"{entry!r} names no picture")
-    return pictures[number]
+    return picture(number)
 
 
 def pack_reply(
@@ -239,7 +254,7 @@ def unpack_reply(body: bytes, size: int) -> Reply:
         reply = json.loads(body.decode())
         rewards, breakdown = reply["rewards"], reply.get("breakdown") or {}
         failed, reason = reply.get("failed") or [], reply.get("reason")
-        columns = {str(name): _numbers(values, size) for name, values in breakdown.items()}
+        columns = {one_line(name): _numbers(values, size) for name, values in breakdown.items()}
         values = _numbers(rewards, size)
         for place in failed:
             values[range(size)[place]] = math.nan
@@ -253,7 +268,7 @@ def unpack_reply(body: bytes, size: int) -> Reply:
         RecursionError,
     ) as error:
         raise WireError(f"the answer is no reply ({type(error).__name__}: {error})") from error
-    return Reply(values, columns, None if reason is None else " ".join(str(reason).split()))
+    return Reply(values, columns, None if reason is None else one_line(reason, LONGEST_REASON))
 
 
 def _numbers(entries: Any, size: int) -> list[float | None]:

@@ -11,8 +11,8 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from rewards.actors import Call, Plan, Worker, actor_class, start_ray
-from rewards.base import RewardSpec, check_reward, load_rewards, secrets_of, unique_labels
+from rewards.actors import Call, Plan, Worker, actor_class, cluster_address, start_ray
+from rewards.base import RewardSpec, check_reward, load_rewards, load_spec, secrets_of, unique_labels
 from rewards.mixing import Mix
 from rewards.scoring import RewardValues, call_reward, combine, concatenate, part_of
 from rl.types import ImageRLError, RewardRequest, RewardScores
@@ -91,6 +91,12 @@ class RewardWorkers:
             self._start(workers, timeout_s, max_restarts, names)
 
     def _start(self, workers: int, timeout_s: float, max_restarts: int, columns: list[str] | None) -> None:
+        if cluster_address() is None:  # else actors may reach what this machine does not
+            for spec in self._specs:
+                if spec.asks_server and not spec.is_isolated:
+                    load_spec(
+                        spec, PATIENCE * timeout_s, columns
+                    )  # what an actor says of a dead one is not seen
         self._owns_ray = start_ray(workers)
         cpus = 0 if self._owns_ray else 1  # nothing else is to be scheduled on a cluster of our own
         self._calls: dict[int, queue.SimpleQueue[Call | None]] = {}  # by place of the reward

@@ -6,38 +6,43 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import io
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rl.errors import ImageRLError
+from rl.errors import ImageRLError, one_line
 
 if TYPE_CHECKING:
     from aiohttp import web
     from PIL import Image
 
-# answers(pictures, questions, max_new_tokens) -> one text each
-Answers = Callable[[Sequence[Any], Sequence[str], int], list[str]]
+# answers(pictures, questions, max_new_tokens) -> one text each. Pictures are unpacked one by one as they are taken,
+# so whoever reduces each before taking the next never holds two large ones.
+Answers = Callable[[Iterable[Any], Sequence[str], int], list[str]]
 MOST_BYTES = 32 * 2**20  # of a request
 MOST_PIXELS = 4096 * 4096
+MOST_CHARACTERS = 4000  # of a question
 MOST_TOKENS = 512
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 class RequestError(Exception):
-    """A request that cannot be answered. The message goes to the client, with HTTP status 400."""
+    """A request that cannot be answered. The message goes to the client, with an HTTP status."""
+
+    def __init__(self, text: str, status: int = 400) -> None:
+        super().__init__(one_line(text, 500))
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
 class ChatQuestion:
     """What one request asks."""
 
-    picture: Image.Image
+    picture: bytes  # a file of one of FORMATS, within MOST_PIXELS; not unpacked while it waits
     text: str
     max_new_tokens: int
 
@@ -49,7 +54,7 @@ def parse_chat(body: Any, model: str) -> ChatQuestion:
     if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
         raise RequestError("the request must be a JSON object with messages")
     if body.get("model") != model:
-        raise RequestError(f"no model is named {body.get('model')!r} here; there is {model!r}")
+        raise RequestError(f"no model is named {body.get('model')!r} here; there is {model!r}", 404)
     if body.get("stream") or body.get("n", 1) != 1:
         raise RequestError("stream and n are not supported: one answer comes, whole")
     form = body.get("response_format")
@@ -73,7 +78,9 @@ def parse_chat(body: Any, model: str) -> ChatQuestion:
     text = "\n".join(texts).strip()
     if not text:
         raise RequestError("there is no question")
-    return ChatQuestion(_picture(pictures[0]), text, most)
+    if len(text) > MOST_CHARACTERS:
+        raise RequestError(f"the question has {len(text)} characters; at most {MOST_CHARACTERS} are taken")
+    return ChatQuestion(_picture_file(pictures[0]), text, most)
 
 
 def _parts(messages: Sequence[Any]) -> list[dict[str, Any]]:
@@ -92,52 +99,65 @@ def _parts(messages: Sequence[Any]) -> list[dict[str, Any]]:
     return parts
 
 
-def _picture(url: Any) -> Image.Image:
-    """The picture of a data URL. Addresses are not fetched: a server that does can be sent anywhere."""
-    from PIL import Image
-
+def _picture_file(url: Any) -> bytes:
+    """The file in a data URL, its size looked up. Addresses are not fetched: who does that can be sent anywhere."""
     if not isinstance(url, str) or not url.startswith("data:image/") or ";base64," not in url[:64]:
         raise RequestError(
             "the picture must be a data URL, data:image/png;base64,...; addresses are not fetched"
         )
     try:
         data = base64.b64decode(url.partition(",")[2], validate=True)
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except ValueError as error:
+        raise RequestError(f"the picture cannot be decoded: {error}") from error
+    _picture(data, unpack=False)
+    return data
+
+
+def _picture(data: bytes, unpack: bool = True) -> Image.Image:
+    """The picture in a file. Raises RequestError when it is too large, or broken as far as it was read."""
+    from PIL import Image
+
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)  # reads what stands before the pixels
         if picture.width * picture.height > MOST_PIXELS:
             raise RequestError(
-                f"the picture has {picture.width}×{picture.height} pixels; at most {MOST_PIXELS} are taken"
+                f"the picture has {picture.width}×{picture.height} pixels; at most {MOST_PIXELS} are taken",
+                413,
             )
-        picture.load()
+        if unpack:
+            picture.load()
     except RequestError:
         raise
-    except (binascii.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise RequestError(f"the picture cannot be decoded as one of {', '.join(FORMATS)}: {why}") from error
+    except Exception as error:  # decoders raise whatever they like at a broken file
+        raise RequestError(
+            f"the picture cannot be decoded as one of {', '.join(FORMATS)}: {error}"
+        ) from error
     return picture
 
 
-def chat_app(answers: Answers, model: str, batch: int = 16, waiting: int = 256) -> web.Application:
+def chat_app(answers: Answers, model: str, batch: int = 16) -> web.Application:
     """`POST /v1/chat/completions` and `GET /v1/models`. `answers` is called by one thread with the questions that have
-    come in meanwhile, at most `batch`; of more than `waiting` requests the rest is told to come again."""
+    come in meanwhile, at most `batch`; when it fails with several, it is called with each alone."""
     from aiohttp import web
 
     questions: asyncio.Queue[tuple[ChatQuestion, asyncio.Future[str]]] = asyncio.Queue()
     thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
-    held = 0
 
-    def problem(status: int, text: str, **headers: str) -> web.Response:
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        return web.json_response({"error": {"message": text, "type": kind}}, status=status, headers=headers)
+    def problem(status: int, text: str) -> web.Response:
+        told = {"message": text, "type": "invalid_request_error"}
+        return web.json_response({"error": told}, status=status)
 
     async def answer(together: Sequence[tuple[ChatQuestion, asyncio.Future[str]]], most: int) -> None:
-        pictures = [question.picture for question, _ in together]
+        pictures = (_picture(question.picture) for question, _ in together)
         asked = [question.text for question, _ in together]
         try:
             texts = await asyncio.get_running_loop().run_in_executor(thread, answers, pictures, asked, most)
         except Exception as error:
-            for _, future in together:
-                if not future.done():
-                    future.set_exception(error)
+            if len(together) > 1:
+                for entry in together:
+                    await answer([entry], most)
+            elif not together[0][1].done():
+                together[0][1].set_exception(error)
             return
         for (_, future), text in zip(together, texts, strict=True):
             if not future.done():
@@ -163,10 +183,6 @@ def chat_app(answers: Answers, model: str, batch: int = 16, waiting: int = 256) 
         return web.json_response({"object": "list", "data": [entry]})
 
     async def complete(request: web.Request) -> web.Response:
-        nonlocal held
-        if held >= waiting:
-            return problem(503, f"{held} questions are waiting already", **{"Retry-After": "1"})
-        held += 1
         try:
             try:
                 body = await request.json()
@@ -176,12 +192,10 @@ def chat_app(answers: Answers, model: str, batch: int = 16, waiting: int = 256) 
             future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             questions.put_nowait((question, future))
             return web.json_response(_completion(model, await future))
-        except ConnectionError:  # gave up while it sent; nobody will read this
-            return problem(408, "you left")
-        except (RequestError, ImageRLError) as error:
+        except RequestError as error:
+            return problem(error.status, str(error))
+        except ImageRLError as error:
             return problem(400, str(error))
-        finally:
-            held -= 1
 
     app = web.Application(client_max_size=MOST_BYTES)
     app.router.add_get("/v1/models", models)

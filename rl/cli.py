@@ -24,7 +24,7 @@ from rl.commands.sft import sft
 from rl.commands.tokenize import tokenize
 from rl.commands.train import train
 from rl.environment import leave_to_the_recipe
-from rl.errors import ImageRLError
+from rl.errors import ImageRLError, one_line
 
 INTERRUPTED = 130  # what typer returns after Ctrl-C
 
@@ -65,8 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}: {error}", file=sys.stderr)
         code = 1
     except TyperException as error:  # usage
-        message = " ".join(error.format_message().split())
-        print(f"{name}: {message.rstrip('.')}; see imagerl --help", file=sys.stderr)
+        print(f"{name}: {one_line(error.format_message()).rstrip('.')}; see imagerl --help", file=sys.stderr)
         code = error.exit_code
     if code == INTERRUPTED:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from rl.errors import ImageRLError
+from rl.errors import ImageRLError, one_line
 from rl.files import write_atomic, write_error
 
 if TYPE_CHECKING:
@@ -213,11 +213,14 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, total=self._total, description=text)
         elif step == 1 or step == self._total or step % self._every == 0:
-            self.note(text)
+            self._print(text)
 
     def note(self, text: str) -> None:
-        """Print a line of its own, above the bar."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Print a line of its own, above the bar. It may hold words of others, such as a reward's."""
+        self._print(one_line(text))
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _seconds_left(self, step: int) -> float:
         (first_step, first), (_, last) = self._times[0], self._times[-1]

@@ -12,10 +12,10 @@ from rl.serving import guard, serve
 
 
 @contextmanager
-def served(app: Any, token: str | None = "of-the-tests", port: int = 0) -> Iterator[str]:
-    """Serves an application from a thread; yields "http://127.0.0.1:port"."""
+def served(app: Any, token: str | None = "of-the-tests", port: int = 0, **limits: Any) -> Iterator[str]:
+    """Serves an application from a thread; yields "http://127.0.0.1:port". `limits` are those of `guard`."""
     if token is not None:
-        guard(app, token)
+        guard(app, token, **limits)
     started, address, stops = threading.Event(), [], []
 
     async def run() -> None:

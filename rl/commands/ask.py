@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rl.commands.options import Reader, picture_for
+from rl.errors import one_line
 
 
 def ask(
@@ -24,4 +25,4 @@ def ask(
     policy, _ = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
     tokens = policy.picture_tokens([picture_for(policy, picture)])
     for answer in policy.answer(tokens.expand(len(questions), -1), questions, max_tokens):
-        print(" ".join(answer.split()))
+        print(one_line(answer))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rl.errors import ImageRLError
+from rl.errors import ImageRLError, one_line
 
 if TYPE_CHECKING:
     from rewards.base import LoadedReward, RewardSpec
@@ -118,8 +118,9 @@ def serve_reward(
     check_signature(spec)
     label, function = load_spec(spec)
     limits = Limits(body=max_mib * 2**20, pixels=max_pixels)
-    app = reward_app(label, function, parameters_of(spec, function), columns_needed(spec), limits, waiting)
-    run_app(app, host, port, token, lambda address: print(f"serving {address}/{label}", flush=True))
+    app = reward_app(label, function, parameters_of(spec, function), columns_needed(spec), limits)
+    announce = lambda address: print(f"serving {address}/{label}", flush=True)  # noqa: E731
+    run_app(app, host, port, token, announce, waiting)
 
 
 def parameters_of(spec: RewardSpec, function: Any) -> list[str]:
@@ -158,7 +159,7 @@ def table(report: CheckReport) -> list[str]:
     """The report as lines of text."""
     from rewards.check_page import number
 
-    lines = [f"{f.verdict:>4}  {f.check:<12} {f.sentence}" for f in report.findings]
+    lines = [f"{f.verdict:>4}  {f.check:<12} {one_line(f.sentence)}" for f in report.findings]
     if report.kinds:
         width = max(len(row.kind) for row in report.kinds)
         lines += ["", f"      {'kind':<{width}} {'mean':>7} {'least':>7} {'most':>7}"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rl.commands.options import Reader
+from rl.errors import ImageRLError
+
+WAITING = 64  # questions held at a time
 
 
 def serve(
@@ -23,6 +26,7 @@ def serve(
 ) -> None:
     """Serve a model that answers questions about pictures behind an OpenAI-compatible endpoint."""
     import torch
+    from PIL import Image
 
     from models.loading import load_policy
     from models.pictures import prepare_picture
@@ -31,13 +35,20 @@ def serve(
 
     token = token_from(token_env)
     policy, _ = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = policy.require_tokenizer()
 
     @torch.no_grad()
-    def answers(pictures: Sequence[Any], questions: Sequence[str], max_new_tokens: int) -> list[str]:
+    def answers(pictures: Iterable[Any], questions: Sequence[str], max_new_tokens: int) -> list[str]:
         shown = torch.stack([prepare_picture(picture, tokenizer.picture_size) for picture in pictures])
         return policy.answer(tokenizer.encode(shown.to(policy.device)), questions, max_new_tokens)
 
+    try:
+        tokenizer = policy.require_tokenizer()
+        answers([Image.new("RGB", (8, 8))], ["what is written?"], 1)
+    except ImageRLError as error:
+        raise ImageRLError(
+            f"{model} cannot answer questions about pictures ({error}); serve a model that can, such as tiny_edit"
+        ) from error
     called = name or Path(model).name
     app = chat_app(answers, called, batch)
-    run_app(app, host, port, token, lambda address: print(f"serving {called} at {address}/v1", flush=True))
+    announce = lambda address: print(f"serving {called} at {address}/v1", flush=True)  # noqa: E731
+    run_app(app, host, port, token, announce, WAITING)

@@ -12,6 +12,7 @@ from rewards.base import LoadedReward, load_reward
 from rewards.check import CheckReport, check
 from rewards.check_page import check_page
 from rewards.check_ranking import rank, rank_correlation
+from rl.commands.reward import table
 from rl.tiny.pictures import KINDS, check_pictures
 from rl.types import RewardOutput
 
@@ -212,3 +213,14 @@ def test_page_stands_alone_and_escapes() -> None:
     assert "http" not in page and "<b>" not in page.split("</style>")[1].replace("<b class", "")
     broken = check(LoadedReward("broken", _zero_division), PICTURES[:12])
     assert "not fit to train on" in check_page(broken, PICTURES[:12], "x")
+
+
+def test_a_reward_that_says_why_it_has_no_value_is_quoted() -> None:
+    def judge(images: list[Any], **_: Any) -> RewardOutput:
+        return RewardOutput([float("nan")] * len(images), {}, "the judge refuses: HTTP 400: \x1b[31mtoo dark")
+
+    (finding,) = [finding for finding in check_function(judge).failed if finding.check == "values"]
+    assert "pictures have no value (the first: " in finding.sentence and "guard" not in finding.sentence
+    assert finding.sentence.endswith("): the judge refuses: HTTP 400: \x1b[31mtoo dark")
+    report = CheckReport("judge", [finding])
+    assert table(report)[0].endswith("): the judge refuses: HTTP 400: too dark")

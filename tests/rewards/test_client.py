@@ -2,7 +2,12 @@
 
 import asyncio
 import email.utils
+import socket
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -111,3 +116,95 @@ def test_secrets_come_from_the_environment_only(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ImageRLError, match="printable ASCII") as error:
         secret("MINE", "a key")
     assert "lines" not in str(error.value)
+
+
+@contextmanager
+def dripping(start: bytes) -> Iterator[tuple[str, threading.Event]]:
+    """A server that answers `start` and then one byte every 50 ms, for ever. The event: a client was seen to leave."""
+    left, over = threading.Event(), threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        with connection:
+            try:
+                connection.recv(2**16)
+                connection.sendall(start)
+                while not over.wait(0.05):
+                    connection.sendall(b"x")
+            except OSError:
+                left.set()
+
+    def accept(listening: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=drip, args=[listening.accept()[0]], daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=accept, args=[listening], daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}", left
+        finally:
+            over.set()
+            listening.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"HTTP/1.1 200 ",
+        b"HTTP/1.1 200 OK\r\nX-Long: ",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1000\r\n",
+    ],
+    ids=["status", "headers", "body", "chunk"],
+)
+def test_a_server_that_drips_does_not_extend_the_deadline(start: bytes) -> None:
+    """Each byte comes well within any time-out of a single read; the call ends none the less, and hangs up."""
+    with ThreadPoolExecutor(1) as thread, dripping(start) as (address, left):
+        call = thread.submit(send, address, 1.0, 0.4)
+        with pytest.raises((GaveUp, Refused), match=r"no answer within 0\.4 s \(tried"):
+            call.result(timeout=30)  # without a deadline: never
+        assert left.wait(20)
+
+
+def test_a_call_may_come_from_where_a_loop_runs() -> None:
+    """As in a notebook."""
+
+    async def cell(address: str) -> bytes:
+        return send(address).body
+
+    app, _ = scripted({"text": "ok"})
+    with served(app) as address:
+        assert asyncio.run(cell(address)) == b"ok"
+
+
+def test_what_is_no_address_is_said() -> None:
+    with pytest.raises(ImageRLError, match="http://host:99999/x is no address: Port out of range"):
+        Client("http://host:99999/x", None)
+
+
+def test_a_server_that_is_gone_is_told_once_and_so_is_its_return(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    client = Client(f"http://127.0.0.1:{port}/x", "of-the-tests")
+
+    def ask() -> bytes:
+        return client.send("POST", b"body", time.monotonic() + 60, 10.0).body
+
+    with ThreadPoolExecutor(2) as threads:
+        answers = [threads.submit(ask) for _ in range(2)]
+        while not caplog.messages:
+            time.sleep(0.05)
+        assert not any(answer.done() for answer in answers)  # told while it waits, not after
+        with served(scripted({"text": "ok"})[0], port=port):
+            assert [answer.result() for answer in answers] == [b"ok", b"ok"]
+    first, second = caplog.messages
+    assert first.startswith(f"http://127.0.0.1:{port}/x: Connection refused; trying again for up to ")
+    assert second == f"http://127.0.0.1:{port}/x: answers again"
+
+
+def test_a_server_cannot_write_to_the_terminal() -> None:
+    app, _ = scripted(
+        {"status": 400, "text": '{"error": "\\u001b[31mred\\u001b[0m \\u001b]0;title\\u0007\\u009b2J!"}'}
+    )
+    with served(app) as address, pytest.raises(Refused, match=r"^HTTP 400: red !$"):
+        send(address)

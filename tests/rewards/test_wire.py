@@ -1,5 +1,6 @@
 """Requests and replies as bytes: what goes in comes out, and what is broken is refused with a status."""
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -115,6 +116,70 @@ def test_broken_and_oversized_pictures_are_refused() -> None:
             unpack_request(_with_picture(png), open_png, limit)
         assert refusal.value.status == 413
     assert unpack_request(_with_picture(png), open_png, Limits(pixels=64 * 64))["images"][0].size == (64, 64)
+
+
+def blank(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def with_pictures(files: list[bytes], **columns: list[object]) -> bytes:
+    fields = {"version": 1, "prompts": ["a"], "completions": [[1]], "columns": columns}
+    return b"".join(
+        [json.dumps({**fields, "pictures": [len(file) for file in files]}).encode(), b"\n", *files]
+    )
+
+
+def test_only_pictures_that_are_used_are_unpacked_and_once() -> None:
+    opened: list[int] = []
+
+    def opener(data: bytes) -> Image.Image:
+        opened.append(len(data))
+        return open_png(data)
+
+    files = [blank(8, 8), *[blank(400, 400)] * 28, blank(16, 16)]
+    samples = unpack_request(
+        with_pictures(files, reference=[{"$picture": 29}], again=[{"$picture": 29}]), opener
+    )
+    assert opened == [len(files[0]), len(files[29])]
+    assert samples["reference"][0] is samples["again"][0] and samples["reference"][0].size == (16, 16)
+
+
+def test_pictures_are_bounded_together_before_any_is_unpacked() -> None:
+    """30 blank pictures of 4096² are 1.5 MB as they come, and 2.4 GB as they are."""
+    body, limits = with_pictures([blank(100, 100)] * 30), Limits(body=3 * 290_000)
+
+    def opener(_: bytes) -> None:
+        raise AssertionError("it was unpacked")
+
+    with pytest.raises(WireError, match="have 300000 pixels together; at most 290000 are taken") as refusal:
+        unpack_request(body, opener, limits)
+    assert refusal.value.status == 413 and len(body) < 10_000
+    honest = pack_request(
+        ["a"] * 29, [[1]] * 29, [picture(s, (100, 100)) for s in range(29)], {}, to_quick_png
+    )
+    with pytest.raises(
+        WireError, match="it was unpacked"
+    ):  # what is sent uncompressed is bounded by its bytes
+        unpack_request(honest, opener, Limits(body=len(honest)))
+
+
+def test_a_second_header_does_not_smuggle_a_larger_picture() -> None:
+    large = blank(300, 300)
+    small_header = blank(2, 2)[8:33]  # length, IHDR, 13 bytes, checksum
+    smuggled = large[:8] + small_header + large[8:]
+    assert Image.open(io.BytesIO(smuggled)).size == (300, 300)  # Pillow goes by the last
+    with pytest.raises(WireError, match="two headers"):
+        unpack_request(with_pictures([smuggled]), open_png)
+
+
+def test_a_refusal_is_short_and_cannot_write_to_the_terminal() -> None:
+    with pytest.raises(WireError, match="x…") as refusal:
+        unpack_request(header(columns={"a": [{"$picture": "x" * 10_000}]}), open_png)
+    assert len(str(refusal.value)) <= 500
+    reply = unpack_reply(pack_reply([1.0], {"\x1b[31mred": [2.0]}, "\x1b[2J\x1b]0;title\x07gone\n\x00"), 1)
+    assert reply == ([1.0], {"red": [2.0]}, "gone \ufffd")
 
 
 def test_a_reply_tells_failed_from_not_applicable() -> None:

@@ -2,14 +2,18 @@
 
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
-from rewards.actors import Plan
+from rewards.actors import Plan, start_ray
 from rewards.workers import RewardWorkers, _shards
 from rl.types import ImageRLError, RewardRequest, RewardScorer
 
@@ -187,3 +191,61 @@ def test_shards_are_whole_groups_in_order() -> None:
     assert [text for shard in shards for text in shard.prompts] == whole.prompts
     np.testing.assert_array_equal(np.concatenate([shard.images for shard in shards]), whole.images)
     assert len(_shards(whole, 50)) == 5
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("127.0.0.1:{port}", "refused"),
+        ("ray://127.0.0.1:{port}", "refused"),
+        ("127.0.0.1:99999", "Port out of range"),
+    ],
+)
+def test_a_cluster_that_is_gone_is_one_line_at_once(
+    address: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray would try for minutes"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        monkeypatch.setenv("RAY_ADDRESS", address.format(port=free.getsockname()[1]))
+    with pytest.raises(
+        ImageRLError, match=rf"no Ray cluster .* at RAY_ADDRESS=.* \(.*{why}.*\); unset RAY_ADDRESS"
+    ):
+        start_ray(1)
+
+
+def test_a_cluster_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something listens at the port of yesterday's cluster."""
+    over = threading.Event()
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: over.wait(600))
+    monkeypatch.setattr("rewards.actors.JOIN_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{other.getsockname()[1]}")
+        with pytest.raises(ImageRLError, match=r"\(no answer within 0\.2 s\); unset RAY_ADDRESS"):
+            start_ray(1)
+    over.set()
+
+
+def test_a_cluster_that_answers_is_joined_and_not_ours_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: joined.append(options))
+    with socket.create_server(("127.0.0.1", 0)) as cluster:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{cluster.getsockname()[1]}")
+        assert start_ray(1) is False
+    assert joined == [{"logging_level": "error", "log_to_driver": False}]
+
+
+def test_a_dead_judge_is_told_in_the_process_that_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What an actor says of it while it tries is not seen."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("rewards.workers.start_ray", lambda _: pytest.fail("Ray was started for nothing"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    judge = {"name": "judge", "endpoint": endpoint, "model": "m"}
+    with pytest.raises(ImageRLError, match=r"the judge at .* cannot be reached: Connection refused \(tried"):
+        RewardWorkers([judge], workers=1, timeout_s=4)
+    assert [text for text in caplog.messages if "Connection refused; trying again for up to" in text]

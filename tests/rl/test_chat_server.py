@@ -2,9 +2,11 @@
 
 import base64
 import io
+import struct
 import threading
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,6 +31,13 @@ def data_url(picture: Image.Image, kind: str = "PNG") -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def blank_png(width: int, height: int) -> str:
+    """A data URL of a PNG file that announces a size and has no pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return f"data:image/png;base64,{base64.b64encode(file + struct.pack('>I', 0) + b'IDAT').decode()}"
+
+
 RED = Image.new("RGB", (64, 32), "red")
 PICTURE = {"type": "image_url", "image_url": {"url": data_url(RED)}}
 QUESTION = {"type": "text", "text": "what is written?"}
@@ -44,7 +53,7 @@ def test_a_question_is_one_picture_and_all_texts() -> None:
     body["messages"].insert(0, {"role": "system", "content": "be brief"})
     question = parse_chat(body, "micro")
     assert question.text == "be brief\nwhat is written?\nin capitals" and question.max_new_tokens == 7
-    assert question.picture.size == (64, 32)
+    assert Image.open(io.BytesIO(question.picture)).size == (64, 32)
     assert parse_chat(chat(max_completion_tokens=9, max_tokens=7), "micro").max_new_tokens == 9
 
 
@@ -74,8 +83,13 @@ def test_a_question_is_one_picture_and_all_texts() -> None:
             "cannot be decoded",
         ),
         (
-            chat({"type": "image_url", "image_url": {"url": data_url(RED)[:90]}}, QUESTION),
+            chat({"type": "image_url", "image_url": {"url": data_url(RED)[:50]}}, QUESTION),
             "cannot be decoded",
+        ),
+        (chat(PICTURE, {"type": "text", "text": "why? " * 801}), "has 4004 characters; at most 4000"),
+        (
+            chat({"type": "image_url", "image_url": {"url": blank_png(4097, 4096)}}, QUESTION),
+            "has 4097×4096 pixels",
         ),
         (
             chat({"type": "image_url", "image_url": {"url": data_url(RED, "GIF")}}, QUESTION),
@@ -135,6 +149,72 @@ def test_errors_reach_the_client() -> None:
         assert [entry["id"] for entry in listed["data"]] == ["micro"]
 
 
+def test_pictures_are_unpacked_one_by_one_when_their_turn_comes() -> None:
+    """A picture that is broken, or a question that the model refuses, costs the others nothing."""
+    unpacked: list[tuple[int, int]] = []
+    busy, go = threading.Event(), threading.Event()
+
+    def answers(pictures: Iterable[Image.Image], questions: Sequence[str], _: int) -> list[str]:
+        busy.set()
+        assert go.wait(20)
+        for picture in pictures:
+            unpacked.append(picture.size)
+        if "refused" in questions:
+            raise ImageRLError("the question is longer than the model's positions")
+        return [question.upper() for question in questions]
+
+    broken = base64.b64encode(base64.b64decode(data_url(RED).partition(",")[2])[:60]).decode()
+    with served(chat_app(answers, "micro", batch=8)) as address, ThreadPoolExecutor(4) as threads:
+        url = f"{address}/v1/chat/completions"
+
+        def ask(text: str, picture: str) -> tuple[int, str]:
+            shown = {"type": "image_url", "image_url": {"url": picture}}
+            body = chat(shown, {"type": "text", "text": text})
+            answer = urllib3.request("POST", url, json=body, headers=HEADERS, retries=False, timeout=60)
+            told = answer.json()
+            said = told["error"]["message"] if "error" in told else told["choices"][0]["message"]["content"]
+            return answer.status, said
+
+        first = threads.submit(ask, "first", data_url(RED))
+        assert busy.wait(20)
+        given = [
+            ("good", data_url(RED)),
+            ("bad", f"data:image/png;base64,{broken}"),
+            ("refused", data_url(RED)),
+        ]
+        rest = [threads.submit(ask, *entry) for entry in given]
+        time.sleep(1.0)  # in which they come in
+        assert unpacked == []
+        go.set()
+        assert first.result() == (200, "FIRST")
+        good, bad, refused = (answer.result() for answer in rest)
+    assert good == (200, "GOOD")
+    assert bad[0] == 400 and "cannot be decoded" in bad[1]
+    assert refused == (400, "the question is longer than the model's positions")
+
+
+def test_a_model_that_cannot_answer_is_not_served(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("IMAGERL_SERVE_TOKEN", "of-the-tests")
+    monkeypatch.setattr("rl.serving.run_app", lambda *_: pytest.fail("it was served"))
+    with pytest.raises(SystemExit) as leaving:
+        main(["serve", "--model", "tiny"])
+    said = capsys.readouterr().err
+    assert leaving.value.code == 1 and said.count("\n") == 1
+    assert "tiny cannot answer questions about pictures (" in said and "such as tiny_edit" in said
+
+
+def test_a_judge_that_is_called_by_a_wrong_name_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with (
+        served(chat_app(lambda *_: [], "micro"), token=None) as address,
+        pytest.raises(SystemExit) as leaving,
+    ):
+        main(["reward", "check", "judge", f"endpoint={address}/v1", "model=mikro", "--prompts=2"])
+    assert leaving.value.code == 1
+    assert "HTTP 404: no model is named 'mikro' here; there is 'micro'" in capsys.readouterr().err
+
+
 def test_the_shipped_model_reads_back_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """From a picture through HTTP to the model that `imagerl serve` loads, and back to the judge."""
     monkeypatch.setenv("IMAGERL_SERVE_TOKEN", "of-the-tests")
@@ -143,7 +223,7 @@ def test_the_shipped_model_reads_back_what_is_written(monkeypatch: pytest.Monkey
     with pytest.raises(SystemExit) as leaving:
         main(["serve"])
     assert leaving.value.code == 0
-    app, host, port, token, _ = ready[0]
+    app, host, port, token, *_ = ready[0]
     assert (host, port, token) == ("127.0.0.1", 0, "of-the-tests")
     prompts = prompt_set("heldout", 8)
     pictures = [truth(prompt) for prompt in prompts]
