@@ -24,7 +24,7 @@ from rl.comparison.stats import (
 )
 from rl.errors import ImageRLError
 from rl.metrics import read_metrics
-from rl.recipe import parse_yaml, read_text
+from rl.reading import parse_yaml, read_text
 from rl.stats import Interval
 
 Kind = Literal["final", "mean"]  # after training, or averaged over the run: area under the curve / budget

@@ -9,7 +9,8 @@ import yaml
 
 from rl.config import Recipe, RewardSpec, load_recipe
 from rl.errors import ImageRLError
-from rl.recipe import iter_keys, parse_yaml
+from rl.reading import parse_yaml
+from rl.recipe import iter_keys
 
 MINIMAL = """\
 run: {steps: 10, output_dir: runs/x}
