@@ -12,7 +12,8 @@ from typing import Any
 
 from rewards.ocr import exact_match, score_text
 from rl.errors import ImageRLError, one_line
-from rl.reading import MOST_RECIPE_BYTES, parse_yaml, read_text
+from rl.reading import read_text
+from rl.yaml_text import MAX_RECIPE_BYTES, parse_yaml
 
 FOLDER = Path(__file__).with_name("rubrics")
 COMBINE = ("mean", "geometric", "min")
@@ -150,7 +151,7 @@ def load_rubric(rubric: str) -> Rubric:
     path = FOLDER / f"{rubric}.yaml" if rubric in shipped else Path(rubric)
     if not path.is_file():
         raise ImageRLError(f"there is no rubric {rubric!r}; give a YAML file or one of: {', '.join(shipped)}")
-    entry = parse_yaml(read_text(path, MOST_RECIPE_BYTES), f"rubric {path}")
+    entry = parse_yaml(read_text(path, MAX_RECIPE_BYTES), f"rubric {path}")
     try:
         return parse_rubric(path.stem, entry)
     except ValueError as error:

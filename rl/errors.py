@@ -1,15 +1,33 @@
+"""What the user can mend, and text of others made fit for one line of a terminal or log.
+
+Standard library only: this file also runs in interpreters that have none of our dependencies (`rewards.child`)."""
+
+from __future__ import annotations
+
 import re
 
-_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
+# What a terminal obeys instead of showing: colours and cursor (CSI), titles and links (OSC), device strings, and
+# the two-character commands. 7-bit and 8-bit forms.
+TERMINAL_COMMANDS = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"
+    r"|\x1b[ -/]*[0-~]"
+)
+
+
+def one_line(text: object, most: int | None = None) -> str:
+    """Text from anywhere (a server, a file, an exception) as one line of at most `most` characters.
+
+    White space becomes single blanks and terminal commands are left out; every other character that cannot be
+    printed, a lone surrogate or a bidirectional mark for example, becomes a question mark in a diamond."""
+    plain = TERMINAL_COMMANDS.sub("", str(text))
+    line = " ".join(plain.split())
+    line = "".join(character if character.isprintable() else "\ufffd" for character in line)
+    return line if most is None or len(line) <= most else line[: most - 1] + "…"
 
 
 class ImageRLError(Exception):
     """Something the user can mend. The message is one line that names the fix; the command line
     prints it without a traceback."""
 
-
-def one_line(text: object, most: int | None = None) -> str:
-    """Text of any origin as one printable line of at most `most` characters: runs of white space are one blank, and
-    what would steer a terminal is left out."""
-    line = " ".join(_ESCAPES.sub("", str(text)).split())
-    return line if most is None or len(line) <= most else line[: most - 3] + "..."
+    def __str__(self) -> str:  # names of files, prompts and servers' words are part of many messages
+        return one_line(super().__str__())

@@ -1,184 +1,257 @@
-"""A user's text files, and YAML in them or on the command line, read within limits. Whatever is wrong with them is an
-ImageRLError in one line. Importable without torch."""
+"""Files that users give, read within bounds: text, JSON and pictures. Imports nothing of ours but `rl.errors`.
+
+Whatever comes from outside passes through here once. Only regular files are opened, so that no pipe is waited for; no
+more is read than a limit; numbers are finite, nesting is bounded, text can be written again as UTF-8; and the size of
+a picture is judged by its header, before a pixel is decoded."""
 
 from __future__ import annotations
 
 import difflib
+import io
+import json
 import math
-import re
+import os
 import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-import yaml
+from rl.errors import ImageRLError
 
-from rl.errors import ImageRLError, one_line
+if TYPE_CHECKING:
+    from PIL import Image
 
-MOST_BYTES = 1 << 28  # of a text file, such as a list of prompts
-MOST_RECIPE_BYTES = 1 << 20  # of one that is written by hand
-MOST_ENTRIES = 2_000_000  # keys and values of a list of prompts, each alias counted with all it stands for
-MOST_RECIPE_ENTRIES = 20_000
-MOST_DEPTH = 32
-LARGEST, SMALLEST = 1e30, 1e-30  # single precision ends at 3e38 and 1e-38; products need room
-LARGEST_INTEGER = 2**63 - 1
+T = TypeVar("T")
 
-# The scalars of YAML 1.2's core schema. PyYAML follows 1.1, where `1e-6` is a string, `no` is False,
-# `010` is 8 and `1:30` is 90.
-_SCALARS = (
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", "~nN\0"),
-    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("tag:yaml.org,2002:int", r"[-+]?[0-9]+", "-+0123456789"),
-    (
-        "tag:yaml.org,2002:float",
-        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-)
-_UNWRITABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
+MAX_BYTES = 1 << 28  # of a text or a picture file
+MAX_PIXELS = 1 << 26  # of a picture
+MAX_DEPTH = 32  # of lists and mappings in one another
+MAX_VALUES = 10_000_000  # in one document
+MAX_INTEGER = 1 << 63  # what other languages and array libraries still hold
+# Pillow's raster formats that decode within this process: its EPS reader, for one, runs another program.
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain data only: no tags, no keys but texts, no more than `most` entries."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
-
-    def __init__(self, text: str, most: int) -> None:
-        super().__init__(text)
-        self._left, self._depth, self._most = most, 0, most
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        self._left, self._depth = self._left - 1, self._depth + 1
-        _refuse_excess(self._depth, self._most - self._left, self._most, event.start_mark)
-        if getattr(event, "tag", None) is not None:
-            raise _problem(f"the tag {event.tag} is not read here; write the plain value", event.start_mark)
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise _problem("a key must be a plain word", key.start_mark)
-            if key.value in seen:
-                raise _problem(f"key {one_line(key.value, 60)!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+# ---- bytes and text ----------------------------------------------------------------------------------------
 
 
-class Dumper(yaml.SafeDumper):
-    """Quotes what either YAML version would read as something other than a string."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+def _at_once(path: str, flags: int) -> int:
+    """Opens a pipe that nobody writes to as well, which would otherwise wait for ever."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-for _tag, _pattern, _first in _SCALARS:
-    for _yaml_class in (_Loader, Dumper):
-        _regex = re.compile(rf"^(?:{_pattern})$")
-        _yaml_class.add_implicit_resolver(_tag, _regex, [c if c != "\0" else "" for c in _first])
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _float(node.value))
-Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
-
-
-def parse_yaml(text: str, source: str, most: int = MOST_RECIPE_ENTRIES) -> Any:
-    """One YAML document as plain data, a tree in which nothing is shared.
-
-    Raises ImageRLError with line and column: a syntax error, a double key, a tag, more than `most` entries, deep
-    nesting, a number beyond computing, or a text that cannot be written to a file."""
-    return parse_yaml_lines(text, source, most)[0]
-
-
-def parse_yaml_lines(text: str, source: str, most: int = MOST_ENTRIES) -> tuple[Any, list[int]]:
-    """Like `parse_yaml`, with the line numbers of the entries when the document is a list."""
+@contextmanager
+def open_regular(path: str | Path, most: int = MAX_BYTES) -> Iterator[BinaryIO]:
+    """A file for reading. Raises ImageRLError when it is missing, no regular file, or of more than `most` bytes."""
     try:
-        loader = _Loader(text, most)
-        node = loader.get_single_node()
-        if node is None:
-            return None, []
-        _check(node, most)
-        lines = [e.start_mark.line + 1 for e in node.value] if isinstance(node, yaml.SequenceNode) else []
-        return _unshared(loader.construct_document(node)), lines
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ImageRLError(f"{source}{where}: {one_line(error.problem or error.context, 200)}") from None
-    except yaml.YAMLError as error:
-        raise ImageRLError(f"{source}: not YAML ({one_line(error, 200)})") from None
-
-
-def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
-    """A user's text file. Raises ImageRLError when it is no file of at most `most` bytes of UTF-8."""
-    path = Path(path)
-    try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe or device"
-            raise ImageRLError(f'cannot read "{path}": it is {kind}; give a file')
-        if about.st_size > most:
-            raise ImageRLError(f'"{path}" has {about.st_size} bytes, more than the {most} that are read')
-        return path.read_text(encoding="utf-8-sig")
+        file = open(path, "rb", opener=_at_once)  # noqa: SIM115  closed below
     except FileNotFoundError:
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, beside, 1)
-        hint = f'; did you mean "{path.parent / near[0]}"?' if near else ""
-        raise ImageRLError(f'no file "{path}"{hint}') from None
+        raise ImageRLError(f'no file "{path}"{_similar_name(Path(path))}') from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        why = getattr(error, "strerror", None) or error
+        raise ImageRLError(f'cannot read "{path}": {why}') from None
+    with file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageRLError(f'"{path}" is a pipe, a socket or a device; save its content as a file')
+        if status.st_size > most:
+            raise ImageRLError(f'"{path}" has {status.st_size} bytes; at most {most} are read')
+        yield file
+
+
+def read_bytes(path: str | Path, most: int = MAX_BYTES) -> bytes:
+    """A whole file. Raises ImageRLError like `open_regular`."""
+    with open_regular(path, most) as file:
+        try:
+            return file.read(most)
+        except OSError as error:
+            raise ImageRLError(f'cannot read "{path}": {error.strerror or error}') from None
+
+
+def read_text(path: str | Path, most: int = MAX_BYTES) -> str:
+    """A text file, line ends as "\\n". Raises ImageRLError like `open_regular`, and when it is not UTF-8."""
+    try:
+        text = read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ImageRLError(f'"{path}" is not UTF-8 text (byte {error.start}); save it as UTF-8') from None
-    except OSError as error:
-        raise ImageRLError(f'cannot read "{path}": {error.strerror or error}') from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _problem(text: str, mark: Any) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=text, problem_mark=mark)
+def is_regular(path: str | Path) -> bool:
+    """Whether there is such a file. False for every name that the system refuses, such as one of 5,000 letters."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
 
 
-def _refuse_excess(depth: int, entries: int, most: int, mark: Any) -> None:
-    if depth > MOST_DEPTH:
-        raise _problem(f"nested more than {MOST_DEPTH} deep", mark)
-    if entries > most:
-        raise _problem(f"more than {most} keys and values, with what aliases stand for", mark)
+def _similar_name(path: Path) -> str:
+    try:
+        near = difflib.get_close_matches(path.name, [beside.name for beside in path.parent.iterdir()], 1)
+    except OSError:
+        return ""
+    return f'; did you mean "{path.parent / near[0]}"?' if near else ""
 
 
-def _check(root: yaml.Node, most: int) -> None:
-    """Walk the document as the tree that it stands for. An alias is a second way to the same node, or, within
-    itself, a way without an end."""
-    left, entries = [(root, 1)], 0
-    while left:
-        node, depth = left.pop()
-        entries += 1
-        _refuse_excess(depth, entries, most, node.start_mark)
-        if isinstance(node, yaml.MappingNode):
-            left += [(child, depth + 1) for pair in reversed(node.value) for child in reversed(pair)]
-        elif isinstance(node, yaml.SequenceNode):
-            left += [(child, depth + 1) for child in reversed(node.value)]
-        elif found := _UNWRITABLE.search(node.value):
-            raise _problem(f"the character {found[0]!a} cannot stand in a text", node.start_mark)
-        elif node.tag.endswith((":int", ":float")) and not _computable(node):
-            shown = one_line(node.value, 40)
-            raise _problem(
-                f"{shown} cannot be computed with; numbers lie between {SMALLEST:g} and {LARGEST:g} in size",
-                node.start_mark,
-            )
+# ---- plain data --------------------------------------------------------------------------------------------
 
 
-def _computable(node: yaml.ScalarNode) -> bool:
-    if node.tag.endswith(":int"):
-        return len(node.value) <= 20 and abs(int(node.value)) <= LARGEST_INTEGER
-    size = abs(_float(node.value))
-    if "n" in node.value.lower():  # .inf and .nan are meant; sections with bounds refuse them by name
-        return not math.isnan(size)
-    return SMALLEST <= size <= LARGEST or not re.search("[1-9]", node.value.lower().partition("e")[0])
+def parse_json(text: str, place: str) -> Any:
+    """One JSON document as plain data. Raises ImageRLError, beginning with `place`, for what is no JSON, names a key
+    twice, or does not pass `require_plain`."""
+    try:
+        value = json.loads(text, object_pairs_hook=_without_doubles)
+    except json.JSONDecodeError as error:
+        raise ImageRLError(f"{place}: not JSON ({error.msg}, line {error.lineno})") from None
+    except ValueError as error:  # a key twice, or a number of thousands of digits
+        raise ImageRLError(f"{place}: not JSON ({_one_line(error)})") from None
+    except RecursionError:
+        raise ImageRLError(f"{place}: lists and mappings are nested more than {MAX_DEPTH} deep") from None
+    return require_plain(value, place)
 
 
-def _float(text: str) -> float:
-    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+def read_json(path: str | Path, most: int = MAX_BYTES) -> Any:
+    """The JSON document in a file. Raises ImageRLError like `read_text` and `parse_json`."""
+    return parse_json(read_text(path, most), str(path))
 
 
-def _unshared(value: Any) -> Any:
-    """The same data with a copy of its own wherever an alias stood, so that a change is one change."""
-    if isinstance(value, dict):
-        return {key: _unshared(entry) for key, entry in value.items()}
-    return [_unshared(entry) for entry in value] if isinstance(value, list) else value
+def require_plain(value: T, place: str) -> T:
+    """The value itself, of any format that is parsed into lists, mappings and scalars.
+
+    Raises ImageRLError, beginning with `place`: nested too deeply (or in itself), too many values, a number that is
+    not finite or beyond 64 bits, text that is no Unicode, or a value that JSON does not have, such as a date."""
+    pending: list[tuple[Any, int]] = [(value, 0)]
+    count = 0
+    while pending:
+        part, depth = pending.pop()
+        count += 1
+        if isinstance(part, str):
+            if not part.isascii() and any("\ud800" <= letter <= "\udfff" for letter in part):
+                raise ImageRLError(f"{place}: a text holds half of a surrogate pair, which is no character")
+        elif isinstance(part, bool) or part is None:
+            pass
+        elif isinstance(part, int):
+            if abs(part) >= MAX_INTEGER:
+                raise ImageRLError(f"{place}: a whole number has more than 64 bits")
+        elif isinstance(part, float):
+            if not math.isfinite(part):
+                raise ImageRLError(f"{place}: a number is not finite; write null where there is none")
+        elif isinstance(part, dict | list):
+            if depth >= MAX_DEPTH:
+                raise ImageRLError(f"{place}: lists and mappings are nested more than {MAX_DEPTH} deep")
+            inside = [*part, *part.values()] if isinstance(part, dict) else part
+            pending += ((one, depth + 1) for one in inside)
+        else:
+            raise ImageRLError(f"{place}: {str(part)[:40]!r} is a {type(part).__name__}; put it in quotes")
+        if count + len(pending) > MAX_VALUES:
+            raise ImageRLError(f"{place}: holds more than {MAX_VALUES} values")
+    return value
+
+
+def validated(schema: type[T], value: Any, place: str) -> T:
+    """Plain data as what a pydantic schema makes of it. Raises ImageRLError with the first mistake: `place`, the
+    dotted key, and what should stand there."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(schema).validate_python(value)
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        key = ".".join(str(part) for part in first["loc"])
+        named = f'"{key}" ' if key else ""
+        if first["type"] == "extra_forbidden":
+            what = f"{named}is unknown here"
+        elif first["type"] == "missing":
+            what = f"{named}is missing"
+        elif first["type"] == "value_error":
+            what = named.replace('" ', '": ') + _one_line(first["ctx"]["error"])
+        else:
+            wanted = _one_line(first["msg"]).replace("Input should", "should")
+            what = f"{named}{wanted}, not {_one_line(repr(first['input']))[:60]}"
+        raise ImageRLError(f"{place}: {what}") from None
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return mapping
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------
+
+
+def open_undecoded(file: BinaryIO, max_pixels: float | None = None) -> Image.Image:
+    """A picture of which only the header was read. Raises what Pillow raises, and ValueError for one of more than
+    `max_pixels` (None: MAX_PIXELS) or of another format than PICTURE_FORMATS."""
+    from PIL import Image, UnidentifiedImageError
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # sizes are judged here
+    try:
+        picture = Image.open(file, formats=PICTURE_FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"it is none of {', '.join(PICTURE_FORMATS)}") from None
+    most = MAX_PIXELS if max_pixels is None else max_pixels
+    if picture.width * picture.height > most:
+        raise ValueError(f"it has {picture.width}x{picture.height} pixels; at most {most} are decoded")
+    return picture
+
+
+def check_picture(path: Path, place: str = "") -> None:
+    """Whether a file begins as a picture that is not too large; nothing is decoded. Raises ImageRLError, beginning
+    with `place`."""
+    with _as_picture(path, place), open_regular(path) as file:
+        open_undecoded(file)
+
+
+def read_picture(source: Image.Image | Path | str, place: str = "") -> Image.Image:
+    """A picture, or the one in a file, as upright 8-bit RGB.
+
+    Raises ImageRLError, beginning with `place`, when the file is missing, damaged, no picture, of more than MAX_PIXELS,
+    or of a mode without a known range."""
+    if not isinstance(source, Path | str):
+        with _as_picture("the picture", place):
+            return to_rgb(source)
+    with _as_picture(source, place):
+        return to_rgb(open_undecoded(io.BytesIO(read_bytes(source))))
+
+
+@contextmanager
+def _as_picture(name: object, place: str) -> Iterator[None]:
+    before = f"{place}: " if place else ""
+    try:
+        yield
+    except ImageRLError as error:
+        raise ImageRLError(f"{before}{error}") from error
+    except Exception as error:  # a decoder on unchecked bytes raises anything
+        why = _one_line(error)[:200] or type(error).__name__
+        raise ImageRLError(
+            f"{before}{name} cannot be read as a picture ({why}); save it again as PNG or JPEG"
+        ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, upright: EXIF turns applied, 16-bit greys scaled (Pillow would clip them), transparency laid on
+    white; the first frame. Raises what Pillow raises, and ValueError for floats, whose range nobody agrees on."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "F":
+        raise ValueError("32-bit float pixels have no fixed range")
+    if upright.mode.startswith("I"):
+        grey = np.asarray(upright).astype(np.float64)
+        upright = Image.fromarray((grey.clip(0, 65535) / 257).round().astype(np.uint8))  # 65535 -> 255
+    if upright.has_transparency_data:
+        coloured = upright.convert("RGBA")
+        ground = Image.new("RGBA", coloured.size, "white")
+        return Image.alpha_composite(ground, coloured).convert("RGB")
+    return upright.convert("RGB")
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())

@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from rl.errors import ImageRLError, one_line
-from rl.reading import MOST_DEPTH, MOST_RECIPE_BYTES, Dumper, parse_yaml, read_text
+from rl.reading import MAX_DEPTH, read_text
+from rl.yaml_text import MAX_RECIPE_BYTES, Dumper, parse_yaml
 
 Loc = tuple[str | int, ...]
 
@@ -78,7 +79,7 @@ def lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_mapping(path: str | Path) -> dict[str, Any]:
-    data = parse_yaml(read_text(path, MOST_RECIPE_BYTES), str(path))
+    data = parse_yaml(read_text(path, MAX_RECIPE_BYTES), str(path))
     if data is None:
         raise ImageRLError(f"{path} is empty; a recipe is a mapping of sections, see recipes/")
     if not isinstance(data, dict):
@@ -98,7 +99,7 @@ def apply_override(cls: type[RecipeModel], data: dict[str, Any], override: str) 
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     shown = f'override "{one_line(override, 80)}"'
-    if not equals or not all(parts) or len(parts) > MOST_DEPTH or not key.isprintable():
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH or not key.isprintable():
         raise ImageRLError(f"cannot read the {shown}; write dotted.key=value, as in run.steps=50")
     value = parse_yaml(text, shown)
     loc = cls.redirect(tuple(int(p) if re.fullmatch("[0-9]{1,9}", p) else p for p in parts), value)

@@ -24,8 +24,8 @@ from rl.files import write_atomic
 from rl.metrics import is_timing, read_metrics
 from rl.monitoring.config import MonitorsConfig
 from rl.monitoring.report import alarms, monitor_charts
-from rl.reading import parse_yaml
 from rl.stats import HEADLINES, compare, headline
+from rl.yaml_text import parse_yaml
 
 MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
 MAX_PICTURE = 400_000  # bytes; larger grids are embedded as JPEG, 1400 px wide at most

@@ -9,8 +9,8 @@ import yaml
 
 from rl.config import Recipe, RewardSpec, load_recipe
 from rl.errors import ImageRLError
-from rl.reading import parse_yaml
 from rl.recipe import iter_keys
+from rl.yaml_text import parse_yaml
 
 MINIMAL = """\
 run: {steps: 10, output_dir: runs/x}
