@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rl.bounds import Coefficient, Count, Every, LearningRate, Positive
+from rl.bounds import Coefficient, Count, Every, LearningRate, Positive, Threads
 from rl.recipe import RecipeModel
 
 
@@ -60,10 +60,8 @@ class EngineConfig(RecipeModel):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights stay fp32")
     micro_batch_size: Count = Field(16, description="samples of one forward and backward pass")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    threads: int | None = Field(
+    threads: Threads | None = Field(
         None,
-        ge=1,
-        le=1024,
         description="CPU threads of torch, less rewards.workers while scoring; null: its own choice",
     )
 

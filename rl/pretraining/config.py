@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rl.bounds import Coefficient, Count, Every, LearningRate, OutputDir, Positive, Seed, Steps
+from rl.bounds import Coefficient, Count, Every, LearningRate, OutputDir, Positive, Seed, Steps, Threads
 from rl.recipe import RecipeModel
 from rl.tiny.world import FONTS
 
@@ -66,7 +66,7 @@ class DecoderStage(StageConfig):
 class PretrainRun(RecipeModel):
     seed: Seed = Field(0, description="seed of everything random")
     output_dir: OutputDir = Field(description="folder for the checkpoint and its record")
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null: all")
+    threads: Threads | None = Field(None, description="CPU threads; null: all")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from rl.config import Recipe, RewardSpec, load_recipe
 from rl.errors import ImageRLError
-from rl.recipe import iter_keys
+from rl.mistakes import iter_keys
 from rl.yaml_text import parse_yaml
 
 MINIMAL = """\
