@@ -155,7 +155,7 @@ def load_rubric(rubric: str) -> Rubric:
     try:
         return parse_rubric(path.stem, entry)
     except ValueError as error:
-        raise ImageRLError(f"rubric {path}: {one_line(error)}") from error
+        raise ImageRLError(f"rubric {path}: {one_line(error, 300)}") from error
 
 
 def parse_rubric(name: str, entry: Any) -> Rubric:

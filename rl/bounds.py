@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -29,7 +30,8 @@ def _place(path: str) -> str:
         raise ValueError(
             "~ is not expanded here, it would become a folder of that name; write the whole path"
         )
-    if os.path.abspath(path) == os.path.abspath(os.sep):
+    whole = Path(os.path.abspath(path))
+    if whole == whole.parent:
         raise ValueError(f"{path} is the root of the file system; name a folder below it")
     return path
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
 import yaml
@@ -49,11 +49,26 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     if first["type"] == "literal_error":
         allowed = re.findall(r"'([^']*)'|(\b[0-9]+\b)", first["ctx"]["expected"])
         names = [a or b for a, b in allowed]
-        near = difflib.get_close_matches(str(value), names, 1)
-        hint = f'; did you mean "{near[0]}"?' if near else ";"
+        near = nearest(str(value), names)
+        hint = f'; did you mean "{near}"?' if near else ";"
         return f'"{key}" cannot be {shown(value)}{hint} Allowed: {", ".join(names)}'
-    wants = dict.fromkeys(_wanted(e) for e in errors if _locate(cls, e)[0] == key)
-    return f'"{key}" should be {" or ".join(wants)}, not {shown(value)}'
+    here = [e for e in errors if _locate(cls, e)[0] == key]
+    # Of a union, the member of the right type says more than those of another.
+    here = [e for e in here if not e["type"].endswith(("_type", "literal_error"))] or here
+    wants = dict.fromkeys(map(_wanted, here))
+    return f'"{key}" should be {" or ".join(wants)}, not {shown(here[0]["input"])}'
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """The name that a word is a slip of the pen for: case aside it begins alike or has most letters in common."""
+    known = {name.lower(): name for name in names}
+    word = word.lower()
+    near = difflib.get_close_matches(word, known, 1, 0.66 if len(word) <= 4 else 0.75)
+    alike = (
+        name for name in known if len(word) > 1 and (name.startswith(word) or word.startswith(f"{name}_"))
+    )
+    found = near[0] if near else next(alike, None)
+    return None if found is None else known[found]
 
 
 def _locate(cls: type[BaseModel], error: ErrorDetails) -> tuple[str, type[BaseModel] | None]:
@@ -77,16 +92,17 @@ def _locate(cls: type[BaseModel], error: ErrorDetails) -> tuple[str, type[BaseMo
 def _unknown_key(cls: type[BaseModel], section: type[BaseModel] | None, key: str) -> str:
     head, _, last = key.rpartition(".")
     siblings = list(section.model_fields) if section else []
-    near = difflib.get_close_matches(last, siblings, 1)
-    if near:
-        meant = f"{head}.{near[0]}" if head else near[0]
+    if near := nearest(last, siblings):
+        meant = [f"{head}.{near}" if head else near]
     else:  # perhaps it stands in the wrong section
-        by_leaf = {k.rpartition(".")[2]: k for k in reversed([k for k, _ in iter_keys(cls)])}
-        leaf = difflib.get_close_matches(last, list(by_leaf), 1, 0.8)
-        meant = by_leaf[leaf[0]] if leaf else ""
-    hint = f'; did you mean "{meant}"?' if meant else ";"
+        keys = sorted((key for key, _ in iter_keys(cls)), key=lambda key: key.count("."))
+        leaf = nearest(last, [key.rpartition(".")[2] for key in keys])
+        meant = [key for key in keys if key.rpartition(".")[2] == leaf][:3]
+        if head and len(meant) > 1:
+            meant = []
+    hint = "; did you mean " + " or ".join(f'"{key}"' for key in meant) + "?" if meant else ";"
     where = f'"{head}"' if head else "the top level"
-    return f"unknown key {shown(key)}{hint} Keys of {where}: {', '.join(siblings)}"
+    return f"unknown key {shown(key)}{hint} Keys of {where}: {one_line(', '.join(siblings), 250)}"
 
 
 # What pydantic wants, by the type of its error; other messages are good as they are.
@@ -95,7 +111,12 @@ WANTED = {
     "dict_type": "a mapping",
     "finite_number": "a number",
     "float_type": "a number",
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "greater than or equal to {ge}",
+    "int_parsing": "an integer",
     "int_type": "an integer",
+    "less_than": "less than {lt}",
+    "less_than_equal": "less than or equal to {le}",
     "list_type": "a list",
     "model_type": "a mapping",
     "none_required": "null",

@@ -15,6 +15,7 @@ from rl.reading import MAX_DEPTH, MAX_INTEGER
 MAX_RECIPE_BYTES = 1 << 20  # of a file that is written by hand
 MAX_RECIPE_VALUES = 20_000  # keys and values in it, each alias counted with all it stands for
 MAX_VALUES = 2_000_000  # the same of a list of prompts
+MAX_KEY = 200  # letters of a key
 LARGEST, SMALLEST = 1e30, 1e-30  # single precision ends at 3e38 and 1e-38; products need room
 
 # The scalars of YAML 1.2's core schema. PyYAML follows 1.1, where `1e-6` is a string, `no` is False,
@@ -56,8 +57,10 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise _problem("a key must be a plain word", key.start_mark)
+            if len(key.value) > MAX_KEY:
+                raise _problem(f"a key has {len(key.value)} letters, more than {MAX_KEY}", key.start_mark)
             if key.value in seen:
-                raise _problem(f"key {one_line(key.value, 60)!r} is given twice", key.start_mark)
+                raise _problem(f"key {key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 
@@ -99,7 +102,9 @@ def parse_yaml_lines(text: str, source: str, most: int = MAX_VALUES) -> tuple[An
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ImageRLError(f"{source}{where}: {one_line(error.problem or error.context, 200)}") from None
+        problem = error.problem or error.context or ""
+        told = f"{error.context} {problem}" if problem.startswith("but") else problem
+        raise ImageRLError(f"{source}{where}: {one_line(told, 200)}") from None
     except yaml.YAMLError as error:
         raise ImageRLError(f"{source}: not YAML ({one_line(error, 200)})") from None
 

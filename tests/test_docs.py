@@ -95,7 +95,7 @@ def test_recipe_keys_are_those_of_the_schemas() -> None:
     maker = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))
     text = maker["PAGE"].read_text(encoding="utf-8")
     assert text == maker["page"](text), "run: make docs"
-    assert text.count("| `run.steps` | required | integer ≥ 1 |") == 2  # of train and of sft
+    assert text.count("| `run.steps` | required | integer ≥ 1, ≤ 10,000,000 |") == 2  # of train and of sft
     assert "| `optim.betas` | `[0.9, 0.999]` | list of 2 numbers |" in text
     assert maker["page"](text.replace("| required |", "| optional |")) == text
 
