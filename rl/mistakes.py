@@ -62,7 +62,7 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
 def nearest(word: str, names: Iterable[str]) -> str | None:
     """The name that a word is a slip of the pen for: case aside it begins alike or has most letters in common."""
     known = {name.lower(): name for name in names}
-    word = word.lower()
+    word = word[:80].lower()
     near = difflib.get_close_matches(word, known, 1, 0.66 if len(word) <= 4 else 0.75)
     alike = (
         name for name in known if len(word) > 1 and (name.startswith(word) or word.startswith(f"{name}_"))
