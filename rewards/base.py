@@ -134,11 +134,8 @@ def _check_types(label: str, found: type, settings: Mapping[str, Any]) -> None:
     """Raises ImageRLError when a setting of a reward of ours is no value of the type that its constructor names. What
     users' annotations mean is theirs to say."""
     hints = get_type_hints(found.__init__, include_extras=True)  # type: ignore[misc]
-    schema = create_model(
-        label,
-        __config__=ConfigDict(strict=True, allow_inf_nan=False),
-        **{name: (hints[name], ...) for name in settings},
-    )
+    fields: dict[str, Any] = {name: (hints[name], ...) for name in settings}
+    schema = create_model(label, __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields)
     try:
         schema.model_validate(dict(settings))
     except ValidationError as error:

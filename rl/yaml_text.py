@@ -134,7 +134,7 @@ def _check(root: yaml.Node, most: int) -> None:
             left += [(child, depth + 1) for child in reversed(node.value)]
         elif found := _UNWRITABLE.search(node.value):
             raise _problem(f"the character {found[0]!a} cannot stand in a text", node.start_mark)
-        elif node.tag.endswith((":int", ":float")) and not _computable(node):
+        elif node.tag.endswith((":int", ":float")) and not _computable(node.value, node.tag):
             shown = one_line(node.value, 40)
             raise _problem(
                 f"{shown} cannot be computed with; numbers lie between {SMALLEST:g} and {LARGEST:g} in size",
@@ -142,13 +142,14 @@ def _check(root: yaml.Node, most: int) -> None:
             )
 
 
-def _computable(node: yaml.ScalarNode) -> bool:
-    if node.tag.endswith(":int"):
-        return len(node.value) <= 20 and abs(int(node.value)) < MAX_INTEGER
-    size = abs(_float(node.value))
-    if "n" in node.value.lower():  # .inf and .nan are meant; sections with bounds refuse them by name
+def _computable(text: str, tag: str) -> bool:
+    if tag.endswith(":int"):
+        return len(text) <= 20 and abs(int(text)) < MAX_INTEGER
+    size = abs(_float(text))
+    if "n" in text.lower():  # .inf is meant: a reward of one's own may want it, and bounds refuse it by name
         return not math.isnan(size)
-    return SMALLEST <= size <= LARGEST or not re.search("[1-9]", node.value.lower().partition("e")[0])
+    is_zero = not re.search("[1-9]", text.lower().partition("e")[0])
+    return is_zero or SMALLEST <= size <= LARGEST
 
 
 def _float(text: str) -> float:

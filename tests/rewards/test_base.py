@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from rewards.base import REWARDS, RewardSpec, as_trl_reward, check_reward, load_reward, load_rewards
-from rewards.targets import import_target
+from rewards.targets import import_target, one_line
 from rl.types import ImageRLError, RewardOutput
 
 FIVE_LINES = """
@@ -209,3 +209,12 @@ def test_all_settings_of_ours_have_types_that_can_be_checked(name: str) -> None:
     if "__init__" in vars(found):
         hints = get_type_hints(found.__init__, include_extras=True)
         assert set(inspect.signature(found).parameters) <= set(hints)
+
+
+def test_the_place_of_an_error_is_in_the_users_file(tmp_path: Path) -> None:
+    code = "import json, os\n\n\ndef f(how):\n    return os.environ['ABSENT'] if how else json.loads('{')\n"
+    function = import_target(f"{write(tmp_path, code)}:f")
+    for how, error in ((True, KeyError), (False, ValueError)):  # raised in <frozen os> and in json/decoder.py
+        with pytest.raises(error) as caught:
+            function(how)
+        assert one_line(caught.value).endswith("(mine.py:5)")
