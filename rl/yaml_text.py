@@ -14,7 +14,7 @@ from rl.reading import MAX_DEPTH, MAX_INTEGER
 
 MAX_RECIPE_BYTES = 1 << 20  # of a file that is written by hand
 MAX_RECIPE_VALUES = 20_000  # keys and values in it, each alias counted with all it stands for
-MAX_VALUES = 2_000_000  # the same of a list of prompts
+MAX_VALUES = 200_000  # the same of a list of prompts; larger ones are better kept as JSON lines
 MAX_KEY = 200  # letters of a key
 LARGEST, SMALLEST = 1e30, 1e-30  # single precision ends at 3e38 and 1e-38; products need room
 

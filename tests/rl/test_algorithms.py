@@ -88,7 +88,7 @@ def test_a_stored_recipe_says_everything(tmp_path: Path) -> None:
         (["kl_coef=0", "kl_target=0.1"], "algorithm.kl_target is 0.1 but algorithm.kl_coef is 0"),
         (["name=dapo", "reference_every=5"], "set algorithm.kl_coef or algorithm.measure_kl"),
         (["top_entropy=0"], '"algorithm.top_entropy" should be greater than 0'),
-        (["importance_cap=0"], '"algorithm.importance_cap" should be greater than 0'),
+        (["importance_cap=0"], '"algorithm.importance_cap" should be greater than or equal to 1e-12'),
     ],
 )
 def test_impossible_combinations(overrides: list[str], part: str) -> None:
