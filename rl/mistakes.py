@@ -59,15 +59,16 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     return f'"{key}" should be {" or ".join(wants)}, not {shown(here[0]["input"])}'
 
 
-def nearest(word: str, names: Iterable[str]) -> str | None:
-    """The name that a word is a slip of the pen for: case aside it begins alike or has most letters in common."""
+def nearest(word: str, names: Iterable[str], alike: float = 0.0) -> str | None:
+    """The name that a word is a slip of the pen for: case aside it begins alike or has most letters in common, a share
+    of `alike` at least."""
     known = {name.lower(): name for name in names}
     word = word[:80].lower()
-    near = difflib.get_close_matches(word, known, 1, 0.66 if len(word) <= 4 else 0.75)
-    alike = (
+    near = difflib.get_close_matches(word, known, 1, max(alike, 0.66 if len(word) <= 4 else 0.75))
+    longer = (
         name for name in known if len(word) > 1 and (name.startswith(word) or word.startswith(f"{name}_"))
     )
-    found = near[0] if near else next(alike, None)
+    found = near[0] if near else next(longer, None)
     return None if found is None else known[found]
 
 
@@ -96,7 +97,7 @@ def _unknown_key(cls: type[BaseModel], section: type[BaseModel] | None, key: str
         meant = [f"{head}.{near}" if head else near]
     else:  # perhaps it stands in the wrong section
         keys = sorted((key for key, _ in iter_keys(cls)), key=lambda key: key.count("."))
-        leaf = nearest(last, [key.rpartition(".")[2] for key in keys])
+        leaf = nearest(last, [key.rpartition(".")[2] for key in keys], 0.8)
         meant = [key for key in keys if key.rpartition(".")[2] == leaf][:3]
         if head and len(meant) > 1:
             meant = []
