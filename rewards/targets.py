@@ -43,7 +43,7 @@ class KeywordReward:
 def one_line(error: BaseException) -> str:
     """ "ValueError: too red (my_reward.py:7)": the error, and the last line of a user's file that led to it: where a
     library raised it, such as <frozen os>:679, tells nobody what to mend."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = list(traceback.extract_tb(error.__traceback__))
     frames = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)] or frames
     text = " ".join(str(error).split())[:200]
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
