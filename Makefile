@@ -25,6 +25,8 @@ install: $(STAMP) ## create .venv with everything at the locked versions
 
 $(STAMP): pyproject.toml $(LOCKS)
 	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) found; install Python 3.11 or say PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+		echo "make: $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1); the locked packages are for Python 3.11; say PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || { echo "install: creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "install: torch"
 	@$(PIP) install --constraint requirements.lock "$(TORCH)"

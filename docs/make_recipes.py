@@ -9,14 +9,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from rl.config import Recipe
+from rl.mistakes import iter_fields
 from rl.pretraining.clip_config import ClipRecipe
 from rl.pretraining.config import PretrainRecipe
-from rl.recipe import RecipeModel, iter_fields
+from rl.recipe import RecipeModel
 from rl.sft.config import SFTRecipe
 
 PAGE = Path(__file__).with_name("recipes.md")
@@ -81,17 +82,29 @@ def yaml_value(value: Any) -> str:
     return re.sub(r"e([-+])0+", r"e\1", str(value)).replace("e+", "e")
 
 
+def bound(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else yaml_value(f"{value:g}")
+
+
 def values(info: FieldInfo) -> str:
     """What may stand there, in words."""
     bounds = [
-        f"{SIGNS[kind]} {yaml_value(getattr(limit, kind.lower()))}"
-        for limit in info.metadata
+        f"{SIGNS[kind]} {bound(getattr(limit, kind.lower()))}"
+        for limit in dict.fromkeys(limits(info))
         if (kind := type(limit).__name__) in SIGNS
     ]
     allowed = list(dict.fromkeys(kinds(info.annotation)))
     null = ["or null"] if "null" in allowed else []
     named = " or ".join(name for name in allowed if name != "null")
     return " ".join([f"{named} {', '.join(bounds)}".strip(), *null])
+
+
+def limits(info: FieldInfo) -> Iterator[Any]:
+    """Bounds of a value, also those of one member of a union, as in `Steps | None`."""
+    yield from info.metadata
+    for member in get_args(info.annotation):
+        for described in getattr(member, "__metadata__", ()):
+            yield from getattr(described, "metadata", ())
 
 
 def kinds(annotation: Any) -> Iterator[str]:
@@ -107,6 +120,8 @@ def kinds(annotation: Any) -> Iterator[str]:
         yield f"list of {len(arguments)} numbers"
     elif origin is dict or is_section(annotation):
         yield "mapping"
+    elif origin is Annotated:
+        yield from kinds(arguments[0])
     elif arguments:
         for argument in arguments:
             yield from kinds(argument)

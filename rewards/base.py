@@ -15,7 +15,9 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, ValidationError, create_model
 
 from rewards.mixing import Gate, Weight
 from rewards.targets import (
@@ -28,6 +30,7 @@ from rewards.targets import (
     setting_parameters,
     split_target,
 )
+from rl.mistakes import explain
 from rl.types import ImageRLError, RewardFn, RewardOutput
 
 REWARDS: dict[str, str] = {
@@ -127,7 +130,21 @@ def _resolve(spec: RewardSpec) -> tuple[str, Any]:
             f"no reward is named {spec.target!r}; {hint} (your own: import_path: file.py:name)"
         )
     check_settings(label, found, _all_settings(spec))
+    if spec.is_remote or spec.target in REWARDS:
+        _check_types(label, found, _all_settings(spec))
     return label, found
+
+
+def _check_types(label: str, found: type, settings: Mapping[str, Any]) -> None:
+    """Raises ImageRLError when a setting of a reward of ours is no value of the type that its constructor names. What
+    users' annotations mean is theirs to say."""
+    hints = get_type_hints(found.__init__, include_extras=True)  # type: ignore[misc]
+    fields: dict[str, Any] = {name: (hints[name], ...) for name in settings}
+    schema = create_model(label, __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields)
+    try:
+        schema.model_validate(dict(settings))
+    except ValidationError as error:
+        raise ImageRLError(f"reward {label!r}: {explain(error, schema)}") from None
 
 
 def _label_of_address(url: str) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 from rewards.clip_heads import SIMILARITIES, PictureHead, cosine, direction, similarity
 from rewards.clip_memory import Remembered
 from rewards.clip_models import load_clip
+from rl.bounds import Count
 from rl.types import ImageRLError, RewardOutput
 
 
@@ -40,7 +41,7 @@ class ClipReward:
         column: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        batch_size: int = 64,
+        batch_size: Count = 64,
     ) -> None:
         self._network = None if head in SIMILARITIES else PictureHead(head, activation)
         self.model = load_clip(model, pretrained, library, device, dtype, batch_size)
@@ -94,7 +95,7 @@ class ClipDirectionReward:
         after: str = "caption_after",
         device: str = "auto",
         dtype: str = "auto",
-        batch_size: int = 64,
+        batch_size: Count = 64,
     ) -> None:
         self.model = load_clip(model, pretrained, library, device, dtype, batch_size)
         self._columns = before, after

@@ -15,6 +15,7 @@ from rewards.clip_models import load_clip
 from rewards.composition_detectors import ClipColours, Detector, OpenVocabularyDetector
 from rewards.composition_rule import COLOURS, Found, Specification, faults, specification
 from rewards.composition_tiny import TinyDetector
+from rl.bounds import Count, Share
 from rl.types import ImageRLError, RewardOutput
 
 DRAWN = ("tiny_world", "shapes")
@@ -43,11 +44,11 @@ class CompositionReward:
         pretrained: str | None = None,
         library: str = "auto",
         credit: str = "whole",
-        threshold: float = 0.3,
-        counting_threshold: float | None = None,
-        max_overlap: float = 0.5,
+        threshold: Share = 0.3,
+        counting_threshold: Share | None = None,
+        max_overlap: Share = 0.5,
         device: str = "auto",
-        batch_size: int = 16,
+        batch_size: Count = 16,
     ) -> None:
         if credit not in ("whole", "partial"):
             raise ImageRLError(f"reward 'composition': credit must be whole or partial, not {credit!r}")

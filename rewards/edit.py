@@ -11,6 +11,7 @@ from PIL import Image
 from rewards.colours import score_colours
 from rewards.ocr import OCRReward, exact_match, score_text
 from rewards.similarity import ssim
+from rl.bounds import Count, Threads
 from rl.types import RewardOutput
 
 PARTS = ("text", "ink", "background")
@@ -35,8 +36,8 @@ class EditReward:
         mode: Literal["full", "recognise"] = "full",
         min_confidence: float = 0.5,
         models: Literal["auto", "offline", "download"] = "auto",
-        threads: int = 1,
-        recognition_width: int = 160,
+        threads: Threads = 1,
+        recognition_width: Count = 160,
     ) -> None:
         self.reader = OCRReward(mode, min_confidence, models, threads, recognition_width)
 

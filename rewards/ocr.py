@@ -14,6 +14,7 @@ from PIL import Image
 from rapidfuzz.distance import Levenshtein
 
 from rewards.ocr_engine import Line, OCREngine
+from rl.bounds import Count, Threads
 from rl.types import ImageRLError, RewardOutput
 
 # A single quote opens only where no word ends and closes only where none goes on: apostrophes are no quotes.
@@ -97,8 +98,8 @@ class OCRReward:
         mode: Literal["full", "recognise"] = "full",
         min_confidence: float = 0.5,
         models: Literal["auto", "offline", "download"] = "auto",
-        threads: int = 1,
-        recognition_width: int = 160,
+        threads: Threads = 1,
+        recognition_width: Count = 160,
     ) -> None:
         if not 0.0 <= min_confidence <= 1.0:
             raise ImageRLError(f"reward 'ocr': min_confidence must lie in 0..1, not {min_confidence}")

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rewards.ocr import exact_match, score_text
-from rl.types import ImageRLError
+from rl.errors import ImageRLError, one_line
+from rl.reading import read_text
+from rl.yaml_text import MAX_RECIPE_BYTES, parse_yaml
 
 FOLDER = Path(__file__).with_name("rubrics")
 COMBINE = ("mean", "geometric", "min")
@@ -145,17 +147,15 @@ def _shortened(text: str) -> str:
 
 def load_rubric(rubric: str) -> Rubric:
     """A shipped rubric by name, or one in a YAML file. Raises ImageRLError with what is wrong in it."""
-    import yaml
-
     shipped = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     path = FOLDER / f"{rubric}.yaml" if rubric in shipped else Path(rubric)
     if not path.is_file():
         raise ImageRLError(f"there is no rubric {rubric!r}; give a YAML file or one of: {', '.join(shipped)}")
+    entry = parse_yaml(read_text(path, MAX_RECIPE_BYTES), f"rubric {path}")
     try:
-        entry = yaml.safe_load(path.read_text(encoding="utf-8"))
         return parse_rubric(path.stem, entry)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise ImageRLError(f"rubric {path}: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ImageRLError(f"rubric {path}: {one_line(error, 300)}") from error
 
 
 def parse_rubric(name: str, entry: Any) -> Rubric:

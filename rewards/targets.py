@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from rl.errors import ImageRLError
 
+LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
 SAMPLE_NAMES = ("prompts", "completions", "completion_ids", "images")
 
 
@@ -39,8 +41,10 @@ class KeywordReward:
 
 
 def one_line(error: BaseException) -> str:
-    """ "ValueError: too red (my_reward.py:7)": the error, and where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """ "ValueError: too red (my_reward.py:7)": the error, and the last line of a user's file that led to it: where a
+    library raised it, such as <frozen os>:679, tells nobody what to mend."""
+    frames = list(traceback.extract_tb(error.__traceback__))
+    frames = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)] or frames
     text = " ".join(str(error).split())[:200]
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}{': ' if text else ''}{text}{place}"

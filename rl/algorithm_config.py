@@ -18,6 +18,7 @@ from rl.algorithms import (
     RatioLevel,
     Scale,
 )
+from rl.bounds import Coefficient, Every, FlowSteps, Positive
 from rl.flow.config import FlowConfig
 from rl.recipe import RecipeModel
 
@@ -42,9 +43,12 @@ class AlgorithmConfig(RecipeModel):
     decouple_rewards: bool = Field(
         GRPO.decouple_rewards, description="advantages of each reward alone, then summed (2601.05242)"
     )
-    advantage_eps: float = Field(GRPO.advantage_eps, gt=0, description="added to that standard deviation")
+    advantage_eps: Positive = Field(GRPO.advantage_eps, description="added to that standard deviation")
     max_resamples: int = Field(
-        GRPO.max_resamples, ge=0, description="times that other prompts replace groups of equal rewards"
+        GRPO.max_resamples,
+        ge=0,
+        le=1000,
+        description="times that other prompts replace groups of equal rewards",
     )
 
     ratio_level: RatioLevel = Field(
@@ -55,47 +59,43 @@ class AlgorithmConfig(RecipeModel):
         description="bound ratios as PPO, CISPO (weight), SAPO (soft), GMPO (geometric), or not",
     )
     clip_low: float = Field(
-        GRPO.clip_low, gt=0, le=1, description="lower bound 1 - clip_low; in log if geometric"
+        GRPO.clip_low, ge=1e-9, le=1, description="lower bound 1 - clip_low; in log if geometric"
     )
-    clip_high: float = Field(
-        GRPO.clip_high, gt=0, description="upper bound 1 + clip_high; in log if geometric"
-    )
-    soft_positive: float = Field(
-        1.0, gt=0, description="temperature of the soft clip where advantages are > 0"
-    )
-    soft_negative: float = Field(1.05, gt=0, description="temperature of the soft clip elsewhere")
+    clip_high: Positive = Field(GRPO.clip_high, description="upper bound 1 + clip_high; in log if geometric")
+    soft_positive: Positive = Field(1.0, description="temperature of the soft clip where advantages are > 0")
+    soft_negative: Positive = Field(1.05, description="temperature of the soft clip elsewhere")
     normaliser: Normaliser = Field(
         GRPO.normaliser,
         description="mean per sample first, over all tokens, over a constant (2503.20783), or sum per sample",
     )
-    entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus")
+    entropy_coef: Coefficient = Field(0.0, description="weight of an entropy bonus")
     top_entropy: float = Field(
         1.0,
         gt=0,
         le=1,
         description="train only this share of the tokens, those of highest entropy (2506.01939)",
     )
-    importance_cap: float | None = Field(
-        None, gt=0, description="weigh by trainer / sampler probability up to this; lifts max_logprob_diff"
+    importance_cap: Positive | None = Field(
+        None, description="weigh by trainer / sampler probability up to this; lifts max_logprob_diff"
     )
 
-    kl_coef: float = Field(GRPO.kl_coef, ge=0, description="weight of the KL to the reference; 0: none")
+    kl_coef: Coefficient = Field(GRPO.kl_coef, description="weight of the KL to the reference; 0: none")
     kl_estimator: KLEstimator = Field(GRPO.kl_estimator, description="which estimate of the KL is minimised")
     kl_in: KLPlace = Field(GRPO.kl_in, description="KL as a loss term or subtracted from rewards")
-    kl_target: float | None = Field(
-        None, gt=0, description="adapt kl_coef towards this KL, nats per action; null: fixed"
+    kl_target: Positive | None = Field(
+        None, description="adapt kl_coef towards this KL, nats per action; null: fixed"
     )
     kl_rate: float = Field(
         0.1, gt=0, lt=5, description="of that adaptation: 0.1 changes kl_coef by at most 2 % a step"
     )
     measure_kl: bool = Field(False, description="log the KL even with kl_coef 0; costs a forward pass")
-    reference_every: int = Field(
-        0, ge=0, description="steps after which the policy becomes the reference again; 0: never"
+    reference_every: Every = Field(
+        0, description="steps after which the policy becomes the reference again; 0: never"
     )
 
     flow: FlowConfig | None = Field(None, description="train the decoder's denoising steps: docs/flow.md")
 
-    updates_per_rollout: int = Field(1, ge=1, description="passes over a rollout; above 1 the clip matters")
+    updates_per_rollout: FlowSteps = Field(1, description="passes over a rollout; above 1 the clip matters")
     shuffle_rewards: bool = Field(
         False, description="control: permute rewards over the batch; nothing is learned"
     )
@@ -111,6 +111,16 @@ class AlgorithmConfig(RecipeModel):
         if isinstance(data, dict) and data.get("name", "grpo") in get_args(Name):
             return {**ALGORITHMS[data.get("name", "grpo")].defaults(), **data}
         return data
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.lower() == "ppo":
+            raise ValueError(
+                'algorithm.name cannot be "ppo": there is no critic here. PPO\'s clipped objective, on advantages '
+                "within groups, is grpo with clip: ratio and updates_per_rollout above 1"
+            )
+        return value
 
     @field_validator("import_path", "advantage_import_path")
     @classmethod

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
@@ -29,10 +31,27 @@ from rl.errors import ImageRLError, one_line
 INTERRUPTED = 130  # what typer returns after Ctrl-C
 
 app = typer.Typer(
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Reinforcement-learning post-training for autoregressive + flow-matching image generators.",
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"imagerl {version('imagerl')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    told: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="print the version and exit"),
+    ] = False,
+) -> None: ...
+
+
 app.command()(train)
 app.command()(sft)
 app.command()(sample)

@@ -11,24 +11,33 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rl.algorithm_config import AlgorithmConfig
+from rl.bounds import Count, Every, FlowSteps, Guidance, OutputDir, Positive, Seed, Steps
 from rl.engine_config import CheckpointConfig, EngineConfig, LoraConfig, OptimConfig
 from rl.flow.config import is_matching
 from rl.monitoring.config import MonitorsConfig
 from rl.recipe import Loc, RecipeModel, load_yaml_recipe
 from rl.reward_config import RewardsConfig, RewardSpec
 
+MAX_DRAWN = 2**20  # pictures a step
+
 
 class RunConfig(RecipeModel):
-    steps: int = Field(ge=1, description="training steps, each one rollout with its updates")
-    seed: int = Field(0, ge=0, description="seed of prompts, samples and noise")
-    output_dir: str = Field(min_length=1, description="run folder")
-    sample_every: int = Field(10, ge=0, description="steps between grids of the fixed prompts; 0: none")
-    sample_prompts: int = Field(8, ge=1, description="held-out prompts on a grid")
+    steps: Steps = Field(description="training steps, each one rollout with its updates")
+    seed: Seed = Field(0, description="seed of prompts, samples and noise")
+    output_dir: OutputDir = Field(description="run folder")
+    sample_every: Every = Field(10, description="steps between grids of the fixed prompts; 0: none")
+    sample_prompts: Count = Field(8, description="held-out prompts on a grid")
     images: int | None = Field(
-        None, ge=1, description="end before steps, when these many are drawn; lr follows them; null: no limit"
+        None,
+        ge=1,
+        le=10**9,
+        description="end before steps, when these many are drawn; lr follows them; null: no limit",
     )
     minutes: float | None = Field(
-        None, gt=0, description="end before steps, after this much training; lr follows it; null: no limit"
+        None,
+        ge=1e-3,
+        le=525_600,
+        description="end before steps, after this much training; lr follows it; null: no limit",
     )
 
     @model_validator(mode="after")
@@ -55,8 +64,8 @@ class PromptSetConfig(RecipeModel):
     name: str | None = Field(None, description="a named set: tiny_world, tiny_edits or tiny_text_edits")
     path: str | None = Field(None, description="a prompt file: .jsonl, .csv, .txt or .yaml")
     split: Literal["train", "heldout"] | None = Field(None, description="which part of a named set")
-    size: int | None = Field(None, ge=1, description="take only the first this many prompts; null: all")
-    seed: int = Field(0, ge=0, description="what a named set draws at random, such as colours")
+    size: Steps | None = Field(None, description="take only the first this many prompts; null: all")
+    seed: Seed = Field(0, description="what a named set draws at random, such as colours")
     column: str = Field("prompt", min_length=1, description="which column of a file holds the prompt")
 
     @model_validator(mode="after")
@@ -76,30 +85,32 @@ class DataConfig(RecipeModel):
 
 
 class RolloutConfig(RecipeModel):
-    prompts_per_step: int = Field(16, ge=1, description="prompts drawn each step")
-    group_size: int = Field(16, ge=2, description="samples of each prompt; advantages compare within them")
-    temperature: float = Field(1.0, gt=0, description="of sampling, and of the scored distribution alike")
+    prompts_per_step: Count = Field(16, description="prompts drawn each step")
+    group_size: int = Field(
+        16, ge=2, le=2**16, description="samples of each prompt; advantages compare within them"
+    )
+    temperature: float = Field(
+        1.0, ge=1e-3, le=100, description="of sampling, and of the scored distribution alike"
+    )
     top_k: int | None = Field(None, description="must stay null: log-probs are of the whole distribution")
     top_p: float | None = Field(None, description="must stay null: log-probs are of the whole distribution")
-    guidance: float = Field(
-        2.0, ge=0, description="classifier-free guidance of the decoder; 1: none, the default for nft and awm"
+    guidance: Guidance = Field(
+        2.0, description="classifier-free guidance of the decoder; 1: none, the default for nft and awm"
     )
-    flow_steps: int = Field(30, ge=1, description="denoising steps of the decoder")
+    flow_steps: FlowSteps = Field(30, description="denoising steps of the decoder")
     shared_noise: bool = Field(False, description="one decoder noise a group: rewards differ by tokens only")
-    decodes: int = Field(
+    decodes: FlowSteps = Field(
         1,
-        ge=1,
         description="pictures drawn of each token sequence, whose rewards are averaged for the tokens",
     )
-    sample_chunk: int | None = Field(
-        None, ge=1, description="prompts whose tokens are sampled together; null: all of a step"
+    sample_chunk: Count | None = Field(
+        None, description="prompts whose tokens are sampled together; null: all of a step"
     )
-    decode_chunk: int | None = Field(
-        None, ge=1, description="prompts drawn, then handed to the rewards, at a time; null: as sampled"
+    decode_chunk: Count | None = Field(
+        None, description="prompts drawn, then handed to the rewards, at a time; null: as sampled"
     )
-    max_logprob_diff: float | None = Field(
+    max_logprob_diff: Positive | None = Field(
         None,
-        gt=0,
         description="stop when sampler and trainer differ more on a log-prob; null: 0.01, bf16 1",
     )
 
@@ -115,12 +126,12 @@ class EvalConfig(RecipeModel):
     suite: Literal["ocr", "edit", "clip", "composition"] = Field(
         "ocr", description="name of the evaluation; the reward or gold metric of that name is its `reward`"
     )
-    every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
-    size: int = Field(256, ge=1, description="held-out prompts evaluated, one sample each")
-    batch_size: int = Field(64, ge=1, description="samples drawn at a time")
-    guidance: float | None = Field(None, ge=0, description="of the decoder; null: as in rollout")
-    flow_steps: int | None = Field(None, ge=1, description="of the decoder; null: as in rollout")
-    seed: int = Field(0, ge=0, description="seed of the samples, the same at every evaluation")
+    every: Every = Field(0, description="steps between evaluations; 0: only before and after")
+    size: Steps = Field(256, description="held-out prompts evaluated, one sample each")
+    batch_size: Count = Field(64, description="samples drawn at a time")
+    guidance: Guidance | None = Field(None, description="of the decoder; null: as in rollout")
+    flow_steps: FlowSteps | None = Field(None, description="of the decoder; null: as in rollout")
+    seed: Seed = Field(0, description="seed of the samples, the same at every evaluation")
 
 
 class Recipe(RecipeModel):
@@ -129,7 +140,7 @@ class Recipe(RecipeModel):
     kind: Literal["train"] = Field("train", description="marks the schema")
     run: RunConfig = Field(description="length, seed and place of the run")
     model: ModelConfig = Field(default_factory=ModelConfig, description="what is trained")
-    data: DataConfig = Field(description="prompts")
+    data: DataConfig = Field(description="the prompt sets, `train` and `heldout`")
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="how samples are drawn")
     rewards: RewardsConfig = Field(description="what is maximised: a list of rewards, or a mapping")
     gold: list[RewardSpec] = Field(
@@ -232,6 +243,10 @@ class Recipe(RecipeModel):
                 "precision than the policy"
             )
         drawn = self.rollout.prompts_per_step * self.rollout.group_size * self.rollout.decodes
+        if drawn > MAX_DRAWN:
+            raise ValueError(
+                f"rollout.prompts_per_step x group_size x decodes is {drawn} pictures a step, more than {MAX_DRAWN}"
+            )
         if self.run.images is not None and self.run.images < drawn:
             raise ValueError(f"run.images ({self.run.images}) is less than the {drawn} that one step draws")
         updates = self.run.steps * self.algorithm.updates_per_rollout

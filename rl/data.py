@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from rl.errors import ImageRLError
 from rl.prompt_pictures import identity, picture_paths
-from rl.recipe import parse_yaml_lines, read_text
+from rl.reading import read_text
 from rl.seeding import derive_seed
 from rl.types import Prompt
+from rl.yaml_text import parse_yaml_lines
 
 if TYPE_CHECKING:
     from rl.config import PromptSetConfig

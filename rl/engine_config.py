@@ -6,12 +6,13 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rl.bounds import Coefficient, Count, Every, LearningRate, Positive, Threads
 from rl.recipe import RecipeModel
 
 
 class LoraConfig(RecipeModel):
-    r: int = Field(16, ge=1, description="rank of the adapters")
-    alpha: float = Field(32.0, gt=0, description="adapters are scaled by alpha / r")
+    r: int = Field(16, ge=1, le=4096, description="rank of the adapters")
+    alpha: Positive = Field(32.0, description="adapters are scaled by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
     target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear", description="names of the layers to adapt, or all-linear"
@@ -27,17 +28,17 @@ class LoraConfig(RecipeModel):
 
 
 class OptimConfig(RecipeModel):
-    lr: float = Field(1e-6, gt=0, description="learning rate after the warm-up")
+    lr: LearningRate = Field(1e-6, description="learning rate after the warm-up")
     betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="AdamW's two decay rates")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon; too large swamps small gradients")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    eps: float = Field(1e-8, ge=1e-16, le=1, description="AdamW's epsilon; too large swamps small gradients")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW's decoupled weight decay")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="linear, cosine: to min_lr"
     )
     decay_share: float = Field(1.0, gt=0, le=1, description="last share of the updates, in which lr falls")
-    min_lr: float = Field(0.0, ge=0, description="what the linear and cosine schedules fall to")
-    warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
-    max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient norm to this; 0: never")
+    min_lr: float = Field(0.0, ge=0, le=10, description="what the linear and cosine schedules fall to")
+    warmup_steps: Every = Field(0, description="updates of linear warm-up")
+    max_grad_norm: Coefficient = Field(1.0, description="clip the gradient norm to this; 0: never")
 
     @field_validator("betas")
     @classmethod
@@ -57,11 +58,10 @@ class EngineConfig(RecipeModel):
     name: Literal["torch", "deepspeed"] = Field("torch", description="what runs the training")
     zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="ZeRO stage, deepspeed only (there 1)")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights stay fp32")
-    micro_batch_size: int = Field(16, ge=1, description="samples of one forward and backward pass")
+    micro_batch_size: Count = Field(16, description="samples of one forward and backward pass")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    threads: int | None = Field(
+    threads: Threads | None = Field(
         None,
-        ge=1,
         description="CPU threads of torch, less rewards.workers while scoring; null: its own choice",
     )
 
@@ -80,5 +80,5 @@ class EngineConfig(RecipeModel):
 
 
 class CheckpointConfig(RecipeModel):
-    every: int = Field(20, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    every: Every = Field(20, description="steps between checkpoints; 0: only at the end")
+    keep: Count = Field(2, description="newest checkpoints kept")

@@ -11,19 +11,21 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from markupsafe import Markup
 from PIL import Image
 
 from rl.charts import SMOOTH_FROM, Chart, Series, as_float, render, training_charts
+from rl.errors import ImageRLError
 from rl.files import write_atomic
 from rl.metrics import is_timing, read_metrics
 from rl.monitoring.config import MonitorsConfig
 from rl.monitoring.report import alarms, monitor_charts
 from rl.stats import HEADLINES, compare, headline
+from rl.yaml_text import parse_yaml
 
 MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
 MAX_PICTURE = 400_000  # bytes; larger grids are embedded as JPEG, 1400 px wide at most
@@ -68,14 +70,14 @@ def _gather(run_dir: Path) -> dict[str, Any]:
             content = parse(path.read_text(encoding="utf-8"))
             if isinstance(content, dict):
                 return content
-        except (ValueError, yaml.YAMLError):
+        except (ValueError, ImageRLError):
             pass
         problems.append(f"{path.relative_to(run_dir)} could not be read")
         return {}
 
     records = read_metrics(run_dir)
     recipe_file = run_dir / "recipe.yaml"
-    recipe = load(recipe_file, yaml.safe_load)
+    recipe = load(recipe_file, partial(parse_yaml, source=str(recipe_file)))
     environment = load(run_dir / "environment.json", json.loads)
     training = [r for r in records if any(k.startswith("reward/") for k in r)]
     done = max((r["step"] for r in training), default=0)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from rl.bounds import Factor, Workers
 from rl.recipe import RecipeModel
 
 
@@ -15,8 +16,8 @@ class GateConfig(RecipeModel):
     by: str = Field(
         min_length=1, description="another reward of the list, or one of its parts: ocr/exact_match"
     )
-    at_least: float | None = Field(None, description="it passes from this value on")
-    at_most: float | None = Field(None, description="it passes up to this value; give one of the two")
+    at_least: Factor | None = Field(None, description="it passes from this value on")
+    at_most: Factor | None = Field(None, description="it passes up to this value; give one of the two")
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
@@ -30,7 +31,7 @@ EVALUATION_FIELDS = ("index", "sample", "prompt", "reward", "exact_match", "conf
 
 
 # YAML's keys are texts to the recipe reader.
-Step = Annotated[int, Field(strict=False)]
+Step = Annotated[int, Field(strict=False, le=10_000_000)]
 
 SERVED = r"https?://[\w.\-\[\]:]+(?:/[\w.\-~]+)*/[A-Za-z_]\w*"
 
@@ -51,7 +52,7 @@ class RewardSpec(RecipeModel):
     runtime_env: dict[str, Any] | None = Field(
         None, description="Ray runtime environment of the actor that holds it"
     )
-    weight: float | dict[Step, float] = Field(
+    weight: Factor | dict[Step, Factor] = Field(
         1.0, description="factor in the total reward; 0: measured only; {step: weight}: linear between steps"
     )
     gate: GateConfig | None = Field(
@@ -67,6 +68,9 @@ class RewardSpec(RecipeModel):
     def _schedule(cls, weight: float | dict[int, float]) -> float | dict[int, float]:
         if isinstance(weight, dict) and (not weight or min(weight) < 0):
             raise ValueError("a schedule of weights needs steps from 0 on, for example {0: 1.0, 100: 0.2}")
+        for factor in weight.values() if isinstance(weight, dict) else [weight]:
+            if 0 < abs(factor) < 1e-6:
+                raise ValueError(f"a weight of {factor:g} teaches nothing; 0 only measures")
         return weight
 
     @property
@@ -110,12 +114,14 @@ class RewardsConfig(RecipeModel):
     functions: list[RewardSpec] = Field(
         min_length=1, description="the rewards; their weighted sum is maximised"
     )
-    workers: int = Field(1, ge=0, description="Ray actors that score; 0: in this process")
-    timeout_s: float = Field(60.0, gt=0, description="a scoring call that takes longer has failed")
+    workers: Workers = Field(1, description="Ray actors that score; 0: in this process")
+    timeout_s: float = Field(
+        60.0, ge=1e-3, le=86_400, description="a scoring call that takes longer has failed"
+    )
     max_failure_rate: float = Field(
         0.5, ge=0, le=1, description="stop when a greater share of samples failed"
     )
-    max_restarts: int = Field(3, ge=0, description="times that a dead or hanging actor is replaced")
+    max_restarts: int = Field(3, ge=0, le=1000, description="times that a dead or hanging actor is replaced")
 
     @field_validator("functions")
     @classmethod

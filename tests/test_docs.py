@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -95,7 +97,7 @@ def test_recipe_keys_are_those_of_the_schemas() -> None:
     maker = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))
     text = maker["PAGE"].read_text(encoding="utf-8")
     assert text == maker["page"](text), "run: make docs"
-    assert text.count("| `run.steps` | required | integer ≥ 1 |") == 2  # of train and of sft
+    assert text.count("| `run.steps` | required | integer ≥ 1, ≤ 10,000,000 |") == 2  # of train and of sft
     assert "| `optim.betas` | `[0.9, 0.999]` | list of 2 numbers |" in text
     assert maker["page"](text.replace("| required |", "| optional |")) == text
 
@@ -194,3 +196,18 @@ def test_reward_of_the_readme(tmp_path: Path) -> None:
     images = [Image.new("RGB", (4, 2), colour) for colour in ("red", "white")]
     assert label == "redness"
     assert redness(prompts=["", ""], completions=[[1], [2]], images=images, target=["A", "B"]) == [1.0, 1 / 3]
+
+
+def test_make_wants_the_python_of_the_locked_packages(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "requirements.lock", "requirements-last.lock", "requirements-clip.lock"):
+        (tmp_path / name).touch()
+    other = tmp_path / "python3.9"
+    other.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 && exit\nexit 1\n')
+    other.chmod(0o755)
+    ended = subprocess.run(
+        ["make", "install", f"PYTHON={other}"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode != 0
+    assert "is Python 3.9.2; the locked packages are for Python 3.11" in ended.stdout
+    assert not (tmp_path / ".venv").exists()

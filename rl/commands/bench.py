@@ -10,8 +10,6 @@ from typing import Annotated
 import typer
 
 from rl.commands.options import Model, Overrides, loaded_rollout
-from rl.commands.train import run_training
-from rl.config import load_recipe
 from rl.errors import ImageRLError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed, as ratios and shares within one run.")
@@ -62,6 +60,7 @@ def bench_rewards(
     from rewards.scoring import call_reward
     from rl.bench import measuring as benchmarks
     from rl.bench.rewards import bench_rewards as measure
+    from rl.config import load_recipe
     from rl.data import load_prompt_set
     from rl.rollout import reward_request, training_sampling
 
@@ -86,6 +85,8 @@ def trained_steps(recipe: str, overrides: list[str], steps: int) -> dict[str, fl
 
     from models.loading import load_policy
     from rl.bench import measuring as benchmarks
+    from rl.commands.train import run_training
+    from rl.config import load_recipe
 
     with tempfile.TemporaryDirectory() as scratch:
         fixed = [f"run.output_dir={scratch}/run", f"run.steps={steps}", "eval.every=0", "eval.size=2"]
@@ -116,6 +117,7 @@ def bench_variance(
     from rewards.scoring import score_request
     from rl.bench import measuring as benchmarks
     from rl.bench.variance import gains, measure
+    from rl.config import load_recipe
     from rl.data import load_prompt_set
     from rl.halves import trained_module
     from rl.rollout import RolloutEngine, training_sampling

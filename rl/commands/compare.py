@@ -21,13 +21,13 @@ def compare(
         list[str],
         typer.Argument(metavar="RECIPE... [key=value]...", help="recipes, and overrides of all of them"),
     ],
-    seeds: Annotated[int, typer.Option(min=1, help="runs of each recipe, with seeds 0, 1, ...")],
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="runs of each recipe, with seeds 0, 1, ...")],
     budget: Annotated[str, typer.Option(help="of each run: images=N drawn, or minutes=M of training")],
     output: Annotated[str, typer.Option(help="folder of the comparison")] = "runs/compare",
     baseline: Annotated[
         str | None, typer.Option(help="what the others are held against; default: the first")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="runs at a time; each on a GPU of its own")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, max=1024, help="runs at a time; each on a GPU of its own")] = 1,
     evals: Annotated[
         int | None,
         typer.Option(min=1, help="held-out evaluations of a run after its first; default: recipe's"),

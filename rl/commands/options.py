@@ -23,10 +23,14 @@ Resume = Annotated[bool, typer.Option("--resume", help="continue the run in run.
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run in run.output_dir")]
 Model = Annotated[str, typer.Option(help='model folder, LoRA adapter folder, or "tiny"')]
 Reader = Annotated[str, typer.Option("--model", help='model folder, or "tiny_edit"')]
-Seed = Annotated[int, typer.Option(help="seed of tokens and noise")]
-Temperature = Annotated[float, typer.Option(min=1e-3, help="sampling temperature")]
-Guidance = Annotated[float | None, typer.Option(help="classifier-free guidance; default: the model's own")]
-FlowSteps = Annotated[int | None, typer.Option(min=1, help="denoising steps; default: the model's own")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="seed of tokens and noise")]
+Temperature = Annotated[float, typer.Option(min=1e-3, max=100, help="sampling temperature")]
+Guidance = Annotated[
+    float | None, typer.Option(min=0, max=100, help="classifier-free guidance; default: the model's own")
+]
+FlowSteps = Annotated[
+    int | None, typer.Option(min=1, max=1000, help="denoising steps; default: the model's own")
+]
 
 
 def refuse_both(resume: bool, overwrite: bool) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rl.commands.options import Overrides
-from rl.config import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from rl.config import Recipe
     from rl.data import PromptSet
     from rl.plan import Plan
 
@@ -25,6 +25,7 @@ def plan(
     gpu_memory: Annotated[float | None, typer.Option(min=0.1, help="GiB of one GPU")] = None,
 ) -> None:
     """Work out the memory a recipe needs on each GPU, without weights and without a GPU."""
+    from rl.config import load_recipe
     from rl.plan import table
 
     settings = load_recipe(recipe, overrides or [])

@@ -132,7 +132,7 @@ def parameters_of(spec: RewardSpec, function: Any) -> list[str]:
 
 def parse_settings(entries: Sequence[str]) -> dict[str, Any]:
     """`key=value` with values in YAML. Raises ImageRLError for an entry without a key."""
-    from rl.recipe import parse_yaml
+    from rl.yaml_text import parse_yaml
 
     settings = {}
     for entry in entries:

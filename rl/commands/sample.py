@@ -19,7 +19,9 @@ def sample(
         Path | None, typer.Option(help="a picture; the captions are then instructions that change it")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("samples"),
-    count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures of each prompt")] = 4,
+    count: Annotated[
+        int, typer.Option("-n", "--count", min=1, max=2**16, help="pictures of each prompt")
+    ] = 4,
     seed: Seed = 0,
     temperature: Temperature = 1.0,
     guidance: Guidance = None,

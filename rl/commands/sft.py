@@ -12,10 +12,10 @@ import typer
 
 from rl.commands.options import Overrides, Overwrite, Resume, refuse_both
 from rl.errors import ImageRLError
-from rl.sft.config import ImageDataConfig, SFTRecipe, SourceConfig, load_sft_recipe
 
 if TYPE_CHECKING:
     from rl.image_files import Limits
+    from rl.sft.config import ImageDataConfig, SFTRecipe, SourceConfig
     from rl.sft.image_data import ShuffledSource
 
 
@@ -26,6 +26,8 @@ def sft(
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a model on pictures with captions."""
+    from rl.sft.config import load_sft_recipe
+
     settings = load_sft_recipe(recipe, overrides or [])
     refuse_both(resume, overwrite)
     comparison = run_sft(settings, resume, overwrite)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rl.commands.options import Overrides, Overwrite, Resume, refuse_both
-from rl.config import Recipe, load_recipe
 from rl.errors import ImageRLError
+
+if TYPE_CHECKING:
+    from rl.config import Recipe
 
 
 def train(
@@ -21,6 +23,8 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a policy as a recipe says."""
+    from rl.config import load_recipe
+
     settings = load_recipe(recipe, overrides or [])
     refuse_both(resume, overwrite)
     comparison = run_training(settings, resume, overwrite)

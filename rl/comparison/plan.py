@@ -18,6 +18,7 @@ from rl.run_folder import RECIPE_FILE, differing_keys, read_stored_recipe
 
 PLAN_FILE = "comparison.json"
 OURS = ("run.steps", "run.seed", "run.output_dir", "run.images", "run.minutes")  # follow from the budget
+MOST = 1e9  # of a budget
 ENDLESS = 1_000_000  # steps of a run that the clock ends
 UNITS = ("images", "minutes")
 
@@ -143,7 +144,7 @@ def parse_budget(text: str) -> BudgetSpec:
     """`images=3000` or `minutes=5`. Raises ImageRLError for anything else."""
     found = re.fullmatch(r"(images|minutes)=([0-9]+(?:\.[0-9]+)?)", text)
     amount = float(found[2]) if found else 0.0
-    if not found or amount <= 0 or (found[1] == "images" and amount != int(amount)):
+    if not found or not 0 < amount <= MOST or (found[1] == "images" and amount != int(amount)):
         raise ImageRLError(f'--budget "{text}" should be images=N or minutes=M, as in images=3000')
     return BudgetSpec("images" if found[1] == "images" else "minutes", amount)
 

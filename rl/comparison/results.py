@@ -24,8 +24,9 @@ from rl.comparison.stats import (
 )
 from rl.errors import ImageRLError
 from rl.metrics import read_metrics
-from rl.recipe import parse_yaml, read_text
+from rl.reading import read_text
 from rl.stats import Interval
+from rl.yaml_text import parse_yaml
 
 Kind = Literal["final", "mean"]  # after training, or averaged over the run: area under the curve / budget
 UNTRAINED = "untrained"

@@ -6,6 +6,7 @@ from typing import Any, Self, get_args
 
 from pydantic import Field, model_validator
 
+from rl.bounds import Coefficient, FlowSteps, Guidance, LearningRate, Positive, Steps
 from rl.flow.algorithms import (
     FLOW_ALGORITHMS,
     MATCHING,
@@ -28,8 +29,8 @@ def is_matching(flow: Any) -> bool:
 
 
 class FlowLoraConfig(RecipeModel):
-    r: int = Field(32, ge=1, description="rank of the decoder's adapters")
-    alpha: float = Field(64.0, gt=0, description="adapters are scaled by alpha / r")
+    r: int = Field(32, ge=1, le=4096, description="rank of the decoder's adapters")
+    alpha: Positive = Field(64.0, description="adapters are scaled by alpha / r")
     target_modules: list[str] = Field(
         ["to_q", "to_k", "to_v", "to_out.0"],
         min_length=1,
@@ -45,56 +46,57 @@ class FlowConfig(RecipeModel):
     lora: FlowLoraConfig | None = Field(
         None, description="train adapters of the transformer; null: it and the connector in full"
     )
-    lr: float | None = Field(None, gt=0, description="the decoder's learning rate; null: optim.lr")
+    lr: LearningRate | None = Field(None, description="the decoder's learning rate; null: optim.lr")
 
     sampler: Sampler = Field(
         ROW.sampler, description="how stochastic steps draw; ode (for nft and awm): none is"
     )
-    noise_level: float = Field(ROW.noise_level, ge=0, description="size of their noise, eta of the papers")
+    noise_level: float = Field(
+        ROW.noise_level, ge=0, le=10, description="size of their noise, eta of the papers"
+    )
     window: Place = Field(
         ROW.window, description="which steps are stochastic and train: all but the last, or a window of them"
     )
-    window_size: int = Field(ROW.window_size, ge=1, description="steps in a random or sliding window")
-    window_stop: int | None = Field(
-        None, ge=1, description="stochastic steps lie before this one; null: the last"
+    window_size: FlowSteps = Field(ROW.window_size, description="steps in a random or sliding window")
+    window_stop: FlowSteps | None = Field(
+        None, description="stochastic steps lie before this one; null: the last"
     )
-    window_every: int = Field(25, ge=1, description="training steps between moves of a sliding window by one")
-    guidance: float | None = Field(
+    window_every: Steps = Field(25, description="training steps between moves of a sliding window by one")
+    guidance: Guidance | None = Field(
         None,
-        ge=0,
         description="guidance of training rollouts and replay; null: rollout.guidance, for nft and awm 1 by default",
     )
     allow_guidance: bool = Field(
         False,
         description="nft, awm: train at a guidance other than 1 all the same, with its spurious gradient",
     )
-    steps: int | None = Field(
-        None, ge=1, description="denoising steps of training rollouts; null: rollout.flow_steps"
+    steps: FlowSteps | None = Field(
+        None, description="denoising steps of training rollouts; null: rollout.flow_steps"
     )
 
     loss: FlowLoss = Field(ROW.loss, description="what is minimised; the table's names in docs/flow.md")
-    clip_low: float = Field(ROW.clip_low, gt=0, le=1, description="ratios below 1 - clip_low get no gradient")
-    clip_high: float = Field(ROW.clip_high, gt=0, description="ratios above 1 + clip_high get no gradient")
-    kl_threshold: float = Field(
-        1e-5, gt=0, description="flow_dppo: KL from the old policy at which a step stops, nats per dimension"
+    clip_low: float = Field(
+        ROW.clip_low, ge=1e-9, le=1, description="ratios below 1 - clip_low get no gradient"
     )
-    advantage_max: float = Field(ROW.advantage_max, gt=0, description="advantages are clamped to ± this")
-    beta: float = Field(1.0, gt=0, description="nft: how far the implicit policies lie from the old one")
+    clip_high: Positive = Field(ROW.clip_high, description="ratios above 1 + clip_high get no gradient")
+    kl_threshold: Positive = Field(
+        1e-5, description="flow_dppo: KL from the old policy at which a step stops, nats per dimension"
+    )
+    advantage_max: Positive = Field(ROW.advantage_max, description="advantages are clamped to ± this")
+    beta: Positive = Field(1.0, description="nft: how far the implicit policies lie from the old one")
     weight: Weight = Field("uniform", description="awm: weight of a noise level")
-    points: int = Field(4, ge=1, description="nft, awm: noise levels that a sample is matched at per update")
+    points: FlowSteps = Field(4, description="nft, awm: noise levels that a sample is matched at per update")
 
-    kl_coef: float = Field(
+    kl_coef: Coefficient = Field(
         ROW.kl_coef,
-        ge=0,
         description="weight of the KL to the frozen decoder, per step and dimension; 0: none",
     )
     kl_form: KLForm = Field(
         "exact",
         description="exact, or times the step's length as flow_grpo has it; nft, awm: squared velocities",
     )
-    max_logprob_diff: float | None = Field(
+    max_logprob_diff: Positive | None = Field(
         None,
-        gt=0,
         description="stop when replay differs more from the rollout on a log-prob; null: 1e-5, bf16 0.1",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from rl.bounds import Coefficient
 from rl.recipe import RecipeModel
 
 
@@ -18,17 +19,26 @@ class MonitorsConfig(RecipeModel):
     level: float = Field(
         0.99, gt=0, lt=1, description="confidence of the intervals that an alarm is raised on"
     )
-    max_fall: float = Field(
-        0.02, ge=0, description="how far a watched metric may fall from its peak while the reward rises"
+    max_fall: Coefficient = Field(
+        0.02, description="how far a watched metric may fall from its peak while the reward rises"
     )
     min_diversity: float = Field(
-        0.3, ge=0, description="alarm when variety is less than this part of what it was at first; 0: never"
+        0.3,
+        ge=0,
+        le=1,
+        description="alarm when variety is less than this part of what it was at first; 0: never",
     )
     max_blank: float = Field(
-        0.2, ge=0, description="alarm when the share of blank pictures has risen by more than this; 1: never"
+        0.2,
+        ge=0,
+        le=1,
+        description="alarm when the share of blank pictures has risen by more than this; 1: never",
     )
     window: int = Field(
-        5, ge=3, description="evaluations that a correlation is of, and steps averaged for the other alarms"
+        5,
+        ge=3,
+        le=10_000,
+        description="evaluations that a correlation is of, and steps averaged for the other alarms",
     )
     stop: bool = Field(
         False, description="end the run at the first alarm on a watched metric; peak/ has the best checkpoint"

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from rl.bounds import Coefficient, Count, Every, LearningRate, OutputDir, Positive, Seed, Steps, Threads
 from rl.recipe import RecipeModel
 from rl.tiny.world import FONTS
 
@@ -13,16 +14,16 @@ from rl.tiny.world import FONTS
 class StageConfig(RecipeModel):
     """One stage of supervised training."""
 
-    steps: int = Field(gt=0, description="optimizer steps")
-    batch_size: int = Field(32, gt=0, description="pictures a step")
-    lr: float = Field(2e-3, gt=0, description="peak learning rate")
+    steps: Steps = Field(description="optimizer steps")
+    batch_size: Count = Field(32, description="pictures a step")
+    lr: LearningRate = Field(2e-3, description="peak learning rate")
     beta2: float = Field(0.95, gt=0, lt=1, description="AdamW's second beta")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
-    warmup_steps: int = Field(100, ge=0, description="linear warm-up")
+    weight_decay: float = Field(0.01, ge=0, le=10, description="AdamW's decoupled weight decay")
+    warmup_steps: Every = Field(100, description="linear warm-up")
     decay_share: float = Field(
         0.5, ge=0, le=1, description="last share of the steps, decayed linearly to zero"
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    max_grad_norm: Positive = Field(1.0, description="gradient clipping")
     fonts: list[str] = Field(
         default_factory=lambda: list(FONTS), description="fonts of the rendered pictures"
     )
@@ -33,9 +34,9 @@ class GeneratorStage(StageConfig):
     """The joint stage: cross-entropy on tokens and flow matching on latents."""
 
     flow_share: float = Field(1.0, gt=0, le=1, description="share of the batch that the flow loss sees")
-    flow_weight: float = Field(1.0, ge=0, description="weight of the flow loss beside the cross-entropy")
+    flow_weight: Coefficient = Field(1.0, description="weight of the flow loss beside the cross-entropy")
     condition_dropout: float = Field(0.1, ge=0, lt=1, description="chance of the unconditional branch")
-    snapshot_every: int = Field(1000, gt=0, description="steps between saved and measured snapshots")
+    snapshot_every: Steps = Field(1000, description="steps between saved and measured snapshots")
 
 
 class TasksStage(StageConfig):
@@ -45,7 +46,7 @@ class TasksStage(StageConfig):
     question_share: float = Field(0.25, ge=0, le=1, description="share that answers; the rest draws captions")
     edit_text_share: float = Field(1 / 3, ge=0, le=1, description="share of edits that replace the text")
     question_text_share: float = Field(1 / 3, ge=0, le=1, description="share of questions for the text")
-    snapshot_every: int = Field(1000, gt=0, description="steps between saved snapshots")
+    snapshot_every: Steps = Field(1000, description="steps between saved snapshots")
 
 
 class DecoderStage(StageConfig):
@@ -53,30 +54,36 @@ class DecoderStage(StageConfig):
 
     renew: bool = Field(True, description="start from fresh weights; false: from those the model has")
     edit_share: float = Field(0.0, ge=0, le=1, description="share of the batch that edits a picture")
-    pictures: int = Field(4864, gt=0, multiple_of=64, description="pictures whose hidden states are kept")
-    pictures_seed: int = Field(0, description="seed of these pictures")
+    pictures: int = Field(
+        4864, ge=64, le=10_000_000, multiple_of=64, description="pictures whose hidden states are kept"
+    )
+    pictures_seed: Seed = Field(0, description="seed of these pictures")
     condition_dropout: float = Field(0.1, ge=0, lt=1, description="chance of the unconditional branch")
-    place_weight: float = Field(0.3, ge=0, description="weight of reading a token's place off its condition")
-    code_weight: float = Field(1.0, ge=0, description="weight of reading a token's code off its condition")
+    place_weight: Coefficient = Field(0.3, description="weight of reading a token's place off its condition")
+    code_weight: Coefficient = Field(1.0, description="weight of reading a token's code off its condition")
 
 
 class PretrainRun(RecipeModel):
-    seed: int = Field(0, description="seed of everything random")
-    output_dir: str = Field(description="folder for the checkpoint and its record")
-    threads: int | None = Field(None, description="CPU threads; null: all")
+    seed: Seed = Field(0, description="seed of everything random")
+    output_dir: OutputDir = Field(description="folder for the checkpoint and its record")
+    threads: Threads | None = Field(None, description="CPU threads; null: all")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
 
 
 class TextTokenizerConfig(RecipeModel):
-    vocabulary: int = Field(384, ge=260, description="byte-level BPE entries before the image tokens")
+    vocabulary: int = Field(
+        384, ge=260, le=10**6, description="byte-level BPE entries before the image tokens"
+    )
 
 
 class PretrainRecipe(RecipeModel):
     """A complete pretraining run: what to build or to begin with, and how long to train each part."""
 
     kind: Literal["pretrain"] = Field(description="marks the schema")
-    run: PretrainRun
-    text_tokenizer: TextTokenizerConfig = Field(default_factory=TextTokenizerConfig)
+    run: PretrainRun = Field(description="seed, place and hardware of the run")
+    text_tokenizer: TextTokenizerConfig = Field(
+        default_factory=TextTokenizerConfig, description="tokenizer of the captions"
+    )
     init: str | None = Field(
         None,
         description="model to begin with: for `tasks` it becomes edit-capable; null: build `model`",

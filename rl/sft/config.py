@@ -9,17 +9,18 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rl.bounds import Coefficient, Count, Every, LearningRate, OutputDir, Positive, Seed, Steps, Workers
 from rl.config import Recipe
 from rl.engine_config import CheckpointConfig, EngineConfig, LoraConfig, OptimConfig
 from rl.recipe import RecipeModel, load_yaml_recipe
 
 
 class SFTRunConfig(RecipeModel):
-    steps: int = Field(ge=1, description="optimizer steps")
-    seed: int = Field(0, ge=0, description="seed of the data's order, noise and samples")
-    output_dir: str = Field(min_length=1, description="run folder; the result is its model/")
-    sample_every: int = Field(0, ge=0, description="steps between grids; 0: only before and after")
-    sample_prompts: int = Field(8, ge=1, description="held-out captions on a grid")
+    steps: Steps = Field(description="optimizer steps")
+    seed: Seed = Field(0, description="seed of the data's order, noise and samples")
+    output_dir: OutputDir = Field(description="run folder; the result is its model/")
+    sample_every: Every = Field(0, description="steps between grids; 0: only before and after")
+    sample_prompts: Count = Field(8, description="held-out captions on a grid")
     model_dtype: Literal["fp32", "bf16"] = Field("fp32", description="how model/ stores weights")
 
 
@@ -50,7 +51,7 @@ class TrainedConfig(RecipeModel):
 
 class SourceConfig(RecipeModel):
     path: str = Field(min_length=1, description="folder of pictures or of tar shards, a .tar, or a pattern")
-    weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
+    weight: Positive = Field(1.0, description="share of the samples, relative to the other sources")
     caption_field: str = Field("caption", min_length=1, description="field of the caption in JSON")
 
 
@@ -59,14 +60,16 @@ class ImageDataConfig(RecipeModel):
     heldout: list[SourceConfig] = Field(
         default_factory=list, description="sources of the held-out loss; none: it is not measured"
     )
-    batch_size: int = Field(512, ge=1, description="samples of an optimizer step, all processes together")
-    open_shards: int = Field(4, ge=1, description="tar shards that are shuffled into each other")
-    workers: int = Field(2, ge=0, description="threads that read ahead, in each process; 0: none")
+    batch_size: int = Field(
+        512, ge=1, le=2**20, description="samples of an optimizer step, all processes together"
+    )
+    open_shards: int = Field(4, ge=1, le=1024, description="tar shards that are shuffled into each other")
+    workers: Workers = Field(2, description="threads that read ahead, in each process; 0: none")
     max_bad_share: float = Field(0.1, ge=0, lt=1, description="stop when more of the samples are bad")
-    max_pixels: int = Field(1 << 26, ge=1, description="a larger picture is bad: too_large")
-    min_side: int = Field(16, ge=1, description="a picture with a shorter side is bad: too_small")
-    max_aspect: float = Field(8.0, ge=1, description="a longer or taller picture is bad: elongated")
-    max_caption_chars: int = Field(4096, ge=1, description="a longer caption is bad: long_caption")
+    max_pixels: int = Field(1 << 26, ge=1, le=2**30, description="a larger picture is bad: too_large")
+    min_side: Count = Field(16, description="a picture with a shorter side is bad: too_small")
+    max_aspect: float = Field(8.0, ge=1, le=1000, description="a longer or taller picture is bad: elongated")
+    max_caption_chars: int = Field(4096, ge=1, le=10**6, description="a longer caption is bad: long_caption")
 
     @field_validator("train", "heldout", mode="before")
     @classmethod
@@ -89,8 +92,8 @@ class ImageDataConfig(RecipeModel):
 
 
 class ObjectiveConfig(RecipeModel):
-    cross_entropy_weight: float = Field(1.0, ge=0, description="weight of predicting the tokens")
-    flow_weight: float = Field(1.0, ge=0, description="weight of the flow-matching loss")
+    cross_entropy_weight: Coefficient = Field(1.0, description="weight of predicting the tokens")
+    flow_weight: Coefficient = Field(1.0, description="weight of the flow-matching loss")
     condition_dropout: float = Field(0.1, ge=0, lt=1, description="chance of the unconditional branch")
     on_prompt: bool = Field(True, description="cross-entropy on the prompt too, as published")
 
@@ -102,14 +105,14 @@ class ObjectiveConfig(RecipeModel):
 
 
 class SFTOptimConfig(OptimConfig):
-    lr: float = Field(5e-5, gt=0, description="learning rate after the warm-up")
+    lr: LearningRate = Field(5e-5, description="learning rate after the warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="linear, cosine: to min_lr"
     )
-    min_lr: float = Field(1e-5, ge=0, description="what the linear and cosine schedules fall to")
-    ar_lr: float | None = Field(None, gt=0, description="peak rate of the language model; null: lr")
-    connector_lr: float | None = Field(None, gt=0, description="peak rate of the connector; null: lr")
-    decoder_lr: float | None = Field(None, gt=0, description="peak rate of the decoder; null: lr")
+    min_lr: float = Field(1e-5, ge=0, le=10, description="what the linear and cosine schedules fall to")
+    ar_lr: LearningRate | None = Field(None, description="peak rate of the language model; null: lr")
+    connector_lr: LearningRate | None = Field(None, description="peak rate of the connector; null: lr")
+    decoder_lr: LearningRate | None = Field(None, description="peak rate of the decoder; null: lr")
 
     def factor(self, part: str) -> float:
         """The share of ar, connector or decoder of the scheduled learning rate."""
@@ -118,9 +121,9 @@ class SFTOptimConfig(OptimConfig):
 
 
 class SFTEvalConfig(RecipeModel):
-    every: int = Field(0, ge=0, description="steps between held-out losses; 0: only before and after")
-    size: int = Field(256, ge=1, description="held-out samples, the first good ones")
-    seed: int = Field(0, ge=0, description="seed of their noise and of the grids, always the same")
+    every: Every = Field(0, description="steps between held-out losses; 0: only before and after")
+    size: Steps = Field(256, description="held-out samples, the first good ones")
+    seed: Seed = Field(0, description="seed of their noise and of the grids, always the same")
 
 
 class SFTRecipe(RecipeModel):

@@ -1,11 +1,14 @@
 """Loading rewards by name and path, and TRL's calling convention."""
 
+import inspect
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from PIL import Image
 
-from rewards.base import RewardSpec, as_trl_reward, check_reward, load_reward, load_rewards
+from rewards.base import REWARDS, RewardSpec, as_trl_reward, check_reward, load_reward, load_rewards
+from rewards.targets import import_target, one_line
 from rl.types import ImageRLError, RewardOutput
 
 FIVE_LINES = """
@@ -161,3 +164,57 @@ def test_bare_trl_reward_works_here(tmp_path: Path) -> None:
         tmp_path, "def f(prompts, completions, **kwargs): return [len(c) for c in kwargs['completion_ids']]"
     )
     assert load_reward(f"{path}:f")[1](**SAMPLES) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("target", "settings", "message"),
+    [
+        ("ocr", {"mode": 5}, "reward 'ocr': \"mode\" cannot be 5; Allowed: full, recognise"),
+        ("ocr", {"mode": "ful"}, 'did you mean "full"?'),
+        ("ocr", {"threads": "many"}, '"threads" should be an integer, not "many"'),
+        ("ocr", {"threads": 10**9}, '"threads" should be less than or equal to 1024, not 1000000000'),
+        ("edit", {"min_confidence": True}, '"min_confidence" should be a number, not true'),
+        ("clip", {"model": 3}, '"model" should be a string'),
+        (
+            "clip",
+            {"model": "tiny_clip", "batch_size": 0},
+            '"batch_size" should be greater than or equal to 1, not 0',
+        ),
+        (
+            "composition",
+            {"detector": "tiny_world", "threshold": 7.0},
+            '"threshold" should be less than or equal to 1',
+        ),
+        (
+            "judge",
+            {"endpoint": "http://h:1/v1", "model": "m", "price": {"input": "a"}},
+            '"price" should be a number',
+        ),
+        ("edit_consistency", {"factors": "kept"}, '"factors" should be a list, not "kept"'),
+        ("http://h:1/clip", {"batch": 2.5}, "reward 'clip': \"batch\" should be an integer, not 2.5"),
+    ],
+)
+def test_a_setting_of_ours_of_the_wrong_type_is_refused(
+    target: str, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ImageRLError) as caught:
+        check_reward(RewardSpec(target, settings=settings))
+    assert message in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_all_settings_of_ours_have_types_that_can_be_checked(name: str) -> None:
+    found = import_target(REWARDS[name])
+    if "__init__" in vars(found):
+        hints = get_type_hints(found.__init__, include_extras=True)
+        assert set(inspect.signature(found).parameters) <= set(hints)
+
+
+def test_the_place_of_an_error_is_in_the_users_file(tmp_path: Path) -> None:
+    code = "import json, os\n\n\ndef f(how):\n    return os.environ['ABSENT'] if how else json.loads('{')\n"
+    function = import_target(f"{write(tmp_path, code)}:f")
+    for how, error in ((True, KeyError), (False, ValueError)):  # raised in <frozen os> and in json/decoder.py
+        with pytest.raises(error) as caught:
+            function(how)
+        assert one_line(caught.value).endswith("(mine.py:5)")

@@ -128,5 +128,7 @@ def test_files(tmp_path: Path) -> None:
     rubric = load_rubric(str(tmp_path / "mine.yaml"))
     assert (rubric.name, rubric.fields) == ("mine", ["name"])
     (tmp_path / "mine.yaml").write_text("ask: [")
-    with pytest.raises(ImageRLError, match=r"rubric .*mine\.yaml: while parsing"):
+    with pytest.raises(
+        ImageRLError, match=r"rubric .*mine\.yaml, line 1, column 7: expected the node content"
+    ):
         load_rubric(str(tmp_path / "mine.yaml"))

@@ -90,7 +90,7 @@ def test_a_stored_recipe_says_everything(tmp_path: Path) -> None:
         (["reference_every=1", "kl_target=0.1", "updates_per_rollout=2"], "would run kl_coef to nothing"),
         (["reference_every=1"], "the KL of its first update is 0"),
         (["top_entropy=0"], '"algorithm.top_entropy" should be greater than 0'),
-        (["importance_cap=0"], '"algorithm.importance_cap" should be greater than 0'),
+        (["importance_cap=0"], '"algorithm.importance_cap" should be greater than or equal to 1e-12'),
     ],
 )
 def test_impossible_combinations(overrides: list[str], part: str) -> None:

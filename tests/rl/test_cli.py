@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,6 +122,10 @@ def test_mistakes_of_other_commands(
         (["train", "recipe.yaml", "--reset"], "--reset"),
         (["sample", "a word", "--count", "none"], "--count"),
         (["sample", "a word", "--temperature", "0"], "0.001"),
+        (["sample", "a word", "--temperature", "nan"], "--temperature"),
+        (["sample", "a word", "--guidance", "1e300"], "100"),
+        (["sample", "a word", "--seed", "-1"], "--seed"),
+        (["compare", "a.yaml", "--budget", "images=9", "--seeds", "1000000000"], "1000"),
     ],
 )
 def test_usage_errors_are_one_line_too(
@@ -125,6 +134,53 @@ def test_usage_errors_are_one_line_too(
     ended = imagerl(capsys, *arguments)
     assert ended.code == 2 and message.lower() in ended.err.lower()
     assert ended.err.startswith("imagerl: ") and ended.err.count("\n") == 1 and ended.out == ""
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("reward", "check"), ("bench", "step")])
+def test_help_has_a_short_name(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
+    short, long = imagerl(capsys, *command, "-h"), imagerl(capsys, *command, "--help")
+    assert short.code == long.code == 0
+    assert short.out == long.out and "Usage: imagerl" in short.out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    ended = imagerl(capsys, "--version")
+    assert (ended.code, ended.out, ended.err) == (0, f"imagerl {version('imagerl')}\n", "")
+
+
+def run_module(code: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *shlex.split(code)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_package_runs_as_a_module() -> None:
+    assert run_module("-m rl --version").stdout == f"imagerl {version('imagerl')}\n"
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    def completed(words: str) -> list[str]:
+        asked = {
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+            "_IMAGERL_COMPLETE": "complete_bash",
+        }
+        return run_module("-m rl", asked).stdout.split()
+
+    assert completed("imagerl tr") == ["train"]
+    assert completed("imagerl train --re") == ["--resume"]
+    assert "check" in completed("imagerl reward ")
+
+
+def test_help_and_completion_import_no_schema_and_nothing_heavy() -> None:
+    """`imagerl --help` is to come at once."""
+    code = "import sys, rl.cli; print([m for m in sys.modules if m in ('pydantic', 'torch', 'numpy', 'yaml', 'PIL')])"
+    assert run_module(f"-c {shlex.quote(code)}").stdout == "[]\n"
 
 
 def test_help_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:

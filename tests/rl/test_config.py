@@ -9,7 +9,8 @@ import yaml
 
 from rl.config import Recipe, RewardSpec, load_recipe
 from rl.errors import ImageRLError
-from rl.recipe import iter_keys, parse_yaml
+from rl.mistakes import iter_keys
+from rl.yaml_text import parse_yaml
 
 MINIMAL = """\
 run: {steps: 10, output_dir: runs/x}
@@ -133,7 +134,7 @@ def test_reward_label_and_kwargs() -> None:
         ("runn.steps=4", ['"runn"', 'did you mean "run"?']),
         ("zzz=4", ['unknown key "zzz"; Keys of the top level: kind, run, model']),
         ("rewards.0.wieght=1", ['"rewards.functions.0"', '"wieght"', 'did you mean "weight"?']),
-        ("model.lora.rank=4", ['"model.lora.rank"', "Keys of", "alpha"]),
+        ("model.lora.rank=4", ['unknown key "model.lora.rank"; Keys of', "alpha"]),
         ("algorithm.name=grop", ['"algorithm.name"', '"grop"', "Allowed: grpo"]),
         ("algorithm.kl_estimator=k4", ["Allowed: k1, k2, k3"]),
         ("engine.zero_stage=5", ['"engine.zero_stage" cannot be 5', "Allowed: 0, 1, 2, 3"]),
@@ -151,10 +152,21 @@ def test_reward_label_and_kwargs() -> None:
         ("eval.suite=oct", ['did you mean "ocr"?']),
         ("run=5", ['"run" should be', "not 5"]),
         ("gold=5", ['"gold" should be a list, not 5']),
+        ("lr=1", ['did you mean "optim.lr" or "algorithm.flow.lr"?']),
+        ("algorithm.gamma=1", ['unknown key "algorithm.gamma"; Keys of "algorithm"']),
+        ("rewards=[]", ['"rewards.functions" should be a list of at least 1, not []']),
+        ("data.train.column=''", ['"data.train.column" should be a text that is not empty, not ""']),
+        ("optim.betas=[0.9]", ['"optim.betas.1" is missing in [0.9]']),
+        ("optim.betas=[0.1, 0.1, 0.1]", ['"optim.betas" should be a list of at most 2']),
+        ("algorithm.name=ppo", ["there is no critic here", "grpo with clip: ratio and updates_per_rollout"]),
+        ("algorithm.name=GRPO", ['did you mean "grpo"? Allowed: grpo']),
+        ("algorithm.name=a2c", ['"algorithm.name" cannot be "a2c"; Allowed: grpo']),
+        ("algorithm.learning_rate=1", ['unknown key "algorithm.learning_rate"; Keys of']),
     ],
 )
 def test_mistakes_name_the_key_and_the_way_out(path: Path, override: str, parts: list[str]) -> None:
     message = error(path, override)
+    assert message.startswith(f'override "{override}": ')
     assert [part for part in parts if part not in message] == [], message
 
 
@@ -198,6 +210,23 @@ def test_mistakes_name_the_key_and_the_way_out(path: Path, override: str, parts:
         (["data.heldout.size=100"], "eval.size (256) is more than data.heldout.size (100)"),
         (["optim.warmup_steps=10"], "optim.warmup_steps (10) must be below the run's 10 updates"),
         (["model.lora.dropout=0.1"], "model.lora.dropout must be 0"),
+        (["run.output_dir=/"], '"run.output_dir": / is the root of the file system'),
+        (["run.output_dir=//../."], "is the root of the file system"),
+        (["run.output_dir=' '"], '"run.output_dir": it is blank; name a folder'),
+        (["run.output_dir=''"], '"run.output_dir": it is blank; name a folder'),
+        (["run.output_dir=~/runs"], "~ is not expanded here"),
+        (["engine.threads=1e9"], '"engine.threads" should be an integer, not 1000000000.0'),
+        (["engine.threads=1000000000"], '"engine.threads" should be less than or equal to 1024'),
+        (["rollout.group_size=1000000000000000000"], '"rollout.group_size" should be less than or equal to'),
+        (
+            ["rollout.group_size=65536", "rollout.prompts_per_step=17"],
+            "is 1114112 pictures a step, more than",
+        ),
+        (["rewards.0.weight=1e300"], "1e300 cannot be computed with"),
+        (["rewards.0.weight=1e7"], '"rewards.functions.0.weight" should be less than or equal to 1000000'),
+        (["rewards.0.weight={0: -1e7}"], "should be greater than or equal to -1000000"),
+        (["rewards.0.weight=1e-9"], "a weight of 1e-09 teaches nothing"),
+        (["optim.lr=1e-20"], '"optim.lr" should be greater than or equal to 1e-12'),
     ],
 )
 def test_impossible_combinations(path: Path, overrides: list[str], part: str) -> None:
@@ -220,6 +249,12 @@ def test_missing_sections_and_keys(path: Path) -> None:
     message = error(path, text=MINIMAL.replace("steps: 10, ", ""))
     assert '"run.steps" is missing: training steps' in message
     assert '"rewards" is missing' in error(path, text=MINIMAL.split("rewards")[0])
+    message = error(path, text=MINIMAL.replace("data:", "datta:").replace("datta", "kind: train\nzzz"))
+    assert 'unknown key "zzz"' in message
+    without = "".join(line for line in MINIMAL.splitlines(keepends=True) if "tiny_world" not in line)
+    assert '"data" is missing: the prompt sets, `train` and `heldout`' in error(
+        path, text=without.replace("data:\n", "")
+    )
     # The misspelt key explains the missing one.
     assert 'did you mean "run.steps"?' in error(path, text=MINIMAL.replace("steps:", "step:"))
 
@@ -238,6 +273,23 @@ def test_missing_sections_and_keys(path: Path) -> None:
 )
 def test_unreadable_overrides(path: Path, override: str, part: str) -> None:
     assert part in error(path, override)
+
+
+def test_an_override_is_blamed_for_its_own_mistakes_only(path: Path) -> None:
+    """To blame is what the mistake goes away without, whatever else is given."""
+    message = error(path, "run.seed=1", "engine.zero_stage=2", "optim.lr=1e-3")
+    assert message.startswith('override "engine.zero_stage=2": engine.zero_stage needs')
+    message = error(path, "run.steps=3", "run.seed=1", "optim.warmup_steps=3")
+    assert message.startswith('overrides "run.steps=3" and "optim.warmup_steps=3": optim.warmup_steps (3)'), (
+        message
+    )
+    message = error(path, "run.steps=5", "run.steps=0", "model.lora.r=2")
+    assert message.startswith('override "run.steps=0": "run.steps" should be')
+    message = error(path, "run.seed=1", text=MINIMAL.replace("steps: 10", "steps: 0"))
+    assert message.startswith(f'{path}: "run.steps" should be')
+    path.write_text(MINIMAL)
+    message = error(path, "model.lora={r: 0}", "model.lora.alpha=2.0")
+    assert message.startswith('override "model.lora={r: 0}": "model.lora.r"')
 
 
 def test_unreadable_files(path: Path, tmp_path: Path) -> None:

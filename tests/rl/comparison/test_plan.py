@@ -29,7 +29,16 @@ def plan(folder: Path, *names: str, unit: str = "images", amount: float = 100, *
 def test_budgets_are_read() -> None:
     assert parse_budget("images=3000") == BudgetSpec("images", 3000)
     assert parse_budget("minutes=2.5") == BudgetSpec("minutes", 2.5)
-    for text in ("3000", "images=", "images=0", "images=1.5", "hours=3", "minutes=-1"):
+    for text in (
+        "3000",
+        "images=",
+        "images=0",
+        "images=1.5",
+        "hours=3",
+        "minutes=-1",
+        "minutes=" + "9" * 400,
+        "images=1" + "0" * 10,
+    ):
         with pytest.raises(ImageRLError, match="images=N or minutes=M"):
             parse_budget(text)
 

@@ -1,0 +1,5 @@
+"""`python -m rl`, the same as `imagerl`."""
+
+from rl.cli import main
+
+main()
