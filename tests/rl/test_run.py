@@ -106,7 +106,7 @@ def test_metrics_file(undisturbed: dict[str, Path]) -> None:
     assert [r["step"] for r in records] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
     evaluations = [r for r in records if "eval/ocr/low_tokens" in r]
     assert [r["step"] for r in evaluations] == [0, 4, STEPS]
-    assert [r["monitor/reward"] for r in evaluations] == [r["eval/ocr/low_tokens"] for r in evaluations]
+    assert [r["eval/ocr/total"] for r in evaluations] == [r["eval/ocr/low_tokens"] for r in evaluations]
     assert "monitor/brightness/correlation" in evaluations[-1] and "alarm/hacking" in evaluations[0]
     training = [r for r in records if r not in evaluations]
     assert all(r.keys() == training[0].keys() for r in training)
