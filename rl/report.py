@@ -22,7 +22,7 @@ from rl.files import write_atomic
 from rl.metrics import is_timing, read_metrics
 from rl.monitoring.config import MonitorsConfig
 from rl.monitoring.report import alarms, monitor_charts
-from rl.stats import HEADLINES, Interval, compare, headline, number, span, verdict
+from rl.stats import HEADLINES, TOTAL, Interval, compare, headline, number, span, verdict
 
 MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
 MAX_PICTURE = 400_000  # bytes; larger grids are embedded as JPEG, 1400 px wide at most
@@ -78,13 +78,12 @@ def _gather(run_dir: Path) -> dict[str, Any]:
     environment = load(run_dir / "environment.json", json.loads)
     training = [r for r in records if any(k.startswith("reward/") for k in r)]
     done = max((r["step"] for r in training), default=0)
-    trained, gold = _labels(recipe)
     suites = _evaluations(run_dir, records, load)
     comparison = load(run_dir / "eval" / "comparison.json", json.loads)
     # written when a run ends, which a budget or a monitor may decide before its last step
     finished = done > 0 and comparison.get("after_step") == done
     total = done if finished else _dig(recipe, "run", "steps") or done
-    rows = [row for suite, steps in suites.items() for row in _rows(suite, steps, comparison, trained, gold)]
+    rows = [row for suite, steps in suites.items() for row in _rows(suite, steps, comparison, recipe)]
     _add_bars(rows)
     suite = _dig(recipe, "eval", "suite") or next(iter(suites), "")
     watch = monitor_charts(records, suite)
@@ -159,10 +158,10 @@ def _rows(
     suite: str,
     steps: Mapping[int, Mapping[str, Any]],
     comparison: Mapping[str, Any],
-    trained: Iterable[str],
-    gold: Iterable[str],
+    recipe: Mapping[str, Any],
 ) -> list[Row]:
     first, last = min(steps), max(steps)
+    gold = gold_metrics(recipe, suite, steps[first]["metrics"])
     compared = comparison.get("before_step"), comparison.get("after_step")
     if comparison.get("suite", suite) == suite and compared == (first, last):
         told = comparison.get("metrics") or {}
@@ -180,7 +179,7 @@ def _rows(
             suite,
             metric,
             rate=values <= {0, 1} if values else metric.endswith(HEADLINES),
-            gold=next((n for n in [*trained, *gold] if f"{metric}/".startswith(f"{n}/")), suite) in gold,
+            gold=metric in gold,
             prompts=steps[last].get("n"),
             before_step=first,
             after_step=last,
@@ -217,7 +216,7 @@ def bar(interval: Interval | None, scale: float) -> dict[str, float] | None:
 def _heldout_charts(suites: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Chart]:
     charts = []
     for suite, steps in suites.items():
-        rows = _rows(suite, steps, {}, [], [])
+        rows = _rows(suite, steps, {}, {})
         for rate in (True, False):
             series = []
             for row in (r for r in rows if r.rate == rate):
@@ -287,8 +286,20 @@ def _facts(recipe: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> 
     return {key: str(value) for key, value in facts.items() if value not in (None, "")}
 
 
+def gold_metrics(recipe: Mapping[str, Any], suite: str, metrics: Iterable[str]) -> list[str]:
+    """Those of an evaluation that are measured and never trained on. Names that begin with no label are parts of the
+    reward or gold metric that is named like the suite; the total is of rewards alone."""
+    trained, gold = _labels(recipe)
+    owners = {
+        m: next((n for n in [*trained, *gold] if f"{m}/".startswith(f"{n}/")), suite)
+        for m in metrics
+        if m != TOTAL
+    }
+    return [metric for metric, owner in owners.items() if owner in gold]
+
+
 def _labels(recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What metrics call the rewards, and the gold metrics. One named like the suite owns the names without a slash."""
+    """What metrics call the rewards, and the gold metrics."""
     rewards = _dig(recipe, "rewards", "functions") or recipe.get("rewards")
     trained, gold = (
         [

@@ -17,6 +17,7 @@ from rl.comparison.plan import UNITS, Plan
 from rl.errors import ImageRLError
 from rl.metrics import read_metrics
 from rl.recipe import parse_yaml, read_text
+from rl.report import gold_metrics
 from rl.stats import (
     Interval,
     area_under_curve,
@@ -261,9 +262,12 @@ def _common_metrics(runs: Sequence[RunResult]) -> list[str]:
 
 
 def _gold(runs: Sequence[RunResult], metrics: Sequence[str]) -> list[str]:
-    specs = [spec for run in runs for spec in run.recipe.get("gold") or []]
-    labels = {spec.get("name") or str(spec.get("import_path")).rpartition(":")[2] for spec in specs}
-    return [m for m in metrics if m.partition("/")[0] in labels]
+    found = {
+        metric
+        for run in runs
+        for metric in gold_metrics(run.recipe, (run.recipe.get("eval") or {}).get("suite", ""), metrics)
+    }
+    return [metric for metric in metrics if metric in found]
 
 
 def _notes(results: Results) -> list[str]:

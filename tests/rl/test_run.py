@@ -230,7 +230,8 @@ def test_resuming_a_finished_run_repeats_its_result(
     before = results(run), (run / "metrics.jsonl").read_bytes()
     assert call(*arguments(place, "full", run.name, "--resume")) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("held-out low tokens: ") and "→" in line and "n=4" in line
+    assert line.startswith("held-out total: ") and "→" in line
+    assert line.endswith(", too few to tell, n=4: no difference shown)")
     assert line == (place / "output_0").read_text().splitlines()[-1]
     assert (results(run), (run / "metrics.jsonl").read_bytes()) == before
 
@@ -340,4 +341,4 @@ def test_two_processes_train_like_one(
 def test_only_the_main_process_prints(two_ranks: str) -> None:
     lines = two_ranks.splitlines()
     assert len([line for line in lines if line.startswith("held-out after step 0:")]) == len(ENGINES)
-    assert len([line for line in lines if line.startswith("held-out low tokens:")]) == len(ENGINES)
+    assert len([line for line in lines if line.startswith("held-out total:")]) == len(ENGINES)

@@ -132,7 +132,11 @@ def test_a_model_differs_in_nothing_from_itself(place: Path) -> None:
     )
     metrics = json.loads((place / "s.json").read_text())["against"]["metrics"]
     for row in metrics.values():
-        assert (row["difference"]["mean"], row["difference"]["low"], row["difference"]["high"]) == (0.0, None, None)
+        assert (row["difference"]["mean"], row["difference"]["low"], row["difference"]["high"]) == (
+            0.0,
+            None,
+            None,
+        )
         assert row["verdict"] == "no difference shown"
 
 
