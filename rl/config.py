@@ -111,7 +111,7 @@ class RolloutConfig(RecipeModel):
 class EvalConfig(RecipeModel):
     suite: Literal["ocr", "edit", "clip", "composition"] = Field(
         "ocr",
-        description="name of the evaluation; parts of the reward or gold metric of that name go without it: `exact_match`",
+        description="name of the evaluation; a reward of that name gives its parts without it: `exact_match`",
     )
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
     size: int = Field(256, ge=1, description="held-out prompts evaluated, one sample each")

@@ -46,7 +46,8 @@ class Interval:
 
     @property
     def bounded(self) -> bool:
-        return math.isfinite(self.low) and math.isfinite(self.high)
+        """Whether it says anything: a point is no interval either."""
+        return self.low < self.high
 
     @staticmethod
     def read(told: Mapping[str, Any]) -> Interval:
@@ -57,7 +58,9 @@ class Interval:
 
 def verdict(difference: Interval) -> Verdict:
     """What the interval of a difference shows: a sign, or nothing where it holds 0 or has no bounds."""
-    return "higher" if difference.low > 0 else "lower" if difference.high < 0 else "no difference shown"
+    if not difference.bounded or difference.low <= 0 <= difference.high:
+        return "no difference shown"
+    return "higher" if difference.low > 0 else "lower"
 
 
 # ---- intervals ---------------------------------------------------------------------------------------------

@@ -294,7 +294,7 @@ def test_compare_restricts_all_three_numbers_to_common_prompts() -> None:
 def test_verdict() -> None:
     assert verdict(Interval(0.1, 0.02, 0.2, 3)) == "higher"
     assert verdict(Interval(-0.1, -0.2, -0.02, 3)) == "lower"
-    for low, high in ((-0.1, 0.3), (0.0, 0.3), (-0.3, 0.0), (math.nan, math.nan)):
+    for low, high in ((-0.1, 0.3), (0.0, 0.3), (-0.3, 0.0), (math.nan, math.nan), (0.1, 0.1)):
         assert verdict(Interval(0.1, low, high, 3)) == "no difference shown"
 
 
