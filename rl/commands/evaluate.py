@@ -130,7 +130,7 @@ def compare(
             other, other_facts = measure(suite, prompts, against, how, beside)
             earlier = other.to_dict(**other_facts, **facts)
         document["against"] = compared(earlier, result.per_prompt)
-        print(f"\nagainst {against}, at the same prompts and random numbers (95 % of the difference):")
+        print(f"\nagainst {against}, at the same prompts and random numbers:")
         for name, row in document["against"]["metrics"].items():
             means = f"{number(row['model'])} against {number(row['against'])}"
             print(f"{name:>20}  {means}: {change(Interval.read(row['difference']))}")
