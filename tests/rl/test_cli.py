@@ -11,7 +11,7 @@ from PIL import Image
 
 from rl.cli import main
 from rl.commands.train import closing_line
-from rl.stats import Interval
+from rl.stats import Interval, compare
 from tests.micro import micro_folder
 from tests.small_run import write_recipe
 
@@ -207,6 +207,10 @@ def test_closing_line() -> None:
         "held-out success: 50.0 % → 75.0 %"
     )
     assert "no sample" in closing_line({})
+    flips = [[{"index": i, "exact_match": float(i < hits)} for i in range(8)] for hits in (2, 5)]
+    assert closing_line(compare(*flips)) == (
+        "held-out exact match: 25.0 % → 62.5 % (+37.5 points, too few to tell, n=8: no difference shown)"
+    )
 
 
 # ---- sample ------------------------------------------------------------------------------------------------
