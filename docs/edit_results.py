@@ -1,5 +1,5 @@
 """The table of docs/editing.md: `python docs/edit_results.py runs/edits/seed-*`. The last row is the mean of
-all runs, with seeds and prompts resampled."""
+all runs, with an interval for other seeds and prompts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rl.comparison.stats import crossed_interval, paired_scores, prompts_interval
-from rl.stats import Interval
+from rl.stats import crossed_interval, mean_interval, number, paired_scores, span
 
-SHOWN = {  # metric: factor and format
-    "success": (100, "{:.1f}"),
-    "exact_match": (100, "{:.1f}"),
-    "kept_error": (1, "{:.4f}"),
-    "kept_similarity": (1, "{:.3f}"),
-}
+SHOWN = {"success": 1, "exact_match": 1, "kept_error": 4, "kept_similarity": 3}  # metric: digits
+RATES = ("success", "exact_match")
 
 
 def values(run: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -31,13 +26,11 @@ def values(run: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 def cell(metric: str, before: np.ndarray, after: np.ndarray) -> str:
     """Of runs × prompts: the means, and the paired difference with its interval."""
-    scale, form = SHOWN[metric]
+    digits, rate = SHOWN[metric], metric in RATES
     gaps = paired_scores(after, before)
-    gap: Interval = crossed_interval(gaps) if len(gaps) > 1 else prompts_interval(gaps)
-    ends = " → ".join(form.format(scale * np.nanmean(scores)) for scores in (before, after))
-    signed = form.replace(":", ":+")
-    low, mean, high = (signed.format(scale * value) for value in (gap.low, gap.mean, gap.high))
-    return f"{ends}, {mean} ({low} to {high})"
+    gap = crossed_interval(gaps) if len(gaps) > 1 else mean_interval(gaps[0])
+    ends = " → ".join(number(float(np.nanmean(scores)), rate, digits=digits) for scores in (before, after))
+    return f"{ends}, {number(gap.mean, rate, True, digits)} ({span(gap, rate, True, digits)})"
 
 
 def table(runs: list[Path]) -> str:

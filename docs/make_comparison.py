@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rl.comparison.results import Contrast, Results, Standing, collect
-from rl.stats import Interval
+from rl.stats import Interval, number, span
 
 PICTURE = Path(__file__).with_name("comparison.png")
 HEADLINE = "exact_match"
@@ -28,7 +28,7 @@ def table(results: Results) -> str:
 
 def row(results: Results, label: str) -> list[str]:
     """One recipe as table cells; points of exact match with 95 % intervals."""
-    final, reward, ink = (standing(results, label, name) for name in (HEADLINE, "reward", "colours/ink"))
+    final, reward, ink = (standing(results, label, name) for name in (HEADLINE, "ocr", "colours/ink"))
     runs = list(results.finished(label).values())
     against = {c.kind: c for c in results.contrasts if (c.label, c.metric) == (label, HEADLINE)}
     minutes = [run.spent("minutes") for run in runs]
@@ -54,7 +54,7 @@ def gain(results: Results, label: str) -> Contrast:
 
 
 def points(gap: Interval) -> str:
-    return f"{100 * gap.mean:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
+    return f"{number(gap.mean, True, True)} ({span(gap, True, True)})"
 
 
 def figure(results: Results) -> Figure:

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from rl.metrics import read_metrics
+from rl.stats import Interval, number, span
 
 COLUMNS = (
     "run",
@@ -31,12 +32,12 @@ def row(run: Path) -> list[str]:
     def percent(name: str) -> str:
         return f"{100 * metrics[name]['before']:.1f} → {100 * metrics[name]['after']:.1f} %"
 
-    gap = metrics["exact_match"]["difference"]
+    gap = Interval.read(metrics["exact_match"]["difference"])
     return [
         run.name,
         percent("exact_match"),
-        f"{100 * gap['mean']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})",
-        f"{metrics['reward']['before']:.3f} → {metrics['reward']['after']:.3f}",
+        f"{number(gap.mean, True, True)} ({span(gap, True, True)})",
+        f"{metrics['ocr']['before']:.3f} → {metrics['ocr']['after']:.3f}",
         percent("colours/ink"),
         percent("colours/background"),
         f"{steps[-1]['kl/k3']:.4f}",

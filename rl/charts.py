@@ -100,10 +100,12 @@ def training_charts(training: Sequence[Mapping[str, Any]]) -> list[Chart]:
     rate = column("lr")
     return [
         Chart(
-            "Reward", "Weighted sum over all samples of a step. The band is one standard deviation.", reward
+            "Training total",
+            "Weighted sum of the rewards over all samples of a step. The band is one standard deviation.",
+            reward,
         ),
         *(
-            Chart("Reward components", "Raw values, before weights.", components[i : i + width])
+            Chart("Rewards in training", "Raw values, before weights.", components[i : i + width])
             for i in range(0, len(components), width)
         ),
         Chart(

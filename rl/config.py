@@ -124,7 +124,8 @@ class RolloutConfig(RecipeModel):
 
 class EvalConfig(RecipeModel):
     suite: Literal["ocr", "edit", "clip", "composition"] = Field(
-        "ocr", description="name of the evaluation; the reward or gold metric of that name is its `reward`"
+        "ocr",
+        description="name of the evaluation; a reward of that name gives its parts without it: `exact_match`",
     )
     every: Every = Field(0, description="steps between evaluations; 0: only before and after")
     size: Steps = Field(256, description="held-out prompts evaluated, one sample each")

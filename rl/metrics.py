@@ -184,7 +184,7 @@ class PhaseTimer:
 
 
 class Progress:
-    """Live line with step, reward, KL, exact match and time left; `with Progress(steps) as progress:`.
+    """Live line with step, total reward, KL, exact match and time left; `with Progress(steps) as progress:`.
 
     Where the output is not a terminal it prints one short line every `every` steps instead.
     """
@@ -237,10 +237,10 @@ class Progress:
 
 
 def progress_line(step: int, total: int, metrics: Mapping[str, Any], seconds_left: float) -> str:
-    """`step 10/200  reward 0.423  KL 0.0012  exact 41 %  3m12s left`, without what is not measured."""
+    """`step 10/200  total 0.423  KL 0.0012  exact 41 %  3m12s left`, without what is not measured."""
     parts = [f"step {step:>{len(str(total))}}/{total}"]
     if (reward := metrics.get("reward/mean")) is not None:
-        parts.append(f"reward {reward:.3f}")
+        parts.append(f"total {reward:.3f}")
     if (kl := metrics.get("kl/k3")) is not None:
         parts.append(f"KL {kl:.4f}")
     if reward is None and (loss := metrics.get("loss")) is not None:

@@ -6,11 +6,10 @@ import base64
 import datetime
 import io
 import json
-import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from rl.files import write_atomic
 from rl.metrics import is_timing, read_metrics
 from rl.monitoring.config import MonitorsConfig
 from rl.monitoring.report import alarms, monitor_charts
-from rl.stats import HEADLINES, compare, headline
+from rl.stats import HEADLINES, TOTAL, Interval, compare, headline, number, span, verdict
 from rl.yaml_text import parse_yaml
 
 MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
@@ -55,7 +54,7 @@ def render_page(template: str, content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"number": _number, "signed": _signed, "span": _span, "command": _command}
+    templates.filters |= {"number": number, "span": span, "command": _command}
     return templates.get_template(template).render(content)
 
 
@@ -81,20 +80,19 @@ def _gather(run_dir: Path) -> dict[str, Any]:
     environment = load(run_dir / "environment.json", json.loads)
     training = [r for r in records if any(k.startswith("reward/") for k in r)]
     done = max((r["step"] for r in training), default=0)
-    trained, gold = _labels(recipe)
     suites = _evaluations(run_dir, records, load)
     comparison = load(run_dir / "eval" / "comparison.json", json.loads)
     # written when a run ends, which a budget or a monitor may decide before its last step
     finished = done > 0 and comparison.get("after_step") == done
     total = done if finished else _dig(recipe, "run", "steps") or done
-    rows = [row for suite, steps in suites.items() for row in _rows(suite, steps, comparison, trained, gold)]
+    rows = [row for suite, steps in suites.items() for row in _rows(suite, steps, comparison, recipe)]
     _add_bars(rows)
     suite = _dig(recipe, "eval", "suite") or next(iter(suites), "")
     watch = monitor_charts(records, suite)
     charts = [c for c in [*_heldout_charts(suites), *watch, *training_charts(training)] if c.series]
-    for number, chart in enumerate(charts):
+    for place, chart in enumerate(charts):
         chart.last_step = total
-        chart.svg = Markup(render(chart, f"chart{number}"))
+        chart.svg = Markup(render(chart, f"chart{place}"))
     return {
         "name": run_dir.resolve().name,
         "done": done,
@@ -118,7 +116,7 @@ def _gather(run_dir: Path) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Row:
-    """One held-out metric before and after. Each mapping has mean, low, high; bounds may be missing."""
+    """One held-out metric before and after."""
 
     suite: str
     metric: str
@@ -127,15 +125,15 @@ class Row:
     prompts: int | None
     before_step: int
     after_step: int
-    before: Mapping[str, float | None]
-    after: Mapping[str, float | None] | None = None
-    difference: Mapping[str, float | None] | None = None
+    before: Interval
+    after: Interval | None = None
+    difference: Interval | None = None
     bar: Mapping[str, float] | None = None  # the difference as positions between 0 and 150, no change at 75
 
     @property
     def change(self) -> str:
-        low, high = (_bounds(self.difference) + [0.0, 0.0])[:2] if self.difference else (0.0, 0.0)
-        return "rose" if low > 0 else "fell" if high < 0 else "did not change measurably"
+        told = verdict(self.difference) if self.difference else "no difference shown"
+        return {"higher": "rose", "lower": "fell"}.get(told, told)
 
 
 def _evaluations(
@@ -162,17 +160,18 @@ def _rows(
     suite: str,
     steps: Mapping[int, Mapping[str, Any]],
     comparison: Mapping[str, Any],
-    trained: Iterable[str],
-    gold: Iterable[str],
+    recipe: Mapping[str, Any],
 ) -> list[Row]:
     first, last = min(steps), max(steps)
+    gold = gold_metrics(recipe, suite, steps[first]["metrics"])
     compared = comparison.get("before_step"), comparison.get("after_step")
     if comparison.get("suite", suite) == suite and compared == (first, last):
-        differences = comparison.get("metrics") or {}
+        told = comparison.get("metrics") or {}
+        differences = {name: Interval.read(row["difference"]) for name, row in told.items()}
     else:
         before, after = (steps[step].get("per_prompt") or [] for step in (first, last))
         differences = {
-            name: {"difference": asdict(result["difference"])}
+            name: result["difference"]
             for name, result in (compare(before, after) if first != last else {}).items()
         }
     rows = []
@@ -182,17 +181,16 @@ def _rows(
             suite,
             metric,
             rate=values <= {0, 1} if values else metric.endswith(HEADLINES),
-            gold=next((n for n in [*trained, *gold] if f"{metric}/".startswith(f"{n}/")), suite) in gold,
+            gold=metric in gold,
             prompts=steps[last].get("n"),
             before_step=first,
             after_step=last,
-            before=before,
+            before=Interval.read(before),
         )
         if first != last and metric in steps[last]["metrics"]:
-            row.after = steps[last]["metrics"][metric]
-            row.difference = differences.get(metric, {}).get("difference") or {
-                "mean": row.after["mean"] - before["mean"]
-            }
+            row.after = Interval.read(steps[last]["metrics"][metric])
+            means = {"mean": row.after.mean - row.before.mean}
+            row.difference = differences.get(metric) or Interval.read(means)
         rows.append(row)
     first_of_all = headline(row.metric for row in rows if not row.gold)
     return sorted(rows, key=lambda row: (row.gold, row.metric != first_of_all))
@@ -200,20 +198,27 @@ def _rows(
 
 def _add_bars(rows: Sequence[Row]) -> None:
     """Place the difference of every row; rates share one scale, because they share a unit."""
-    reach = {id(row): max(map(abs, _bounds(row.difference)), default=0.0) for row in rows}
-    common = max((reach[id(row)] for row in rows if row.rate), default=0.0)
+    common = max((reach(row.difference) for row in rows if row.rate), default=0.0)
     for row in rows:
-        scale = common if row.rate else reach[id(row)]
-        if row.difference and scale > 0 and _bounds(row.difference):
-            row.bar = {
-                k: round(75 + 68 * as_float(row.difference[k]) / scale, 1) for k in ("low", "mean", "high")
-            }
+        row.bar = bar(row.difference, common if row.rate else reach(row.difference))
+
+
+def reach(interval: Interval | None) -> float:
+    """The larger bound, without its sign; 0 without bounds."""
+    return max(abs(interval.low), abs(interval.high)) if interval and interval.bounded else 0.0
+
+
+def bar(interval: Interval | None, scale: float) -> dict[str, float] | None:
+    """An interval as positions between 0 and 150, no difference at 75 and `scale` at 143; None without bounds."""
+    if interval is None or not interval.bounded or not scale:
+        return None
+    return {k: round(75 + 68 * getattr(interval, k) / scale, 1) for k in ("low", "mean", "high")}
 
 
 def _heldout_charts(suites: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Chart]:
     charts = []
     for suite, steps in suites.items():
-        rows = _rows(suite, steps, {}, [], [])
+        rows = _rows(suite, steps, {}, {})
         for rate in (True, False):
             series = []
             for row in (r for r in rows if r.rate == rate):
@@ -283,8 +288,20 @@ def _facts(recipe: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> 
     return {key: str(value) for key, value in facts.items() if value not in (None, "")}
 
 
+def gold_metrics(recipe: Mapping[str, Any], suite: str, metrics: Iterable[str]) -> list[str]:
+    """Those of an evaluation that are measured and never trained on. Names that begin with no label are parts of the
+    reward or gold metric that is named like the suite; the total is of rewards alone."""
+    trained, gold = _labels(recipe)
+    owners = {
+        m: next((n for n in [*trained, *gold] if f"{m}/".startswith(f"{n}/")), suite)
+        for m in metrics
+        if m != TOTAL
+    }
+    return [metric for metric, owner in owners.items() if owner in gold]
+
+
 def _labels(recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What metrics call the rewards, and the gold metrics. One named like the suite owns the names without a slash."""
+    """What metrics call the rewards, and the gold metrics."""
     rewards = _dig(recipe, "rewards", "functions") or recipe.get("rewards")
     trained, gold = (
         [
@@ -301,30 +318,6 @@ def _dig(content: Any, *keys: str) -> Any:
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     return content
-
-
-def _bounds(interval: Mapping[str, float | None] | None) -> list[float]:
-    """[low, high] of an interval that has both, else nothing."""
-    bounds = [as_float((interval or {}).get(side)) for side in ("low", "high")]
-    return bounds if all(map(math.isfinite, bounds)) else []
-
-
-def _number(value: float | None, rate: bool = False) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{100 * value:.1f} %" if rate else f"{value:.3f}"
-
-
-def _signed(value: float | None, rate: bool = False) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    return (f"{100 * value:+.1f}" if rate else f"{value:+.3f}").replace("-", "−")
-
-
-def _span(interval: Mapping[str, float | None] | None, rate: bool = False, sign: bool = False) -> str:
-    """`low to high`; empty without bounds."""
-    show = _signed if sign else _number
-    return " to ".join(show(bound, rate) for bound in _bounds(interval))
 
 
 def _command(argv: Any) -> str:

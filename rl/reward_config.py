@@ -27,7 +27,7 @@ class GateConfig(RecipeModel):
 
 
 # The fields of a row of an evaluation: a reward of such a name would overwrite one.
-EVALUATION_FIELDS = ("index", "sample", "prompt", "reward", "exact_match", "confidence")
+EVALUATION_FIELDS = ("index", "sample", "prompt", "total", "reward", "exact_match", "confidence")
 
 
 # YAML's keys are texts to the recipe reader.

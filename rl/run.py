@@ -203,7 +203,7 @@ class Run(Loop):
         self.heldout = heldout[: recipe.eval.size]
         self.eval_rollout = eval_rollout
         gold = [spec.label for spec in recipe.gold]
-        self.watch = Watch(recipe.monitors, watched(recipe.monitors, gold, recipe.eval.suite))
+        self.watch = Watch(recipe.monitors, watched(recipe.monitors, gold))
         self.watch.restore(checkpoint.state.get("watch", {}) if checkpoint else {})
 
     def _evaluate(self, step: int, log: MetricsLog | None) -> None:
@@ -226,7 +226,7 @@ class Run(Loop):
         self.folder.write_evaluation(evaluation, step, self.recipe.model.path, settings.seed)
         self.first = self.first or evaluation.per_prompt
         self.last = evaluation.per_prompt
-        watched_metrics, alarms = self.watch.after_evaluation(step, evaluation.per_prompt, evaluation.totals)
+        watched_metrics, alarms = self.watch.after_evaluation(step, evaluation.per_prompt)
         if log:
             log.log(step, evaluation.flat() | watched_metrics)
         shown = "  ".join(f"{n} {v.mean:.3f}" for n, v in evaluation.metrics.items())

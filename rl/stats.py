@@ -1,23 +1,31 @@
-"""Means with honest intervals. Pure functions of numbers; the same seed gives the same interval."""
+"""What measured numbers may claim: means with calibrated intervals or none, and one verdict for all who judge.
+
+Pure functions; nothing is drawn at random. Three intervals: `wilson_interval` of shares, `mean_interval` over prompts
+(of *these* models), `crossed_interval` over seeds and prompts (of other runs, on other prompts). An interval without
+bounds says "too few to tell", and `verdict` reads nothing else. docs/compare.md has the rates that were simulated.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from scipy.special import stdtrit
+from scipy.stats import binomtest, mannwhitneyu
 
-# Elements of the resampling index held at once: 8 MB whatever the number of values.
-_BLOCK = 1_000_000
 PLACES = ("index", "sample")  # keys of a row that say what it is about
-# With fewer pairs that differ, not even a sign test could tell them from chance: 2 / 2^5 > 5 %.
-FEWEST_CHANGES = 6
-
-
+TOTAL = "total"  # held-out: the weighted sum of the rewards, which training raises; no reward has that name
 HEADLINES = ("success", "exact_match")  # what a run is judged by, the first of them that was measured
+FEWEST_SEEDS = (
+    3  # of two, one number tells their spread: verdicts would be wrong in up to 10 % (docs/compare.md)
+)
+TOO_FEW = "too few to tell"
+ALIKE = 1e-9  # relative: what is closer differs by rounding
+
+Verdict = Literal["higher", "lower", "no difference shown"]
 
 
 def headline(metrics: Iterable[str]) -> str | None:
@@ -28,72 +36,143 @@ def headline(metrics: Iterable[str]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean with its confidence interval, in the unit of the values; `n` values went into it."""
+    """A mean with its confidence interval, in the unit of the values; `n` values went into it. Bounds are NaN where
+    these are too few to tell how far off the mean may be."""
 
     mean: float
     low: float
     high: float
     n: int
 
+    @property
+    def bounded(self) -> bool:
+        """Whether it says anything: a point is no interval either."""
+        return self.low < self.high
 
-def wilson_interval(successes: float, n: int, level: float = 0.95) -> Interval:
-    """Wilson score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953).
+    @staticmethod
+    def read(told: Mapping[str, Any]) -> Interval:
+        """From a JSON object, where a number that does not exist is null or missing."""
+        mean, low, high = (math.nan if (v := told.get(k)) is None else v for k in ("mean", "low", "high"))
+        return Interval(mean, low, high, told.get("n") or 0)
 
-    Unlike mean ± 1.96 standard errors it stays within [0, 1] and keeps its coverage near 0 and 1.
+
+def verdict(difference: Interval) -> Verdict:
+    """What the interval of a difference shows: a sign, or nothing where it holds 0 or has no bounds."""
+    if not difference.bounded or difference.low <= 0 <= difference.high:
+        return "no difference shown"
+    return "higher" if difference.low > 0 else "lower"
+
+
+# ---- intervals ---------------------------------------------------------------------------------------------
+
+
+def wilson_interval(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953), which stays within
+    [0, 1] and keeps its coverage near 0 and 1. Raises ValueError for n < 1, successes outside [0, n], or such a
+    level."""
+    told = binomtest(successes, n).proportion_ci(_checked(level), "wilson")
+    return Interval(successes / n, float(told.low), float(told.high), n)
+
+
+def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
+    """Student's t interval of the mean of values, or of paired differences.
+
+    It has no bounds where so few values are not 0 that even a sign test could not reach the level (fewer than six at
+    95 %). Where all are alike they have no spread to learn from; then the share of values that are so is a proportion
+    of n out of n, whose Wilson interval bounds the mean as if all others were 0.
 
     Raises:
-        ValueError: n < 1, successes outside [0, n], or level outside (0, 1).
+        ValueError: no values, a value that is not finite, or level outside (0, 1).
     """
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"need 0 <= successes <= n and n >= 1, got {successes} of {n}")
-    z = NormalDist().inv_cdf(0.5 + _checked(level) / 2)
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # Rounding must not leave the mean outside its own interval when p is 0 or 1.
-    return Interval(p, max(0.0, min(centre - half, p)), min(1.0, max(centre + half, p)), n)
+    data = np.asarray(values, dtype=np.float64)
+    if not len(data) or not np.isfinite(data).all():
+        raise ValueError(f"need finite values, got {len(data)}")
+    mean, n = float(data.mean()), len(data)
+    if np.count_nonzero(data) < _fewest(level):
+        return Interval(mean, math.nan, math.nan, n)
+    if np.ptp(data) <= ALIKE * abs(mean):
+        low, high = sorted((mean, mean * wilson_interval(n, n, level).low))
+        return Interval(mean, low, high, n)
+    half = _critical(n - 1, level) * float(data.std(ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
 
 
-def bootstrap_mean(
-    values: Iterable[float], seed: int = 0, n_boot: int = 5000, level: float = 0.95
-) -> Interval:
-    """Percentile bootstrap interval of the mean (Efron 1979, doi:10.1214/aos/1176344552).
+def crossed_interval(scores: np.ndarray, level: float = 0.95) -> Interval:
+    """Mean of runs × prompts [S, P], or of their paired differences, for other seeds *and* other prompts; n = S.
 
-    A single value says nothing about its spread: the bounds are then NaN.
+    The mean squares of a two-way table without repeats give the variance of the mean, (M_seeds + B) / SP, with
+    B = max(M_prompts − M_rest, 0) the part of the prompts (Cornfield & Tukey 1956, doi:10.1214/aoms/1177728067). The
+    degrees of freedom are the harmonic mean of S − 1 and P − 1, weighted by M_seeds and B. Satterthwaite's, weighted
+    by their squares, are too many for three seeds: false verdicts in up to 8 %.
+
+    No bounds with fewer than FEWEST_SEEDS runs, or where `mean_interval` over prompts has none.
 
     Raises:
-        ValueError: no values, a value that is not finite, n_boot < 1, or level outside (0, 1).
+        ValueError: not a table of finite values.
     """
-    data = np.fromiter(values, dtype=np.float64)
-    tail = (1 - _checked(level)) / 2
-    if not len(data) or not np.isfinite(data).all() or n_boot < 1:
-        raise ValueError(f"need finite values and n_boot >= 1, got {len(data)} values, n_boot {n_boot}")
-    mean = float(data.mean())
-    if len(data) == 1:
-        return Interval(mean, math.nan, math.nan, 1)
-    rng = np.random.default_rng(seed)
-    block = max(1, _BLOCK // len(data))
-    means = np.concatenate(
-        [
-            data[rng.integers(len(data), size=(min(block, n_boot - start), len(data)))].mean(axis=1)
-            for start in range(0, n_boot, block)
-        ]
-    )
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(mean, min(float(low), mean), max(float(high), mean), len(data))
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
+        raise ValueError(f"need finite scores [runs, prompts], got shape {values.shape}")
+    (runs, prompts), mean = values.shape, float(values.mean())
+    by_run, by_prompt = values.mean(axis=1), values.mean(axis=0)
+    over_prompts = mean_interval(by_prompt, level)
+    if runs < FEWEST_SEEDS or prompts < 2 or not over_prompts.bounded:
+        return Interval(mean, math.nan, math.nan, runs)
+    if np.ptp(values) <= ALIKE * abs(mean):
+        return Interval(mean, over_prompts.low, over_prompts.high, runs)
+    rest = np.square(values - by_run[:, None] - by_prompt + mean).sum() / ((runs - 1) * (prompts - 1))
+    of_seeds = prompts * float(by_run.var(ddof=1))
+    of_prompts = max(runs * float(by_prompt.var(ddof=1)) - float(rest), 0.0)
+    both = of_seeds + of_prompts
+    if both <= 1e-12 * float(np.square(values).mean()):  # runs alike, prompts apart as by chance
+        return Interval(mean, math.nan, math.nan, runs)
+    freedom = both / (of_seeds / (runs - 1) + of_prompts / (prompts - 1))
+    half = _critical(freedom, level) * math.sqrt(both / (runs * prompts))
+    return Interval(mean, mean - half, mean + half, runs)
+
+
+def paired_scores(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """ours − theirs, both [S, P] with the same seeds and prompts in the same order, prompts that any run could not
+    score (NaN) left out. Raises ValueError when none is left."""
+    gaps = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    known = gaps[:, np.isfinite(gaps).all(axis=0)]
+    if not known.size:
+        raise ValueError("no prompt was scored in all runs")
+    return known
+
+
+def improvement_probability(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """How often a run of ours beats one of theirs: share of all pairs, ties count half (arXiv 2108.13264, section 4.3;
+    Mann-Whitney's U / nm). A count, without an interval: of three runs each, none says 95 % and means it."""
+    return float(mannwhitneyu(ours, theirs).statistic) / (len(ours) * len(theirs))
+
+
+def area_under_curve(xs: Sequence[float], values: np.ndarray) -> np.ndarray:
+    """Mean height of curves over their whole range of x, by trapezoids, in the unit of the values.
+
+    Args:
+        xs: [K] increasing, such as images drawn when each evaluation was made.
+        values: [K, ...]. What a curve is at one point only, it is throughout.
+
+    Raises:
+        ValueError: no points, not one x per value, or x not increasing.
+    """
+    x, y = np.asarray(xs, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if not len(x) or len(x) != len(y) or (np.diff(x) <= 0).any():
+        raise ValueError(f"need increasing x and one for each value, got {list(xs)} for {len(y)} values")
+    return y[0] if len(x) == 1 else np.trapezoid(y, x, axis=0) / (x[-1] - x[0])
+
+
+# ---- rows of an evaluation ---------------------------------------------------------------------------------
 
 
 def paired_difference(
-    before: Mapping[Any, float],
-    after: Mapping[Any, float],
-    seed: int = 0,
-    n_boot: int = 5000,
-    level: float = 0.95,
+    before: Mapping[Any, float], after: Mapping[Any, float], level: float = 0.95
 ) -> Interval:
-    """Interval of the mean of after − before over the prompts that both have a finite value for.
+    """`mean_interval` of after − before over the prompts that both have a finite value for.
 
-    Arguments map a prompt's identity to its value. Prompts are resampled whole, so that easy and hard
-    ones cancel out of the difference and the interval is narrower than that of two separate means.
+    Arguments map a prompt's identity to its value. Easy and hard prompts cancel out of the difference, so that the
+    interval is narrower than that of two separate means.
 
     Raises:
         ValueError: no prompt in common.
@@ -101,7 +180,7 @@ def paired_difference(
     common = sorted(k for k in before.keys() & after.keys() if _finite(before[k]) and _finite(after[k]))
     if not common:
         raise ValueError("before and after have no prompt in common")
-    return bootstrap_mean([after[k] - before[k] for k in common], seed, n_boot, level)
+    return mean_interval([after[k] - before[k] for k in common], level)
 
 
 def by_prompt(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[Hashable, float]:
@@ -116,10 +195,8 @@ def by_prompt(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[Hashable, 
     return {index: math.fsum(values) / len(values) for index, values in grouped.items()}
 
 
-def summarise(
-    per_prompt: Sequence[Mapping[str, Any]], seed: int = 0, n_boot: int = 5000, level: float = 0.95
-) -> dict[str, Interval]:
-    """Interval of every numeric key but `index` and `sample`: Wilson where the values are all 0 or 1, else bootstrap.
+def summarise(per_prompt: Sequence[Mapping[str, Any]], level: float = 0.95) -> dict[str, Interval]:
+    """Interval of every numeric key but `index` and `sample`: Wilson where the values are all 0 or 1, else t.
 
     Several rows of one prompt count as one value, their mean, because they are not independent.
     None and NaN (samples that could not be scored) are left out; `Interval.n` tells how many remained.
@@ -128,18 +205,14 @@ def summarise(
     for metric in _metrics(per_prompt):
         values = list(by_prompt(per_prompt, metric).values())
         if set(values) <= {0.0, 1.0}:
-            result[metric] = wilson_interval(sum(values), len(values), level)
+            result[metric] = wilson_interval(round(sum(values)), len(values), level)
         else:
-            result[metric] = bootstrap_mean(values, seed, n_boot, level)
+            result[metric] = mean_interval(values, level)
     return result
 
 
 def compare(
-    before: Sequence[Mapping[str, Any]],
-    after: Sequence[Mapping[str, Any]],
-    seed: int = 0,
-    n_boot: int = 5000,
-    level: float = 0.95,
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """`{"before": mean, "after": mean, "difference": Interval}` of every metric that both sides have.
 
@@ -153,22 +226,44 @@ def compare(
             result[metric] = {
                 "before": math.fsum(old[k] for k in common) / len(common),
                 "after": math.fsum(new[k] for k in common) / len(common),
-                "difference": paired_difference(old, new, seed, n_boot, level),
+                "difference": paired_difference(old, new),
             }
     return result
 
 
-def verdict(
-    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], metric: str, difference: Interval
-) -> str:
-    """What the interval of a paired difference shows: "higher", "lower" or "no difference shown".
+# ---- in words ----------------------------------------------------------------------------------------------
 
-    Bootstrap intervals are too narrow where few pairs differ, so at least FEWEST_CHANGES prompts must."""
-    old, new = by_prompt(before, metric), by_prompt(after, metric)
-    changed = sum(old[k] != new[k] for k in old.keys() & new.keys())
-    if changed < FEWEST_CHANGES or not (difference.low > 0 or difference.high < 0):
-        return "no difference shown"
-    return "higher" if difference.mean > 0 else "lower"
+
+def number(value: float | None, rate: bool = False, sign: bool = False, digits: int = 3) -> str:
+    """A mean or a bound: of a `rate` in per cent, of a signed one (a difference) in points, "–" for what is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    scaled = f"{100 * value if rate else value:{'+' if sign else ''}.{1 if rate else digits}f}"
+    return scaled.replace("-", "−") + (" %" if rate and not sign else "")
+
+
+def span(interval: Interval, rate: bool = False, sign: bool = False, digits: int = 3) -> str:
+    """The bounds, `low to high`, or that there are none."""
+    if not interval.bounded:
+        return TOO_FEW
+    return f"{number(interval.low, rate, sign, digits)} to {number(interval.high, rate, sign, digits)}"
+
+
+def change(difference: Interval, rate: bool = False, digits: int = 3) -> str:
+    """A difference with its interval and verdict, as closing lines and tables print it."""
+    shown = number(difference.mean, rate, True, digits) + (" points" if rate else "")
+    bounds = ("95 % interval " if difference.bounded else "") + span(difference, rate, True, digits)
+    return f"{shown}, {bounds}, n={difference.n}: {verdict(difference)}"
+
+
+def _fewest(level: float) -> int:
+    """Of so many differences with one sign, chance alone makes as many in less than 1 − level: 2 / 2^n."""
+    return math.ceil(math.log2(2 / (1 - _checked(level))))
+
+
+def _critical(freedom: float, level: float) -> float:
+    """The two-sided bound of Student's t."""
+    return float(stdtrit(freedom, 0.5 + level / 2))
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:

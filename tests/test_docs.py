@@ -110,17 +110,15 @@ def test_metric_keys_are_those_of_the_trainer() -> None:
     logged |= {f"advantages/{name}" for name in group_advantages(torch.tensor([0.0, 1.0]), 2).metrics}
     logged |= {"kl/coef", "rollout/images", "rollout/resampled_groups"}  # of the trainer itself
     assert {key for key in logged if "/" in key} == described
-    described = set(
-        re.findall(r"`((?:pictures|diversity|alarm)/\w+|monitor/reward|monitor/<gold>/\w+)`", text)
-    )
+    described = set(re.findall(r"`((?:pictures|diversity|alarm)/\w+|monitor/<gold>/\w+)`", text))
     sizes = np.zeros((2, 4, 4, 3), np.uint8), torch.zeros(2, 4)
     group = RolloutGroup(Prompt(0, ""), sizes[1], sizes[1], sizes[1].bool(), sizes[0])
     watch = Watch(MonitorsConfig(), ["<gold>"])
     logged = mean_of_groups(group_stats([group]))
     logged |= watch.after_step(1, logged)[0]
     for step in range(3):
-        rows = [{"index": i, "<gold>": float(i * step)} for i in range(3)]
-        logged |= watch.after_evaluation(step, rows, [float(step)] * 3)[0]
+        rows = [{"index": i, "<gold>": float(i * step), "total": float(step)} for i in range(3)]
+        logged |= watch.after_evaluation(step, rows)[0]
     assert logged.keys() == described
     decoder = {"updates", "loss", "lr", "logprob_diff_mean", "logprob_diff_max", "grad_norm", "grad_part"}
     described = set(re.findall(r"`flow/(\w+)`", text))

@@ -30,6 +30,7 @@ def clip(
     from rl.pretraining.stages import captions, resolve_device
     from rl.recipe import load_yaml_recipe
     from rl.seeding import derive_seed
+    from rl.stats import number, span
 
     settings = load_yaml_recipe(ClipRecipe, recipe, overrides or [])
     if settings.run.threads:
@@ -67,9 +68,7 @@ def clip(
     judge = load_clip(str(out / "model"))
     measured = measure(judge.encode_pictures, judge.encode_captions, settings.measured, seed)
     for name, interval in measured.items():
-        print(
-            f"{name:>20}  {interval.mean:.3f}  (95 % {interval.low:.3f} to {interval.high:.3f}, n={interval.n})"
-        )
+        print(f"{name:>20}  {number(interval.mean)}  ({span(interval)}, n={interval.n})")
     write_environment(out, [])
     document = {
         "recipe": settings.model_dump(mode="json"),

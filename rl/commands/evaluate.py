@@ -112,6 +112,7 @@ def compare(
     from rl.evaluation.kept_pictures import refuse_filled
     from rl.files import write_atomic
     from rl.metrics import to_json
+    from rl.stats import Interval, change, number
 
     if pictures is not None:
         refuse_filled(pictures)
@@ -122,30 +123,29 @@ def compare(
         model_folder(against)  # a mistake should show before anything is drawn
     result, own_facts = measure(suite, prompts, measured, how, pictures)
     document: dict[str, Any] = result.to_dict(**own_facts, **facts)
-    show(document["metrics"], result.metrics, facts["gold"])
+    show(result.metrics, facts["gold"])
     if against is not None:
         if earlier is None:
             beside = pictures / "against" if pictures is not None else None
             other, other_facts = measure(suite, prompts, against, how, beside)
             earlier = other.to_dict(**other_facts, **facts)
         document["against"] = compared(earlier, result.per_prompt)
-        print(f"\nagainst {against}, at the same prompts and random numbers (95 % of the difference):")
+        print(f"\nagainst {against}, at the same prompts and random numbers:")
         for name, row in document["against"]["metrics"].items():
-            d = row["difference"]
-            print(
-                f"{name:>20}  {row['model']:.3f} against {row['against']:.3f}: {d['mean']:+.3f} "
-                f"({d['low']:+.3f} to {d['high']:+.3f}, n={d['n']})  {row['verdict']}"
-            )
+            means = f"{number(row['model'])} against {number(row['against'])}"
+            print(f"{name:>20}  {means}: {change(Interval.read(row['difference']))}")
     if json is not None:
         write_atomic(json, to_json(document, indent=1) + "\n")
         print(f"written: {json}")
 
 
-def show(names: Any, metrics: dict[str, Interval], gold: list[str]) -> None:
-    for name in names:
-        value = metrics[name]
+def show(metrics: dict[str, Interval], gold: list[str]) -> None:
+    from rl.stats import number, span
+
+    for name, value in metrics.items():
         kind = ", gold" if name.partition("/")[0] in gold else ""
-        print(f"{name:>20}  {value.mean:.3f}  (95 % {value.low:.3f} to {value.high:.3f}, n={value.n}{kind})")
+        level = "95 % " if value.bounded else ""
+        print(f"{name:>20}  {number(value.mean)}  ({level}{span(value)}, n={value.n}{kind})")
 
 
 def draw_for_scorer(

@@ -92,7 +92,6 @@ def _score(
         scorer,
         how.batch_size,
         samples=how.samples or 1,
-        totals=suite.totals,
         each=(lambda group: None) if pictures is None else partial(save_group, pictures),
     )
 

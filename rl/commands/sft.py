@@ -37,15 +37,14 @@ def sft(
 
 def closing_line(comparison: Mapping[str, Any]) -> str:
     """Held-out losses before → after."""
-    parts = []
-    for name in ("cross_entropy", "flow"):
-        result = comparison[name]
-        gap = result["difference"]
-        parts.append(
-            f"{name.replace('_', ' ')} {result['before']:.4f} → {result['after']:.4f} "
-            f"({gap.mean:+.4f}, 95 % interval {gap.low:+.4f} to {gap.high:+.4f})"
-        )
-    return f"held-out, n={gap.n}: {'; '.join(parts)}"
+    from rl.stats import change
+
+    parts = [
+        f"{name.replace('_', ' ')} {result['before']:.4f} → {result['after']:.4f} "
+        f"({change(result['difference'], digits=4)})"
+        for name, result in ((name, comparison[name]) for name in ("cross_entropy", "flow"))
+    ]
+    return f"held-out {'; '.join(parts)}"
 
 
 def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:

@@ -35,20 +35,14 @@ def train(
 
 def closing_line(comparison: Mapping[str, Any]) -> str:
     """What the run is judged by, before → after; see `rl.stats.headline`."""
-    from rl.stats import HEADLINES, headline
+    from rl.stats import HEADLINES, change, headline, number
 
     metric = headline(comparison)
     if metric is None:
         return "held-out: no sample could be scored both before and after"
-    result = comparison[metric]
-    gap = result["difference"]
-    scale, digits, unit, points = (100, 1, " %", " points") if metric in HEADLINES else (1, 3, "", "")
-    before, after = (f"{scale * result[when]:.{digits}f}{unit}" for when in ("before", "after"))
-    mean, low, high = (f"{scale * value:+.{digits}f}" for value in (gap.mean, gap.low, gap.high))
-    return (
-        f"held-out {metric.replace('_', ' ')}: {before} → {after} "
-        f"({mean}{points}, 95 % interval {low} to {high}, n={gap.n})"
-    )
+    result, rate = comparison[metric], metric in HEADLINES
+    before, after = (number(result[when], rate) for when in ("before", "after"))
+    return f"held-out {metric.replace('_', ' ')}: {before} → {after} ({change(result['difference'], rate)})"
 
 
 def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from markupsafe import Markup
 from rl.charts import Chart, Series, as_float, render
 from rl.comparison.results import Contrast, Kind, Results, RunResult, Standing
 from rl.files import write_atomic
-from rl.report import embedded_grid, render_page
-from rl.stats import Interval
+from rl.report import bar, embedded_grid, reach, render_page
+from rl.stats import FEWEST_SEEDS, number, span
 
 PAGE = "report.html"
 PER_CHART = 6  # curves beside the baseline's that one chart can hold
@@ -33,9 +32,9 @@ def write_comparison_page(results: Results, folder: Path) -> Path:
 def _content(results: Results, folder: Path) -> dict[str, Any]:
     environment = folder / "environment.json"
     charts = comparison_charts(results)
-    for number, chart in enumerate(charts):
+    for place, chart in enumerate(charts):
         chart.last_step = max(s for series in chart.series for s in series.steps)
-        chart.svg = Markup(render(chart, f"chart{number}"))
+        chart.svg = Markup(render(chart, f"chart{place}"))
     headline = results.metrics[0] if results.metrics else None
     rate = is_rate(results, headline)
     return {
@@ -50,6 +49,7 @@ def _content(results: Results, folder: Path) -> dict[str, Any]:
         "finished": sum(run.finished for run in results.runs),
         "planned": len(results.plan.recipes) * len(results.plan.seeds),
         "rows": [_row(results, label) for label in results.labels],
+        "fewest_seeds": FEWEST_SEEDS,
         "verdicts": [c for c in results.contrasts if c.metric == headline],
         "learned": [c for c in results.gains if c.metric == headline],
         "others": [
@@ -68,25 +68,14 @@ def _content(results: Results, folder: Path) -> dict[str, Any]:
 
 def sentence(one: Contrast, rate: bool) -> str:
     """A contrast in plain words, for the page and the terminal."""
-    scale, unit = (100, " points") if rate else (1, "")
-    digits = 1 if rate else 3
-
-    def signed(value: float) -> str:
-        return "–" if not math.isfinite(value) else f"{scale * value:+.{digits}f}".replace("-", "−")
-
     what = "after training" if one.kind == "final" else "on average over the budget"
     other = "its start" if one.baseline == "untrained" else one.baseline
     seeds = f"{len(one.seeds)} seed{'s' if len(one.seeds) > 1 else ''}"
-    if len(one.seeds) == 1:
-        return (
-            f"{one.label} against {other}, {what}: no difference shown, one seed says nothing of others "
-            f"({signed(one.difference.mean)}{unit} with this one)"
-        )
-    numbers = (
-        f"{signed(one.difference.mean)}{unit}, {signed(one.difference.low)} to {signed(one.difference.high)}"
-    )
-    doubt = ""
-    if one.verdict != "no difference shown" and not one.holds_corrected:
+    mean = number(one.difference.mean, rate, sign=True) + (" points" if rate else "")
+    numbers, doubt = f"{mean}, {span(one.difference, rate, sign=True)}", ""
+    if len(one.seeds) < FEWEST_SEEDS:
+        doubt = f"; it takes {FEWEST_SEEDS} to say something of others"
+    elif one.verdict != "no difference shown" and not one.holds_corrected:
         doubt = "; not with all comparisons counted"
     return f"{one.label} against {other}, {what}: {one.verdict} ({numbers}, {seeds}{doubt})"
 
@@ -107,7 +96,7 @@ def comparison_charts(results: Results) -> list[Chart]:
     parts = [first + others[i : i + PER_CHART] for i in range(0, max(1, len(others)), PER_CHART)]
     charts = []
     band = "Median over seeds; the band reaches from the lowest to the highest."
-    for metric in [*results.metrics[:1], *[m for m in results.metrics[1:] if m == "reward"], *results.gold]:
+    for metric in [*results.metrics[:1], *[m for m in results.metrics[1:] if m == "total"], *results.gold]:
         kind = "gold metric, never rewarded" if metric in results.gold else "held-out"
         for labels in parts:
             charts.append(
@@ -119,7 +108,7 @@ def comparison_charts(results: Results) -> list[Chart]:
                 )
             )
     for title, key, note in (
-        ("Training reward", "reward/mean", "As trained on."),
+        ("Training total", "reward/mean", "The weighted sum of the rewards, on training prompts."),
         ("KL of the tokens", "kl/k3", "Nats per token, k3; only where it is measured."),
     ):
         for labels in parts:
@@ -181,30 +170,20 @@ def _row(results: Results, label: str) -> dict[str, Any]:
     """A line of the main table."""
     headline = results.metrics[0]
     runs = list(results.finished(label).values())
-    found = {c.kind: c for c in results.contrasts if c.label == label and c.metric == headline}
+    shown = [c for c in results.contrasts if c.metric == headline and c.kind == "final"]
+    one = next((c for c in shown if c.label == label), None)
     kls = [k for run in runs for record in run.steps[-2:] if (k := record.get("kl/k3")) is not None]
     return {
         "label": label,
         "baseline": label == results.plan.baseline,
         "final": _of(results, headline, "final")[label],
         "mean": _of(results, headline, "mean")[label],
-        "contrast": found.get("final"),
-        "bar": _bar(
-            found.get("final"), [c for c in results.contrasts if c.metric == headline and c.kind == "final"]
-        ),
+        "contrast": one,
+        "bar": bar(one.difference, max(reach(c.difference) for c in shown)) if one else None,
         "images": _spread([run.spent("images") for run in runs], "{:.0f}"),
         "minutes": _spread([run.spent("minutes") for run in runs], "{:.1f}"),
         "kl": f"{sum(kls) / len(kls):.4f}" if kls else "–",
     }
-
-
-def _bar(one: Contrast | None, all_of_them: Sequence[Contrast]) -> dict[str, float] | None:
-    """The difference as positions between 0 and 150, no difference at 75, on the scale of the whole column."""
-    reach = max((abs(b) for c in all_of_them for b in (c.difference.low, c.difference.high)), default=0.0)
-    if one is None or not reach or not math.isfinite(reach):
-        return None
-    interval: Interval = one.difference
-    return {k: round(75 + 68 * getattr(interval, k) / reach, 1) for k in ("low", "mean", "high")}
 
 
 def _spread(values: Sequence[float], form: str) -> str:

@@ -11,21 +11,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from scipy.stats import trim_mean
 
 from rl.comparison.plan import UNITS, Plan
-from rl.comparison.stats import (
-    area_under_curve,
-    crossed_interval,
-    improvement_interval,
-    paired_scores,
-    prompts_interval,
-    seeds_interval,
-    verdict,
-)
 from rl.errors import ImageRLError
 from rl.metrics import read_metrics
 from rl.reading import read_text
-from rl.stats import Interval
+from rl.report import gold_metrics
+from rl.stats import (
+    Interval,
+    area_under_curve,
+    crossed_interval,
+    headline,
+    improvement_probability,
+    mean_interval,
+    paired_scores,
+    verdict,
+)
 from rl.yaml_text import parse_yaml
 
 Kind = Literal["final", "mean"]  # after training, or averaged over the run: area under the curve / budget
@@ -70,8 +72,9 @@ class RunResult:
 class Contrast:
     """One algorithm against another in one metric, paired on seeds and prompts.
 
-    `difference` resamples seeds and prompts; `corrected` is the same at a level that counts all contrasts of the
-    metric (Bonferroni); `these_runs` resamples prompts alone; `spread` is the standard deviation over seeds."""
+    `difference` is for other seeds and prompts; `corrected` is the same at a level that counts all contrasts of the
+    metric (Bonferroni); `these_runs` is for other prompts alone; `spread` is the standard deviation over seeds;
+    `improvement` is the share of pairs of runs in which ours is the better one."""
 
     label: str
     baseline: str
@@ -83,20 +86,21 @@ class Contrast:
     corrected: Interval
     these_runs: Interval
     spread: float
-    improvement: Interval
+    improvement: float
     verdict: str
     holds_corrected: bool
 
 
 @dataclass(slots=True)
 class Standing:
-    """One algorithm in one metric: mean with seeds and prompts resampled, interquartile mean over seeds."""
+    """One algorithm in one metric: mean for other seeds and prompts, and the interquartile mean of these seeds
+    (arXiv 2108.13264; of fewer than four the plain mean)."""
 
     label: str
     metric: str
     kind: Kind
     mean: Interval
-    iqm: Interval
+    iqm: float
     by_seed: dict[int, float]
 
 
@@ -205,7 +209,7 @@ def _compare(results: Results, metric: str, kind: Kind) -> None:
         table = np.stack([by_seed[seed] for seed in sorted(by_seed)])
         known = paired_scores(table, np.zeros_like(table))
         means = dict(zip(sorted(by_seed), known.mean(axis=1).tolist(), strict=True))
-        iqm = seeds_interval(list(means.values()))
+        iqm = float(trim_mean(list(means.values()), 0.25))
         results.standings.append(Standing(label, metric, kind, crossed_interval(known), iqm, means))
     others = [label for label in labels if label != plan.baseline and plan.baseline in scores]
     for label in others:
@@ -238,16 +242,16 @@ def contrast(
         "prompts": gaps.shape[1],
         "difference": difference,
         "corrected": corrected,
-        "these_runs": prompts_interval(gaps),
+        "these_runs": mean_interval(gaps.mean(axis=0)),
         "spread": float(means.std(ddof=1)) if len(seeds) > 1 else math.nan,
-        "improvement": improvement_interval(our_runs, their_runs),
+        "improvement": improvement_probability(our_runs, their_runs),
         "verdict": verdict(difference),
         "holds_corrected": verdict(corrected) != "no difference shown",
     }
 
 
 def _common_metrics(runs: Sequence[RunResult]) -> list[str]:
-    """Metrics that every finished run has at every evaluation; exact match, or else the first, leads."""
+    """Metrics that every finished run has at every evaluation; the headline leads."""
     if not runs:
         return []
     names = [
@@ -255,13 +259,16 @@ def _common_metrics(runs: Sequence[RunResult]) -> list[str]:
         for name in runs[0].evaluations[0].values
         if all(name in evaluated.values for run in runs for evaluated in run.evaluations)
     ]
-    return sorted(names, key=lambda name: name != "exact_match")
+    return sorted(names, key=lambda name: name != headline(names))
 
 
 def _gold(runs: Sequence[RunResult], metrics: Sequence[str]) -> list[str]:
-    specs = [spec for run in runs for spec in run.recipe.get("gold") or []]
-    labels = {spec.get("name") or str(spec.get("import_path")).rpartition(":")[2] for spec in specs}
-    return [m for m in metrics if m.partition("/")[0] in labels]
+    found = {
+        metric
+        for run in runs
+        for metric in gold_metrics(run.recipe, (run.recipe.get("eval") or {}).get("suite", ""), metrics)
+    }
+    return [metric for metric in metrics if metric in found]
 
 
 def _notes(results: Results) -> list[str]:

@@ -92,8 +92,7 @@ def _contrast_row(one: Contrast) -> dict[str, Any]:
         **bounds("corrected_", one.corrected),
         **bounds("these_runs_", one.these_runs),
         "spread_over_seeds": one.spread,
-        "probability_of_improvement": one.improvement.mean,
-        **bounds("probability_", one.improvement),
+        "probability_of_improvement": one.improvement,
         "verdict": one.verdict,
         "holds_corrected": int(one.holds_corrected),
     }

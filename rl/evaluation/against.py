@@ -20,7 +20,7 @@ def compared(other: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dic
             "model": row["after"],
             "against": row["before"],
             "difference": asdict(row["difference"]),
-            "verdict": verdict(theirs, rows, name, row["difference"]),
+            "verdict": verdict(row["difference"]),
         }
         for name, row in compare(theirs, rows).items()
     }

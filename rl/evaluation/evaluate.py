@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Protocol
 
@@ -14,22 +14,19 @@ from PIL import Image
 from rl.errors import ImageRLError
 from rl.prompt_pictures import with_pictures
 from rl.rollout import reward_request
-from rl.stats import Interval, summarise
+from rl.stats import TOTAL, Interval, summarise
 from rl.types import Prompt, RewardScorer, RolloutGroup
 
 
 @dataclass(slots=True)
 class Evaluation:
-    """Results of one suite. `per_prompt` rows hold `index`, `prompt`, where several were drawn `sample`, and every
-    metric; NaN where a sample could not be scored."""
+    """Results of one suite. `per_prompt` rows hold `index`, `prompt`, where several were drawn `sample`, where there
+    are rewards their weighted sum `total`, and every metric; NaN where a sample could not be scored."""
 
     suite: str
     metrics: dict[str, Interval]
     per_prompt: list[dict[str, Any]]
     images: np.ndarray  # [N, H, W, 3] uint8, in the order of `per_prompt`; empty when they were not kept
-    totals: list[float] = field(
-        default_factory=list
-    )  # of each row, the weighted sum of the rewards; NaN: none
 
     def flat(self) -> dict[str, float]:
         """For metrics.jsonl: `eval/<suite>/<metric>`."""
@@ -37,15 +34,11 @@ class Evaluation:
 
     def to_dict(self, **facts: Any) -> dict[str, Any]:
         """The JSON document of an evaluation; see docs/run-folder.md."""
-        intervals = {
-            name: {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
-            for name, value in self.metrics.items()
-        }
         return {
             "suite": self.suite,
             **facts,
             "n": len({row["index"] for row in self.per_prompt}),
-            "metrics": intervals,
+            "metrics": {name: asdict(interval) for name, interval in self.metrics.items()},
             "per_prompt": self.per_prompt,
         }
 
@@ -98,19 +91,17 @@ def evaluate(
     batch_size: int,
     *,
     samples: int = 1,
-    totals: bool = False,
     each: Callable[[RolloutGroup], None] | None = None,
 ) -> Evaluation:
     """Draw `samples` pictures of each prompt, `batch_size` at a time, and score them.
 
     Random numbers depend on the rollout's seed, the prompt and the sample alone, so that two policies are compared
-    on the same draws. A metric named `<suite>` is reported as `reward`, its parts `<suite>/<part>` as `<part>`, those
-    of other rewards under their own names; with `totals` the weighted sum is `reward` and all rewards keep their
-    names. `each` gets every group as it is drawn, for pictures that should be kept; `images` is then left empty.
+    on the same draws. `total` is the weighted sum of the rewards; each of them and of the gold metrics is reported
+    under its own name, and a part of the one that is named like the suite, `<suite>/<part>`, as `<part>`. `each` gets
+    every group as it is drawn, for pictures that should be kept; `images` is then left empty.
 
     Raises ImageRLError for a reward whose name is that of another field."""
     images, rows, tickets = [], [], []
-    sums: list[float] = []
     chunk = max(1, batch_size // samples)
     for groups in rollout.generate(prompts, samples, f"eval {suite}", chunk, chunk):
         request = reward_request(groups)
@@ -122,28 +113,24 @@ def evaluate(
                 each(group)
     for drawn, ticket in tickets:
         scores = scorer.collect(ticket)
-        sums += scores.totals.tolist()
-        names = _metric_names(scores.components, None if totals else suite)
+        names = _metric_names(scores.components, suite)
         for row, (prompt, sample) in enumerate(product(drawn, range(samples))):
             fields = {"index": prompt.index, "prompt": prompt.text}
             if samples > 1:
                 fields["sample"] = sample
-            if totals:
-                fields["reward"] = float(scores.totals[row])
+            fields[TOTAL] = float(scores.totals[row])
             values = {names[component]: float(v[row]) for component, v in scores.components.items()}
             rows.append(fields | values)
     kept = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
-    return Evaluation(suite, summarise(rows), rows, kept, sums)
+    return Evaluation(suite, summarise(rows), rows, kept)
 
 
-def _metric_names(components: Iterable[str], suite: str | None) -> dict[str, str]:
-    """What each component is called in a row, no two alike; without a suite, all by their own names."""
+def _metric_names(components: Iterable[str], suite: str) -> dict[str, str]:
+    """What each component is called in a row, no two alike."""
     names: dict[str, str] = {}
-    taken = {"index", "prompt", "sample"} | ({"reward"} if suite is None else set())
+    taken = {"index", "prompt", "sample", TOTAL}
     for component in components:
-        name = component
-        if suite is not None:
-            name = "reward" if component == suite else component.removeprefix(f"{suite}/")
+        name = component.removeprefix(f"{suite}/")
         if name in taken or name in names.values():
             raise ImageRLError(
                 f"reward {component!r}: an evaluation of {suite!r} has another field {name!r}; rename the reward"

@@ -36,7 +36,6 @@ class Suite:
     truth: Callable[[Prompt], Image.Image] | None = None  # a perfect picture of a prompt
     model: str = "tiny"  # measured when no other is named
     size: int | None = HELDOUT  # prompts when no number is given; None: all
-    totals: bool = False  # `reward` is the weighted sum, not the reward of the suite's name
 
     @property
     def reads(self) -> bool:
@@ -164,7 +163,6 @@ def load_suite(path: str) -> Suite:
         [spec.model_dump() for spec in file.gold],
         truth,
         size=None,
-        totals=True,
     )
 
 

@@ -14,13 +14,16 @@ class MonitorsConfig(RecipeModel):
     )
     watch: list[str] | None = Field(
         None,
-        description="held-out metrics to hold against the reward, as exact_match; null: the gold metrics",
+        description="held-out metrics to hold against the total reward, as exact_match; null: the gold metrics",
     )
     level: float = Field(
-        0.99, gt=0, lt=1, description="confidence of the intervals that an alarm is raised on"
+        0.95,
+        gt=0,
+        lt=1,
+        description="probability that a run whose watched metrics do not fall raises no alarm on them, over all looks",
     )
     max_fall: Coefficient = Field(
-        0.02, description="how far a watched metric may fall from its peak while the reward rises"
+        0.02, description="how far a watched metric may fall from its peak while the total reward rises"
     )
     min_diversity: float = Field(
         0.3,

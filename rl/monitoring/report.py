@@ -10,6 +10,7 @@ from typing import Any
 from rl.charts import Chart, Series, as_float
 from rl.monitoring.config import MonitorsConfig
 from rl.monitoring.watch import ALARMS, BLANK, DIVERSITY, average, hacking_detail, sentence, step_detail
+from rl.stats import TOTAL
 
 COLOURS = ("brightness", "contrast", "saturation", "clipped", "blank")
 Records = Sequence[Mapping[str, Any]]
@@ -43,9 +44,10 @@ def watched_names(records: Records) -> list[str]:
 
 
 def monitor_charts(records: Records, suite: str) -> list[Chart]:
-    """Reward and watched metrics over time and against KL, variety, colours; a chart without data has no series."""
+    """Total and watched metrics over time and against KL, variety, colours; a chart without data has no series."""
     training = [record for record in records if "reward/mean" in record]
-    evaluations = [record for record in records if "monitor/reward" in record]
+    total = f"eval/{suite}/{TOTAL}"
+    evaluations = [record for record in records if total in record]
     kl = {0: 0.0} | {record["step"]: as_float(record.get("kl/k3")) for record in training}
     gold = {name: f"eval/{suite}/{name}" for name in watched_names(records)}
 
@@ -61,25 +63,25 @@ def monitor_charts(records: Records, suite: str) -> list[Chart]:
 
     watched = [one for name, key in gold.items() for one in over_time(name, key, evaluations)]
     together = [one for n in gold for one in over_time(n, f"monitor/{n}/correlation", evaluations)]
-    paid = against_kl("reward in training", "reward/mean", training)
+    paid = against_kl("total in training", "reward/mean", training)
     if paid:
         paid += [one for name, key in gold.items() for one in against_kl(name, key, evaluations)]
     return [
         Chart(
-            "Reward and gold",
-            "On held-out prompts: the reward that is trained on, and metrics that are not. Apart is alarming.",
-            [*over_time("reward", "monitor/reward", evaluations), *watched] if watched else [],
+            "Total and gold",
+            "On held-out prompts: the total that is trained on, and metrics that are not. Apart is alarming.",
+            [*over_time(TOTAL, total, evaluations), *watched] if watched else [],
             kind="points",
         ),
         Chart(
-            "Correlation of reward and gold",
+            "Correlation of total and gold",
             "Over the last evaluations, -1 to 1. Of a handful of points: it takes a trend to mean something.",
             together,
             kind="points",
         ),
         Chart(
-            "Reward against KL",
-            "What the reward was paid for in distance from the reference; the large dot is the last step.",
+            "Total against KL",
+            "What the total reward was paid for in distance from the reference; the large dot is the last step.",
             paid,
             kind="path",
             axis="KL to the reference, nats per token",

@@ -2,9 +2,10 @@
 within groups, blank pictures. Pure functions of measured numbers, and the little that must be remembered.
 
 Optimising a proxy first raises what it stands for and then lowers it (arXiv 2210.10760). So an alarm is raised on
-what has happened since a watched metric's best evaluation, prompt by prompt on the same random numbers: the reward
-rose and the metric fell, both beyond chance. A correlation over a handful of evaluations is logged beside it and
-decides nothing: that of five unrelated points is beyond ±0.5 four times in ten.
+what has happened since a watched metric's best evaluation, prompt by prompt on the same random numbers: the total
+reward rose and the metric fell, both beyond chance. The best of many noisy evaluations is too good, and many looks find
+what is not there: `comparison_level` pays for both. A correlation over a handful of evaluations is logged beside it
+and decides nothing: that of five unrelated points is beyond ±0.5 four times in ten.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from rl.errors import ImageRLError
 from rl.monitoring.config import MonitorsConfig
 from rl.reward_stats import correlation
-from rl.stats import Interval, paired_difference
+from rl.stats import TOTAL, Interval, paired_difference, verdict
 
 MIN_EVALUATIONS = 3  # for a correlation; that of two is always ±1
 DIVERSITY = ("diversity/tokens", "diversity/pixels")
@@ -37,13 +38,13 @@ class HeldOut:
     """What an evaluation says of one watched metric: its values and those of the total reward, by prompt index."""
 
     step: int
-    reward: Mapping[int, float]
+    total: Mapping[int, float]
     gold: Mapping[int, float]
 
     @property
     def means(self) -> tuple[float, float]:
-        """Of the reward and of the metric, over the prompts that have a value."""
-        return _mean(self.reward.values()), _mean(self.gold.values())
+        """Of the total and of the metric, over the prompts that have a value."""
+        return _mean(self.total.values()), _mean(self.gold.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +53,35 @@ class Change:
 
     peak_step: int
     gold: Interval
-    reward: Interval
+    total: Interval
 
     def hacked(self, max_fall: float) -> bool:
-        """The metric fell by more than `max_fall` and the reward rose, with intervals clear of no change."""
-        return self.gold.mean < -max_fall and self.gold.high < 0 and self.reward.low > 0
+        """The metric fell by more than `max_fall` and the total rose, with intervals clear of no change."""
+        moved = verdict(self.gold), verdict(self.total)
+        return self.gold.mean < -max_fall and moved == ("lower", "higher")
+
+
+def comparison_level(level: float, earlier: int, watched: int) -> float:
+    """Confidence of the interval for one comparison with the best of `earlier` evaluations, such that a run in which
+    none of the `watched` metrics falls while the total rises raises no alarm with probability `level` or more,
+    however many evaluations it has.
+
+    Of α = 1 − level, α / k(k + 1) is spent on the evaluation that has k earlier ones; that is α over all k = 1, 2, …
+    It is shared among the metrics and among the k pairs with an earlier one, of which the best is but one: choosing it
+    by its noise gains nothing (Bonferroni). An alarm needs a fall *and* a rise, so each may err that often on its side;
+    both sides of the interval have twice that."""
+    spent = (1 - level) / (earlier * (earlier + 1))
+    return 1 - 2 * spent / (earlier * watched)
 
 
 def change_since(peak: HeldOut, now: HeldOut, level: float) -> Change | None:
     """Paired differences over the prompts that both could score; None where there are none."""
     try:
         gold = paired_difference(peak.gold, now.gold, level=level)
-        reward = paired_difference(peak.reward, now.reward, level=level)
+        total = paired_difference(peak.total, now.total, level=level)
     except ValueError:
         return None
-    return Change(peak.step, gold, reward)
+    return Change(peak.step, gold, total)
 
 
 # ---- of steps ----------------------------------------------------------------------------------------------
@@ -94,8 +109,8 @@ def sentence(kind: str, step: int, detail: str) -> str:
 def hacking_detail(name: str, metrics: Mapping[str, float]) -> str:
     key = f"monitor/{name}"
     return (
-        f"since step {metrics[f'{key}/peak_step']:g} the held-out reward rose by "
-        f"{metrics[f'{key}/reward_since_peak']:.3f} and {name} fell by {-metrics[f'{key}/since_peak']:.3f}"
+        f"since step {metrics[f'{key}/peak_step']:g} the held-out total rose by "
+        f"{metrics[f'{key}/total_since_peak']:.3f} and {name} fell by {-metrics[f'{key}/since_peak']:.3f}"
     )
 
 
@@ -119,7 +134,8 @@ class Watch:
     names: list[str]  # of the watched metrics, as evaluations call them
     start: list[Metrics] = field(default_factory=list)  # of the first `window` steps
     recent: list[Metrics] = field(default_factory=list)  # of the last `window` steps
-    means: dict[str, list[list[float]]] = field(default_factory=dict)  # by name: [reward, gold] an evaluation
+    means: dict[str, list[list[float]]] = field(default_factory=dict)  # by name: [total, gold] an evaluation
+    looks: dict[str, int] = field(default_factory=dict)  # by name: evaluations so far
     peaks: dict[str, HeldOut] = field(default_factory=dict)
     sounding: list[str] = field(default_factory=list)  # alarms that were on when last looked at
     hacked: bool = False
@@ -152,19 +168,17 @@ class Watch:
         ]
         return {f"alarm/{kind}": float(is_on) for kind, is_on in on.items()}, alarms
 
-    def after_evaluation(
-        self, step: int, rows: Sequence[Mapping[str, Any]], totals: Sequence[float]
-    ) -> tuple[Metrics, list[str]]:
-        """The same of a held-out evaluation: its rows with the watched metrics, and each one's total reward.
+    def after_evaluation(self, step: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Metrics, list[str]]:
+        """The same of a held-out evaluation, of its rows with the watched metrics and the total.
 
         Raises:
             ImageRLError: a watched metric is not among those measured.
         """
-        metrics: Metrics = {"monitor/reward": _mean(totals)}
+        metrics: Metrics = {}
         alarms: list[str] = []
         found: list[float] = []
         for name in self.names:
-            now = held_out(step, rows, totals, name)
+            now = held_out(step, rows, name)
             found.append(now.means[1])
             metrics |= self._compare(name, now)
             on = bool(metrics.get(f"monitor/{name}/alarm"))
@@ -179,19 +193,22 @@ class Watch:
         return metrics, alarms
 
     def _compare(self, name: str, now: HeldOut) -> Metrics:
-        key, (reward, gold) = f"monitor/{name}", now.means
-        if not (math.isfinite(reward) and math.isfinite(gold)):
+        key, (total, gold) = f"monitor/{name}", now.means
+        if not (math.isfinite(total) and math.isfinite(gold)):
             return {}
-        past = self.means[name] = [*self.means.get(name, []), [reward, gold]][-self.settings.window :]
+        past = self.means[name] = [*self.means.get(name, []), [total, gold]][-self.settings.window :]
         if name not in self.peaks or gold >= self.peaks[name].means[1]:
             self.peaks[name] = now
-        change = change_since(self.peaks[name], now, self.settings.level)
+        earlier = self.looks.get(name, 0)
+        self.looks[name] = earlier + 1
+        level = comparison_level(self.settings.level, max(earlier, 1), len(self.names))
+        change = change_since(self.peaks[name], now, level)
         if change is None:
             return {}
         metrics = {
             f"{key}/peak_step": float(change.peak_step),
             f"{key}/since_peak": change.gold.mean,
-            f"{key}/reward_since_peak": change.reward.mean,
+            f"{key}/total_since_peak": change.total.mean,
             f"{key}/alarm": float(change.hacked(self.settings.max_fall)),
         }
         together = correlation(*np.array(past).T) if len(past) >= MIN_EVALUATIONS else math.nan
@@ -208,10 +225,10 @@ class Watch:
     def state(self) -> dict[str, Any]:
         """As JSON takes it."""
         peaks = {
-            name: {"step": peak.step, "reward": _pairs(peak.reward), "gold": _pairs(peak.gold)}
+            name: {"step": peak.step, "total": _pairs(peak.total), "gold": _pairs(peak.gold)}
             for name, peak in self.peaks.items()
         }
-        names = ("start", "recent", "means", "sounding", "hacked", "best", "best_step")
+        names = ("start", "recent", "means", "looks", "sounding", "hacked", "best", "best_step")
         return {name: getattr(self, name) for name in names} | {"peaks": peaks}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -219,19 +236,17 @@ class Watch:
         for name in state.keys() - {"peaks"}:
             setattr(self, name, state[name])
         self.peaks = {
-            name: HeldOut(peak["step"], dict(peak["reward"]), dict(peak["gold"]))
+            name: HeldOut(peak["step"], dict(peak["total"]), dict(peak["gold"]))
             for name, peak in state.get("peaks", {}).items()
         }
 
 
-def watched(settings: MonitorsConfig, gold: Sequence[str], suite: str) -> list[str]:
-    """The watched metrics by the names that evaluations of `suite` give them."""
-    if settings.watch is not None:
-        return settings.watch
-    return ["reward" if label == suite else label for label in gold]
+def watched(settings: MonitorsConfig, gold: Sequence[str]) -> list[str]:
+    """Names of the watched metrics."""
+    return list(gold) if settings.watch is None else settings.watch
 
 
-def held_out(step: int, rows: Sequence[Mapping[str, Any]], totals: Sequence[float], name: str) -> HeldOut:
+def held_out(step: int, rows: Sequence[Mapping[str, Any]], name: str) -> HeldOut:
     """One metric of an evaluation's rows, values that could not be scored left out.
 
     Raises:
@@ -240,9 +255,11 @@ def held_out(step: int, rows: Sequence[Mapping[str, Any]], totals: Sequence[floa
     if rows and not any(name in row for row in rows):
         known = ", ".join(sorted({key for row in rows for key in row} - {"index", "prompt"}))
         raise ImageRLError(f'monitors.watch: evaluations have no "{name}"; they have {known}')
-    known_totals = {row["index"]: float(t) for row, t in zip(rows, totals, strict=True) if math.isfinite(t)}
-    values = {row["index"]: float(row[name]) for row in rows if math.isfinite(row.get(name, math.nan))}
-    return HeldOut(step, known_totals, values)
+    total, gold = (
+        {row["index"]: float(row[key]) for row in rows if math.isfinite(row.get(key, math.nan))}
+        for key in (TOTAL, name)
+    )
+    return HeldOut(step, total, gold)
 
 
 def average(records: Sequence[Mapping[str, float]]) -> Metrics:

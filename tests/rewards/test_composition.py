@@ -294,7 +294,6 @@ def grounding_dino(folder: Path) -> str:
 
 @pytest.mark.parametrize("build", [owlv2, grounding_dino], ids=lambda build: build.__name__)
 def test_a_detector_of_transformers_gives_boxes_of_the_picture(build: Any, tmp_path: Path) -> None:
-    pytest.importorskip("scipy", reason="OWLv2's preprocessing needs scipy: make install")
     detector = OpenVocabularyDetector(build(tmp_path), threshold=0.0, max_overlap=0.99, batch_size=2)
     found = detector([halves(), halves().resize((40, 80))], [["cup", "dog"], ["dog"]])
     assert [sorted(one) for one in found] == [["cup", "dog"], ["dog"]]

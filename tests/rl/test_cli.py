@@ -16,7 +16,7 @@ from PIL import Image
 
 from rl.cli import main
 from rl.commands.train import closing_line
-from rl.stats import Interval
+from rl.stats import Interval, compare
 from tests.micro import micro_folder
 from tests.small_run import write_recipe
 
@@ -253,16 +253,20 @@ def test_rewards_of_a_list_can_be_overridden(place: Path, capsys: pytest.Capture
 def test_closing_line() -> None:
     gap = Interval(0.25, 0.125, 0.375, 200)
     entry = {"before": 0.5, "after": 0.75, "difference": gap}
-    assert closing_line({"reward": entry, "exact_match": entry}) == (
-        "held-out exact match: 50.0 % → 75.0 % (+25.0 points, 95 % interval +12.5 to +37.5, n=200)"
+    assert closing_line({"total": entry, "exact_match": entry}) == (
+        "held-out exact match: 50.0 % → 75.0 % (+25.0 points, 95 % interval +12.5 to +37.5, n=200: higher)"
     )
     assert closing_line({"redness": entry}) == (
-        "held-out redness: 0.500 → 0.750 (+0.250, 95 % interval +0.125 to +0.375, n=200)"
+        "held-out redness: 0.500 → 0.750 (+0.250, 95 % interval +0.125 to +0.375, n=200: higher)"
     )
     assert closing_line({"exact_match": entry, "success": entry}).startswith(
         "held-out success: 50.0 % → 75.0 %"
     )
     assert "no sample" in closing_line({})
+    flips = [[{"index": i, "exact_match": float(i < hits)} for i in range(8)] for hits in (2, 5)]
+    assert closing_line(compare(*flips)) == (
+        "held-out exact match: 25.0 % → 62.5 % (+37.5 points, too few to tell, n=8: no difference shown)"
+    )
 
 
 # ---- sample ------------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def test_phase_timer_counts_a_phase_that_fails():
 def test_progress_line():
     values = {"reward/mean": 0.4234, "kl/k3": 0.00119, "reward/ocr/exact_match/mean": 0.406}
     assert (
-        progress_line(7, 200, values, 192) == "step   7/200  reward 0.423  KL 0.0012  exact 41 %  3m12s left"
+        progress_line(7, 200, values, 192) == "step   7/200  total 0.423  KL 0.0012  exact 41 %  3m12s left"
     )
     assert progress_line(7, 9, {"reward/mean": None}, 3725.2) == "step 7/9  1h02m left"
 
@@ -200,7 +200,7 @@ def test_progress_is_live_on_a_terminal():
     console = Console(file=out, force_terminal=True, width=100)
     with Progress(4, start_step=1, console=console) as progress:
         progress.update(2, {"reward/mean": 0.5})
-    assert "step 2/4" in out.getvalue() and "reward 0.500" in out.getvalue() and "\x1b[" in out.getvalue()
+    assert "step 2/4" in out.getvalue() and "total 0.500" in out.getvalue() and "\x1b[" in out.getvalue()
 
 
 def test_grid_keeps_every_pixel_in_its_place():

@@ -13,7 +13,7 @@ from rl import report as report_module
 from rl.charts import SMOOTH_FROM, Chart, Series, render, smooth, training_charts
 from rl.environment import write_environment
 from rl.metrics import MetricsLog, image_grid, save_image, to_json
-from rl.report import write_report
+from rl.report import gold_metrics, write_report
 from rl.stats import compare, summarise
 
 HOSTILE = '<script>alert("x")</script>&"\''
@@ -56,7 +56,7 @@ def _page(run_dir):
 
 def _rows(hits, n=40):
     return [
-        {"index": i, "prompt": HOSTILE, "exact_match": float(i < hits), "reward": i / n, "colours": 1.0}
+        {"index": i, "prompt": HOSTILE, "exact_match": float(i < hits), "total": i / n, "colours": 1.0}
         for i in range(n)
     ]
 
@@ -138,10 +138,20 @@ def test_the_comparison_file_wins_over_our_own_bootstrap(run_dir):
     assert "+12.3" not in _page(run_dir).text
 
 
-@pytest.mark.parametrize(("hits", "words"), [(2, "fell"), (10, "did not change measurably")])
+def test_what_is_gold():
+    """A gold metric that is named like the suite owns the names without a label; the total is never gold."""
+    recipe = {"rewards": [{"import_path": "b.py:bold"}], "gold": [{"name": "ocr"}, {"name": "colours"}]}
+    names = ["total", "bold", "ocr", "exact_match", "colours/ink"]
+    assert gold_metrics(recipe, "ocr", names) == ["ocr", "exact_match", "colours/ink"]
+    assert gold_metrics(recipe, "mine", names) == ["ocr", "colours/ink"]
+
+
+@pytest.mark.parametrize(("hits", "words"), [(2, "fell"), (10, ": no difference shown"), (15, ": no diff")])
 def test_the_verdict_claims_no_more_than_the_interval(run_dir, hits, words):
     _evaluation(run_dir, 4, _rows(hits))
-    assert f"Held-out exact match {words} " in _page(run_dir).text
+    text = " ".join(_page(run_dir).text.split())
+    assert f"Held-out exact match {words}".replace(" :", ":") in text
+    assert ("too few to tell" in text.partition("Held-out results")[0]) is (hits > 2)  # five flips are none
 
 
 def test_the_page_needs_nothing_but_itself(run_dir, draws):
@@ -207,8 +217,8 @@ def test_metrics_alone_give_held_out_means(tmp_path):
         log.log(0, {"eval/ocr/exact_match": 0.4, "eval/ocr/time_s": 3.0})
         log.log(5, {"eval/ocr/exact_match": 0.6})
     text = _page(tmp_path).text
-    assert "Held-out exact match did not change measurably so far 40.0 % → 60.0 %" in text
-    assert "+20.0 points (steps" in text and "time s" not in text
+    assert "Held-out exact match: no difference shown so far 40.0 % → 60.0 %" in text
+    assert "+20.0 points, too few to tell (steps" in text and "time s" not in text
 
 
 def test_many_or_large_pictures_keep_the_page_small(run_dir, monkeypatch):
@@ -251,7 +261,7 @@ def test_smoothing_is_a_trailing_mean_that_skips_gaps():
 
 def test_every_component_gets_a_curve():
     records = [{"step": 1, **{f"reward/r{i}/mean": 0.5 for i in range(9)}}]
-    shown = [s.label for c in training_charts(records) if c.title == "Reward components" for s in c.series]
+    shown = [s.label for c in training_charts(records) if c.title == "Rewards in training" for s in c.series]
     assert shown == [f"r{i}" for i in range(9)]
 
 

@@ -106,7 +106,7 @@ def test_metrics_file(undisturbed: dict[str, Path]) -> None:
     assert [r["step"] for r in records] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
     evaluations = [r for r in records if "eval/ocr/low_tokens" in r]
     assert [r["step"] for r in evaluations] == [0, 4, STEPS]
-    assert [r["monitor/reward"] for r in evaluations] == [r["eval/ocr/low_tokens"] for r in evaluations]
+    assert [r["eval/ocr/total"] for r in evaluations] == [r["eval/ocr/low_tokens"] for r in evaluations]
     assert "monitor/brightness/correlation" in evaluations[-1] and "alarm/hacking" in evaluations[0]
     training = [r for r in records if r not in evaluations]
     assert all(r.keys() == training[0].keys() for r in training)
@@ -230,7 +230,8 @@ def test_resuming_a_finished_run_repeats_its_result(
     before = results(run), (run / "metrics.jsonl").read_bytes()
     assert call(*arguments(place, "full", run.name, "--resume")) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("held-out low tokens: ") and "→" in line and "n=4" in line
+    assert line.startswith("held-out total: ") and "→" in line
+    assert line.endswith(", too few to tell, n=4: no difference shown)")
     assert line == (place / "output_0").read_text().splitlines()[-1]
     assert (results(run), (run / "metrics.jsonl").read_bytes()) == before
 
@@ -356,4 +357,4 @@ def test_two_processes_resample_like_one(place: Path, two_ranks: str) -> None:
 def test_only_the_main_process_prints(two_ranks: str) -> None:
     lines = two_ranks.splitlines()
     assert len([line for line in lines if line.startswith("held-out after step 0:")]) == len(ENGINES) + 1
-    assert len([line for line in lines if line.startswith("held-out ") and "→" in line]) == len(ENGINES) + 1
+    assert len([line for line in lines if line.startswith("held-out total:")]) == len(ENGINES) + 1

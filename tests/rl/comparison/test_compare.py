@@ -162,15 +162,9 @@ def test_compare(place: Path, whole: Path) -> None:
     by = {(r["recipe"], r["seed"]): float(r["final/low_tokens"]) for r in runs}
     gaps = [by["dapo", seed] - by["grpo", seed] for seed in "01"]
     assert float(final["difference"]) == pytest.approx(np.mean(gaps), abs=1e-12)
-    assert float(final["low"]) <= float(final["difference"]) <= float(final["high"])
-    sign = (
-        "higher"
-        if float(final["low"]) > 0
-        else "lower"
-        if float(final["high"]) < 0
-        else "no difference shown"
-    )
-    assert final["verdict"] == sign and f"dapo against grpo, after training: {sign}" in printed
+    assert (final["low"], final["high"], final["verdict"]) == ("", "", "no difference shown")
+    assert "dapo against grpo, after training: no difference shown (" in printed
+    assert "too few to tell, 2 seeds; it takes 3 to say something of others)" in printed
     page = (folder / "report.html").read_text()
     assert "4 of 4 runs finished" in page and "data:image/png" in page and "before training" in page
 

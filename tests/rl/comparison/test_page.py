@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from rl.comparison.results import Contrast, collect
 from rl.comparison.tables import write_tables
 from rl.errors import ImageRLError
 from rl.metrics import MetricsLog, image_grid, save_image, to_json
-from rl.stats import Interval
+from rl.stats import Interval, crossed_interval
 from tests.rl.test_report import HOSTILE, _Page
 
 PROMPTS = 20
@@ -63,7 +62,7 @@ def write_run(
     (folder / "eval" / "comparison.json").write_text("{}")
 
 
-def write_plan(folder: Path, *labels: str, seeds: int = 2, unit: Any = "images") -> None:
+def write_plan(folder: Path, *labels: str, seeds: int = 3, unit: Any = "images") -> None:
     paths = {label: f"{label}.yaml" for label in labels}
     folder.mkdir(parents=True, exist_ok=True)
     Plan(BudgetSpec(unit, 16), list(range(seeds)), paths, labels[0], []).write(folder)
@@ -71,37 +70,46 @@ def write_plan(folder: Path, *labels: str, seeds: int = 2, unit: Any = "images")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """`b` ends 8 of 20 prompts above `a` with either seed."""
+    """`b` ends 8 of 20 prompts above `a` with every seed."""
     write_plan(tmp_path, "a", "b")
-    for seed, extra in ((0, 0), (1, 1)):
-        write_run(tmp_path / "a" / f"seed-{seed}", [4, 6 + extra])
-        write_run(tmp_path / "b" / f"seed-{seed}", [4, 14 + extra], lr=0.2)
+    for seed in range(3):
+        write_run(tmp_path / "a" / f"seed-{seed}", [4, 6 + seed])
+        write_run(tmp_path / "b" / f"seed-{seed}", [4, 14 + seed], lr=0.2)
     return tmp_path
+
+
+def gaps_of(more: int, least: int) -> np.ndarray:
+    """[3, 20] differences between a run that has the first `least` + seed prompts right and one of `more` more."""
+    right = np.arange(PROMPTS) < np.arange(least, least + 3)[:, None]
+    return (np.arange(PROMPTS) < np.arange(least + more, least + more + 3)[:, None]).astype(float) - right
 
 
 def test_numbers_are_those_of_the_runs(folder: Path) -> None:
     results = collect(folder)
     assert results.metrics == ["exact_match", "ink", "hard"] and results.gold == ["ink"]
     standing = {(s.label, s.metric, s.kind): s for s in results.standings}
-    assert standing["b", "exact_match", "final"].by_seed == {0: 0.7, 1: 0.75}
-    assert standing["b", "exact_match", "final"].iqm.mean == pytest.approx(0.725)
+    assert standing["b", "exact_match", "final"].by_seed == {0: 0.7, 1: 0.75, 2: 0.8}
+    assert standing["b", "exact_match", "final"].iqm == pytest.approx(0.75)
     assert standing["b", "exact_match", "mean"].by_seed[0] == pytest.approx((0.2 + 0.7) / 2)
     assert standing["a", "hard", "final"].mean.mean == pytest.approx(np.mean([i / 20 for i in range(1, 20)]))
     (final,) = [c for c in results.contrasts if (c.metric, c.kind) == ("exact_match", "final")]
-    assert (final.label, final.baseline, final.seeds, final.prompts) == ("b", "a", [0, 1], 20)
+    assert (final.label, final.baseline, final.seeds, final.prompts) == ("b", "a", [0, 1, 2], 20)
     assert final.difference.mean == pytest.approx(0.4) and final.spread == pytest.approx(0.0)
-    # both seeds differ on as many prompts, so resampling leaves Binomial(20, 0.4) / 20 or close to it
-    assert 0.15 < final.these_runs.low < 0.25 and 0.55 < final.these_runs.high < 0.65
-    assert final.difference.low <= final.these_runs.low + 0.051 and final.verdict == "higher"
-    assert final.improvement.mean == 1.0
+    # 6 prompts differ with all seeds, 2 with two of them, 2 with one: sum of squares 6 + 8/9 + 2/9, about 0.4
+    half = 2.093 * ((6 + 10 / 9 - 20 * 0.4**2) / 19 / 20) ** 0.5
+    assert final.these_runs.high - 0.4 == pytest.approx(half, rel=1e-3)
+    assert 0.4 - final.these_runs.low == pytest.approx(half, rel=1e-3)
+    assert final.difference == crossed_interval(gaps_of(8, 6)) and final.verdict == "higher"
+    assert final.corrected == final.difference and final.holds_corrected  # the only contrast
+    assert final.improvement == 1.0
     (gold,) = [c for c in results.contrasts if (c.metric, c.kind) == ("ink", "final")]
     assert (gold.difference.mean, gold.verdict) == (
         0.0,
         "no difference shown",
-    ) and gold.improvement.mean == 0.5
+    ) and gold.improvement == 0.5
     gains = {c.label: c for c in results.gains if c.metric == "exact_match"}
-    assert gains["a"].difference.mean == pytest.approx(0.125) and gains["b"].difference.mean == pytest.approx(
-        0.525
+    assert gains["a"].difference.mean == pytest.approx(0.15) and gains["b"].difference.mean == pytest.approx(
+        0.55
     )
     assert results.notes == []
 
@@ -113,14 +121,14 @@ def test_tables(folder: Path) -> None:
         for name in ("runs", "steps", "contrasts")
     )
     assert [(r["recipe"], r["seed"], r["images"], r["minutes"]) for r in runs] == [
-        (label, seed, "16.0", "1.0") for label in "ab" for seed in "01"
+        (label, seed, "16.0", "1.0") for label in "ab" for seed in "012"
     ]
-    assert float(runs[2]["final/exact_match"]) == 0.7 and float(runs[2]["last/kl/k3"]) == 0.02
+    assert float(runs[3]["final/exact_match"]) == 0.7 and float(runs[3]["last/kl/k3"]) == 0.02
     assert runs[0]["last/flow/kl"] == ""
     assert [(r["step"], r["images"], r["reward/mean"]) for r in steps[:3]] == [
         *(("0", "0.0", ""), ("1", "8.0", "0.1"), ("2", "16.0", "0.2"))
     ]
-    assert len(steps) == 12 and steps[0]["eval/ocr/exact_match"] == "0.2"
+    assert len(steps) == 18 and steps[0]["eval/ocr/exact_match"] == "0.2"
     (row,) = [r for r in contrasts if (r["metric"], r["kind"], r["baseline"]) == ("exact_match", "mean", "a")]
     assert float(row["difference"]) == pytest.approx(0.2) and row["verdict"] == "higher"
 
@@ -132,11 +140,11 @@ def test_the_page_tells_it(folder: Path) -> None:
     html = write_comparison_page(collect(folder), folder).read_text()
     page = _Page(html)
     text = " ".join(page.text.split())
-    assert "2 recipes, 2 seeds each, 16 images a run" in text and "4 of 4 runs finished" in text
+    assert "2 recipes, 3 seeds each, 16 images a run" in text and "6 of 6 runs finished" in text
     assert re.search(
-        r"b against a, after training: higher \(\+40\.0 points, \+[\d.]+ to \+[\d.]+, 2 seeds\)", text
+        r"b against a, after training: higher \(\+40\.0 points, \+[\d.]+ to \+[\d.]+, 3 seeds\)", text
     )
-    assert re.search(r"Do it again imagerl compare \S+ \S+ --seeds 2 --budget images=16 .*--baseline a", text)
+    assert re.search(r"Do it again imagerl compare \S+ \S+ --seeds 3 --budget images=16 .*--baseline a", text)
     assert "b against its start" in text and "gold" in text and "baseline" in text
     assert "<script>" not in html and HOSTILE in page.text.replace("'\"'\"'", "'")  # in the quoted command
     pictures = [attributes["src"] for attributes in page.all("img")]
@@ -148,14 +156,14 @@ def test_the_page_tells_it(folder: Path) -> None:
 
 
 def test_charts_have_the_median_and_the_band(folder: Path) -> None:
-    write_run(folder / "b" / "seed-2", [4, 0])
+    write_run(folder / "b" / "seed-3", [4, 0])
     charts = {chart.title: chart for chart in comparison_charts(collect(folder))}
     exact = {series.label: series for series in charts["exact match"].series}
-    assert exact["b"].steps == [0, 16] and exact["b"].values == [0.2, 0.7]
-    assert (exact["b"].low, exact["b"].high) == ([0.2, 0.0], [0.2, 0.75])
-    assert exact["a"].values == pytest.approx([0.2, 0.325]) and charts["exact match"].percent
-    assert charts["Training reward"].series[0].steps[0] == 8  # nothing is known before
-    assert charts["Training reward"].axis == "image"
+    assert exact["b"].steps == [0, 16] and exact["b"].values == [0.2, 0.725]
+    assert (exact["b"].low, exact["b"].high) == ([0.2, 0.0], [0.2, 0.8])
+    assert exact["a"].values == pytest.approx([0.2, 0.35]) and charts["exact match"].percent
+    assert charts["Training total"].series[0].steps[0] == 8  # nothing is known before
+    assert charts["Training total"].axis == "image"
 
 
 def test_many_recipes_share_no_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +178,8 @@ def test_many_recipes_share_no_colour(tmp_path: Path, monkeypatch: pytest.Monkey
     drawn: list[Chart] = []
     monkeypatch.setattr(comparison_page, "render", lambda chart, prefix: drawn.append(chart) or "")
     page = write_comparison_page(results, tmp_path).read_text()
-    assert "no difference shown, one seed says nothing of others" in page and drawn
+    assert "no difference shown (+0.0 points, too few to tell, 1 seed; it takes 3 to say something" in page
+    assert drawn and "nan" not in page
 
 
 def test_what_is_unfinished_or_odd_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +194,7 @@ def test_what_is_unfinished_or_odd_is_said(folder: Path, monkeypatch: pytest.Mon
     ]
     assert "b lacks a finished run of seed 1" in write_comparison_page(results, folder).read_text()
     (contrast,) = [c for c in results.contrasts if (c.metric, c.kind) == ("exact_match", "final")]
-    assert contrast.seeds == [0] and contrast.verdict == "no difference shown"
+    assert contrast.seeds == [0, 2] and contrast.verdict == "no difference shown"
     write_run(folder / "b" / "seed-7", [1, 2], prompts=7)
     with pytest.raises(ImageRLError, match="evaluated on other prompts"):
         collect(folder)
@@ -213,9 +222,9 @@ def test_minutes_are_the_axis_of_a_budget_of_minutes(tmp_path: Path) -> None:
 
 
 def test_sentences() -> None:
-    gap, nothing = Interval(-0.031, -0.05, -0.012, 3), Interval(0.0, math.nan, math.nan, 1)
+    gap = Interval(-0.031, -0.05, -0.012, 3)
     one = Contrast(
-        *("b", "a", "reward", "mean", [0, 1, 2], 9, gap, gap, gap, 0.01, nothing),
+        *("b", "a", "total", "mean", [0, 1, 2], 9, gap, gap, gap, 0.01, 0.5),
         verdict="lower",
         holds_corrected=False,
     )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ class Brightness:
         value[[target == PROMPTS[3].columns["target"] for target in request.columns["target"]]] = math.nan
         exact = (value > 0.5).astype(float)
         return RewardScores(
-            totals=value,
+            totals=2 * value,
             components={"ocr": value, "ocr/exact_match": exact, "colours/ink": 1 - value},
             failures={},
             reasons={},
@@ -61,14 +62,15 @@ def run(policy: ImagePolicy, batch_size: int = 2, seed: int = 0) -> tuple[Evalua
 
 def test_metrics_have_short_names_and_leave_out_what_could_not_be_scored(policy: ImagePolicy) -> None:
     result, scorer = run(policy)
-    assert set(result.metrics) == {"reward", "exact_match", "colours/ink"}
-    assert set(result.flat()) == {"eval/ocr/reward", "eval/ocr/exact_match", "eval/ocr/colours/ink"}
+    assert set(result.metrics) == {"total", "ocr", "exact_match", "colours/ink"}
+    assert set(result.flat()) == {f"eval/ocr/{name}" for name in result.metrics}
     means = result.images.mean((1, 2, 3)) / 255
     known = np.delete(means, 3)
-    assert result.metrics["reward"].n == 4
-    assert result.flat()["eval/ocr/reward"] == pytest.approx(known.mean())
+    assert result.metrics["ocr"].n == 4
+    assert result.flat()["eval/ocr/ocr"] == pytest.approx(known.mean())
+    assert result.flat()["eval/ocr/total"] == pytest.approx(2 * known.mean())  # its weight
     assert result.metrics["colours/ink"].mean == pytest.approx(1 - known.mean())
-    assert result.metrics["reward"].low <= known.mean() <= result.metrics["reward"].high
+    assert not result.metrics["ocr"].bounded  # four prompts
     assert [len(request.prompts) for request in scorer.requests] == [2, 2, 1]
     assert scorer.gold == [True] * 3 and not scorer.open
 
@@ -77,16 +79,11 @@ def test_rows_say_which_prompt_they_are_about(policy: ImagePolicy) -> None:
     result, _ = run(policy)
     assert [row["index"] for row in result.per_prompt] == [prompt.index for prompt in PROMPTS]
     assert [row["prompt"] for row in result.per_prompt] == [prompt.text for prompt in PROMPTS]
-    assert math.isnan(result.per_prompt[3]["reward"])
-    assert result.per_prompt[4]["reward"] == pytest.approx(result.images[4].mean() / 255)
+    assert math.isnan(result.per_prompt[3]["total"])
+    assert result.per_prompt[4]["total"] == pytest.approx(2 * result.images[4].mean() / 255)
     document = result.to_dict(step=7, model="tiny")
     assert document["suite"] == "ocr" and document["step"] == 7 and document["n"] == 5
-    assert document["metrics"]["reward"] == {
-        "mean": result.metrics["reward"].mean,
-        "low": result.metrics["reward"].low,
-        "high": result.metrics["reward"].high,
-        "n": 4,
-    }
+    assert document["metrics"]["exact_match"] == asdict(result.metrics["exact_match"])
     assert document["per_prompt"] == result.per_prompt
 
 
@@ -129,6 +126,6 @@ def test_a_reward_cannot_overwrite_a_field(policy: ImagePolicy) -> None:
             return scores
 
     rollout = RolloutEngine(policy, SamplingParams(flow_steps=2), 0, nullcontext)
-    for label in ("exact_match", "index", "prompt", "reward"):
+    for label in ("exact_match", "index", "prompt", "total"):
         with pytest.raises(ImageRLError, match=f"reward '{label}': an evaluation of 'ocr' has another field"):
             evaluate("ocr", PROMPTS[:1], rollout, Clashing(label), 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from models.fingerprint import model_fingerprint
 from rl.cli import main
 from rl.errors import ImageRLError
 from rl.evaluation.suites import SUITES, find_suite, fingerprint
-from rl.stats import compare, verdict
 from tests.micro import micro_folder
 
 REWARDS = """
@@ -64,7 +62,7 @@ def results(place: Path) -> dict[str, Any]:
 
 def test_results_say_what_was_measured(place: Path, results: dict[str, Any]) -> None:
     assert (results["suite"], results["n"], results["samples"], results["seed"]) == ("animals", 3, 2, 3)
-    assert set(results["metrics"]) == {"reward", "light", "red"} and results["gold"] == ["red"]
+    assert set(results["metrics"]) == {"total", "light", "red"} and results["gold"] == ["red"]
     assert [(row["index"], row["sample"]) for row in results["per_prompt"]] == [
         (index, sample) for index in range(3) for sample in range(2)
     ]
@@ -81,7 +79,7 @@ def test_pictures_are_kept_under_their_prompt_and_sample(place: Path, results: d
     for row in results["per_prompt"]:
         picture = np.asarray(Image.open(place / "kept" / f"{row['index']:05d}_{row['sample']:02d}.png"))
         assert row["light"] == pytest.approx(picture.mean() / 255)
-        assert row["reward"] == pytest.approx(2 * row["light"])  # its weight; gold is in no total
+        assert row["total"] == pytest.approx(2 * row["light"])  # its weight; gold is in no total
         assert (row["red"] is None) == (row["prompt"] == "a blue dog")
     assert len(list((place / "kept").glob("*.png"))) == len(list((place / "kept/against").glob("*.png"))) == 6
     assert results["metrics"]["red"]["n"] == 2
@@ -104,13 +102,7 @@ def test_differences_are_paired(
     assert row["model"] == pytest.approx(means["kept"].mean())
     assert row["against"] == pytest.approx(means["kept/against"].mean())
     difference = means["kept"] - means["kept/against"]
-    assert row["difference"]["mean"] == pytest.approx(difference.mean())
-    assert (
-        difference.min() - 1e-9
-        <= row["difference"]["low"]
-        <= row["difference"]["high"]
-        <= difference.max() + 1e-9
-    )
+    assert row["difference"] == {"mean": pytest.approx(difference.mean()), "low": None, "high": None, "n": 3}
     assert row["verdict"] == "no difference shown"
     assert results["against"]["model_sha256"] == model_fingerprint(str(place / "b"))
     # The same from the other model's results, measured before.
@@ -127,7 +119,7 @@ def test_differences_are_paired(
     assert imagerl(*command, *again) == 0
     document = json.loads((place / "again.json").read_text())
     assert document["against"] == results["against"] and document["per_prompt"] == results["per_prompt"]
-    assert "no difference shown" in capsys.readouterr().out
+    assert "too few to tell, n=3: no difference shown" in capsys.readouterr().out
     command[-1] = "4"
     assert imagerl(*command, *again) == 1
     assert "has another seed (3, here 4)" in capsys.readouterr().err
@@ -140,31 +132,12 @@ def test_a_model_differs_in_nothing_from_itself(place: Path) -> None:
     )
     metrics = json.loads((place / "s.json").read_text())["against"]["metrics"]
     for row in metrics.values():
-        assert row["difference"]["low"] == row["difference"]["mean"] == row["difference"]["high"] == 0.0
+        assert (row["difference"]["mean"], row["difference"]["low"], row["difference"]["high"]) == (
+            0.0,
+            None,
+            None,
+        )
         assert row["verdict"] == "no difference shown"
-
-
-def _rows(values: Sequence[float]) -> list[dict[str, Any]]:
-    return [{"index": index, "x": value} for index, value in enumerate(values)]
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ([1.0] * 6 + [0.0] * 6, "higher"),
-        ([-1.0] * 6, "lower"),
-        ([1.0] * 5, "no difference shown"),  # a sign test of five: p = 0.06
-        ([0.0] * 20, "no difference shown"),
-        ([1.0, -1.0] * 10, "no difference shown"),
-        ([1.0] * 4 + [0.0] * 200, "no difference shown"),  # the bootstrap alone would say higher
-    ],
-)
-def test_verdicts(changes: list[float], told: str) -> None:
-    before, after = _rows([0.5] * len(changes)), _rows([0.5 + change for change in changes])
-    difference = compare(before, after)["x"]["difference"]
-    assert verdict(before, after, "x", difference) == told
-    if len(changes) == 204:
-        assert difference.low > 0
 
 
 def test_the_fingerprint_of_a_suite(place: Path, tmp_path: Path) -> None:

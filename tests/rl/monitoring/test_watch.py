@@ -6,16 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats as scipy_stats
 
 from rl.errors import ImageRLError
 from rl.monitoring.config import MonitorsConfig
-from rl.monitoring.watch import HeldOut, Watch, change_since, watched
+from rl.monitoring.watch import HeldOut, Watch, change_since, comparison_level, watched
 
 PROMPTS = 40
 
 
-def rows(gold: list[float]) -> list[dict[str, Any]]:
-    return [{"index": i, "prompt": "a", "gold": value} for i, value in enumerate(gold)]
+def rows(gold: list[float], total: list[float]) -> list[dict[str, Any]]:
+    pairs = zip(gold, total, strict=True)
+    return [{"index": i, "prompt": "a", "total": t, "gold": g} for i, (g, t) in enumerate(pairs)]
 
 
 def hits(number: int) -> list[float]:
@@ -29,8 +31,8 @@ def flat(value: float) -> list[float]:
 def evaluate(
     watch: Watch, *history: tuple[list[float], list[float]]
 ) -> list[tuple[dict[str, float], list[str]]]:
-    """(reward, gold) by evaluation, 10 steps apart."""
-    return [watch.after_evaluation(10 * i, rows(gold), reward) for i, (reward, gold) in enumerate(history)]
+    """(total, gold) by evaluation, 10 steps apart."""
+    return [watch.after_evaluation(10 * i, rows(gold, total)) for i, (total, gold) in enumerate(history)]
 
 
 def picture_metrics(tokens: float = 0.4, pixels: float = 0.2, blank: float = 0.0) -> dict[str, float]:
@@ -46,7 +48,7 @@ def test_change_is_paired_over_common_prompts() -> None:
     change = change_since(peak, now, 0.95)
     assert change is not None and change.peak_step == 3
     assert change.gold.mean == pytest.approx(-1 / 3) and change.gold.n == 3
-    assert (change.reward.mean, change.reward.low, change.reward.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert change.total.mean == pytest.approx(0.1) and not change.total.bounded  # three prompts
     assert change_since(HeldOut(0, {1: 0.0}, {}), now, 0.95) is None
 
 
@@ -58,11 +60,11 @@ def test_reward_up_and_gold_down_is_an_alarm_once() -> None:
     assert [m["alarm/hacking"] for m, _ in (first, peak, fell, still)] == [0, 0, 1, 1]
     assert [len(alarms) for _, alarms in (first, peak, fell, still)] == [0, 0, 1, 0]
     assert fell[1] == [
-        "step 20: the reward is being gamed: since step 10 the held-out reward rose by 0.200 and gold fell by 0.375"
+        "step 20: the reward is being gamed: since step 10 the held-out total rose by 0.200 and gold fell by 0.375"
     ]
     assert fell[0]["monitor/gold/peak_step"] == 10
     assert fell[0]["monitor/gold/since_peak"] == pytest.approx(-15 / 40)
-    assert fell[0]["monitor/reward"] == pytest.approx(0.4 + 0.001 * 19.5)
+    assert fell[0]["monitor/gold/total_since_peak"] == pytest.approx(0.2)
     assert watch.best_step == 10 and watch.best == 0.75
 
 
@@ -115,25 +117,21 @@ def test_correlation_is_of_the_last_evaluations() -> None:
 def test_samples_that_could_not_be_scored_are_left_out() -> None:
     watch = Watch(MonitorsConfig(), ["gold"])
     broken = [math.nan, *hits(20)[1:]]
-    ((metrics, _),) = evaluate(watch, ([math.nan, *flat(0.3)[1:]], broken))
-    assert metrics["monitor/reward"] == pytest.approx(0.3 + 0.001 * 20)
-    assert watch.peaks["gold"].means[1] == pytest.approx(19 / 39)
-    (nothing, _) = Watch(MonitorsConfig(), ["gold"]).after_evaluation(0, rows([math.nan]), [0.5])
-    assert nothing == {"monitor/reward": 0.5, "alarm/hacking": 0.0}
+    evaluate(watch, ([math.nan, *flat(0.3)[1:]], broken))
+    assert watch.peaks["gold"].means == pytest.approx((0.3 + 0.001 * 20, 19 / 39))
+    (nothing, _) = Watch(MonitorsConfig(), ["gold"]).after_evaluation(0, rows([math.nan], [0.5]))
+    assert nothing == {"alarm/hacking": 0.0}
 
 
 def test_watched_names() -> None:
-    assert watched(MonitorsConfig(), ["ocr", "colours"], "ocr") == ["reward", "colours"]
-    assert watched(MonitorsConfig(watch=["exact_match"]), ["ocr"], "ocr") == ["exact_match"]
+    assert watched(MonitorsConfig(), ["ocr", "colours"]) == ["ocr", "colours"]
+    assert watched(MonitorsConfig(watch=["exact_match"]), ["ocr"]) == ["exact_match"]
     with pytest.raises(ImageRLError, match='no "exact_mach"; they have gold'):
         evaluate(Watch(MonitorsConfig(), ["exact_mach"]), (flat(0.1), hits(1)))
 
 
 def test_nothing_watched_is_no_alarm() -> None:
-    assert Watch(MonitorsConfig(), []).after_evaluation(0, rows([1.0]), [0.5]) == (
-        {"monitor/reward": 0.5},
-        [],
-    )
+    assert Watch(MonitorsConfig(), []).after_evaluation(0, rows([1.0], [0.5])) == ({}, [])
 
 
 def test_only_a_run_that_asks_for_it_ends() -> None:
@@ -142,6 +140,99 @@ def test_only_a_run_that_asks_for_it_ends() -> None:
         watch = Watch(MonitorsConfig(stop=stop), ["gold"])
         evaluate(watch, *history)
         assert watch.hacked and watch.halts is stop
+
+
+# ---- at any number of looks --------------------------------------------------------------------------------
+
+LOOKS = (5, 10, 20, 50)  # evaluations after the first
+
+
+def drawn(rng: np.random.Generator, runs: int, shares: list[float], prompts: int = 256) -> np.ndarray:
+    """[K, runs, prompts] of 0 and 1: a gold metric whose truth over all prompts is `shares` [K], prompts easy and hard
+    (beta, deviation 0.2), hits of a prompt at two evaluations independent: nothing cancels but its difficulty."""
+    easy = rng.beta(2.8, 1.2, (runs, prompts)) - 0.7
+    hits = [rng.random((runs, prompts)) < np.clip(share + easy, 0, 1) for share in shares]
+    return np.stack(hits).astype(np.float32)
+
+
+def rising(rng: np.random.Generator, looks: int, runs: int, prompts: int = 256) -> np.ndarray:
+    """[K, runs, prompts] of a total that has risen at every evaluation."""
+    noise = rng.normal(0, 0.1, (looks, runs, prompts)).astype(np.float32)
+    return noise + np.arange(looks, dtype=np.float32)[:, None, None]
+
+
+def first_alarms(gold: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """[runs] evaluation at which the alarm first sounds, 999 for never: `Watch` for many runs at once."""
+    means, prompts, each = gold.mean(axis=2), gold.shape[2], np.arange(gold.shape[1])
+    first = np.full(gold.shape[1], 999)
+    for k in range(1, len(gold)):
+        peak = k - np.argmax(means[k::-1], axis=0)  # the last of the best
+        level = comparison_level(MonitorsConfig().level, k, 1)
+        critical = scipy_stats.t.ppf(0.5 + level / 2, prompts - 1) / math.sqrt(prompts)
+        moved = first == 999
+        for values, side in ((gold, -1), (total, 1)):
+            gap = values[k] - values[peak, each]
+            moved &= side * gap.mean(axis=1) > critical * gap.std(axis=1, ddof=1)
+            moved &= np.count_nonzero(gap, axis=1) >= math.ceil(math.log2(2 / (1 - level)))
+        first[moved & (means[peak, each] - means[k] > MonitorsConfig().max_fall)] = k
+    return first
+
+
+def test_a_gold_metric_that_stays_raises_no_alarm_however_often_it_is_looked_at() -> None:
+    """Against the best evaluation at 99 % each, as before, 17, 39 and 87 % of the runs had a false one after 10, 20 and
+    50 evaluations. One standard error is 0.7 points."""
+    for prompts, share in ((256, 0.7), (64, 0.7), (256, 0.97)):
+        rng = np.random.default_rng(prompts)
+        firsts = [
+            first_alarms(drawn(rng, 200, [share] * 51, prompts), rising(rng, 51, 200, prompts))
+            for _ in range(4)
+        ]
+        for looks in LOOKS:
+            assert np.mean(np.concatenate(firsts) <= looks) <= 0.05, (prompts, share, looks)
+
+
+def test_a_total_that_stays_raises_no_alarm_either() -> None:
+    """The other half: gold is lost prompt by prompt, and the total goes up and down by chance alone."""
+    rng = np.random.default_rng(1)
+    gold = np.stack([np.tile(np.arange(256) >= 5 * k, (400, 1)) for k in range(51)]).astype(np.float32)
+    first = first_alarms(gold, rng.normal(0.5, 0.3, (51, 400, 256)))
+    for looks in LOOKS:
+        assert np.mean(first <= looks) <= 0.05, looks
+
+
+def test_the_power_of_the_alarm() -> None:
+    """A true fall of 10 points halfway through the run, and a rise by 20 that is lost again; docs/reward-hacking.md has
+    the numbers. One standard error is 3 points."""
+    for looks, of_step, of_hump in ((5, 0.7, 0.85), (20, 0.8, 0.9)):
+        rng, part = np.random.default_rng(looks), np.arange(looks + 1) / looks
+        step = np.where(part <= 0.5, 0.7, 0.6).tolist()
+        hump = np.where(part < 0.5, 0.6 + 0.4 * part, 1.0 - 0.4 * part).tolist()
+        for shares, least in ((step, of_step), (hump, of_hump)):
+            found = first_alarms(drawn(rng, 200, shares), rising(rng, looks + 1, 200))
+            assert np.mean(found < 999) > least, (looks, shares)
+
+
+def test_the_simulation_is_of_the_watch() -> None:
+    rng = np.random.default_rng(3)
+    gold, total = drawn(rng, 6, [0.7] * 3 + [0.55] * 5, 64), rising(rng, 8, 6, 64)
+    expected = first_alarms(gold, total)
+    for run in range(6):
+        watch, found = Watch(MonitorsConfig(), ["gold"]), 999
+        for k in range(8):
+            metrics, _ = watch.after_evaluation(k, rows(gold[k, run].tolist(), total[k, run].tolist()))
+            found = min(found, k) if metrics["alarm/hacking"] else found
+        assert found == expected[run]
+    assert (expected < 999).any()
+
+
+def test_what_a_run_may_spend_is_its_own() -> None:
+    """Over any number of evaluations, pairs and metrics the one-sided chances add up to less than 1 − level."""
+    for metrics in (1, 3):
+        spent = [metrics * k * (1 - comparison_level(0.95, k, metrics)) / 2 for k in range(1, 5000)]
+        assert 0.0499 < sum(spent) < 0.05
+    assert comparison_level(0.9, 1, 1) == pytest.approx(0.9) and comparison_level(0.9, 2, 1) == pytest.approx(
+        1 - 2 * 0.1 / 12
+    )
 
 
 # ---- steps -------------------------------------------------------------------------------------------------
@@ -187,8 +278,8 @@ def test_a_restored_watch_goes_on_as_if_never_stopped() -> None:
         for half in (0, 1):
             metrics = steps[2 * step + half]
             assert whole.after_step(2 * step + half, metrics) == stopped.after_step(2 * step + half, metrics)
-        expected = whole.after_evaluation(step, rows(gold), reward)
-        assert stopped.after_evaluation(step, rows(gold), reward) == expected
+        expected = whole.after_evaluation(step, rows(gold, reward))
+        assert stopped.after_evaluation(step, rows(gold, reward)) == expected
         state = json.loads(json.dumps(stopped.state()))
         stopped = Watch(MonitorsConfig(window=3), ["gold"])
         stopped.restore(state)

@@ -196,7 +196,7 @@ def test_the_closing_line(
     before = results(run)
     assert call(*arguments(place, "lora", run.name, "--resume")) == 0  # nothing is left to do
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("held-out, n=6: cross entropy ") and line.count("→") == 2
+    assert line.startswith("held-out cross entropy ") and line.count("→") == line.count(", n=6: ") == 2
     assert results(run) == before
 
 
