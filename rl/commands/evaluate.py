@@ -50,7 +50,7 @@ def evaluate_model(
     ceiling: Annotated[bool, typer.Option("--ceiling", help="score perfect pictures, not a model's")] = False,
     copy: Annotated[bool, typer.Option("--copy", help="score the unchanged sources of edits")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn at a time")] = 64,
-    temperature: Temperature = 1.0,
+    temperature: Temperature = None,
     guidance: Guidance = None,
     flow_steps: FlowSteps = None,
 ) -> None:
@@ -106,8 +106,8 @@ def compare(
     pictures: Path | None,
 ) -> None:
     """Measure one or two models, tell and write what came out."""
-    from models.loading import model_folder
-    from rl.commands.measuring import earlier_results, facts_of, measure
+    from models.loading import load_prompts
+    from rl.commands.measuring import STAND_INS, earlier_results, facts_of, measure
     from rl.evaluation.against import compared
     from rl.evaluation.kept_pictures import refuse_filled
     from rl.files import write_atomic
@@ -118,8 +118,9 @@ def compare(
     prompts = suite.prompts(n or suite.size)
     facts = facts_of(suite, prompts, how)
     earlier = earlier_results(against, facts) if against and against.endswith(".json") else None
-    if against and earlier is None:
-        model_folder(against)  # a mistake should show before anything is drawn
+    for name in (measured, against if earlier is None else None):
+        if name is not None and name not in STAND_INS:
+            load_prompts(name).require(prompts, suite.reads)  # a mistake should show before anything is drawn
     result, own_facts = measure(suite, prompts, measured, how, pictures)
     document: dict[str, Any] = result.to_dict(**own_facts, **facts)
     show(document["metrics"], result.metrics, facts["gold"])
@@ -161,6 +162,7 @@ def draw_for_scorer(
     from dataclasses import asdict
 
     from models.fingerprint import model_fingerprint
+    from models.loading import load_prompts
     from rl.checkpoint import package_versions
     from rl.evaluation.layouts import draw, entries_of, prompts_sha256, samples_of
 
@@ -171,6 +173,7 @@ def draw_for_scorer(
     entries = entries_of(layout, prompts, sources)
     samples = samples_of(layout, how.samples)
     model = model or ("tiny_edit" if layout == "imgedit" else "tiny")
+    load_prompts(model).require(entry.prompt() for entry in entries)
     rollout = how.rollout(model)
     facts = {
         "layout": layout,

@@ -103,18 +103,14 @@ def longest_prompt(path: str, prompts: PromptSet, picture_tokens: int = 0) -> in
 
     import torch
 
-    from models.ar import ImageVocabulary
-    from models.loading import load_text_tokenizer, model_folder
-    from models.prompts import PromptEncoder
+    from models.loading import load_prompts
     from models.published import HUB_NAMES
 
     texts = [prompt.text for prompt in prompts]
     if path.partition("@")[0] in HUB_NAMES and not Path(path).is_dir():
         tags = 2 if picture_tokens else 0
         return TEMPLATE_TOKENS + max(map(len, texts)) // LETTERS_PER_TOKEN + picture_tokens + tags
-    encoder = PromptEncoder(
-        load_text_tokenizer(model_folder(path)), ImageVocabulary.from_config(model_config(path))
-    )
+    encoder = load_prompts(path)
     longest = sorted(texts, key=len)[-100:]
     if not picture_tokens:
         return max(map(len, encoder.captions(longest)))

@@ -39,5 +39,5 @@ def serve(
         return policy.answer(tokenizer.encode(shown.to(policy.device)), questions, max_new_tokens)
 
     called = name or Path(model).name
-    app = chat_app(answers, called, batch)
+    app = chat_app(answers, called, batch, refuse=lambda text: policy.prompts.encode(text, "question"))
     run_app(app, host, port, token, lambda address: print(f"serving {called} at {address}/v1", flush=True))

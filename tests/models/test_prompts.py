@@ -116,7 +116,7 @@ def test_a_wrong_template_is_told(policy: ImagePolicy, template: str | None, mes
     tokenizer = copy.deepcopy(policy.text_tokenizer)
     tokenizer.chat_template = template
     with pytest.raises(ImageRLError, match=message):
-        PromptEncoder(tokenizer, policy.vocabulary)
+        PromptEncoder(tokenizer, policy.vocabulary, 512, 8)
 
 
 def test_a_tokenizer_that_knows_no_pictures_is_told_in_words(policy: ImagePolicy) -> None:
@@ -128,7 +128,7 @@ def test_a_tokenizer_that_knows_no_pictures_is_told_in_words(policy: ImagePolicy
 
     tokenizer = Blind(tokenizer_object=policy.text_tokenizer.backend_tokenizer, pad_token="<|endoftext|>")
     tokenizer.chat_template = policy.text_tokenizer.chat_template
-    blind = PromptEncoder(tokenizer, policy.vocabulary)
+    blind = PromptEncoder(tokenizer, policy.vocabulary, 512, 8)
     assert blind.captions(["CAT"]) == policy.prompts.captions(["CAT"])
     with pytest.raises(ImageRLError, match=r"vision_start.*cannot read pictures"):
         blind.edits(["CAT"], torch.zeros(1, 2, dtype=torch.long))
