@@ -108,7 +108,7 @@ def compare(
     """Measure one or two models, tell and write what came out."""
     from models.loading import load_prompts
     from rl.commands.measuring import STAND_INS, earlier_results, facts_of, measure
-    from rl.evaluation.against import compared
+    from rl.evaluation.against import compared, differing_settings
     from rl.evaluation.kept_pictures import refuse_filled
     from rl.files import write_atomic
     from rl.metrics import to_json
@@ -130,6 +130,8 @@ def compare(
             other, other_facts = measure(suite, prompts, against, how, beside)
             earlier = other.to_dict(**other_facts, **facts)
         document["against"] = compared(earlier, result.per_prompt)
+        if differing := differing_settings(document, earlier):
+            print(f"\nnote: more differs than the model: {', '.join(differing)}")
         print(f"\nagainst {against}, at the same prompts and random numbers (95 % of the difference):")
         for name, row in document["against"]["metrics"].items():
             d = row["difference"]
@@ -159,7 +161,7 @@ def draw_for_scorer(
 ) -> None:
     """Everything that a benchmark's own scorer needs of the model, in one folder."""
     import sys
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from models.fingerprint import model_fingerprint
     from models.loading import load_prompts
@@ -173,7 +175,7 @@ def draw_for_scorer(
     entries = entries_of(layout, prompts, sources)
     samples = samples_of(layout, how.samples)
     model = model or ("tiny_edit" if layout == "imgedit" else "tiny")
-    load_prompts(model).require(entry.prompt() for entry in entries)
+    load_prompts(model).require(replace(entry.prompt(), source=f"{prompts}, {entry.name}") for entry in entries)
     rollout = how.rollout(model)
     facts = {
         "layout": layout,
