@@ -55,7 +55,9 @@ def load_adapter(policy: ImagePolicy, folder: Path) -> None:
         ) from error
     odd = [name for name in UNSEEN if getattr(config, name, None) not in (None, False, "none", [])]
     if odd:
-        raise ImageRLError(f"the adapter in {folder} has {odd[0]}; merge it into its base with PEFT and load that")
+        raise ImageRLError(
+            f"the adapter in {folder} has {odd[0]}; merge it into its base with PEFT and load that"
+        )
     base, config.base_model_name_or_path = config.base_model_name_or_path, None  # the base is here already
     config.inference_mode = False  # as it was saved, nothing would train
     config.lora_dropout = 0.0  # or the trainer would score other probabilities than those sampled from
@@ -84,9 +86,15 @@ def adapter_sampling(folder: Path) -> dict[str, Any]:
 
 def adapter_base(folder: Path) -> str:
     """What the adapter in a folder stands on: a path or a name."""
+    base = read_adapter_config(folder).get("base_model_name_or_path")
+    if not base:
+        raise ImageRLError(f"{folder / ADAPTER_CONFIG} names no base_model_name_or_path; write it in")
+    return str(base)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """PEFT's settings of the adapter in a folder, as they are."""
     try:
-        return str(
-            json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        )
-    except (OSError, ValueError, KeyError) as error:
+        return dict(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise ImageRLError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error

@@ -81,7 +81,9 @@ class PromptEncoder:
         cuts = {start + 1 if end - start > 1 else end for start, end in self._named_spans(text)} - {len(text)}
         if not cuts:
             return ids
-        return [id_ for part in pairwise([0, *sorted(cuts), len(text)]) for id_ in self.plain(text[slice(*part)])]
+        return [
+            id_ for part in pairwise([0, *sorted(cuts), len(text)]) for id_ in self.plain(text[slice(*part)])
+        ]
 
     def require(self, prompts: Iterable[Prompt], questions: bool = False) -> None:
         """Ask of every prompt, a question or else what a picture is drawn of, whether the model can read it.

@@ -85,7 +85,10 @@ def trained_policy(source: Path) -> tuple[ImagePolicy, dict[str, Any], AnyRecipe
         policy.flow.merge_lora()
     if isinstance(recipe, Recipe):
         drawn = asdict(evaluation_sampling(recipe))
-        config = {**config, "sampling": {name: drawn[name] for name in ("guidance", "flow_steps", "temperature")}}
+        config = {
+            **config,
+            "sampling": {name: drawn[name] for name in ("guidance", "flow_steps", "temperature")},
+        }
     return policy, config, recipe, folder
 
 

@@ -175,7 +175,9 @@ def draw_for_scorer(
     entries = entries_of(layout, prompts, sources)
     samples = samples_of(layout, how.samples)
     model = model or ("tiny_edit" if layout == "imgedit" else "tiny")
-    load_prompts(model).require(replace(entry.prompt(), source=f"{prompts}, {entry.name}") for entry in entries)
+    load_prompts(model).require(
+        replace(entry.prompt(), source=f"{prompts}, {entry.name}") for entry in entries
+    )
     rollout = how.rollout(model)
     facts = {
         "layout": layout,

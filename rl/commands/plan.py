@@ -37,6 +37,7 @@ def plans(recipe: Recipe, gpu_counts: Sequence[int], prompt_tokens: int | None =
     from rl.memory import Bytes, StepShape, at_depth, decoder_bytes, language_model_bytes
     from rl.plan import make_plan, step_shape
 
+    recipe = with_starting_adapter(recipe)
     config = model_config(recipe.model.path)
     tokenizer = _tokenizer_parameters(config)
     positions = int(config["num_image_positions"])
@@ -77,6 +78,21 @@ def plans(recipe: Recipe, gpu_counts: Sequence[int], prompt_tokens: int | None =
         shape = step_shape(recipe, count, prompt_tokens, positions, edits)
         found.append(make_plan(recipe, count, shape, *costs(shape), tokenizer))
     return found
+
+
+def with_starting_adapter(recipe: Recipe) -> Recipe:
+    """The recipe, `model.lora` filled in where training goes on with the adapter in `model.path`."""
+    from pathlib import Path
+
+    from models.adapters import ADAPTER_CONFIG, read_adapter_config
+    from rl.engine_config import LoraConfig
+
+    folder = Path(recipe.model.path).expanduser()
+    if recipe.model.lora is not None or not (folder / ADAPTER_CONFIG).is_file():
+        return recipe
+    stored = read_adapter_config(folder)
+    lora = LoraConfig(r=stored["r"], alpha=stored["lora_alpha"], target_modules=stored["target_modules"])
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": lora})})
 
 
 def model_config(path: str) -> dict[str, Any]:

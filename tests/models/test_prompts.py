@@ -148,7 +148,9 @@ def test_a_prompt_may_be_as_long_as_the_positions_that_the_picture_leaves(kind: 
     encoder = edit_policy()[0].prompts
     room = 512 - left - len(encoder.encode("Q", kind)) + 1
     assert len(encoder.encode("Q" * room, kind)) == 512 - left  # capitals are tokens of their own
-    with pytest.raises(PromptTooLong, match=rf"is {513 - left} tokens long .*takes {512 - left} \(it has 512 pos"):
+    with pytest.raises(
+        PromptTooLong, match=rf"is {513 - left} tokens long .*takes {512 - left} \(it has 512 pos"
+    ):
         encoder.encode("Q" * (room + 1), kind)
 
 
@@ -165,10 +167,12 @@ def test_the_longest_prompt_still_draws(policy: ImagePolicy) -> None:
 def test_it_is_named_by_its_place(policy: ImagePolicy) -> None:
     short, long = Prompt(0, "a sign", {}, "signs.jsonl", 1), Prompt(1, "Q" * 14_000, {}, "signs.jsonl", 3)
     policy.prompts.require([short])
-    with pytest.raises(PromptTooLong, match=r"^signs\.jsonl, line 3: .* is 14\d\d\d tokens long .*takes 504 ") as caught:
+    with pytest.raises(
+        PromptTooLong, match=r"^signs\.jsonl, line 3: .* is 14\d\d\d tokens long .*takes 504 "
+    ) as caught:
         policy.prompts.require([short, long])
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
-    with pytest.raises(PromptTooLong, match="^prompt 2: "):
+    with pytest.raises(PromptTooLong, match=r"^prompt 2: "):
         policy.prompts.require([short, Prompt(1, long.text)])
     with pytest.raises(ImageRLError, match=r"^signs\.jsonl, line 3: a prompt is empty"):
         policy.prompts.require([Prompt(1, " ", {}, "signs.jsonl", 3)])

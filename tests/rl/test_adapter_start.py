@@ -26,7 +26,11 @@ from tests.micro import micro_folder
 from tests.small_run import low_tokens, small_trainer, write_recipe
 
 # how a run begins: from what export of the first one, with which adapters
-STARTS = {"goes_on": ("adapter", "null"), "on_an_adapter": ("adapter", "{r: 2}"), "on_a_merge": ("merged", "{r: 2}")}
+STARTS = {
+    "goes_on": ("adapter", "null"),
+    "on_an_adapter": ("adapter", "{r: 2}"),
+    "on_a_merge": ("merged", "{r: 2}"),
+}
 
 
 def call(*arguments: str) -> int:
@@ -81,7 +85,8 @@ def test_before_is_the_evaluation_of_the_folder(place: Path, start: str) -> None
 
 def test_only_the_adapter_trains(place: Path, start: str) -> None:
     first, last = (
-        load_checkpoint(place / start / "checkpoints" / f"step_{step:06d}").tensors["model"] for step in (2, 3)
+        load_checkpoint(place / start / "checkpoints" / f"step_{step:06d}").tensors["model"]
+        for step in (2, 3)
     )
     rank = {tensor.shape[0] for name, tensor in last.items() if "lora_A" in name}
     assert all(".lora_" in name and "reference" not in name for name in last)
@@ -97,7 +102,9 @@ def test_a_resumed_run_ends_bit_for_bit_alike(place: Path, start: str, tmp_path:
     whole, parts = (run / "checkpoints" / "step_000003" for run in (place / start, tmp_path / "parts"))
     for file in ("model.safetensors", "optimizer.safetensors"):
         assert (whole / file).read_bytes() == (parts / file).read_bytes()
-    kl = [[r["kl/k3"] for r in read_metrics(run) if "kl/k3" in r] for run in (place / start, tmp_path / "parts")]
+    kl = [
+        [r["kl/k3"] for r in read_metrics(run) if "kl/k3" in r] for run in (place / start, tmp_path / "parts")
+    ]
     assert kl[0] == kl[1]
 
 
@@ -107,7 +114,9 @@ def test_its_export_repeats_it(place: Path, start: str, tmp_path: Path, adapter_
     again, trained = load_policy(str(tmp_path / "out")), trained_policy(place / start)
     for one, other in zip(proof_samples(*again), proof_samples(*trained[:2]), strict=True):
         assert np.array_equal(one, other)
-    assert not np.array_equal(proof_samples(*again)[0], proof_samples(*load_policy(str(place / "adapter")))[0])
+    assert not np.array_equal(
+        proof_samples(*again)[0], proof_samples(*load_policy(str(place / "adapter")))[0]
+    )
     assert (again[0].trainable.adapter is not None) == adapter_only
     if adapter_only:
         stands_on = "model" if start == "goes_on" else STARTS[start][0]
@@ -128,7 +137,9 @@ def test_fine_tuning_begins_from_the_merged_adapter(place: Path, trained: str) -
     merged = load_policy(str(place / "merged"))[0].trainable.lm.state_dict()
     policy = load_policy(str(place / "adapter"))[0]
     module = sft_module(policy, small_sft.recipe(place, f"train.ar={trained}"))
-    state = {name.replace(".base_layer", ""): tensor for name, tensor in policy.trainable.lm.state_dict().items()}
+    state = {
+        name.replace(".base_layer", ""): tensor for name, tensor in policy.trainable.lm.state_dict().items()
+    }
     assert all(torch.equal(state[name], tensor) for name, tensor in merged.items())
     learning = {name for name, p in module.ar.named_parameters() if p.requires_grad}
     assert all(("lora_" in name) == (trained == "lora") for name in learning) and learning

@@ -181,7 +181,9 @@ def test_an_edit_overlaps_by_its_picture_whatever_the_file_is_called(tmp_path: P
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_the_sets_of_the_shipped_recipes_do_not_overlap(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sets_of_the_shipped_recipes_do_not_overlap(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(RECIPES.parent)
     if read_recipe(recipe).get("kind", "train") == "train":
         data = load_recipe(recipe).data

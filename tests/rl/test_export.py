@@ -154,7 +154,9 @@ def test_bfloat16(place: Path, tmp_path: Path, exported: Path) -> None:
 def cold(place: Path) -> Path:
     """A LoRA run that samples colder, unguided, and is judged by two denoising steps."""
     options = ("rollout.temperature=0.5", "rollout.guidance=1", "rollout.flow_steps=1", "eval.flow_steps=2")
-    recipe = write_recipe(place, *options, "model.lora={r: 4}", "run.steps=1", f"run.output_dir={place / 'cold'}")
+    recipe = write_recipe(
+        place, *options, "model.lora={r: 4}", "run.steps=1", f"run.output_dir={place / 'cold'}"
+    )
     assert call("train", str(recipe)) == 0
     return place / "cold"
 
@@ -200,10 +202,18 @@ def test_a_model_of_its_own_temperature_is_sampled_at_it(
     entry = {"import_path": f"{cold.parent / 'reward.py'}:low_tokens"}
     monkeypatch.setitem(SUITES, "ocr", replace(SUITES["ocr"], rewards=[entry], gold=[]))
     written, against = tmp_path / "result.json", str(cold.parent / "model")
-    assert call("eval", "--model", str(tmp_path / "out"), "--n", "4", "--json", str(written), "--against", against) == 0
+    assert (
+        call(
+            "eval", "--model", str(tmp_path / "out"), "--n", "4", "--json", str(written), "--against", against
+        )
+        == 0
+    )
     result = json.loads(written.read_text())
     assert (result["temperature"], result["guidance"], result["flow_steps"]) == (0.5, 1.0, 2)
-    assert "more differs than the model: temperature 0.5 and 1.0, guidance 1.0 and 2.0, flow_steps 2 and 3" in capsys.readouterr().out
+    assert (
+        "more differs than the model: temperature 0.5 and 1.0, guidance 1.0 and 2.0, flow_steps 2 and 3"
+        in capsys.readouterr().out
+    )
 
 
 # ---- proof and refusal -------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rl.config import PromptSetConfig
 from rewards.ocr import wanted_text
+from rl.config import PromptSetConfig
 from rl.data import PromptSet, load_prompt_set, refuse_overlap
 from rl.errors import ImageRLError
 from rl.prompt_pictures import with_pictures

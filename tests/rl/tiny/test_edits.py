@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from PIL import ImageChops
 
-from rl.config import PromptSetConfig
 from rewards.ocr import wanted_text
+from rl.config import PromptSetConfig
 from rl.data import load_prompt_set, refuse_overlap
 from rl.errors import ImageRLError
 from rl.tiny.edits import (
