@@ -212,11 +212,12 @@ class ARPolicy(nn.Module):
             return
         own = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
         settings = self.adapter.peft_config[ADAPTER]
-        self.adapter.add_adapter(REFERENCE, replace(settings, inference_mode=True))
+        if REFERENCE not in self.adapter.peft_config:
+            self.adapter.add_adapter(REFERENCE, replace(settings, inference_mode=True))
         parameters = dict(self.named_parameters())
         for name, parameter in parameters.items():
             parameter.requires_grad_(own.get(name, False))
-            if name not in own:
+            if f".{REFERENCE}." in name:
                 parameter.data.copy_(parameters[name.replace(f".{REFERENCE}.", f".{ADAPTER}.")].data)
 
     @contextmanager

@@ -14,17 +14,23 @@ from models.adapters import adapter_base
 from models.loading import load_policy
 from rl.checkpoint import load_checkpoint
 from rl.cli import main
+from rl.commands.plan import plans
+from rl.commands.pretrain import starting_policy
+from rl.config import Recipe
 from rl.errors import ImageRLError
 from rl.export import export, proof_samples, trained_policy
 from rl.metrics import read_metrics
+from rl.pretraining.config import PretrainRecipe
+from rl.recipe import load_yaml_recipe, validate_recipe
 from rl.rollout import RolloutEngine
 from rl.sft.objective import sft_module
 from rl.tiny.world import prompt_set
 from rl.types import SamplingParams
 from tests import small_sft
 from tests.micro import micro_folder
-from tests.small_run import low_tokens, small_trainer, write_recipe
+from tests.small_run import low_tokens, recipe_data, small_trainer, write_recipe
 
+ROOT = Path(__file__).parents[2]
 # how a run begins: from what export of the first one, with which adapters
 STARTS = {
     "goes_on": ("adapter", "null"),
@@ -149,6 +155,35 @@ def test_a_decoder_trains_over_the_merged_adapter(place: Path) -> None:
     policy = load_policy(str(place / "adapter"))[0]
     small_trainer("algorithm.flow={name: flow_grpo}", "rollout.flow_steps=3", policy=policy).step(0)
     assert policy.trainable.adapter is None
+
+
+def test_zero_3_keeps_the_reference_too(place: Path) -> None:
+    lines = []
+    for options in ((), ("engine.name=deepspeed", "engine.zero_stage=3")):
+        policy = load_policy(str(place / "adapter"))[0]
+        trainer = small_trainer("algorithm.kl_coef=0.05", "optim.lr=0.02", *options, policy=policy)
+        lines.append([trainer.step(step)["kl/k3"] for step in range(2)])
+        trainer.engine.close()
+    assert lines[0][0] == lines[1][0] == 0.0 and lines[0][1] > 0
+    assert lines[0][1] == pytest.approx(lines[1][1], rel=1e-5)
+
+
+def test_pretraining_goes_on_with_all_weights_of_the_merged_adapter(place: Path) -> None:
+    recipe = load_yaml_recipe(
+        PretrainRecipe, "recipes/tiny_unified_pretrain.yaml", [f"init={place / 'adapter'}"]
+    )
+    policy, _ = starting_policy(recipe)
+    assert policy.trainable.adapter is None
+    assert all(parameter.requires_grad for parameter in policy.trainable.parameters())
+
+
+def test_its_memory_is_planned_as_that_of_adapters(place: Path) -> None:
+    data = recipe_data(place, f"model.path={place / 'adapter'}", "algorithm.kl_coef=0.1")
+    given, asked = (
+        plans(validate_recipe(Recipe, data | {"model": model}, "test"), [1])[0]
+        for model in ({"path": str(place / "adapter")}, {"path": str(place / "model"), "lora": {"r": 4}})
+    )
+    assert given.parts == asked.parts and "KL reference" not in given.parts
 
 
 def test_a_reference_that_moves_needs_full_weights(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
