@@ -161,12 +161,13 @@ def draw_for_scorer(
 ) -> None:
     """Everything that a benchmark's own scorer needs of the model, in one folder."""
     import sys
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
     from models.fingerprint import model_fingerprint
     from models.loading import load_prompts
     from rl.checkpoint import package_versions
     from rl.evaluation.layouts import draw, entries_of, prompts_sha256, samples_of
+    from rl.types import Prompt
 
     if prompts is None or pictures is None:
         raise ImageRLError(
@@ -176,7 +177,8 @@ def draw_for_scorer(
     samples = samples_of(layout, how.samples)
     model = model or ("tiny_edit" if layout == "imgedit" else "tiny")
     load_prompts(model).require(
-        replace(entry.prompt(), source=f"{prompts}, {entry.name}") for entry in entries
+        Prompt(entry.index, entry.text, {"reference": entry.source}, f"{prompts}, {entry.name}")
+        for entry in entries
     )
     rollout = how.rollout(model)
     facts = {

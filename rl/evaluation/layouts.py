@@ -21,6 +21,7 @@ from rl.evaluation.evaluate import Source
 from rl.evaluation.kept_pictures import refuse_filled
 from rl.files import write_atomic
 from rl.metrics import save_image, to_json
+from rl.prompt_pictures import open_picture
 from rl.recipe import read_text
 from rl.types import Prompt
 
@@ -38,8 +39,10 @@ class Entry:
     source: Path | None = None  # ImgEdit: the picture to edit
 
     def prompt(self) -> Prompt:
-        """Its pictures are opened when it is drawn."""
-        return Prompt(self.index, self.text, {} if self.source is None else {"reference": self.source})
+        """Raises ImageRLError when the picture to edit cannot be read."""
+        if self.source is None:
+            return Prompt(self.index, self.text)
+        return Prompt(self.index, self.text, {"reference": open_picture(self.source, self.name)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from PIL import Image
 from rl.cli import main
 from rl.errors import ImageRLError
 from rl.evaluation.layouts import draw, entries_of, samples_of
-from rl.prompt_pictures import with_pictures
 from rl.types import Prompt, RolloutGroup
 from tests.micro import micro_folder
 
@@ -150,8 +149,7 @@ def test_imgedit_finds_a_picture_by_each_key(imgedit: Path, tmp_path: Path) -> N
         picture = np.asarray(Image.open(tmp_path / "out" / f"{key}.png"))
         np.testing.assert_array_equal(picture, plain(index, 0))
     assert [prompt.text for prompt in painter.asked] == ["Darken the fur.", "Make it ukiyo-e."]
-    opened = [with_pictures(prompt).reference for prompt in painter.asked]
-    assert all(picture is not None and picture.size == (16, 12) for picture in opened)
+    assert all(prompt.reference is not None and prompt.reference.size == (16, 12) for prompt in painter.asked)
 
 
 @pytest.mark.parametrize("layout", ["geneval", "dpg"])
