@@ -8,9 +8,9 @@ alone, divided by the temperature. Nothing but an image token has any probabilit
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import Qwen3ForCausalLM
 
+ADAPTER, REFERENCE = "default", "reference"  # names within PEFT: the adapter, and what it was before training
 MAX_LOGITS_PER_CHUNK = 1 << 25  # float32 logits alive at once while scoring: 128 MiB, whatever the vocabulary
 
 
@@ -98,6 +99,7 @@ class ARPolicy(nn.Module):
         self.lm = lm
         self.vocabulary = vocabulary
         self._adapter: tuple[PeftModel, ...] = ()  # in a tuple, so that it is not registered a second time
+        self._new_adapter = False
 
     @property
     def head(self) -> Tensor:
@@ -183,15 +185,57 @@ class ARPolicy(nn.Module):
             self.attach_adapter(get_peft_model(self.lm, config))
         except ValueError as error:
             raise ImageRLError(f"model.lora: {' '.join(str(error).split())[:300]}") from error
+        self._new_adapter = True
+
+    def attach_adapter(self, adapter: PeftModel) -> None:
+        """Remember a PEFT model that was built around `lm`, whose layers it has replaced in place.
+
+        Raises ImageRLError when it adapts what is used by its plain weight, so that the adapter would be ignored."""
         for name in ("lm_head", "model.embed_tokens"):
             if hasattr(self.lm.get_submodule(name), "base_layer"):
                 raise ImageRLError(
                     f"model.lora.target_modules: {name} cannot have an adapter; name other layers"
                 )
-
-    def attach_adapter(self, adapter: PeftModel) -> None:
-        """Remember a PEFT model that was built around `lm`, whose layers it has replaced in place."""
         self._adapter = (adapter,)
+
+    def merge_adapter(self) -> None:
+        """Fold the adapter into the weights for good, which may then train again. Nothing to do without."""
+        if self.adapter is not None:
+            self.adapter.merge_and_unload()
+            self._adapter = ()
+            self.lm.requires_grad_(True)
+
+    def keep_reference(self) -> None:
+        """Remember the present adapter as a second one, which never trains, for `reference_weights`. A new adapter
+        changes nothing yet: there it is enough to turn it off."""
+        if self.adapter is None or self._new_adapter:
+            return
+        own = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+        settings = self.adapter.peft_config[ADAPTER]
+        if REFERENCE not in self.adapter.peft_config:
+            self.adapter.add_adapter(REFERENCE, replace(settings, inference_mode=True))
+        parameters = dict(self.named_parameters())
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(own.get(name, False))
+            if f".{REFERENCE}." in name:
+                parameter.data.copy_(parameters[name.replace(f".{REFERENCE}.", f".{ADAPTER}.")].data)
+
+    @contextmanager
+    def reference_weights(self) -> Iterator[None]:
+        """A context in which the adapter is what it was before training: the one that was kept, or none."""
+        assert self.adapter is not None
+        if REFERENCE not in self.adapter.peft_config:
+            with self.base_weights():
+                yield
+            return
+        own = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        self.adapter.set_adapter(REFERENCE)
+        try:
+            yield
+        finally:
+            self.adapter.set_adapter(ADAPTER)
+            for parameter, trains in own:  # PEFT has decided that anew
+                parameter.requires_grad_(trains)
 
     @property
     def adapter(self) -> PeftModel | None:
@@ -199,5 +243,5 @@ class ARPolicy(nn.Module):
         return self._adapter[0] if self._adapter else None
 
     def base_weights(self) -> AbstractContextManager[Any]:
-        """A context in which adapters are off: the reference policy of a LoRA run."""
+        """A context in which adapters are off."""
         return self.adapter.disable_adapter() if self.adapter is not None else nullcontext()

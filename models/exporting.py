@@ -53,6 +53,7 @@ def save_published(
                 shutil.copy(base / name, folder / name)
     else:
         save_tokenizer(policy, folder)
+    save_generation(policy, config, folder)
 
 
 def save_language_model(
@@ -76,6 +77,21 @@ def save_language_model(
     _write_json(folder / "config.json", flat)
     save_shards(language_model_state(policy), folder, dtype, max_shard_bytes)
     save_tokenizer(policy, folder)
+    save_generation(policy, config, folder)
+
+
+def save_generation(policy: ImagePolicy, config: Config, folder: Path) -> None:
+    """generation_config.json, by which others sample unless told otherwise: from the whole distribution, at the model's
+    temperature. What else stands in one that is there already stays."""
+    file = folder / "generation_config.json"
+    theirs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    whole = {
+        "do_sample": True,
+        "temperature": float(config["sampling"].get("temperature", 1.0)),
+        "top_k": policy.trainable.lm.config.vocab_size,  # "all" has another number in transformers, vLLM and SGLang
+        "top_p": 1.0,
+    }
+    _write_json(file, theirs | whole)
 
 
 def save_diffusers(policy: ImagePolicy, folder: Path, dtype: torch.dtype | None = None) -> None:

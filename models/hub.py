@@ -11,7 +11,8 @@ from rl.types import ImageRLError
 WANTED = (
     *("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
-    *("special_tokens_map.json", "chat_template.jinja", "chat_template.json", "adapter_config.json"),
+    *("special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
+    *("adapter_config.json", "sampling.json"),
 )
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 

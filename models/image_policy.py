@@ -84,7 +84,8 @@ class ImagePolicy:
 
     @cached_property
     def prompts(self) -> PromptEncoder:
-        return PromptEncoder(self.text_tokenizer, self.vocabulary)
+        positions = self.trainable.lm.config.max_position_embeddings
+        return PromptEncoder(self.text_tokenizer, self.vocabulary, positions, self.num_actions)
 
     def _padded(self, rows: Rows) -> tuple[Tensor, Tensor]:
         ids, mask = pad_left(rows, self.prompts.pad)
@@ -200,12 +201,11 @@ class ImagePolicy:
         return self.decoder.draw(latents), trajectory
 
     def freeze_reference(self) -> None:
-        """Remember the present policy as the KL reference: a frozen copy of the autoregressive half, or nothing
-        at all with LoRA, where the reference is the base with adapters off. Called again, parameters gathered, it
-        renews the copy."""
+        """Remember the present policy as the KL reference: a frozen copy of the autoregressive half, or of the adapter
+        alone where one trains. Called again, parameters gathered, it renews the copy of a half."""
         if self.trainable.adapter is not None:
-            return
-        if self._reference is None:
+            self.trainable.keep_reference()
+        elif self._reference is None:
             self._reference = copy.deepcopy(self.trainable).requires_grad_(False).eval()
         else:
             self.load_reference({n: p.data for n, p in self.trainable.named_parameters()})
@@ -235,5 +235,5 @@ class ImagePolicy:
             return self._reference(prompt_ids, prompt_mask, tokens, temperature)
         if self.trainable.adapter is None:
             raise ImageRLError("no reference policy: call freeze_reference() before training with KL")
-        with self.trainable.base_weights():
+        with self.trainable.reference_weights():
             return self.trainable(prompt_ids, prompt_mask, tokens, temperature)

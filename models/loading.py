@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.adapters import ADAPTER_CONFIG, adapter_base, load_adapter
+from models.adapters import ADAPTER_CONFIG, adapter_base, adapter_sampling, load_adapter
 from models.ar import ImageVocabulary
 from models.hub import is_hub_name, snapshot
 from models.image_policy import ImagePolicy
+from models.prompts import PromptEncoder
 from models.published import EDIT_UNUSED, from_published, is_published
 from models.shards import SHARD_BYTES, WEIGHTS, Shards, save_shards
 from models.weights import check_fit, empty_policy, fill, full_state, is_tied
@@ -43,6 +44,12 @@ def model_folder(path: str) -> Path:
             f"BLIP3o/BLIP3o-NEXT-SFT-3B, or {TINY!r} for the shipped one"
         )
     return folder
+
+
+def base_folder(path: str) -> Path:
+    """The same, for an adapter folder that of the whole model underneath."""
+    folder = model_folder(path)
+    return base_folder(adapter_base(folder)) if (folder / ADAPTER_CONFIG).is_file() else folder
 
 
 def _way_to_a_model(folder: Path) -> str:
@@ -129,27 +136,44 @@ def _require_image_tokens(text_tokenizer: Any, config: Mapping[str, Any], folder
             )
 
 
+def load_prompts(path: str) -> PromptEncoder:
+    """How the model at `path`, as `load_policy` takes it, reads prompts; its weights stay on disk."""
+    from transformers import Qwen3Config
+
+    config, text_tokenizer, _, _ = _open(base_folder(path))
+    positions = Qwen3Config(**config["qwen3"]).max_position_embeddings
+    vocabulary = ImageVocabulary.from_config(config)
+    return PromptEncoder(text_tokenizer, vocabulary, positions, int(config["num_image_positions"]))
+
+
+def _open(folder: Path) -> tuple[dict[str, Any], Any, Shards, dict[str, Any] | None]:
+    """The config in our form, the text tokenizer, the tensors yet to be read, and a published config.json as it is."""
+    config, shards = read_config(folder), Shards(folder)
+    published = config if is_published(config) else None
+    if published is not None:
+        config = from_published(published, shards.shapes)
+    text_tokenizer = load_text_tokenizer(folder)
+    _require_image_tokens(text_tokenizer, config, folder)
+    return config, text_tokenizer, shards, published
+
+
 def load_policy(
     path: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[ImagePolicy, dict[str, Any]]:
     """A policy with all its parts in `dtype`, and its config in our form.
 
     `path` is "tiny", a model folder of ours or of the published layout, a folder with a LoRA adapter, whose base is
-    then loaded under it, or a name of the hub. Beside the policy one tensor at a time is in memory.
+    then loaded under it, adapters of its own merged, or a name of the hub. Beside the policy one tensor at a time is in
+    memory.
 
     Raises ImageRLError with one line when the folder is not a model, or its files are damaged or do not fit."""
     folder = model_folder(path)
     if (folder / ADAPTER_CONFIG).is_file():
         policy, config = load_policy(adapter_base(folder), device, dtype)
+        policy.trainable.merge_adapter()  # of a base that is an adapter folder itself
         load_adapter(policy, folder)
-        return policy.to(device), config
-    config = read_config(folder)
-    shards = Shards(folder)
-    published = config if is_published(config) else None
-    if published is not None:
-        config = from_published(published, shards.shapes)
-    text_tokenizer = load_text_tokenizer(folder)
-    _require_image_tokens(text_tokenizer, config, folder)
+        return policy.to(device), {**config, "sampling": config["sampling"] | adapter_sampling(folder)}
+    config, text_tokenizer, shards, published = _open(folder)
     policy = empty_policy(config, text_tokenizer)
     if not any(name.startswith(EDIT_UNUSED) for name in shards.entries):
         policy.decoder.unused_connector = None

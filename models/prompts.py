@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from models.ar import ImageVocabulary
-from rl.types import ImageRLError
+from rl.types import ImageRLError, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,11 @@ TURN_END = "<|im_end|>"
 MARK = "\ue000"  # a private-use character, where the chat template puts the user's words
 
 Rows = list[list[int]]
+Kind = Literal["caption", "edit", "question"]
+
+
+class PromptTooLong(ImageRLError):
+    """A prompt that leaves the model no positions for its answer."""
 
 
 def pad_left(rows: Rows, pad: int) -> tuple[Tensor, Tensor]:
@@ -36,9 +42,18 @@ class PromptEncoder:
     """Prompts as ids. A user's words are encoded as plain text: `<I5>` or `<|im_end|>` in a caption are seven or more
     letters, never the token of that name, so that nobody can end a turn or draw from inside a caption."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: ImageVocabulary) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: ImageVocabulary,
+        positions: int,
+        image_tokens: int,
+    ) -> None:
+        """`positions` are the language model's, for prompt and answer together; a picture is `image_tokens` of them."""
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
+        self.positions = positions
+        self.image_tokens = image_tokens
         self.pad = tokenizer.pad_token_id or 0
         self._ids_of_names = tokenizer.get_added_vocab()  # built anew at every call, of 65,000 names
         self._named = set(self._ids_of_names.values())
@@ -63,25 +78,47 @@ class PromptEncoder:
         ids = self._ids(text)
         if self._named.isdisjoint(ids):
             return ids
-        start, end = self._named_spans(text)[0]
-        cut = start + 1 if end - start > 1 else end
-        return self.plain(text[:cut]) + self.plain(text[cut:]) if cut < len(text) else ids
+        cuts = {start + 1 if end - start > 1 else end for start, end in self._named_spans(text)} - {len(text)}
+        if not cuts:
+            return ids
+        return [
+            id_ for part in pairwise([0, *sorted(cuts), len(text)]) for id_ in self.plain(text[slice(*part)])
+        ]
+
+    def require(self, prompts: Iterable[Prompt], questions: bool = False) -> None:
+        """Ask of every prompt, a question or else what a picture is drawn of, whether the model can read it.
+
+        Raises ImageRLError that begins with the place of the first one that it cannot, PromptTooLong for its length."""
+        for prompt in prompts:
+            edit = prompt.columns.get("reference") is not None
+            try:
+                self.encode(prompt.text, "question" if questions else "edit" if edit else "caption")
+            except ImageRLError as error:
+                raise type(error)(f"{prompt.place}: {error}") from None
+
+    def encode(self, text: str, kind: Kind) -> list[int]:
+        """One prompt, with tokens of no particular picture. Raises ImageRLError for what the model cannot read."""
+        if kind == "caption":
+            return self.captions([text])[0]
+        picture = torch.zeros(1, self.image_tokens, dtype=torch.long)
+        return (self.edits if kind == "edit" else self.questions)([text], picture)[0]
 
     def captions(self, texts: Sequence[str]) -> Rows:
         """Text-to-image prompts, each ending in `<im_start><S0>`."""
         require_words(texts, "prompt", "a caption")
-        return [
+        rows = [
             self._head
             + self.plain(self._lead + REQUEST.format(caption=text) + self._trail)
             + self._tail
             + self._image_tags
             for text in texts
         ]
+        return self._fitting(rows, texts, self.image_tokens)
 
     def edits(self, texts: Sequence[str], reference_tokens: Tensor) -> Rows:
         """Edit prompts around the references' tokens [P, T], each ending in `<im_start><S0>`."""
         require_words(texts, "prompt", "an instruction")
-        return [
+        rows = [
             self._head
             + self.plain(self._lead + EDIT.format(instruction=text))
             + picture
@@ -89,15 +126,29 @@ class PromptEncoder:
             + self._image_tags
             for text, picture in zip(texts, self._pictures(reference_tokens, len(texts)), strict=True)
         ]
+        return self._fitting(rows, texts, self.image_tokens)
 
     def questions(self, texts: Sequence[str], picture_tokens: Tensor) -> Rows:
         """Questions about pictures of tokens [P, T], each ending where the answer starts. The picture stands before
         the words."""
         require_words(texts, "question", "words")
-        return [
+        rows = [
             self._head + self.plain(self._lead) + picture + self.plain(f"\n{text}{self._trail}") + self._tail
             for text, picture in zip(texts, self._pictures(picture_tokens, len(texts)), strict=True)
         ]
+        return self._fitting(rows, texts, 0)
+
+    def _fitting(self, rows: Rows, texts: Sequence[str], drawn: int) -> Rows:
+        """The rows. Raises PromptTooLong when one leaves no positions for the `drawn` tokens of a picture."""
+        limit = self.positions - drawn
+        for row, text in zip(rows, texts, strict=True):
+            if len(row) > limit:
+                less = f", less {drawn} for the picture" if drawn else ""
+                raise PromptTooLong(
+                    f'"{" ".join(text[:40].split())}..." is {len(row)} tokens long with the chat template, and the '
+                    f"model takes {limit} (it has {self.positions} positions{less}); shorten it"
+                )
+        return rows
 
     def answers(self, texts: Sequence[str]) -> Rows:
         """What the model should say: the words and the end of its turn."""

@@ -25,11 +25,13 @@ def greedy_text(
 ) -> list[list[int]]:
     """The most likely text after each of left-padded prompts [P, L], token by token, without its stop token.
 
-    At most `max_new_tokens` tokens each; a row that has stopped no longer changes."""
+    At most `max_new_tokens` tokens each, and no more than the model has positions for; a row that has stopped no longer
+    changes."""
     lm, mask = ar.lm, prompt_mask.bool()
     forbidden = ~text_columns(ar.vocabulary, lm.lm_head.weight.shape[0]).to(prompt_ids.device)
     answers: list[list[int]] = [[] for _ in prompt_ids]
     running = set(range(len(prompt_ids)))
+    room = (lm.config.max_position_embeddings - mask.sum(1)).tolist()
     ids, positions, cache = prompt_ids, positions_of(mask), None
     for _ in range(max_new_tokens):
         out = lm.model(
@@ -47,6 +49,8 @@ def greedy_text(
                 running.discard(row)
             elif row in running:
                 answers[row].append(token)
+                if len(answers[row]) > room[row]:
+                    running.discard(row)
         if not running:
             break
         ids, positions = chosen[:, None], positions[:, -1:] + 1

@@ -151,11 +151,20 @@ class OCRReward:
         return problem
 
 
+def wanted_text(given: Any, prompt: str) -> str:
+    """What `target_of` finds, normalised as it is compared; "" where a picture need not show any text."""
+    return normalise(target_of(given, prompt) or "") if _is_text(given) else ""
+
+
 def target_of(given: Any, prompt: str) -> str | None:
     """The text that a picture must show: what the column holds, numbers as text, else what the prompt quotes.
 
     Raises ImageRLError when the column holds something else."""
-    if isinstance(given, bool) or not isinstance(given, str | int | float | None):
+    if not _is_text(given):
         raise ImageRLError(f"reward 'ocr': the column target must hold texts, not {given!r}")
     text = "" if given is None else str(given)
     return text if text.strip() else quoted_text(prompt)
+
+
+def _is_text(given: Any) -> bool:
+    return isinstance(given, str | int | float | None) and not isinstance(given, bool)

@@ -135,9 +135,15 @@ def _picture(data: bytes, unpack: bool = True) -> Image.Image:
     return picture
 
 
-def chat_app(answers: Answers, model: str, batch: int = 16) -> web.Application:
+def chat_app(
+    answers: Answers,
+    model: str,
+    batch: int = 16,
+    refuse: Callable[[str], object] = lambda text: None,
+) -> web.Application:
     """`POST /v1/chat/completions` and `GET /v1/models`. `answers` is called by one thread with the questions that have
-    come in meanwhile, at most `batch`; when it fails with several, it is called with each alone."""
+    come in meanwhile, at most `batch`; when it fails with several, it is called with each alone. `refuse` raises
+    ImageRLError for a text that the model cannot read: its own request is answered 400, no other's."""
     from aiohttp import web
 
     questions: asyncio.Queue[tuple[ChatQuestion, asyncio.Future[str]]] = asyncio.Queue()
@@ -189,6 +195,7 @@ def chat_app(answers: Answers, model: str, batch: int = 16) -> web.Application:
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"the request is not JSON: {error}") from error
             question = parse_chat(body, model)
+            refuse(question.text)
             future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             questions.put_nowait((question, future))
             return web.json_response(_completion(model, await future))

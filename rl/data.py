@@ -7,13 +7,13 @@ import io
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl.errors import ImageRLError
-from rl.prompt_pictures import identity, picture_paths
+from rl.prompt_pictures import identity, picture_hash, picture_paths
 from rl.reading import read_text
 from rl.seeding import derive_seed
 from rl.types import Prompt
@@ -28,6 +28,7 @@ RESERVED_COLUMNS = (
     "completion_ids",
     "images",
 )  # what rewards get beside the columns
+LINES_SHOWN = 20  # of the rows that a held-out set shares with the training set
 Row = tuple[int, Any]  # line number, and a mapping of columns or a bare prompt
 
 
@@ -93,6 +94,7 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
         source = f"{config.name}/{config.split}"
         prompts = NAMED_SETS[config.name](str(config.split), config.size, config.seed)
         lines = [prompt.index + 1 for prompt in prompts]
+        prompts = [replace(p, source=source, line=n) for p, n in zip(prompts, lines, strict=True)]
     else:
         source = str(config.path)
         rows = _read_rows(source, config.column)
@@ -125,28 +127,40 @@ def _refuse_repeated(prompts: Sequence[Prompt], lines: Sequence[int], source: st
         seen[name] = line
 
 
-def refuse_overlap(train: PromptSet, heldout: PromptSet) -> None:
+def refuse_overlap(train: PromptSet, heldout: PromptSet, wanted: Callable[[Any, str], str]) -> None:
     """Held-out results mean nothing when their prompts, or the targets in them, were trained on.
 
+    `wanted` says what the rewards compare a picture with, "" for nothing, given the column `target` and the text; it
+    is `rewards.ocr.wanted_text`. Prompts are the same but for case and white space, edits if their pictures are too.
+
     Raises:
-        ImageRLError: a prompt's text, or a value of the column `target`, is in both sets.
+        ImageRLError: with the rows, when a prompt or a target is in both sets.
     """
-    for what, values_of in (("prompt", _identities), ("target", _targets)):
-        trained = set(values_of(train))
-        shared = [value for value in values_of(heldout) if value in trained]
+
+    def text(prompt: Prompt) -> str:
+        return " ".join(prompt.text.casefold().split())
+
+    common = {text(prompt) for prompt in train} & {text(prompt) for prompt in heldout}
+
+    def whole(prompt: Prompt) -> str:
+        """Pictures are read only where instructions are alike: they may be many."""
+        return text(prompt) + picture_hash(prompt) if text(prompt) in common else ""
+
+    def target(prompt: Prompt) -> str:
+        return wanted(prompt.columns.get("target"), prompt.text)
+
+    for what, value_of in (("prompt", whole), ("target", target)):
+        trained = {value: prompt for prompt in reversed(train.prompts) if (value := value_of(prompt))}
+        shared = [(prompt, trained[value]) for prompt in heldout if (value := value_of(prompt)) in trained]
         if shared:
+            first, known = shared[0]
+            lines = ", ".join(str(prompt.line) for prompt, _ in shared[:LINES_SHOWN])
             raise ImageRLError(
-                f"{len(shared)} {what}s of data.heldout ({heldout.source}) are also in data.train "
-                f'({train.source}), such as "{shared[0]}"; remove them from one'
+                f"{len(shared)} {what}s of data.heldout ({heldout.source}) are also in data.train ({train.source}), "
+                f'such as "{target(first) if what == "target" else first.text}" of line {first.line} in line '
+                f"{known.line}; remove them from one of the two: held-out lines {lines}"
+                f"{', ...' if len(shared) > LINES_SHOWN else ''}"
             )
-
-
-def _identities(prompts: PromptSet) -> list[str]:
-    return [identity(prompt) for prompt in prompts]
-
-
-def _targets(prompts: PromptSet) -> list[str]:
-    return [prompt.columns["target"] for prompt in prompts if isinstance(prompt.columns.get("target"), str)]
 
 
 class GroupedSampler:
@@ -257,6 +271,8 @@ def _to_prompts(rows: Sequence[Row], column: str, source: str) -> list[Prompt]:
             index,
             mapping[column].strip(),
             picture_paths({name: mapping.get(name) for name in names}, folder, f"{source}, line {line}"),
+            source,
+            line,
         )
         for index, (line, mapping) in enumerate(mappings)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.adapters import save_adapter
+from models.adapters import adapter_base, save_adapter
 from models.exporting import (
     load_diffusers,
     load_language_model,
@@ -20,7 +21,7 @@ from models.exporting import (
     save_published,
 )
 from models.image_policy import ImagePolicy
-from models.loading import load_policy, model_folder, save_policy
+from models.loading import base_folder, load_policy, model_folder, save_policy
 from rl.checkpoint import CHECKPOINTS, latest_checkpoint, load_checkpoint, package_versions, step_of
 from rl.config import Recipe
 from rl.errors import ImageRLError
@@ -28,9 +29,11 @@ from rl.files import atomic_folder
 from rl.halves import trained_module
 from rl.metrics import read_metrics, to_json
 from rl.recipe import validate_recipe
+from rl.rollout import evaluation_sampling
 from rl.seeding import generator
 from rl.sft.config import AnyRecipe, SFTRecipe
 from rl.sft.objective import sft_module
+from rl.types import SamplingParams
 
 PROOF_PROMPTS = (
     'a sign that says "RIVER" in red on a white background',
@@ -67,7 +70,8 @@ def checkpoint_of(source: Path) -> Path:
 
 
 def trained_policy(source: Path) -> tuple[ImagePolicy, dict[str, Any], AnyRecipe, Path]:
-    """The policy as it was at a checkpoint, its model config, the run's recipe and the checkpoint's folder."""
+    """The policy as it was at a checkpoint, its model config, the run's recipe and the checkpoint's folder. The config
+    says to draw as the run drew what it was judged by; supervised training leaves that as the model had it."""
     folder = checkpoint_of(source)
     checkpoint = load_checkpoint(folder)
     stored = dict(checkpoint.state["recipe"])
@@ -79,6 +83,12 @@ def trained_policy(source: Path) -> tuple[ImagePolicy, dict[str, Any], AnyRecipe
     load_trained(module, checkpoint.tensors["model"])
     if policy.flow is not None:
         policy.flow.merge_lora()
+    if isinstance(recipe, Recipe):
+        drawn = asdict(evaluation_sampling(recipe))
+        config = {
+            **config,
+            "sampling": {name: drawn[name] for name in ("guidance", "flow_steps", "temperature")},
+        }
     return policy, config, recipe, folder
 
 
@@ -106,12 +116,12 @@ def _proof_noise(policy: ImagePolicy) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def proof_samples(policy: ImagePolicy, config: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [P, T] and pixels [P, 3, H, W] of fixed prompts and random numbers: what an export must repeat."""
-    sampling = config["sampling"]
+    sampling = SamplingParams(**config["sampling"])
     ids, mask = policy.encode_prompts(PROOF_PROMPTS)
     uniforms, noise = _proof_noise(policy)
     policy.refresh_sampler()
-    trajectory = policy.sample_tokens(ids, mask, uniforms, 1.0)
-    pixels = policy.decode(trajectory.hidden, noise, sampling["guidance"], sampling["flow_steps"])
+    trajectory = policy.sample_tokens(ids, mask, uniforms, sampling.temperature)
+    pixels = policy.decode(trajectory.hidden, noise, sampling.guidance, sampling.flow_steps)
     return trajectory.tokens.cpu().numpy(), pixels.cpu().numpy()
 
 
@@ -126,13 +136,13 @@ def repeated(
         theirs = load_language_model(folder)(ids, mask)
         return {"logits": ours.numpy()}, {"logits": theirs.numpy()}
     if layout == "diffusers":
-        width, sampling = policy.trainable.lm.config.hidden_size, config["sampling"]
+        width, sampling = policy.trainable.lm.config.hidden_size, SamplingParams(**config["sampling"])
         decoder = load_diffusers(folder, width, policy.latent_shape[1:])
         noise = _proof_noise(policy)[1]
         draws = generator(PROOF_SEED, "hidden")
         hidden = torch.randn(len(noise), policy.num_actions + 1, width, generator=draws)
         pictures = [
-            each.draw(each.latents(hidden, noise, sampling["guidance"], sampling["flow_steps"])).numpy()
+            each.draw(each.latents(hidden, noise, sampling.guidance, sampling.flow_steps)).numpy()
             for each in (policy.decoder, decoder)
         ]
         return {"pixels": pictures[0]}, {"pixels": pictures[1]}
@@ -158,7 +168,8 @@ def export(
 
     The folder appears only once it has been loaded back and has repeated exactly what the policy does: tokens and
     pixels, or the logits or pixels of the half that was written. With LoRA the adapters are merged, or with
-    `adapter_only` kept as a PEFT adapter beside the base's path. Those of a trained decoder are always merged.
+    `adapter_only` kept as a PEFT adapter beside the path of what it stands on: what the run began from, or the base of
+    that where the run went on training its adapter. Those of a trained decoder are always merged.
 
     Raises ImageRLError when `target` exists, the source has no checkpoint, or the proof fails."""
     if target.exists():
@@ -173,16 +184,19 @@ def export(
             "the run trained the decoder, which no adapter file holds; export without --adapter"
         )
     if adapter_only and policy.trainable.adapter is None:
-        raise ImageRLError("the run has no LoRA adapter (model.lora is null); export without --adapter")
+        raise ImageRLError("the run trained no LoRA adapter; export without --adapter")
     if not adapter_only:
-        merge_adapters(policy)
+        policy.trainable.merge_adapter()
     if dtype is not None and not adapter_only:
         round_weights(policy, dtype)
     with atomic_folder(target) as temporary:
         if adapter_only:
-            save_adapter(policy, temporary, recipe.model.path)
+            start = recipe.model.path
+            continued = isinstance(recipe, Recipe) and recipe.model.lora is None
+            base = adapter_base(model_folder(start)) if continued else start
+            save_adapter(policy, temporary, base, config["sampling"])
         elif layout == "blip3o":
-            save_published(policy, temporary, config, model_folder(recipe.model.path), dtype)
+            save_published(policy, temporary, config, base_folder(recipe.model.path), dtype)
         elif layout == "qwen3":
             save_language_model(policy, temporary, config, dtype)
         elif layout == "diffusers":
@@ -196,15 +210,9 @@ def export(
                 raise ImageRLError(
                     f"the export does not repeat the run's {what} ({share:.1%} differ); nothing was written"
                 )
-        provenance = describe(recipe, folder, temporary, layout, wanted)
+        provenance = describe(recipe, folder, temporary, layout, wanted) | {"sampling": config["sampling"]}
         (temporary / PROVENANCE).write_text(to_json(provenance, indent=2) + "\n", encoding="utf-8")
     return provenance
-
-
-def merge_adapters(policy: ImagePolicy) -> None:
-    """Fold LoRA into the weights for good. Nothing to do without."""
-    if policy.trainable.adapter is not None:
-        policy.trainable.adapter.merge_adapter()
 
 
 def describe(recipe: AnyRecipe, checkpoint: Path, folder: Path, layout: str, proof: Proof) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rl.config import Recipe
+from rl.errors import ImageRLError
 from rl.seeding import derive_seed
 
 TOKENS, FLOW = "tokens", "flow"
@@ -39,10 +40,18 @@ def trained_halves(recipe: Recipe) -> tuple[str, ...]:
 def trained_module(policy: Any, recipe: Recipe) -> nn.Module:
     """Give a `models.image_policy.ImagePolicy` the adapters and frozen parts that the recipe asks for, and return
     the module that the engine prepares, whose parameter names are those of checkpoints. With one half it is that
-    half itself; the other one is frozen.
+    half itself; the other one is frozen. An adapter that the policy came with goes on training; under a new one, or
+    where tokens do not train, it is merged.
 
     Raises ImageRLError when adapters cannot be had."""
     halves = trained_halves(recipe)
+    if recipe.model.lora or TOKENS not in halves:
+        policy.trainable.merge_adapter()
+    elif policy.trainable.adapter is not None and recipe.algorithm.reference_every:
+        raise ImageRLError(
+            "algorithm.reference_every needs full weights, and model.path is an adapter; give its merged export "
+            "(without --adapter) as model.path"
+        )
     if lora := recipe.model.lora:
         torch.manual_seed(derive_seed(recipe.run.seed, "lora"))  # adapters begin at random
         policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)

@@ -37,11 +37,12 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadSample(Exception):
-    """A sample that cannot be trained on. `reason` is one of REASONS."""
+    """A sample that cannot be trained on. `reason` is one of REASONS, `detail` what more there is to say of it."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
         self.reason = reason
+        self.detail = detail
 
 
 @dataclass(frozen=True, slots=True)

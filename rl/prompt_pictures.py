@@ -50,8 +50,16 @@ def identity(prompt: Prompt) -> str:
     """What makes a prompt the same as another one: its text, and for an edit the picture too."""
     picture = prompt.columns.get("reference")
     if isinstance(picture, Image.Image):
-        return f"{prompt.text} (of picture {hashlib.sha256(picture.tobytes()).hexdigest()[:12]})"
+        return f"{prompt.text} (of picture {picture_hash(prompt)[:12]})"
     return f"{prompt.text} (of {picture})" if isinstance(picture, Path) else prompt.text
+
+
+def picture_hash(prompt: Prompt) -> str:
+    """SHA-256 of the picture to edit, of its file's bytes whatever that is called; "" without one."""
+    picture = prompt.columns.get("reference")
+    if isinstance(picture, Image.Image):
+        return hashlib.sha256(picture.tobytes()).hexdigest()
+    return hashlib.sha256(picture.read_bytes()).hexdigest() if isinstance(picture, Path) else ""
 
 
 def open_picture(path: Path, place: str) -> Image.Image:

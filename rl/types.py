@@ -24,6 +24,13 @@ class Prompt:
     index: int
     text: str
     columns: Mapping[str, Any] = field(default_factory=dict)
+    source: str = field(default="", compare=False)  # the file or named set it stands in, for messages
+    line: int = field(default=0, compare=False)  # there, counted from 1; 0: the source says it all
+
+    @property
+    def place(self) -> str:
+        """Where it stands, as a message begins."""
+        return f"{self.source}, line {self.line}" if self.line else self.source or f"prompt {self.index + 1}"
 
     @property
     def reference(self) -> Image.Image | None:

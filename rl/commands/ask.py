@@ -21,8 +21,10 @@ def ask(
     import torch
 
     from models.loading import load_policy
+    from rl.types import Prompt
 
     policy, _ = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
+    policy.prompts.require([Prompt(number, text) for number, text in enumerate(questions)], questions=True)
     tokens = policy.picture_tokens([picture_for(policy, picture)])
     for answer in policy.answer(tokens.expand(len(questions), -1), questions, max_tokens):
         print(one_line(answer))

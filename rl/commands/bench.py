@@ -29,7 +29,7 @@ def bench_rollout(
     from rl.bench import measuring as benchmarks
     from rl.tiny.world import prompt_set
 
-    policy, rollout = loaded_rollout(model, 0, 1.0, None, None)
+    policy, rollout = loaded_rollout(model, 0, None, None, None)
     report = benchmarks.bench_rollout(policy, rollout, prompt_set("train", prompts), group_size, repeats)
     benchmarks.show(report, json)
 

@@ -57,6 +57,7 @@ def run_comparison(plan: Plan, folder: Path, jobs: int, resume: bool, keep_basel
     """Run what is missing of a plan, then write page and tables of all that its folder holds.
 
     Raises ImageRLError for what cannot be compared, before anything runs, and at the end when runs failed."""
+    from rl.commands.train import read_prompts
     from rl.comparison import jobs as comparison_jobs
     from rl.comparison.plan import plan_runs
     from rl.environment import write_environment
@@ -67,6 +68,8 @@ def run_comparison(plan: Plan, folder: Path, jobs: int, resume: bool, keep_basel
     environments = comparison_jobs.job_environments(jobs, own)
     for run in own:
         run.refuse_other()
+    for recipe in {run.label: run.recipe for run in own}.values():  # seeds share their prompts
+        read_prompts(recipe)
     whole.write(folder)
     write_environment(folder, sys.argv)
     outcomes = comparison_jobs.execute(own, environments)

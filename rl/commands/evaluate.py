@@ -50,7 +50,7 @@ def evaluate_model(
     ceiling: Annotated[bool, typer.Option("--ceiling", help="score perfect pictures, not a model's")] = False,
     copy: Annotated[bool, typer.Option("--copy", help="score the unchanged sources of edits")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn at a time")] = 64,
-    temperature: Temperature = 1.0,
+    temperature: Temperature = None,
     guidance: Guidance = None,
     flow_steps: FlowSteps = None,
 ) -> None:
@@ -106,9 +106,9 @@ def compare(
     pictures: Path | None,
 ) -> None:
     """Measure one or two models, tell and write what came out."""
-    from models.loading import model_folder
-    from rl.commands.measuring import earlier_results, facts_of, measure
-    from rl.evaluation.against import compared
+    from models.loading import load_prompts
+    from rl.commands.measuring import STAND_INS, earlier_results, facts_of, measure
+    from rl.evaluation.against import compared, differing_settings
     from rl.evaluation.kept_pictures import refuse_filled
     from rl.files import write_atomic
     from rl.metrics import to_json
@@ -119,8 +119,9 @@ def compare(
     prompts = suite.prompts(n or suite.size)
     facts = facts_of(suite, prompts, how)
     earlier = earlier_results(against, facts) if against and against.endswith(".json") else None
-    if against and earlier is None:
-        model_folder(against)  # a mistake should show before anything is drawn
+    for name in (measured, against if earlier is None else None):
+        if name is not None and name not in STAND_INS:
+            load_prompts(name).require(prompts, suite.reads)  # a mistake should show before anything is drawn
     result, own_facts = measure(suite, prompts, measured, how, pictures)
     document: dict[str, Any] = result.to_dict(**own_facts, **facts)
     show(result.metrics, facts["gold"])
@@ -130,6 +131,8 @@ def compare(
             other, other_facts = measure(suite, prompts, against, how, beside)
             earlier = other.to_dict(**other_facts, **facts)
         document["against"] = compared(earlier, result.per_prompt)
+        if differing := differing_settings(document, earlier):
+            print(f"\nnote: more differs than the model: {', '.join(differing)}")
         print(f"\nagainst {against}, at the same prompts and random numbers:")
         for name, row in document["against"]["metrics"].items():
             means = f"{number(row['model'])} against {number(row['against'])}"
@@ -161,8 +164,10 @@ def draw_for_scorer(
     from dataclasses import asdict
 
     from models.fingerprint import model_fingerprint
+    from models.loading import load_prompts
     from rl.checkpoint import package_versions
     from rl.evaluation.layouts import draw, entries_of, prompts_sha256, samples_of
+    from rl.types import Prompt
 
     if prompts is None or pictures is None:
         raise ImageRLError(
@@ -171,6 +176,10 @@ def draw_for_scorer(
     entries = entries_of(layout, prompts, sources)
     samples = samples_of(layout, how.samples)
     model = model or ("tiny_edit" if layout == "imgedit" else "tiny")
+    load_prompts(model).require(
+        Prompt(entry.index, entry.text, {"reference": entry.source}, f"{prompts}, {entry.name}")
+        for entry in entries
+    )
     rollout = how.rollout(model)
     facts = {
         "layout": layout,

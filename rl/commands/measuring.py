@@ -27,7 +27,7 @@ class Drawing:
     seed: int
     samples: int | None
     batch_size: int
-    temperature: float
+    temperature: float | None
     guidance: float | None
     flow_steps: int | None
 

@@ -24,7 +24,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run in
 Model = Annotated[str, typer.Option(help='model folder, LoRA adapter folder, or "tiny"')]
 Reader = Annotated[str, typer.Option("--model", help='model folder, or "tiny_edit"')]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="seed of tokens and noise")]
-Temperature = Annotated[float, typer.Option(min=1e-3, max=100, help="sampling temperature")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=1e-3, max=100, help="sampling temperature; default: the model's own"),
+]
 Guidance = Annotated[
     float | None, typer.Option(min=0, max=100, help="classifier-free guidance; default: the model's own")
 ]
@@ -40,9 +43,9 @@ def refuse_both(resume: bool, overwrite: bool) -> None:
 
 
 def loaded_rollout(
-    model: str, seed: int, temperature: float, guidance: float | None, flow_steps: int | None
+    model: str, seed: int, temperature: float | None, guidance: float | None, flow_steps: int | None
 ) -> tuple[ImagePolicy, RolloutEngine]:
-    """A policy for inference, on the GPU where there is one, with its own sampling defaults."""
+    """A policy for inference, on the GPU where there is one; None: as the model's own settings say."""
     from contextlib import nullcontext
 
     import torch
@@ -52,12 +55,9 @@ def loaded_rollout(
     from rl.types import SamplingParams
 
     policy, config = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
-    defaults = config["sampling"]
-    sampling = SamplingParams(
-        temperature,
-        defaults["guidance"] if guidance is None else guidance,
-        defaults["flow_steps"] if flow_steps is None else flow_steps,
-    )
+    given = {"temperature": temperature, "guidance": guidance, "flow_steps": flow_steps}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    sampling = SamplingParams(**config["sampling"] | chosen)
     return policy, RolloutEngine(policy, sampling, seed, nullcontext)
 
 

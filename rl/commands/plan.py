@@ -38,6 +38,7 @@ def plans(recipe: Recipe, gpu_counts: Sequence[int], prompt_tokens: int | None =
     from rl.memory import Bytes, StepShape, at_depth, decoder_bytes, language_model_bytes
     from rl.plan import make_plan, step_shape
 
+    recipe = with_starting_adapter(recipe)
     config = model_config(recipe.model.path)
     tokenizer = _tokenizer_parameters(config)
     positions = int(config["num_image_positions"])
@@ -80,6 +81,21 @@ def plans(recipe: Recipe, gpu_counts: Sequence[int], prompt_tokens: int | None =
     return found
 
 
+def with_starting_adapter(recipe: Recipe) -> Recipe:
+    """The recipe, `model.lora` filled in where training goes on with the adapter in `model.path`."""
+    from pathlib import Path
+
+    from models.adapters import ADAPTER_CONFIG, read_adapter_config
+    from rl.engine_config import LoraConfig
+
+    folder = Path(recipe.model.path).expanduser()
+    if recipe.model.lora is not None or not (folder / ADAPTER_CONFIG).is_file():
+        return recipe
+    stored = read_adapter_config(folder)
+    lora = LoraConfig(r=stored["r"], alpha=stored["lora_alpha"], target_modules=stored["target_modules"])
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": lora})})
+
+
 def model_config(path: str) -> dict[str, Any]:
     """The config behind `model.path`. Of published checkpoints that are not here the sizes are known."""
     from models.adapters import ADAPTER_CONFIG, adapter_base
@@ -104,18 +120,14 @@ def longest_prompt(path: str, prompts: PromptSet, picture_tokens: int = 0) -> in
 
     import torch
 
-    from models.ar import ImageVocabulary
-    from models.loading import load_text_tokenizer, model_folder
-    from models.prompts import PromptEncoder
+    from models.loading import load_prompts
     from models.published import HUB_NAMES
 
     texts = [prompt.text for prompt in prompts]
     if path.partition("@")[0] in HUB_NAMES and not Path(path).is_dir():
         tags = 2 if picture_tokens else 0
         return TEMPLATE_TOKENS + max(map(len, texts)) // LETTERS_PER_TOKEN + picture_tokens + tags
-    encoder = PromptEncoder(
-        load_text_tokenizer(model_folder(path)), ImageVocabulary.from_config(model_config(path))
-    )
+    encoder = load_prompts(path)
     longest = sorted(texts, key=len)[-100:]
     if not picture_tokens:
         return max(map(len, encoder.captions(longest)))

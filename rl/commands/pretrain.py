@@ -55,11 +55,13 @@ def starting_policy(recipe: PretrainRecipe) -> tuple[ImagePolicy, dict[str, Any]
     if recipe.init is None:
         assert recipe.model is not None  # the schema wants one of the two
         return new_policy(recipe.model, captions(seed, 500), vocabulary)
+    policy, config = load_policy(recipe.init)
+    policy.trainable.merge_adapter()
     if recipe.tasks is None:
-        return load_policy(recipe.init)
+        return policy, config
     instructions = [edit.instruction for edit in edits(seed, "captions", 0, 500, 1 / 3)]
     asked = questions(seed, "captions", 0, 200, 1 / 3)
     corpus = turns(
         captions(seed, 500), instructions, [one.text for one in asked], [one.answer for one in asked]
     )
-    return grow(*load_policy(recipe.init), corpus, vocabulary)
+    return grow(policy, config, corpus, vocabulary)

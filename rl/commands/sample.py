@@ -23,7 +23,7 @@ def sample(
         int, typer.Option("-n", "--count", min=1, max=2**16, help="pictures of each prompt")
     ] = 4,
     seed: Seed = 0,
-    temperature: Temperature = 1.0,
+    temperature: Temperature = None,
     guidance: Guidance = None,
     flow_steps: FlowSteps = None,
 ) -> None:
@@ -37,6 +37,7 @@ def sample(
     policy, rollout = loaded_rollout(model, seed, temperature, guidance, flow_steps)
     columns = {} if edit is None else {"reference": picture_for(policy, edit)}
     wanted = [Prompt(index, text, columns) for index, text in enumerate(prompts)]
+    policy.prompts.require(wanted)
     captions, images = [], []
     for (group,) in rollout.generate(wanted, count, "sample", 1, 1):
         for number, image in enumerate(group.images):

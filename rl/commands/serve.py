@@ -49,6 +49,6 @@ def serve(
             f"{model} cannot answer questions about pictures ({error}); serve a model that can, such as tiny_edit"
         ) from error
     called = name or Path(model).name
-    app = chat_app(answers, called, batch)
+    app = chat_app(answers, called, batch, refuse=lambda text: policy.prompts.encode(text, "question"))
     announce = lambda address: print(f"serving {called} at {address}/v1", flush=True)  # noqa: E731
     run_app(app, host, port, token, announce, WAITING)

@@ -14,7 +14,7 @@ from rl.commands.options import Overrides, Overwrite, Resume, refuse_both
 from rl.errors import ImageRLError
 
 if TYPE_CHECKING:
-    from rl.image_files import Limits
+    from rl.image_files import Entry, Example, Limits
     from rl.sft.config import ImageDataConfig, SFTRecipe, SourceConfig
     from rl.sft.image_data import ShuffledSource
 
@@ -53,9 +53,10 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
     import torch
 
     from models.loading import load_policy, save_policy
+    from models.prompts import PromptTooLong
     from rl.commands.running import begin_run, open_run
     from rl.engine import Engine
-    from rl.image_files import load_example
+    from rl.image_files import BadSample, load_example
     from rl.rollout import RolloutEngine
     from rl.run_folder import RunFolder
     from rl.sft.image_data import ImageStream, first_examples
@@ -80,7 +81,16 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
         policy, config = load_policy(recipe.model.path, engine.device, dtypes[recipe.model.dtype])
         policy.sampler_dtype = dtypes[recipe.engine.precision]
         policy.require_tokenizer().float()  # bfloat16 does not tell neighbouring codes apart
-        load = partial(load_example, size=policy.decoder.picture_size, limits=limits(data))
+        read = partial(load_example, size=policy.decoder.picture_size, limits=limits(data))
+
+        def load(entry: Entry) -> Example:
+            example = read(entry)
+            try:
+                policy.prompts.encode(example.caption, "caption" if example.reference is None else "edit")
+            except PromptTooLong as error:
+                raise BadSample("long_caption", str(error)) from None
+            return example
+
         heldout, counts = first_examples(heldout_sources, recipe.eval.size, load)
         counts.refuse(data.max_bad_share)
         if heldout_sources and not heldout:
@@ -106,8 +116,7 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
             states=checkpoint.state["data"] if checkpoint else None,
         )
         trainer = SFTTrainer(recipe, module, stream, Collator(policy, engine), engine)
-        defaults = config["sampling"]
-        sampling = SamplingParams(1.0, defaults["guidance"], defaults["flow_steps"])
+        sampling = SamplingParams(**config["sampling"])
         rollout = RolloutEngine(policy, sampling, recipe.eval.seed, engine.autocast)
 
         def save_model(target: Path) -> None:

@@ -14,6 +14,7 @@ from rl.errors import ImageRLError
 
 if TYPE_CHECKING:
     from rl.config import Recipe
+    from rl.data import PromptSet
 
 
 def train(
@@ -45,6 +46,20 @@ def closing_line(comparison: Mapping[str, Any]) -> str:
     return f"held-out {metric.replace('_', ' ')}: {before} → {after} ({change(result['difference'], rate)})"
 
 
+def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
+    """The prompts to train on and the held-out ones. No weights are read.
+
+    Raises ImageRLError when they overlap, or for one that the model cannot read."""
+    from models.loading import load_prompts
+    from rewards.ocr import wanted_text
+    from rl.data import load_prompt_set, refuse_overlap
+
+    prompts, heldout = load_prompt_set(recipe.data.train), load_prompt_set(recipe.data.heldout)
+    refuse_overlap(prompts, heldout, wanted_text)
+    load_prompts(recipe.model.path).require((*prompts, *heldout))
+    return prompts, heldout
+
+
 def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
     """Put a run together and execute it; returns the held-out comparison, None when it was stopped early and on
     all but the main process. The run folder is written to only once everything else is found in order."""
@@ -53,7 +68,7 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     from models.loading import load_policy
     from rewards.workers import RewardWorkers
     from rl.commands.running import begin_run, open_run
-    from rl.data import GroupedSampler, load_prompt_set, refuse_overlap
+    from rl.data import GroupedSampler
     from rl.engine import Engine
     from rl.halves import freeze_references, lr_factor, trained_module
     from rl.rollout import RolloutEngine, evaluation_sampling, training_sampling
@@ -61,8 +76,7 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     from rl.run_folder import RunFolder
     from rl.trainer import Trainer
 
-    prompts, heldout = load_prompt_set(recipe.data.train), load_prompt_set(recipe.data.heldout)
-    refuse_overlap(prompts, heldout)
+    prompts, heldout = read_prompts(recipe)
     sampler = GroupedSampler(prompts, recipe.rollout.prompts_per_step, recipe.run.seed)
     folder = RunFolder(recipe.run.output_dir)
     engine = Engine(recipe.engine)

@@ -8,7 +8,8 @@ from typing import Any
 
 from rl.stats import compare, verdict
 
-KEPT = ("model", "model_sha256", "temperature", "guidance", "flow_steps", "versions")
+DRAWN = ("temperature", "guidance", "flow_steps")
+KEPT = ("model", "model_sha256", *DRAWN, "versions")
 
 
 def compared(other: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -25,3 +26,9 @@ def compared(other: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dic
         for name, row in compare(theirs, rows).items()
     }
     return {key: other[key] for key in KEPT if key in other} | {"metrics": metrics}
+
+
+def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """How the pictures of two evaluations were drawn, where that is not alike: "guidance 1.0 and 2.0"."""
+    known = [key for key in DRAWN if key in one and key in other]
+    return [f"{key} {one[key]} and {other[key]}" for key in known if one[key] != other[key]]

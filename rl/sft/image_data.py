@@ -104,6 +104,11 @@ class Counts:
     bad: Counter[str] = field(default_factory=Counter)
     example: dict[str, str] = field(default_factory=dict)  # reason -> the first sample
 
+    def add(self, entry: Entry, bad: BadSample) -> None:
+        """One more bad sample."""
+        self.bad[bad.reason] += 1
+        self.example.setdefault(bad.reason, f"{entry.key} ({bad.detail})" if bad.detail else entry.key)
+
     def refuse(self, limit: float) -> None:
         """Raises ImageRLError with the reasons when more than the share `limit` is bad."""
         total = self.bad.total()
@@ -172,8 +177,7 @@ class ImageStream:
             try:
                 example = future.result() if future else self.load(entry)
             except BadSample as bad:
-                self.counts.bad[bad.reason] += 1
-                self.counts.example.setdefault(bad.reason, entry.key)
+                self.counts.add(entry, bad)
                 self.counts.refuse(self.max_bad_share)
             else:
                 taken.append(Drawn(self._taken - 1, example))
@@ -239,8 +243,7 @@ def first_examples(sources: Sequence[ShuffledSource], count: int, load: Load) ->
             try:
                 examples.append(load(entry))
             except BadSample as bad:
-                counts.bad[bad.reason] += 1
-                counts.example.setdefault(bad.reason, entry.key)
+                counts.add(entry, bad)
                 continue
             listed.append(entries)
             break

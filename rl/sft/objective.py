@@ -100,6 +100,7 @@ class SFTModule(nn.Module):
     def choose(self, recipe: SFTRecipe) -> None:
         """Give gradients to what the recipe trains, and to nothing else."""
         trained = recipe.train
+        self.ar.merge_adapter()  # that the start came with
         self.requires_grad_(False)
         if trained.ar == "lora":
             lora = trained.lora

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from models.image_policy import ImagePolicy
-from models.prompts import EDIT, REQUEST, SYSTEM, PromptEncoder
+from models.loading import load_policy, load_prompts
+from models.prompts import EDIT, REQUEST, SYSTEM, PromptEncoder, PromptTooLong
+from models.understanding import greedy_text
 from rl.pretraining.stages import captions
-from rl.types import ImageRLError
-from tests.micro import micro_policy
+from rl.types import ImageRLError, Prompt
+from tests.micro import micro_folder, micro_policy
+from tests.models.helpers import edit_policy
 
 HEAD = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"
@@ -116,7 +121,7 @@ def test_a_wrong_template_is_told(policy: ImagePolicy, template: str | None, mes
     tokenizer = copy.deepcopy(policy.text_tokenizer)
     tokenizer.chat_template = template
     with pytest.raises(ImageRLError, match=message):
-        PromptEncoder(tokenizer, policy.vocabulary)
+        PromptEncoder(tokenizer, policy.vocabulary, 512, 8)
 
 
 def test_a_tokenizer_that_knows_no_pictures_is_told_in_words(policy: ImagePolicy) -> None:
@@ -128,7 +133,71 @@ def test_a_tokenizer_that_knows_no_pictures_is_told_in_words(policy: ImagePolicy
 
     tokenizer = Blind(tokenizer_object=policy.text_tokenizer.backend_tokenizer, pad_token="<|endoftext|>")
     tokenizer.chat_template = policy.text_tokenizer.chat_template
-    blind = PromptEncoder(tokenizer, policy.vocabulary)
+    blind = PromptEncoder(tokenizer, policy.vocabulary, 512, 8)
     assert blind.captions(["CAT"]) == policy.prompts.captions(["CAT"])
     with pytest.raises(ImageRLError, match=r"vision_start.*cannot read pictures"):
         blind.edits(["CAT"], torch.zeros(1, 2, dtype=torch.long))
+
+
+# ---- prompts that are too long -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "left"), [("caption", 8), ("edit", 8), ("question", 0)])
+def test_a_prompt_may_be_as_long_as_the_positions_that_the_picture_leaves(kind: Any, left: int) -> None:
+    """Of 512 positions a caption and an edit leave 8 for the picture; a question's answer is cut where they end."""
+    encoder = edit_policy()[0].prompts
+    room = 512 - left - len(encoder.encode("Q", kind)) + 1
+    assert len(encoder.encode("Q" * room, kind)) == 512 - left  # capitals are tokens of their own
+    with pytest.raises(
+        PromptTooLong, match=rf"is {513 - left} tokens long .*takes {512 - left} \(it has 512 pos"
+    ):
+        encoder.encode("Q" * (room + 1), kind)
+
+
+def test_the_longest_prompt_still_draws(policy: ImagePolicy) -> None:
+    room = 504 - len(policy.prompts.encode("Q", "caption")) + 1
+    ids, mask = policy.encode_prompts(["Q" * room])
+    assert ids.shape[1] + policy.num_actions == 512
+    tokens = policy.sample_tokens(ids, mask, torch.full((1, 8), 0.5), 1.0).tokens
+    assert tokens.shape == (1, 8)
+    with pytest.raises(PromptTooLong):
+        policy.encode_prompts(["Q" * (room + 1)])
+
+
+def test_it_is_named_by_its_place(policy: ImagePolicy) -> None:
+    short, long = Prompt(0, "a sign", {}, "signs.jsonl", 1), Prompt(1, "Q" * 14_000, {}, "signs.jsonl", 3)
+    policy.prompts.require([short])
+    with pytest.raises(
+        PromptTooLong, match=r"^signs\.jsonl, line 3: .* is 14\d\d\d tokens long .*takes 504 "
+    ) as caught:
+        policy.prompts.require([short, long])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+    with pytest.raises(PromptTooLong, match=r"^prompt 2: "):
+        policy.prompts.require([short, Prompt(1, long.text)])
+    with pytest.raises(ImageRLError, match=r"^signs\.jsonl, line 3: a prompt is empty"):
+        policy.prompts.require([Prompt(1, " ", {}, "signs.jsonl", 3)])
+
+
+def test_an_answer_ends_where_the_positions_do() -> None:
+    policy = edit_policy()[0]
+    room = 512 - len(policy.prompts.encode("Q", "question")) + 1
+    tokens = torch.zeros(1, policy.num_actions, dtype=torch.long)
+    for spare in (0, 3):
+        ids, mask = policy.encode_questions(["Q" * (room - spare)], tokens)
+        (row,) = greedy_text(policy.trainable, ids, mask, (), 20)
+        assert len(row) == spare + 1  # the last one is said, not read
+
+
+def test_many_names_of_tokens_are_mere_letters_in_reasonable_time(policy: ImagePolicy) -> None:
+    names = "<I5>" * 3000
+    ids = policy.prompts.plain(names)
+    assert policy.text_tokenizer.decode(ids) == names
+    assert set(ids).isdisjoint(policy.text_tokenizer.get_added_vocab().values())
+
+
+def test_without_weights_prompts_are_read_alike(tmp_path: Path) -> None:
+    folder = micro_folder(tmp_path / "model", max_position_embeddings=100)
+    ours, theirs = load_prompts(str(folder)), load_policy(str(folder))[0].prompts
+    (folder / "model.safetensors").rename(folder / "model.safetensors.gone")
+    assert ours.encode("a sign", "caption") == theirs.encode("a sign", "caption")
+    assert (ours.positions, ours.image_tokens) == (theirs.positions, theirs.image_tokens) == (100, 8)

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
-from rl.config import PromptSetConfig
+from rewards.ocr import exact_match, target_of, wanted_text
+from rl.config import PromptSetConfig, load_recipe
 from rl.data import GroupedSampler, PromptSet, load_prompt_set, refuse_overlap
 from rl.errors import ImageRLError
+from rl.recipe import read_recipe
 from rl.types import Prompt
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def write(tmp_path: Path, name: str, text: str) -> Path:
@@ -113,17 +120,74 @@ def test_tiny_world_splits_do_not_overlap() -> None:
     train, heldout = (
         load_prompt_set(PromptSetConfig(name="tiny_world", split=s)) for s in ("train", "heldout")
     )
-    refuse_overlap(train, heldout)
+    refuse_overlap(train, heldout, wanted_text)
     with pytest.raises(ImageRLError, match=f"{len(train)} prompts of data.heldout"):
-        refuse_overlap(train, train)
+        refuse_overlap(train, train, wanted_text)
 
 
 def test_overlapping_targets_are_refused() -> None:
     train = PromptSet("a", (Prompt(0, "red CAT", {"target": "CAT"}), Prompt(1, "x", {"target": None})))
     heldout = PromptSet("b", (Prompt(0, "blue CAT", {"target": "CAT"}), Prompt(1, "y", {"target": None})))
-    with pytest.raises(ImageRLError, match=r'1 targets of data.heldout \(b\).*\(a\).*"CAT"'):
-        refuse_overlap(train, heldout)
-    refuse_overlap(PromptSet("c", train.prompts[1:]), heldout)
+    with pytest.raises(ImageRLError, match=r'1 targets of data.heldout \(b\).*\(a\).*"cat"'):
+        refuse_overlap(train, heldout, wanted_text)
+    refuse_overlap(PromptSet("c", train.prompts[1:]), heldout, wanted_text)
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out"),
+    [
+        ({"prompt": "a sign", "target": "STOP"}, {"prompt": "a board", "target": "stop"}),
+        ({"prompt": "a sign", "target": "S T O P"}, {"prompt": "a board", "target": " Stop "}),
+        ({"prompt": 'a sign that says "Stop"'}, {"prompt": "a board that reads “STOP”"}),
+        ({"prompt": "a sign", "target": "stop"}, {"prompt": "a 'STOP' sign"}),
+        ({"prompt": "a sign", "target": 472}, {"prompt": "a board", "target": "472"}),
+        ({"prompt": "a sign", "target": "ＳＴＯＰ"}, {"prompt": "a board", "target": "stop"}),
+        ({"prompt": "a cat in a hat"}, {"prompt": "A  cat in a Hat"}),
+    ],
+)
+def test_what_the_rewards_do_not_tell_apart_overlaps(
+    tmp_path: Path, trained: dict[str, Any], held_out: dict[str, Any]
+) -> None:
+    """Held to the reward's own comparison: a picture that shows one text is exact for the other."""
+    filler = {"prompt": 'a door that says "EXIT"'}
+    rows = {"train": [filler, trained], "heldout": [{"prompt": 'a door that says "WAY IN"'}, held_out]}
+    sets = []
+    for name, own in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n\n".join(map(json.dumps, own)))
+        sets.append(load_prompt_set(PromptSetConfig(path=str(tmp_path / f"{name}.jsonl"))))
+    with pytest.raises(ImageRLError, match=r"heldout\.jsonl.*train\.jsonl.*of line 3 in line 3; .*lines 3$"):
+        refuse_overlap(*sets, wanted_text)
+    texts = [target_of(row.get("target"), row["prompt"]) for row in (trained, held_out)]
+    assert texts == [None, None] or exact_match(*texts) == 1.0  # type: ignore[arg-type]
+
+
+def test_columns_that_are_no_texts_are_not_compared() -> None:
+    """A column `target` may be another reward's."""
+    sets = [PromptSet(name, (Prompt(0, name, {"target": [1, 2]}),)) for name in ("a", "b")]
+    refuse_overlap(*sets, wanted_text)
+
+
+def test_an_edit_overlaps_by_its_picture_whatever_the_file_is_called(tmp_path: Path) -> None:
+    for name, colour in (("a", "red"), ("copy", "red"), ("b", "blue")):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / f"{name}.png")
+    sets = {}
+    for name in ("a", "copy", "b"):
+        row = {"prompt": "paint it", "reference": f"{name}.png"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        sets[name] = load_prompt_set(PromptSetConfig(path=str(tmp_path / f"{name}.jsonl")))
+    refuse_overlap(sets["a"], sets["b"], wanted_text)
+    with pytest.raises(ImageRLError, match=r'1 prompts of data\.heldout.*"paint it" of line 1 in line 1'):
+        refuse_overlap(sets["a"], sets["copy"], wanted_text)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_the_sets_of_the_shipped_recipes_do_not_overlap(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(RECIPES.parent)
+    if read_recipe(recipe).get("kind", "train") == "train":
+        data = load_recipe(recipe).data
+        refuse_overlap(load_prompt_set(data.train), load_prompt_set(data.heldout), wanted_text)
 
 
 @pytest.mark.parametrize(("count", "per_step"), [(12, 3), (13, 4), (5, 5), (7, 1)])

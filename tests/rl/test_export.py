@@ -20,11 +20,12 @@ from models.loading import load_policy
 from rl import export as export_module
 from rl.checkpoint import load_checkpoint
 from rl.cli import main
+from rl.commands.options import loaded_rollout
 from rl.errors import ImageRLError
 from rl.evaluation.suites import SUITES
 from rl.export import PROVENANCE, export, proof_samples, trained_policy
 from rl.metrics import read_metrics
-from rl.rollout import RolloutEngine
+from rl.rollout import RolloutEngine, evaluation_sampling
 from rl.tiny.world import prompt_set
 from rl.types import SamplingParams
 from tests.micro import micro_folder
@@ -144,6 +145,75 @@ def test_bfloat16(place: Path, tmp_path: Path, exported: Path) -> None:
     assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
     assert all(torch.equal(half[name], whole[name].bfloat16()) for name in whole)
     assert load_policy(str(tmp_path / "out"))[0].trainable.lm.dtype == torch.float32
+
+
+# ---- how it is drawn ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cold(place: Path) -> Path:
+    """A LoRA run that samples colder, unguided, and is judged by two denoising steps."""
+    options = ("rollout.temperature=0.5", "rollout.guidance=1", "rollout.flow_steps=1", "eval.flow_steps=2")
+    recipe = write_recipe(
+        place, *options, "model.lora={r: 4}", "run.steps=1", f"run.output_dir={place / 'cold'}"
+    )
+    assert call("train", str(recipe)) == 0
+    return place / "cold"
+
+
+@pytest.mark.parametrize("adapter_only", [False, True])
+def test_an_export_draws_as_the_run_was_judged(cold: Path, tmp_path: Path, adapter_only: bool) -> None:
+    """With no option given, `eval` repeats the run's last held-out evaluation, pictures included."""
+    provenance = export(cold, tmp_path / "out", adapter_only=adapter_only)
+    assert provenance["sampling"] == {"guidance": 1.0, "flow_steps": 2, "temperature": 0.5}
+    assert load_policy(str(tmp_path / "out"))[1]["sampling"] == provenance["sampling"]
+    (groups,) = (
+        loaded_rollout(str(tmp_path / "out"), 0, None, None, None)[1]
+        .generate(prompt_set("heldout", 4), 1, "eval ocr")
+    )  # fmt: skip
+    policy, _, recipe, _ = trained_policy(cold)
+    own = RolloutEngine(policy, evaluation_sampling(recipe), 0, nullcontext)
+    (wanted,) = own.generate(prompt_set("heldout", 4), 1, "eval ocr")
+    for group, other in zip(groups, wanted, strict=True):
+        assert torch.equal(group.tokens, other.tokens) and np.array_equal(group.images, other.images)
+    measured = json.loads((cold / "eval" / "ocr_step_000001.json").read_text())["per_prompt"]
+    assert [low_tokens(g.tokens.tolist())[0] for g in groups] == [row["low_tokens"] for row in measured]
+
+
+@pytest.mark.parametrize("layout", ["qwen3", "blip3o"])
+def test_others_sample_at_its_temperature_from_the_whole_distribution(
+    cold: Path, tmp_path: Path, layout: str
+) -> None:
+    from transformers import GenerationConfig
+
+    export(cold, tmp_path / "out", layout=layout)
+    theirs = GenerationConfig.from_pretrained(tmp_path / "out")
+    vocabulary = json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"]
+    assert (theirs.do_sample, theirs.temperature, theirs.top_p, theirs.top_k) == (True, 0.5, 1.0, vocabulary)
+    if layout == "blip3o":
+        assert load_policy(str(tmp_path / "out"))[1]["sampling"]["guidance"] == 1.0
+
+
+def test_a_model_of_its_own_temperature_is_sampled_at_it(
+    cold: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `eval` and `sample`; what differs from the other model of a comparison is said."""
+    export(cold, tmp_path / "out")
+    entry = {"import_path": f"{cold.parent / 'reward.py'}:low_tokens"}
+    monkeypatch.setitem(SUITES, "ocr", replace(SUITES["ocr"], rewards=[entry], gold=[]))
+    written, against = tmp_path / "result.json", str(cold.parent / "model")
+    assert (
+        call(
+            "eval", "--model", str(tmp_path / "out"), "--n", "4", "--json", str(written), "--against", against
+        )
+        == 0
+    )
+    result = json.loads(written.read_text())
+    assert (result["temperature"], result["guidance"], result["flow_steps"]) == (0.5, 1.0, 2)
+    assert (
+        "more differs than the model: temperature 0.5 and 1.0, guidance 1.0 and 2.0, flow_steps 2 and 3"
+        in capsys.readouterr().out
+    )
 
 
 # ---- proof and refusal -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rewards.ocr import wanted_text
 from rl.config import PromptSetConfig
 from rl.data import PromptSet, load_prompt_set, refuse_overlap
 from rl.errors import ImageRLError
@@ -63,7 +64,7 @@ def test_one_instruction_for_two_pictures_is_two_prompts(tmp_path: Path) -> None
     with pytest.raises(ImageRLError, match="line 2: repeats the prompt of line 1"):
         written(tmp_path, row("turn it", "pictures/red.png"), row("turn it", "pictures/red.png"))
     with pytest.raises(ImageRLError, match=r"1 prompts of data\.heldout"):
-        refuse_overlap(both, PromptSet("heldout", both.prompts[:1]))
+        refuse_overlap(both, PromptSet("heldout", both.prompts[:1]), wanted_text)
 
 
 @pytest.mark.parametrize(

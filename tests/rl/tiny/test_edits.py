@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from PIL import ImageChops
 
+from rewards.ocr import wanted_text
 from rl.config import PromptSetConfig
 from rl.data import load_prompt_set, refuse_overlap
 from rl.errors import ImageRLError
@@ -120,6 +121,6 @@ def test_edits_are_a_prompt_set_in_which_a_picture_tells_equal_instructions_apar
     )
     assert len({prompt.text for prompt in train}) < 60
     assert {"target", "edited", "reference", "ideal"} <= set(train.columns)
-    refuse_overlap(train, heldout)
+    refuse_overlap(train, heldout, wanted_text)
     with pytest.raises(ImageRLError, match=r"60 prompts of data\.heldout"):
-        refuse_overlap(train, train)
+        refuse_overlap(train, train, wanted_text)

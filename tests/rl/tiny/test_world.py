@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,3 +133,12 @@ def test_scenes_use_every_ink_background_and_font() -> None:
     assert {scene.background for scene in scenes} == set(BACKGROUNDS)
     assert {scene.font for scene in scenes} == set(FONTS)
     assert {random_scene(rng, "CAT", FONTS[:1]).font for _ in range(20)} == {FONTS[0]}
+
+
+def test_held_out_texts_are_as_near_to_training_texts_as_the_readme_says() -> None:
+    train, heldout = texts("train"), texts("heldout")
+    assert not set(train) & set(heldout)
+    assert sum(any(text in other for other in train) for text in heldout) == 161
+    readme = (Path(__file__).parents[3] / "models" / "tiny" / "README.md").read_text()
+    assert f"161 of the {len(heldout)} stand within a training text" in readme
+    assert "as ARROW does in NARROW" in readme and "ARROW" in heldout and "NARROW" in train
