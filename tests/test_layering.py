@@ -12,11 +12,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("rl", "models", "rewards")
 COMPOSITION_ROOTS = ("rl.export",)
 COMMANDS = "rl.commands."  # where the three meet
-SHARED = ("rl.types", "rl.errors")
+SHARED = ("rl.types", "rl.errors", "rl.reading")
 # Seconds each to import: only inside functions, so that `imagerl --help` and recipe errors come at once.
 HEAVY = ("accelerate", "deepspeed", "diffusers", "matplotlib", "onnxruntime", "paddleocr", "paddlex")
 HEAVY += ("open_clip", "peft", "rapidocr", "ray", "tensorboard", "timm", "torchvision", "transformers", "trl")
-TORCH_FREE = ("rl.config", "rl.recipe", "rl.errors")
+TORCH_FREE = ("rl.config", "rl.recipe", "rl.errors", "rl.reading")
 MAX_LINES = 400
 
 FILES = {

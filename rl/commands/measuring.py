@@ -127,16 +127,9 @@ def _unchanged(suite: Suite, prompts: Sequence[Prompt]) -> Source:
 
 def earlier_results(file: str, facts: dict[str, Any]) -> dict[str, Any]:
     """Results that `--json` wrote. Raises ImageRLError when they are not of the same prompts and random numbers."""
-    import json
+    from rl.evaluation.evaluate import read_evaluation
 
-    from rl.recipe import read_text
-
-    try:
-        document = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise ImageRLError(f"{file}: not JSON ({error.msg}); give what imagerl eval --json wrote") from None
-    if not (isinstance(document, dict) and isinstance(document.get("per_prompt"), list)):
-        raise ImageRLError(f"{file} holds no results; give what imagerl eval --json wrote")
+    document = read_evaluation(file)
     for key in SAME:
         if document.get(key) != facts[key]:
             raise ImageRLError(
