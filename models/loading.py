@@ -16,16 +16,19 @@ from torch import Tensor
 
 from models.adapters import ADAPTER_CONFIG, adapter_base, load_adapter
 from models.ar import ImageVocabulary
+from models.config import check_config
 from models.hub import is_hub_name, snapshot
 from models.image_policy import ImagePolicy
 from models.published import EDIT_UNUSED, from_published, is_published
 from models.shards import SHARD_BYTES, WEIGHTS, Shards, save_shards
 from models.weights import check_fit, empty_policy, fill, full_state, is_tied
 from models.weights import load_state as load_state
+from rl.reading import read_json
 from rl.types import ImageRLError
 
 TINY = "tiny"
 SHIPPED = (TINY, "tiny_edit")
+MAX_CONFIG = 1 << 22  # bytes of a config.json
 REQUIRED = ("qwen3", "sana", "vae", "scheduler", "latent_size", "num_image_positions", "sampling")
 _logger = logging.getLogger(__name__)
 
@@ -54,14 +57,11 @@ def _way_to_a_model(folder: Path) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it is, of either layout."""
+    """config.json as it is, of either layout. One of ours describes a model that can be built; see `models.config`."""
     file = folder / "config.json"
     if not file.is_file():
         raise ImageRLError(f"{folder} has no config.json; {_way_to_a_model(folder)}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ImageRLError(f"{file} cannot be read: {error}") from error
+    config = read_json(file, MAX_CONFIG)
     if not isinstance(config, dict):
         raise ImageRLError(f"{file} holds no settings; give the folder of a model or of an export")
     missing = [key for key in REQUIRED if key not in config]
@@ -69,6 +69,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ImageRLError(
             f"{file} lacks {', '.join(missing)}: neither an ImageRL nor a BLIP3o-NEXT model folder"
         )
+    if not is_published(config):
+        check_config(config, str(file))
     return config
 
 
@@ -104,14 +106,20 @@ def load_text_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True, config=PreTrainedConfig()
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and tokenizers raise anything on files that are not theirs
         raise ImageRLError(
             f"{folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}"
         ) from error
 
 
 def _require_image_tokens(text_tokenizer: Any, config: Mapping[str, Any], folder: Path) -> None:
-    """Raises ImageRLError when the tokenizer gives image tokens other ids than config.json."""
+    """Raises ImageRLError when the tokenizer gives image tokens other ids than config.json, or any token an id that
+    the language model does not have."""
+    highest, size = max(text_tokenizer.get_vocab().values(), default=0), config["qwen3"]["vocab_size"]
+    if highest >= size:
+        raise ImageRLError(
+            f"{folder}: the tokenizer has a token {highest}, but qwen3.vocab_size in config.json is {size}"
+        )
     vocabulary = ImageVocabulary.from_config(config)
     last = vocabulary.num_image_tokens - 1
     known = text_tokenizer.get_added_vocab()

@@ -12,11 +12,13 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
+from rl.reading import is_regular, parse_json, read_json, validated
 from rl.types import ImageRLError
 
 WEIGHTS = "model.safetensors"
@@ -49,6 +51,20 @@ class Entry:
     shape: tuple[int, ...]
 
 
+class StoredTensor(BaseModel):
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0, strict=True)]]
+    data_offsets: tuple[Annotated[int, Field(ge=0, strict=True)], Annotated[int, Field(ge=0, strict=True)]]
+
+
+class Index(BaseModel):
+    """model.safetensors.index.json, as far as it is used."""
+
+    weight_map: dict[str, str]  # tensor -> file
+
+
 class Shards:
     """The tensors of a folder by name. Only headers are read until a tensor is asked for.
 
@@ -61,9 +77,12 @@ class Shards:
         index = _read_index(folder)
         files = sorted(set(index.values())) if index is not None else [WEIGHTS]
         for name in files:
-            if not (folder / name).is_file():
+            if not is_regular(folder / name):
                 raise ImageRLError(_absent(folder, name, index))
-            self.entries.update(_read_header(folder / name))
+            found = _read_header(folder / name)
+            if twice := sorted(found.keys() & self.entries.keys()):
+                raise _damaged(folder / name, f"{twice[0]} is in {self.entries[twice[0]].file.name} too")
+            self.entries.update(found)
         lost = sorted((index or {}).keys() - self.entries.keys())
         if lost:
             raise ImageRLError(
@@ -159,13 +178,9 @@ def _stored_size(tensor: Tensor, dtype: torch.dtype | None) -> int:
 def _read_index(folder: Path) -> dict[str, str] | None:
     """Tensor -> file, or None where one file holds all."""
     file = folder / INDEX
-    if not file.is_file():
+    if not is_regular(file):
         return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        index = {str(name): str(shard) for name, shard in content["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(file, f"{type(error).__name__}: {error}") from error
+    index = validated(Index, read_json(file, MAX_HEADER), str(file)).weight_map
     outside = [shard for shard in index.values() if Path(shard).name != shard]
     if outside or not index:
         raise _damaged(
@@ -184,33 +199,35 @@ def _absent(folder: Path, name: str, index: Mapping[str, str] | None) -> str:
 
 
 def _read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of a file, which lie one behind the other from its header to its end, as the format wants it: two
+    names for one place, or bytes that no name stands for, are damage."""
     total = file.stat().st_size
     try:
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(total - 8, MAX_HEADER):
                 raise ValueError("no safetensors header")
-            header = json.loads(stream.read(length))
-        return {
-            name: _entry(file, 8 + length, total, value)
-            for name, value in header.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            header = parse_json(stream.read(length).decode(), str(file))
+        if not isinstance(header, dict):
+            raise ValueError("no safetensors header")
+    except (OSError, ValueError, struct.error) as error:
         raise _damaged(file, " ".join(str(error).split())) from error
-
-
-def _entry(file: Path, begin: int, total: int, value: Mapping[str, Any]) -> Entry:
-    start, stop = value["data_offsets"]
-    if value["dtype"] not in DTYPES:
-        raise ImageRLError(f"{file} stores numbers as {value['dtype']}; convert them to BF16 or F32")
-    dtype, shape = DTYPES[value["dtype"]], tuple(int(size) for size in value["shape"])
-    size = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
-    if not 0 <= start <= stop or stop - start != size or min(shape, default=0) < 0:
-        raise ValueError("a tensor's place does not fit its shape")
-    if begin + stop > total:
-        raise ValueError(f"{total} bytes instead of {begin + stop} or more")
-    return Entry(file, begin + start, size, dtype, shape)
+    header.pop("__metadata__", None)
+    stored = validated(dict[str, StoredTensor], header, str(file))
+    entries, end = {}, 8 + length
+    for name, value in sorted(stored.items(), key=lambda one: one[1].data_offsets):
+        start, stop = (8 + length + offset for offset in value.data_offsets)
+        if value.dtype not in DTYPES:
+            raise ImageRLError(f"{file} stores numbers as {value.dtype}; convert them to BF16 or F32")
+        dtype, shape = DTYPES[value.dtype], tuple(value.shape)
+        if stop - start != math.prod(shape) * dtype.itemsize:
+            raise _damaged(file, f"the place of {name} does not fit its shape")
+        if start != end:
+            raise _damaged(file, f"{name} does not begin where the tensor before it ends")
+        entries[name], end = Entry(file, start, stop - start, dtype, shape), stop
+    if end != total:
+        raise _damaged(file, f"{total} bytes instead of {end}")
+    return entries
 
 
 def _damaged(file: Path, why: str) -> ImageRLError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,21 @@ PARTS = {
 
 
 def empty_policy(config: Mapping[str, Any], text_tokenizer: Any) -> ImagePolicy:
-    """`build_policy` without memory for parameters: they have shapes only, while buffers are real."""
+    """`build_policy` without memory for parameters: they have shapes only, while buffers are real.
+
+    Raises ImageRLError when its parts do not go together."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
-        policy = build_policy(config, text_tokenizer)
+    try:
+        with init_empty_weights(include_buffers=False):
+            policy = build_policy(config, text_tokenizer)
+    except ImageRLError:
+        raise
+    except Exception as error:  # what transformers and diffusers say of sizes that do not go together
+        why = " ".join(str(error).split())[:200]
+        raise ImageRLError(
+            f"config.json describes no model that can be built ({type(error).__name__}: {why})"
+        ) from error
     if is_tied(policy):  # each parameter was replaced on its own
         policy.trainable.lm.tie_weights()
     return policy
@@ -111,14 +122,30 @@ def full_state(policy: ImagePolicy) -> dict[str, Tensor]:
 def fill(policy: ImagePolicy, shards: Shards, dtype: torch.dtype, device: torch.device | str) -> None:
     """Read a checkpoint into an `empty_policy`, tensor by tensor, floating-point numbers as `dtype`.
 
-    The memory this needs is that of the policy and of one tensor, whatever the checkpoint's size."""
+    The memory this needs is that of the policy and of one tensor, whatever the checkpoint's size. Raises ImageRLError
+    for a tensor that holds other than finite numbers."""
     wanted = slots(policy)
     for name in shards.in_order():
         if name in wanted:
             module, leaf = wanted[name]
-            _put(module, leaf, shards.read(name), dtype, device)
+            stored = shards.read(name)
+            if stored.is_floating_point() != getattr(module, leaf).is_floating_point():
+                raise ImageRLError(
+                    f"{shards.folder}: {name} is stored as {stored.dtype}; copy the model again"
+                )
+            tensor = stored.to(dtype) if stored.is_floating_point() else stored
+            if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
+                raise ImageRLError(
+                    f"{shards.folder}: {name} holds numbers that are not finite in {dtype}; no picture comes of them"
+                )
+            _put(module, leaf, tensor, dtype, device)
     if is_tied(policy):
         policy.trainable.lm.tie_weights()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """In no memory of its own: the smallest or the largest of numbers that are not all finite is not."""
+    return all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
 def fill_randomly(policy: ImagePolicy, dtype: torch.dtype, device: torch.device | str, seed: int) -> None:
