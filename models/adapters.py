@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from models.config import Dropout, Settings
 from models.image_policy import ImagePolicy
+from models.shards import Shards, require_finite
+from rl.reading import is_regular, read_json, validated
 from rl.types import ImageRLError
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What PEFT writes beside the settings below: of no effect on a language model that is here already.
+UNUSED = (
+    "task_type",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "init_lora_weights",
+    "megatron_core",
+    "qalora_group_size",
+)
+Names = str | list[str]
+
+
+class AdapterSettings(Settings):
+    """The settings of PEFT's `LoraConfig` that the sampler repeats; any other that is on is refused. One of those
+    imports a module by name."""
+
+    base_model_name_or_path: str = Field(min_length=1)
+    peft_type: Literal["LORA"] = "LORA"
+    r: int = Field(8, ge=1, le=1 << 14)
+    lora_alpha: float = Field(8, gt=0, le=1e6)
+    lora_dropout: Dropout = 0.0
+    target_modules: Names | None = None
+    exclude_modules: Names | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: Names | None = None
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1 << 14)]] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(default_factory=dict)
+    use_rslora: bool = False
+    bias: Literal["none"] = "none"
 
 
 def save_adapter(policy: ImagePolicy, folder: Path, base: str) -> None:
@@ -29,21 +64,15 @@ def save_adapter(policy: ImagePolicy, folder: Path, base: str) -> None:
 def load_adapter(policy: ImagePolicy, folder: Path) -> None:
     """Put saved adapters onto a base policy."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
+    settings, shards = _settings(folder), Shards(folder, ADAPTER_WEIGHTS)
+    base = settings.base_model_name_or_path
+    weights = {name: require_finite(shards.read(name), f"{folder}: {name}") for name in shards.in_order()}
+    given = settings.model_dump(exclude={"base_model_name_or_path", "peft_type"}, exclude_unset=True)
     try:
-        config = LoraConfig.from_pretrained(str(folder))
-        weights = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise ImageRLError(
-            f"{folder} holds no usable adapter: {' '.join(str(error).split())[:200]}"
-        ) from error
-    base, config.base_model_name_or_path = config.base_model_name_or_path, None  # the base is here already
-    try:
-        adapter = get_peft_model(policy.trainable.lm, config)
+        adapter = get_peft_model(policy.trainable.lm, LoraConfig(**given, task_type="CAUSAL_LM"))
         outcome = set_peft_model_state_dict(adapter, weights)
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # what PEFT and torch say of layers and shapes that do not fit
         why = " ".join(str(error).split())[:200]
         raise ImageRLError(f"the adapter in {folder} does not fit its base model {base}: {why}") from error
     absent = [key for key in outcome.missing_keys if "lora_" in key]
@@ -54,10 +83,34 @@ def load_adapter(policy: ImagePolicy, folder: Path) -> None:
 
 
 def adapter_base(folder: Path) -> str:
-    """What the adapter in a folder stands on: a path or a name."""
-    try:
-        return str(
-            json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ImageRLError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
+    """What the adapter in a folder stands on: a path or a name. Raises ImageRLError when the settings beside it are
+    none of ours, or it stands, by way of others, on itself."""
+    base = first = _settings(folder).base_model_name_or_path
+    seen = {folder.resolve()}
+    while is_regular((here := Path(base).expanduser().resolve()) / ADAPTER_CONFIG):
+        if here in seen:
+            raise ImageRLError(
+                f"{folder / ADAPTER_CONFIG}: the base {first} leads back to the adapter itself"
+            )
+        seen.add(here)
+        base = _settings(here).base_model_name_or_path
+    return first
+
+
+def _settings(folder: Path) -> AdapterSettings:
+    file = folder / ADAPTER_CONFIG
+    content = read_json(file)
+    if isinstance(content, dict):
+        on = {key: value for key, value in content.items() if not _is_off(value) and key not in UNUSED}
+        odd = sorted(on.keys() - AdapterSettings.model_fields.keys())
+        if odd or on.get("bias", "none") != "none":
+            raise ImageRLError(
+                f"the adapter in {folder} has {(odd or ['bias'])[0]}; merge it into its base with PEFT and load that"
+            )
+        content = on
+    return validated(AdapterSettings, content, str(file))
+
+
+def _is_off(value: object) -> bool:
+    """Whether this is how PEFT writes a setting that is not used."""
+    return value is None or value is False or value in ({}, [])

@@ -103,9 +103,11 @@ def load_text_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedConfig
 
     try:  # with a config given, config.json is not read, whose model type transformers does not know
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True, config=PreTrainedConfig()
         )
+        tokenizer("a word", add_special_tokens=False, return_offsets_mapping=True)  # as prompts are read
+        return tokenizer
     except Exception as error:  # transformers and tokenizers raise anything on files that are not theirs
         raise ImageRLError(
             f"{folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}"

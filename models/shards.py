@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from rl.reading import is_regular, parse_json, read_json, validated
+from rl.reading import is_regular, parse_json, read_text, validated
 from rl.types import ImageRLError
 
 WEIGHTS = "model.safetensors"
@@ -71,11 +71,11 @@ class Shards:
     Raises ImageRLError with one line when there are no weights, a shard is missing or cut short, or all there is
     are pickles, which are never opened."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, weights: str = WEIGHTS) -> None:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
-        index = _read_index(folder)
-        files = sorted(set(index.values())) if index is not None else [WEIGHTS]
+        index = _read_index(folder) if weights == WEIGHTS else None
+        files = sorted(set(index.values())) if index is not None else [weights]
         for name in files:
             if not is_regular(folder / name):
                 raise ImageRLError(_absent(folder, name, index))
@@ -120,6 +120,15 @@ class Shards:
         return iter(
             sorted(self.entries, key=lambda name: (self.entries[name].file, self.entries[name].start))
         )
+
+
+def require_finite(tensor: Tensor, name: str) -> Tensor:
+    """The tensor itself. Raises ImageRLError when it holds NaN or infinity: no picture comes of them.
+
+    In no memory of its own: the smallest or the largest of numbers that are not all finite is not."""
+    if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):
+        raise ImageRLError(f"{name} holds numbers that are not finite; copy the model again")
+    return tensor
 
 
 def save_shards(
@@ -180,7 +189,10 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     file = folder / INDEX
     if not is_regular(file):
         return None
-    index = validated(Index, read_json(file, MAX_HEADER), str(file)).weight_map
+    try:
+        index = validated(Index, parse_json(read_text(file, MAX_HEADER), "its text"), "it").weight_map
+    except ImageRLError as error:
+        raise _damaged(file, str(error)) from error
     outside = [shard for shard in index.values() if Path(shard).name != shard]
     if outside or not index:
         raise _damaged(
@@ -195,7 +207,7 @@ def _absent(folder: Path, name: str, index: Mapping[str, str] | None) -> str:
         return f"{folder} lacks the shard {name} with {lost} tensors; copy it again"
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     hint = f" ({pickles[0]} is a pickle and is not loaded; convert it to safetensors)" if pickles else ""
-    return f"{folder} has no {WEIGHTS}{hint}"
+    return f"{folder} has no {name}{hint}"
 
 
 def _read_header(file: Path) -> dict[str, Entry]:
@@ -207,13 +219,13 @@ def _read_header(file: Path) -> dict[str, Entry]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(total - 8, MAX_HEADER):
                 raise ValueError("no safetensors header")
-            header = parse_json(stream.read(length).decode(), str(file))
+            header = parse_json(stream.read(length).decode(), "its header")
         if not isinstance(header, dict):
             raise ValueError("no safetensors header")
-    except (OSError, ValueError, struct.error) as error:
+        header.pop("__metadata__", None)
+        stored = validated(dict[str, StoredTensor], header, "its header")
+    except (OSError, ValueError, struct.error, ImageRLError) as error:
         raise _damaged(file, " ".join(str(error).split())) from error
-    header.pop("__metadata__", None)
-    stored = validated(dict[str, StoredTensor], header, str(file))
     entries, end = {}, 8 + length
     for name, value in sorted(stored.items(), key=lambda one: one[1].data_offsets):
         start, stop = (8 + length + offset for offset in value.data_offsets)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from models.building import build_policy
 from models.image_policy import ImagePolicy
 from models.published import EDIT_CONNECTOR, EDIT_UNUSED, VISION_TOWER
-from models.shards import Shards
+from models.shards import Shards, require_finite
 from rl.types import ImageRLError
 
 Slot = tuple[nn.Module, str]  # a module and the name of a parameter or buffer of its own
@@ -134,18 +133,9 @@ def fill(policy: ImagePolicy, shards: Shards, dtype: torch.dtype, device: torch.
                     f"{shards.folder}: {name} is stored as {stored.dtype}; copy the model again"
                 )
             tensor = stored.to(dtype) if stored.is_floating_point() else stored
-            if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
-                raise ImageRLError(
-                    f"{shards.folder}: {name} holds numbers that are not finite in {dtype}; no picture comes of them"
-                )
-            _put(module, leaf, tensor, dtype, device)
+            _put(module, leaf, require_finite(tensor, f"{shards.folder}: {name}"), dtype, device)
     if is_tied(policy):
         policy.trainable.lm.tie_weights()
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """In no memory of its own: the smallest or the largest of numbers that are not all finite is not."""
-    return all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
 def fill_randomly(policy: ImagePolicy, dtype: torch.dtype, device: torch.device | str, seed: int) -> None:

@@ -162,7 +162,7 @@ def validated(schema: type[T], value: Any, place: str) -> T:
         key = ".".join(str(part) for part in first["loc"])
         named = f'"{key}" ' if key else ""
         if first["type"] == "extra_forbidden":
-            what = f"{named}is unknown here"
+            what = f"{named}is no setting that is known here"
         elif first["type"] == "missing":
             what = f"{named}is missing"
         elif first["type"] == "value_error":

@@ -216,11 +216,11 @@ def spoil_index(file: Path, rng: random.Random) -> str:
     maps: list[Any] = [
         {},
         None,
-        {name: "/etc/passwd" for name in names},
-        {name: "../model.safetensors" for name in names},
+        dict.fromkeys(names, "/etc/passwd"),
+        dict.fromkeys(names, "../model.safetensors"),
         {name: rng.choice(("model.safetensors", "other.safetensors")) for name in names},
-        {name: 7 for name in names},
-        {**{name: file.name for name in names}, "model.more": file.name},
+        dict.fromkeys(names, 7),
+        {**dict.fromkeys(names, file.name), "model.more": file.name},
     ]
     shutil.copy(file, file.with_name("other.safetensors"))
     choice = rng.randrange(len(maps))
