@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rl.errors import ImageRLError
 from rl.prompt_pictures import identity, picture_paths
-from rl.reading import parse_json, read_text, require_plain
+from rl.reading import MAX_DEPTH, parse_json, read_text, require_plain
 from rl.recipe import parse_yaml_lines
 from rl.seeding import derive_seed
 from rl.types import Prompt
@@ -227,7 +227,10 @@ def _txt(text: str, source: str) -> Iterator[Row]:
 
 
 def _yaml(text: str, source: str) -> Iterator[Row]:
-    rows, lines = parse_yaml_lines(text, source)
+    try:
+        rows, lines = parse_yaml_lines(text, source)
+    except RecursionError:
+        raise ImageRLError(f"{source}: lists and mappings are nested more than {MAX_DEPTH} deep") from None
     if not isinstance(rows, list):
         raise ImageRLError(f"{source}: should be a list of prompts, or of mappings with a prompt in each")
     return iter(zip(lines, rows, strict=True))

@@ -15,8 +15,9 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from rl.errors import ImageRLError
 
@@ -153,10 +154,10 @@ def require_plain(value: T, place: str) -> T:
 def validated(schema: type[T], value: Any, place: str) -> T:
     """Plain data as what a pydantic schema makes of it. Raises ImageRLError with the first mistake: `place`, the
     dotted key, and what should stand there."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(schema).validate_python(value)
+        return cast(T, _adapter(schema).validate_python(value))
     except ValidationError as error:
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
@@ -171,6 +172,13 @@ def validated(schema: type[T], value: Any, place: str) -> T:
             wanted = _one_line(first["msg"]).replace("Input should", "should")
             what = f"{named}{wanted}, not {_one_line(repr(first['input']))[:60]}"
         raise ImageRLError(f"{place}: {what}") from None
+
+
+@lru_cache(maxsize=64)
+def _adapter(schema: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -127,9 +127,14 @@ def _unchanged(suite: Suite, prompts: Sequence[Prompt]) -> Source:
 
 def earlier_results(file: str, facts: dict[str, Any]) -> dict[str, Any]:
     """Results that `--json` wrote. Raises ImageRLError when they are not of the same prompts and random numbers."""
-    from rl.evaluation.evaluate import read_evaluation
+    from rl.evaluation.against import read_evaluation
 
-    document = read_evaluation(file)
+    try:
+        document = read_evaluation(file)
+    except ImageRLError as error:
+        raise ImageRLError(f"{error}; give what imagerl eval --json wrote") from None
+    if not document.get("per_prompt"):
+        raise ImageRLError(f"{file} holds no results; give what imagerl eval --json wrote")
     for key in SAME:
         if document.get(key) != facts[key]:
             raise ImageRLError(

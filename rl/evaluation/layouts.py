@@ -21,7 +21,7 @@ from rl.evaluation.evaluate import Source
 from rl.evaluation.kept_pictures import refuse_filled
 from rl.files import write_atomic
 from rl.metrics import save_image, to_json
-from rl.reading import parse_json, read_json, read_picture, read_text
+from rl.reading import parse_json, read_json, read_picture, read_text, validated
 from rl.types import Prompt
 
 GRID = 4  # pictures that DPG-Bench's scorer cuts out of a grid of two rows
@@ -202,7 +202,7 @@ def _begin(folder: Path, facts: Mapping[str, Any]) -> None:
     record = folder.with_name(f"{folder.name}.json")
     told = json.loads(to_json(facts))
     if record.is_file():
-        known = read_json(record)
+        known = validated(dict[str, Any], read_json(record), str(record))
         differing = sorted(k for k in told.keys() | known.keys() if told.get(k) != known.get(k))
         if differing:
             raise ImageRLError(
