@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from rl.errors import ImageRLError
@@ -43,6 +43,8 @@ class _File(BaseModel):
 
 
 class _Manifest(_Version):
+    model_config = ConfigDict(strict=True)
+
     format: int
     step: int
     files: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], _File]  # in the folder itself

@@ -25,7 +25,8 @@ def picture_paths(columns: Mapping[str, Any], folder: Path, place: str) -> dict[
     or too large a one."""
     found = dict(columns)
     for name in PICTURE_COLUMNS:
-        if (given := found.get(name)) is None:
+        if (given := found.get(name)) in (None, ""):  # a CSV file has no other way to say that there is none
+            found |= {name: None} if name in found else {}
             continue
         if not isinstance(given, str) or not is_regular(folder / given):
             raise ImageRLError(

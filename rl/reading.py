@@ -107,7 +107,7 @@ def parse_json(text: str, place: str) -> Any:
     except json.JSONDecodeError as error:
         raise ImageRLError(f"{place}: not JSON ({error.msg}, line {error.lineno})") from None
     except ValueError as error:  # a key twice, or a number of thousands of digits
-        raise ImageRLError(f"{place}: not JSON ({_one_line(error)})") from None
+        raise ImageRLError(f"{place}: not JSON ({_one_line(error).partition(';')[0]})") from None
     except RecursionError:
         raise ImageRLError(f"{place}: lists and mappings are nested more than {MAX_DEPTH} deep") from None
     return require_plain(value, place)

@@ -265,3 +265,75 @@ def test_any_folder_draws_or_is_refused(sound: Path, tmp_path: Path, number: int
     spoil, name, _ = rng.choices(WAYS, [weight for *_, weight in WAYS])[0]
     what = spoil(folder / name, rng)
     print(what, "->", outcome(folder) or "draws")
+
+
+# ---- what was found ----------------------------------------------------------------------------------------
+
+
+def config_with(path: str, value: Any) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        file = folder / "config.json"
+        config = json.loads(file.read_text())
+        *above, key = path.split(".")
+        parent = config
+        for step in above:
+            parent = parent[step]
+        parent[key] = value
+        file.write_text(json.dumps(config))
+
+    return spoil
+
+
+def header_with(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        header, numbers = stored(folder / "model.safetensors")
+        change(header)
+        store(folder / "model.safetensors", header, numbers)
+
+    return spoil
+
+
+def numbers_with(name: str, value: float) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        header, numbers = stored(folder / "model.safetensors")
+        start, stop = header[name]["data_offsets"]
+        filled = struct.pack("<f", value) * ((stop - start) // 4)
+        store(folder / "model.safetensors", header, numbers[:start] + filled + numbers[stop:])
+
+    return spoil
+
+
+NORM, OTHER = "model.norm.weight", "model.layers.0.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "refusal"),
+    [
+        (config_with("qwen3", None), '"qwen3" should be'),
+        (config_with("qwen3.num_attention_heads", 0), '"qwen3.num_attention_heads" should be greater'),
+        (config_with("qwen3.num_key_value_heads", 3), "cannot share 3 num_key_value_heads evenly"),
+        (
+            config_with("qwen3.max_position_embeddings", 10**9),
+            '"qwen3.max_position_embeddings" should be less',
+        ),
+        (config_with("num_image_positions", 10**9), '"num_image_positions" should be less'),
+        (config_with("qwen3.rms_norm_eps", math.nan), "a number is not finite"),
+        (config_with("vae.scaling_factor", math.nan), "a number is not finite"),
+        (config_with("vae.scaling_factor", 0.0), '"vae.scaling_factor" should be greater'),
+        (config_with("qwen3.attn_implementation", "hub/kernel"), '"qwen3.attn_implementation" is no setting'),
+        (config_with("qwen3.attention_bias", True), '"qwen3.attention_bias" should be False'),
+        (config_with("sana.timestep_scale", 0.5), '"sana.timestep_scale" should be'),
+        (config_with("image_end_token_id", 10**6), "is beyond qwen3.vocab_size"),
+        (config_with("latent_size", [4096, 4096]), "pictures of more than"),
+        (header_with(lambda header: header.update({NORM: header[OTHER]})), "does not begin where"),
+        (header_with(lambda header: header[NORM].update(dtype="I32")), "is stored as torch.int32"),
+        (numbers_with(NORM, math.nan), "model.norm.weight holds numbers that are not finite"),
+        (numbers_with(NORM, 3e38), "the model draws pixels that are not finite"),
+    ],
+)
+@pytest.mark.usefixtures("alone")
+def test_what_was_found(sound: Path, tmp_path: Path, spoil: Callable[[Path], None], refusal: str) -> None:
+    """Each was a traceback, a wait, or pictures of NaN in silence."""
+    folder = Path(shutil.copytree(sound, tmp_path / "model"))
+    spoil(folder)
+    assert refusal in outcome(folder)

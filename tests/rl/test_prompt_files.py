@@ -1,4 +1,4 @@
-"""Prompt files from anywhere: each gives prompts that every reward and every file can take, or is refused in one line."""
+"""Prompt files from anywhere: each gives prompts that every reward can take, or is refused in one line."""
 
 from __future__ import annotations
 
@@ -26,12 +26,24 @@ from rl.reading import MAX_PIXELS
 FILES = 200
 HANGS_S = 20.0
 NAMES = (
-    *("prompt", "Prompt", "prompts", "caption", "text", "instruction", "target", "reference", "image", "images"),
+    *(
+        "prompt",
+        "Prompt",
+        "prompts",
+        "caption",
+        "text",
+        "instruction",
+        "target",
+        "reference",
+        "image",
+        "images",
+    ),
     *("source_image", "mask", "ideal", "self", "completions", "", "größe", "\ud83d", "a" * 5000),
 )
 VALUES: tuple[Any, ...] = (
-    *("a cat", "", "  ", "\ud83d", "é" * 300, "x\0y", "\u202e", "ok.png", "cut.png", "bomb.png", "pipe.png", "page.eps"),
-    *("..", "/dev/zero", "a" * 5000, "http://127.0.0.1/x.png", None, True, 0, 10**30, -1.5, float("nan"), float("inf")),
+    *("a cat", "", "  ", "\ud83d", "é" * 300, "x\0y", "\u202e", "..", "a" * 5000, "http://127.0.0.1/x.png"),
+    *("ok.png", "cut.png", "bomb.png", "pipe.png", "page.eps", "/dev/zero"),
+    *(None, True, 0, 10**30, -1.5, float("nan"), float("inf")),
     *([], ["ok.png"], ["ok.png", "ok.png"], [None], {}, {"a": {"b": []}}),
 )
 
@@ -143,8 +155,8 @@ def test_any_file_gives_sound_prompts_or_is_refused(folder: Path, number: int) -
     except ImageRLError as error:
         message = str(error)
         print(message)
-        assert "\n" not in message and str(file) in message or "cut.png" in message
-        assert len(message) < 1000
+        assert str(file) in message or "cut.png" in message
+        assert "\n" not in message and len(message) < 1000
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

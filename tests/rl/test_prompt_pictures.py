@@ -111,7 +111,7 @@ def test_pictures_are_judged_before_they_are_decoded(tmp_path: Path) -> None:
 def test_pipes_and_programs_are_no_pictures(tmp_path: Path) -> None:
     """A pipe would be waited for, and Pillow gives Encapsulated PostScript to a program to run."""
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(ImageRLError, match="none at 'pipe.png'"):
+    with pytest.raises(ImageRLError, match=r"none at 'pipe\.png'"):
         written(tmp_path, row("turn it", "pipe.png"))
     with pytest.raises(ImageRLError, match="is a pipe"):
         read_picture(tmp_path / "pipe.png")
@@ -151,5 +151,8 @@ def test_an_edit_starts_from_one_picture(tmp_path: Path) -> None:
 
 
 def test_rows_without_a_picture_are_captions(tmp_path: Path) -> None:
+    (tmp_path / "some.csv").write_text("prompt,image\na red sign,\n")
+    (prompt,) = load_prompt_set(PromptSetConfig(path=str(tmp_path / "some.csv")))
+    assert with_pictures(prompt) is prompt and prompt.columns == {"reference": None}
     (prompt,) = written(tmp_path, row("a red sign", None))
     assert with_pictures(prompt) is prompt and prompt.reference is None
