@@ -36,10 +36,14 @@ _logger = logging.getLogger(__name__)
 def model_folder(path: str) -> Path:
     """The folder a recipe's `model.path` means: a shipped model, a path, or a model of the hub as
     `owner/name` or `owner/name@revision`, which is downloaded once."""
-    folder = Path(__file__).parent / path if path in SHIPPED else Path(path).expanduser()
-    if not folder.is_dir() and is_hub_name(path):
+    try:
+        folder = Path(__file__).parent / path if path in SHIPPED else Path(path).expanduser()
+        found = folder.is_dir()
+    except (OSError, RuntimeError):  # a name too long, or of a user who is not here
+        found = False
+    if not found and is_hub_name(path):
         return snapshot(path)
-    if not folder.is_dir():
+    if not found:
         raise ImageRLError(
             f"model {path!r} is no folder; give a model folder, a name of the Hugging Face hub such as "
             f"BLIP3o/BLIP3o-NEXT-SFT-3B, or {TINY!r} for the shipped one"

@@ -303,3 +303,9 @@ def test_the_shipped_model_is_small_and_whole() -> None:
     assert config["sampling"].keys() == {"guidance", "flow_steps"}
     rows, columns = policy.image_tokenizer.config.grid
     assert policy.num_actions == rows * columns == config["num_image_positions"]
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "x" * 5000])
+def test_names_that_the_system_refuses(name: str) -> None:
+    with pytest.raises(ImageRLError, match="is no folder"):
+        load_policy(name)
