@@ -6,6 +6,7 @@ velocity field from noise to latents, an autoencoder draws the pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -160,9 +161,16 @@ class FlowDecoder(nn.Module):
 
     @torch.no_grad()
     def draw(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] -> pictures [B, 3, H, W] in [0, 1]."""
-        pictures = self.vae.decode((latents / self.scaling_factor).to(self.vae.dtype)).sample
-        return (pictures.float() / 2 + 0.5).clamp(0, 1)
+        """Latents [B, C, h, w] -> pictures [B, 3, H, W] in [0, 1].
+
+        Raises ImageRLError for pixels that are not finite, which would be black ones in silence."""
+        pictures = self.vae.decode((latents / self.scaling_factor).to(self.vae.dtype)).sample.float()
+        if not math.isfinite(pictures.sum()):
+            raise ImageRLError(
+                "the model draws pixels that are not finite: its numbers overflow; check its weights and settings, or, "
+                "if it was just trained, go back to an earlier checkpoint and lower optim.lr"
+            )
+        return (pictures / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:

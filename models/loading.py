@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models.adapters import ADAPTER_CONFIG, adapter_base, adapter_sampling, load_adapter
 from models.ar import ImageVocabulary
+from models.config import check_config
 from models.hub import is_hub_name, snapshot
 from models.image_policy import ImagePolicy
 from models.prompts import PromptEncoder
@@ -24,10 +25,12 @@ from models.shards import SHARD_BYTES, WEIGHTS, Shards, save_shards
 from models.weights import check_fit, empty_policy, fill, full_state, is_tied
 from models.weights import load_state as load_state
 from rl.errors import one_line
+from rl.reading import read_json
 from rl.types import ImageRLError
 
 TINY = "tiny"
 SHIPPED = (TINY, "tiny_edit")
+MAX_CONFIG = 1 << 22  # bytes of a config.json
 REQUIRED = ("qwen3", "sana", "vae", "scheduler", "latent_size", "num_image_positions", "sampling")
 _logger = logging.getLogger(__name__)
 
@@ -35,10 +38,14 @@ _logger = logging.getLogger(__name__)
 def model_folder(path: str) -> Path:
     """The folder a recipe's `model.path` means: a shipped model, a path, or a model of the hub as
     `owner/name` or `owner/name@revision`, which is downloaded once."""
-    folder = Path(__file__).parent / path if path in SHIPPED else Path(path).expanduser()
-    if not folder.is_dir() and is_hub_name(path):
+    try:
+        folder = Path(__file__).parent / path if path in SHIPPED else Path(path).expanduser()
+        found = folder.is_dir()
+    except (OSError, RuntimeError):  # a name too long, or of a user who is not here
+        found = False
+    if not found and is_hub_name(path):
         return snapshot(path)
-    if not folder.is_dir():
+    if not found:
         raise ImageRLError(
             f"model {path!r} is no folder; give a model folder, a name of the Hugging Face hub such as "
             f"BLIP3o/BLIP3o-NEXT-SFT-3B, or {TINY!r} for the shipped one"
@@ -62,14 +69,11 @@ def _way_to_a_model(folder: Path) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it is, of either layout."""
+    """config.json as it is, of either layout. One of ours describes a model that can be built; see `models.config`."""
     file = folder / "config.json"
     if not file.is_file():
         raise ImageRLError(f"{folder} has no config.json; {_way_to_a_model(folder)}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ImageRLError(f"{file} cannot be read: {error}") from error
+    config = read_json(file, MAX_CONFIG)
     if not isinstance(config, dict):
         raise ImageRLError(f"{file} holds no settings; give the folder of a model or of an export")
     missing = [key for key in REQUIRED if key not in config]
@@ -77,6 +81,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ImageRLError(
             f"{file} lacks {', '.join(missing)}: neither an ImageRL nor a BLIP3o-NEXT model folder"
         )
+    if not is_published(config):
+        check_config(config, str(file))
     return config
 
 
@@ -109,17 +115,25 @@ def load_text_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedConfig
 
     try:  # with a config given, config.json is not read, whose model type transformers does not know
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True, config=PreTrainedConfig()
         )
-    except (OSError, ValueError) as error:
+        tokenizer("a word", add_special_tokens=False, return_offsets_mapping=True)  # as prompts are read
+        return tokenizer
+    except Exception as error:  # transformers and tokenizers raise anything on files that are not theirs
         raise ImageRLError(
             f"{folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}"
         ) from error
 
 
 def _require_image_tokens(text_tokenizer: Any, config: Mapping[str, Any], folder: Path) -> None:
-    """Raises ImageRLError when the tokenizer gives image tokens other ids than config.json."""
+    """Raises ImageRLError when the tokenizer gives image tokens other ids than config.json, or any token an id that
+    the language model does not have."""
+    highest, size = max(text_tokenizer.get_vocab().values(), default=0), config["qwen3"]["vocab_size"]
+    if highest >= size:
+        raise ImageRLError(
+            f"{folder}: the tokenizer has a token {highest}, but qwen3.vocab_size in config.json is {size}"
+        )
     vocabulary = ImageVocabulary.from_config(config)
     last = vocabulary.num_image_tokens - 1
     known = text_tokenizer.get_added_vocab()

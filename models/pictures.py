@@ -1,4 +1,4 @@
-"""Pictures that users give: any file and mode Pillow reads, brought to the size and range a model wants."""
+"""Pictures that users give, brought to the size and range a model wants."""
 
 from __future__ import annotations
 
@@ -6,42 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from rl.types import ImageRLError
-
-GRAY_16 = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-
-
-def read_picture(source: Image.Image | Path | str) -> Image.Image:
-    """An upright RGB picture. Transparency is laid on white; 16-bit gray is scaled, not clipped.
-
-    Raises ImageRLError when the file is missing, damaged, no picture, or of a mode without a known range."""
-    name = "the picture" if isinstance(source, Image.Image) else str(source)
-    try:
-        picture = source if isinstance(source, Image.Image) else Image.open(source)
-        picture.load()
-        return _to_rgb(ImageOps.exif_transpose(picture))
-    except FileNotFoundError as error:
-        raise ImageRLError(f"there is no picture {name}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise ImageRLError(
-            f"{name} cannot be read as a picture ({why}); save it again as PNG or JPEG"
-        ) from error
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode == "F":
-        raise ValueError("32-bit float pixels have no fixed range")
-    if picture.mode in GRAY_16:
-        values = np.asarray(picture).astype(np.float32) / 257  # 65535 -> 255
-        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return picture.convert("RGB")
+from rl.reading import read_picture
 
 
 def covering_size(picture: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:

@@ -183,9 +183,9 @@ def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": MARK}]
     try:
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except ValueError as error:
+    except Exception as error:  # a template may fail in any way
         raise ImageRLError(
-            "the model's text tokenizer has no chat template; copy it from the base model"
+            "the model's text tokenizer has no chat template that works; copy it from the base model"
         ) from error
     before, *after = prompt.split(MARK)
     if len(after) != 1:

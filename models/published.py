@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.ar import ImageVocabulary
+from models.config import PublishedSettings, check_config
+from rl.reading import validated
 from rl.types import ImageRLError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -135,20 +137,20 @@ def full_size_config(edit: bool = False, vision_tower: bool = True) -> dict[str,
 
 def is_published(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of the published layout, not of ours."""
-    names = config.get("architectures") or [""]
-    return "qwen3" not in config and (
-        "diffusion_name_or_path" in config or str(names[0]).startswith("blip3o")
-    )
+    names = config.get("architectures")
+    first = str(names[0]) if isinstance(names, list) and names else ""
+    return "qwen3" not in config and ("diffusion_name_or_path" in config or first.startswith("blip3o"))
 
 
 def from_published(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     """Our config for a published one and the shapes of its tensors. The original stays under `published`, so that
     an export has the same fields again.
 
-    Raises ImageRLError when a field is missing."""
+    Raises ImageRLError when a field is missing, or is none that a model can be built with."""
     missing = [key for key in _NEEDED if key not in config]
     if missing:
         raise ImageRLError(f"config.json lacks {', '.join(missing)}: not a whole BLIP3o-NEXT checkpoint")
+    validated(PublishedSettings, dict(config), "config.json")
     vocabulary = ImageVocabulary.from_config(config)
     qwen3 = {key: config[key] for key in QWEN3_FIELDS if config.get(key) is not None}
     rope = config.get("rope_parameters") or {}
@@ -163,6 +165,7 @@ def from_published(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         nested["ta_tok"] = ta_tok or _ta_tok_of(shapes)
     if EDIT_CONNECTOR + "0.weight" in shapes:
         nested["edit"] = True
+    check_config(nested, "config.json")
     return {**nested, "published": {key: value for key, value in config.items() if key != "imagerl"}}
 
 

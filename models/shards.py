@@ -12,11 +12,13 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
+from rl.reading import is_regular, parse_json, read_text, validated
 from rl.types import ImageRLError
 
 WEIGHTS = "model.safetensors"
@@ -49,21 +51,38 @@ class Entry:
     shape: tuple[int, ...]
 
 
+class StoredTensor(BaseModel):
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0, strict=True)]]
+    data_offsets: tuple[Annotated[int, Field(ge=0, strict=True)], Annotated[int, Field(ge=0, strict=True)]]
+
+
+class Index(BaseModel):
+    """model.safetensors.index.json, as far as it is used."""
+
+    weight_map: dict[str, str]  # tensor -> file
+
+
 class Shards:
     """The tensors of a folder by name. Only headers are read until a tensor is asked for.
 
     Raises ImageRLError with one line when there are no weights, a shard is missing or cut short, or all there is
     are pickles, which are never opened."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, weights: str = WEIGHTS) -> None:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
-        index = _read_index(folder)
-        files = sorted(set(index.values())) if index is not None else [WEIGHTS]
+        index = _read_index(folder) if weights == WEIGHTS else None
+        files = sorted(set(index.values())) if index is not None else [weights]
         for name in files:
-            if not (folder / name).is_file():
+            if not is_regular(folder / name):
                 raise ImageRLError(_absent(folder, name, index))
-            self.entries.update(_read_header(folder / name))
+            found = _read_header(folder / name)
+            if twice := sorted(found.keys() & self.entries.keys()):
+                raise _damaged(folder / name, f"{twice[0]} is in {self.entries[twice[0]].file.name} too")
+            self.entries.update(found)
         lost = sorted((index or {}).keys() - self.entries.keys())
         if lost:
             raise ImageRLError(
@@ -101,6 +120,15 @@ class Shards:
         return iter(
             sorted(self.entries, key=lambda name: (self.entries[name].file, self.entries[name].start))
         )
+
+
+def require_finite(tensor: Tensor, name: str) -> Tensor:
+    """The tensor itself. Raises ImageRLError when it holds NaN or infinity: no picture comes of them.
+
+    In no memory of its own: the smallest or the largest of numbers that are not all finite is not."""
+    if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):
+        raise ImageRLError(f"{name} holds numbers that are not finite; copy the model again")
+    return tensor
 
 
 def save_shards(
@@ -159,13 +187,12 @@ def _stored_size(tensor: Tensor, dtype: torch.dtype | None) -> int:
 def _read_index(folder: Path) -> dict[str, str] | None:
     """Tensor -> file, or None where one file holds all."""
     file = folder / INDEX
-    if not file.is_file():
+    if not is_regular(file):
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        index = {str(name): str(shard) for name, shard in content["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(file, f"{type(error).__name__}: {error}") from error
+        index = validated(Index, parse_json(read_text(file, MAX_HEADER), "its text"), "it").weight_map
+    except ImageRLError as error:
+        raise _damaged(file, str(error)) from error
     outside = [shard for shard in index.values() if Path(shard).name != shard]
     if outside or not index:
         raise _damaged(
@@ -180,37 +207,39 @@ def _absent(folder: Path, name: str, index: Mapping[str, str] | None) -> str:
         return f"{folder} lacks the shard {name} with {lost} tensors; copy it again"
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     hint = f" ({pickles[0]} is a pickle and is not loaded; convert it to safetensors)" if pickles else ""
-    return f"{folder} has no {WEIGHTS}{hint}"
+    return f"{folder} has no {name}{hint}"
 
 
 def _read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of a file, which lie one behind the other from its header to its end, as the format wants it: two
+    names for one place, or bytes that no name stands for, are damage."""
     total = file.stat().st_size
     try:
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(total - 8, MAX_HEADER):
                 raise ValueError("no safetensors header")
-            header = json.loads(stream.read(length))
-        return {
-            name: _entry(file, 8 + length, total, value)
-            for name, value in header.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            header = parse_json(stream.read(length).decode(), "its header")
+        if not isinstance(header, dict):
+            raise ValueError("no safetensors header")
+        header.pop("__metadata__", None)
+        stored = validated(dict[str, StoredTensor], header, "its header")
+    except (OSError, ValueError, struct.error, ImageRLError) as error:
         raise _damaged(file, " ".join(str(error).split())) from error
-
-
-def _entry(file: Path, begin: int, total: int, value: Mapping[str, Any]) -> Entry:
-    start, stop = value["data_offsets"]
-    if value["dtype"] not in DTYPES:
-        raise ImageRLError(f"{file} stores numbers as {value['dtype']}; convert them to BF16 or F32")
-    dtype, shape = DTYPES[value["dtype"]], tuple(int(size) for size in value["shape"])
-    size = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
-    if not 0 <= start <= stop or stop - start != size or min(shape, default=0) < 0:
-        raise ValueError("a tensor's place does not fit its shape")
-    if begin + stop > total:
-        raise ValueError(f"{total} bytes instead of {begin + stop} or more")
-    return Entry(file, begin + start, size, dtype, shape)
+    entries, end = {}, 8 + length
+    for name, value in sorted(stored.items(), key=lambda one: one[1].data_offsets):
+        start, stop = (8 + length + offset for offset in value.data_offsets)
+        if value.dtype not in DTYPES:
+            raise ImageRLError(f"{file} stores numbers as {value.dtype}; convert them to BF16 or F32")
+        dtype, shape = DTYPES[value.dtype], tuple(value.shape)
+        if stop - start != math.prod(shape) * dtype.itemsize:
+            raise _damaged(file, f"the place of {name} does not fit its shape")
+        if start != end:
+            raise _damaged(file, f"{name} does not begin where the tensor before it ends")
+        entries[name], end = Entry(file, start, stop - start, dtype, shape), stop
+    if end != total:
+        raise _damaged(file, f"{total} bytes instead of {end}")
+    return entries
 
 
 def _damaged(file: Path, why: str) -> ImageRLError:

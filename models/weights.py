@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.building import build_policy
 from models.image_policy import ImagePolicy
 from models.published import EDIT_CONNECTOR, EDIT_UNUSED, VISION_TOWER
-from models.shards import Shards
+from models.shards import Shards, require_finite
 from rl.types import ImageRLError
 
 Slot = tuple[nn.Module, str]  # a module and the name of a parameter or buffer of its own
@@ -36,11 +36,21 @@ PARTS = {
 
 
 def empty_policy(config: Mapping[str, Any], text_tokenizer: Any) -> ImagePolicy:
-    """`build_policy` without memory for parameters: they have shapes only, while buffers are real."""
+    """`build_policy` without memory for parameters: they have shapes only, while buffers are real.
+
+    Raises ImageRLError when its parts do not go together."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
-        policy = build_policy(config, text_tokenizer)
+    try:
+        with init_empty_weights(include_buffers=False):
+            policy = build_policy(config, text_tokenizer)
+    except ImageRLError:
+        raise
+    except Exception as error:  # what transformers and diffusers say of sizes that do not go together
+        why = " ".join(str(error).split())[:200]
+        raise ImageRLError(
+            f"config.json describes no model that can be built ({type(error).__name__}: {why})"
+        ) from error
     if is_tied(policy):  # each parameter was replaced on its own
         policy.trainable.lm.tie_weights()
     return policy
@@ -111,12 +121,19 @@ def full_state(policy: ImagePolicy) -> dict[str, Tensor]:
 def fill(policy: ImagePolicy, shards: Shards, dtype: torch.dtype, device: torch.device | str) -> None:
     """Read a checkpoint into an `empty_policy`, tensor by tensor, floating-point numbers as `dtype`.
 
-    The memory this needs is that of the policy and of one tensor, whatever the checkpoint's size."""
+    The memory this needs is that of the policy and of one tensor, whatever the checkpoint's size. Raises ImageRLError
+    for a tensor that holds other than finite numbers."""
     wanted = slots(policy)
     for name in shards.in_order():
         if name in wanted:
             module, leaf = wanted[name]
-            _put(module, leaf, shards.read(name), dtype, device)
+            stored = shards.read(name)
+            if stored.is_floating_point() != getattr(module, leaf).is_floating_point():
+                raise ImageRLError(
+                    f"{shards.folder}: {name} is stored as {stored.dtype}; copy the model again"
+                )
+            tensor = stored.to(dtype) if stored.is_floating_point() else stored
+            _put(module, leaf, require_finite(tensor, f"{shards.folder}: {name}"), dtype, device)
     if is_tied(policy):
         policy.trainable.lm.tie_weights()
 

@@ -16,12 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from rl.errors import ImageRLError
 from rl.files import atomic_folder, clean_leftovers, remove_folder, write_error
+from rl.reading import validated
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -29,6 +31,35 @@ CHECKPOINTS = "checkpoints"  # their folder inside a run folder
 STATE = "state.json"
 _FOLDER = re.compile(r"step_(\d+)")
 _logger = logging.getLogger(__name__)
+
+
+class _Version(BaseModel):
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class _File(BaseModel):
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class _Manifest(_Version):
+    model_config = ConfigDict(strict=True)
+
+    format: int
+    step: int
+    files: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], _File]  # in the folder itself
+
+
+class _State(BaseModel):
+    """What every kind of run keeps, where it keeps it."""
+
+    first_eval: list[dict[str, Any]] | None = None
+    last_eval: list[dict[str, Any]] | None = None
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    budget: dict[str, float] = Field(default_factory=dict)
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    watch: dict[str, Any] = Field(default_factory=dict)
+    data: list[dict[str, Any]] = Field(default_factory=list)  # of each process
 
 
 @dataclass(slots=True)
@@ -141,32 +172,41 @@ def _load(folder: Path) -> Checkpoint:
     step = step_of(folder)
     if not folder.is_dir():
         raise ImageRLError(f"there is no checkpoint {folder}; see the step_* folders in {folder.parent}")
-    manifest = _read_json(folder / MANIFEST)
-    if (
-        not isinstance(manifest, dict)
-        or manifest.get("step") != step
-        or not isinstance(manifest.get("files"), dict)
-    ):
-        raise _damaged(folder / MANIFEST, f"it does not describe step {step}")
-    if manifest.get("format") != FORMAT:
+    content = _read_json(folder / MANIFEST)
+    if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
+        wrote = validated(_Version, content, str(folder / MANIFEST)).versions.get("imagerl", "unknown")
         raise ImageRLError(
-            f"{folder} has checkpoint format {manifest.get('format')}, this version reads {FORMAT}; "
-            f"use the version that wrote it ({manifest.get('versions', {}).get('imagerl', 'unknown')})"
+            f"{folder} has checkpoint format {content['format']}, this version reads {FORMAT}; "
+            f"use the version that wrote it ({wrote})"
         )
-    for name, expected in manifest["files"].items():
+    try:
+        manifest = validated(_Manifest, content, "it")
+    except ImageRLError as error:
+        raise _damaged(folder / MANIFEST, str(error)) from error
+    if manifest.step != step:
+        raise _damaged(folder / MANIFEST, f"it does not describe step {step}")
+    stored = {STATE, *(path.name for path in folder.glob("*.safetensors"))}
+    if unlisted := stored - manifest.files.keys():
+        raise _damaged(folder / MANIFEST, f"it does not list {min(unlisted)}")
+    for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
             raise _damaged(path, "it is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise _damaged(path, f"it has {path.stat().st_size} bytes instead of {expected['bytes']}")
-        if _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != expected.bytes:
+            raise _damaged(path, f"it has {path.stat().st_size} bytes instead of {expected.bytes}")
+        if _sha256(path) != expected.sha256:
             raise _damaged(path, "its SHA-256 is not the one in the manifest")
     tensors = {
         name.removesuffix(".safetensors"): load_file(folder / name)
-        for name in manifest["files"]
+        for name in manifest.files
         if name.endswith(".safetensors")
     }
-    return Checkpoint(folder, step, tensors, _read_json(folder / STATE), manifest["versions"])
+    state = _read_json(folder / STATE)
+    try:
+        validated(_State, state, "it")
+    except ImageRLError as error:
+        raise _damaged(folder / STATE, str(error)) from error
+    return Checkpoint(folder, step, tensors, state, manifest.versions)
 
 
 def _damaged(path: Path, reason: str) -> ImageRLError:
@@ -181,7 +221,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise _damaged(path, "it is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, f"it cannot be read: {error}") from error
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl.errors import ImageRLError
-from rl.prompt_pictures import identity, picture_hash, picture_paths
-from rl.reading import read_text
+from rl.prompt_pictures import picture_hash, picture_paths
+from rl.reading import parse_json, read_text, require_plain
 from rl.seeding import derive_seed
 from rl.types import Prompt
 from rl.yaml_text import parse_yaml_lines
@@ -27,14 +27,34 @@ RESERVED_COLUMNS = (
     "completions",
     "completion_ids",
     "images",
-)  # what rewards get beside the columns
+    "self",
+)  # what rewards get beside the columns, or are themselves
 LINES_SHOWN = 20  # of the rows that a held-out set shares with the training set
+# What public prompt and edit sets call our columns, in any letter case; the first of these that a set has is taken
+# where it has no column of our name.
+PROMPT, REFERENCE = "prompt", "reference"
+SYNONYMS = {
+    PROMPT: ("instruction", "edit_instruction", "edit_prompt", "edit", "caption", "text", "prompts"),
+    REFERENCE: (
+        *(
+            "source_image",
+            "input_image",
+            "original_image",
+            "reference_image",
+            "source_img",
+            "input_img",
+            "src_img",
+        ),
+        *("image", "images", "img", "image_path"),
+    ),
+}
 Row = tuple[int, Any]  # line number, and a mapping of columns or a bare prompt
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Prompts in a fixed order, no text twice. All have the same columns."""
+    """Prompts in a fixed order; a text that stands there twice is two prompts. All have the same columns."""
 
     source: str  # for messages: a path or name/split
     prompts: tuple[Prompt, ...]
@@ -86,7 +106,7 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
     """The prompts that a recipe asks for. A prompt's index is its place in the file, blank lines aside.
 
     Raises:
-        ImageRLError: no such set or file, a row that is no prompt, a repeated prompt, too few prompts.
+        ImageRLError: no such set or file, a row that is no prompt, too few prompts.
     """
     if config.name is not None:
         if config.name not in NAMED_SETS:
@@ -97,10 +117,7 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
         prompts = [replace(p, source=source, line=n) for p, n in zip(prompts, lines, strict=True)]
     else:
         source = str(config.path)
-        rows = _read_rows(source, config.column)
-        lines = [line for line, _ in rows]
-        prompts = _to_prompts(rows, config.column, source)
-    _refuse_repeated(prompts, lines, source)
+        prompts = _to_prompts(_read_rows(source), config.column, source)
     if config.size is not None and config.size > len(prompts):
         raise ImageRLError(
             f"{source} has {len(prompts)} prompts, fewer than its size in the recipe, {config.size}"
@@ -111,20 +128,7 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
 def inline_prompts(rows: Sequence[str | dict[str, Any]], source: str) -> PromptSet:
     """Prompts that are written out in another file, `source`: texts, or mappings with a `prompt` in each. Lines in
     messages are counted within the list. Raises ImageRLError like `load_prompt_set`."""
-    numbered = list(enumerate(rows, 1))
-    prompts, lines = _to_prompts(numbered, "prompt", source), [number for number, _ in numbered]
-    _refuse_repeated(prompts, lines, source)
-    return PromptSet(source, tuple(prompts))
-
-
-def _refuse_repeated(prompts: Sequence[Prompt], lines: Sequence[int], source: str) -> None:
-    if not prompts:
-        raise ImageRLError(f"{source} holds no prompts")
-    seen: dict[str, int] = {}
-    for line, name in zip(lines, map(identity, prompts), strict=True):
-        if name in seen:
-            raise ImageRLError(f"{source}, line {line}: repeats the prompt of line {seen[name]}; remove one")
-        seen[name] = line
+    return PromptSet(source, tuple(_to_prompts(list(enumerate(rows, 1)), PROMPT, source)))
 
 
 def refuse_overlap(train: PromptSet, heldout: PromptSet, wanted: Callable[[Any, str], str]) -> None:
@@ -204,7 +208,7 @@ class GroupedSampler:
         return order
 
 
-def _read_rows(source: str, column: str) -> list[Row]:
+def _read_rows(source: str) -> list[Row]:
     suffix = Path(source).suffix.lower()
     readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _txt, ".yaml": _yaml, ".yml": _yaml}
     if suffix not in readers:
@@ -215,15 +219,15 @@ def _read_rows(source: str, column: str) -> list[Row]:
 def _jsonl(text: str, source: str) -> Iterator[Row]:
     for line, content in enumerate(text.split("\n"), 1):
         if content.strip():
-            try:
-                yield line, json.loads(content)
-            except json.JSONDecodeError as error:
-                raise ImageRLError(f"{source}, line {line}: not JSON ({error.msg})") from None
+            yield line, parse_json(content, f"{source}, line {line}")
 
 
 def _csv(text: str, source: str) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
+        header = list(reader.fieldnames or ())
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise ImageRLError(f'{source}: the header names the column "{twice[0]}" twice; rename one')
         for row in reader:
             if None in row or None in row.values():
                 wanted = len(reader.fieldnames or ())
@@ -246,33 +250,61 @@ def _yaml(text: str, source: str) -> Iterator[Row]:
 
 def _to_prompts(rows: Sequence[Row], column: str, source: str) -> list[Prompt]:
     """Columns that a row lacks are None, so that rewards get lists of equal length."""
-    mappings: list[tuple[int, dict[str, Any]]] = []
+    if not rows:
+        raise ImageRLError(f"{source} holds no prompts")
+    mappings: list[tuple[str, dict[str, Any]]] = []
     for line, row in rows:
+        place = f"{source}, line {line}"
         mapping = {column: row} if isinstance(row, str) else row
         if not isinstance(mapping, dict):
-            raise ImageRLError(f"{source}, line {line}: should be a mapping of columns, or a prompt")
+            raise ImageRLError(f"{place}: should be a mapping of columns, or a prompt")
+        mappings.append((place, require_plain(mapping, place)))
+    names = list(dict.fromkeys(name for _, mapping in mappings for name in mapping))
+    column, reference = _taken(names, column, source)
+    for place, mapping in mappings:
         if column not in mapping:
             raise ImageRLError(
-                f'{source}, line {line}: no column "{column}", only {", ".join(map(str, mapping))}; '
+                f'{place}: no column "{column}", only {_shown(mapping)}; '
                 "add it, or name the right one in the prompt set's `column`"
             )
         if not isinstance(mapping[column], str) or not mapping[column].strip():
-            raise ImageRLError(f'{source}, line {line}: "{column}" should be a text that is not empty')
-        for name in RESERVED_COLUMNS:
-            if name in mapping and name != column:
+            raise ImageRLError(f'{place}: "{column}" should be a text that is not empty')
+    names = [REFERENCE if name == reference else name for name in names if name != column]
+    for name in RESERVED_COLUMNS:
+        if name in names:
+            place = next(place for place, mapping in mappings if name in mapping)
+            raise ImageRLError(f'{place}: "{name}" is what rewards get from us; rename the column')
+    prompts = []
+    for index, (place, mapping) in enumerate(mappings):
+        columns = {name: mapping.get(reference if name == REFERENCE else name) for name in names}
+        if isinstance(given := columns.get(REFERENCE), list):
+            if len(given) > 1:
                 raise ImageRLError(
-                    f'{source}, line {line}: "{name}" is what rewards get from us; rename the column'
+                    f'{place}: "{reference}" names {len(given)} pictures; an edit starts from one'
                 )
-        mappings.append((line, mapping))
-    names = dict.fromkeys(name for _, mapping in mappings for name in mapping if name != column)
-    folder = Path(source).parent
-    return [
-        Prompt(
-            index,
-            mapping[column].strip(),
-            picture_paths({name: mapping.get(name) for name in names}, folder, f"{source}, line {line}"),
-            source,
-            line,
-        )
-        for index, (line, mapping) in enumerate(mappings)
-    ]
+            columns[REFERENCE] = given[0] if given else None
+        columns = picture_paths(columns, Path(source).parent, place)
+        prompts.append(Prompt(index, mapping[column].strip(), columns, source, rows[index][0]))
+    return prompts
+
+
+def _taken(names: Sequence[str], column: str, source: str) -> tuple[str, str]:
+    """Which columns hold the prompt and the picture to edit, and a word about it where they have other names."""
+
+    def of(ours: str) -> str:
+        theirs = {name.lower(): name for name in reversed(names)}
+        wanted = () if ours in names else (ours, *SYNONYMS[ours])
+        return next((theirs[name] for name in wanted if name in theirs), ours)
+
+    prompt = of(PROMPT) if column == PROMPT else column
+    reference = of(REFERENCE)
+    renamed = [(prompt, column, "as the prompt"), (reference, REFERENCE, "as the picture to edit")]
+    said = [f'"{name}" {what}' for name, usual, what in renamed if name != usual]
+    if said:
+        _logger.warning("%s: took the column %s", source, " and ".join(said))
+    return prompt, reference
+
+
+def _shown(names: Iterable[str]) -> str:
+    text = ", ".join(names)
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -6,14 +6,17 @@ Pictures become 8-bit RGB whatever they were: grey, palette, 16 bit, CMYK; trans
 from __future__ import annotations
 
 import io
-import json
+import math
 import os
-import warnings
+import stat
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from rl.errors import ImageRLError
+from rl.reading import open_undecoded, parse_json, to_rgb
 
 REASONS = (
     "missing_picture",
@@ -22,7 +25,7 @@ REASONS = (
     "bad_caption",  # not UTF-8, damaged JSON, no string
     "empty_caption",
     "long_caption",
-    "unreadable",  # the file, or the whole shard
+    "unreadable",  # the file, or the whole shard; no regular file
     "corrupt",
     "truncated",
     "too_large",
@@ -31,9 +34,6 @@ REASONS = (
 )
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_FILE_BYTES = 1 << 28
-
-# Sizes are judged here, from the header, before a pixel is decoded.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadSample(Exception):
@@ -65,7 +65,10 @@ class Blob:
 
     def read(self) -> bytes:
         """Raises OSError, and BadSample when there are too few bytes, or absurdly many."""
-        size = os.stat(self.path).st_size if self.size is None else self.size
+        status = os.stat(self.path)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadSample("unreadable")  # a pipe would be waited for
+        size = status.st_size if self.size is None else self.size
         if size > MAX_FILE_BYTES:
             raise BadSample("too_large")
         with open(self.path, "rb") as file:
@@ -121,12 +124,12 @@ def _caption(entry: Entry, limits: Limits) -> str:
     if isinstance(caption, Blob):
         try:
             text = _read(caption, "missing_caption").decode("utf-8-sig")
-            caption = text if entry.caption_field is None else json.loads(text)
+            caption = text if entry.caption_field is None else parse_json(text, entry.key)
             if entry.caption_field is not None:
                 if not isinstance(caption, dict):
                     raise BadSample("bad_caption")
                 caption = caption.get(entry.caption_field)
-        except ValueError:  # not UTF-8, or no JSON
+        except (ValueError, ImageRLError):  # not UTF-8, or no JSON
             raise BadSample("bad_caption") from None
     if caption is None:
         raise BadSample("missing_caption")
@@ -142,7 +145,7 @@ def _caption(entry: Entry, limits: Limits) -> str:
 def _picture(blob: Blob, missing: str, size: tuple[int, int], limits: Limits) -> np.ndarray:
     data = _read(blob, missing)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_undecoded(io.BytesIO(data), math.inf) as image:
             check_size(image.size, limits)
             return np.asarray(fit(to_rgb(image), size))
     except BadSample:
@@ -171,21 +174,6 @@ def check_size(size: tuple[int, int], limits: Limits) -> None:
         raise BadSample("too_small")
     if long > limits.max_aspect * short:
         raise BadSample("elongated")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, upright: EXIF turns applied, 16-bit greys scaled, transparency on white. First frame only."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode == "F":
-        raise BadSample("corrupt")  # floats have no range that is agreed on
-    if upright.mode.startswith("I"):  # Pillow itself would clip 16 bits to 255, which is white
-        grey = np.asarray(upright).astype(np.float64)
-        upright = Image.fromarray((grey.clip(0, 65535) / 257).round().astype(np.uint8))
-    if upright.has_transparency_data:
-        coloured = upright.convert("RGBA")
-        ground = Image.new("RGBA", coloured.size, "white")
-        return Image.alpha_composite(ground, coloured).convert("RGB")
-    return upright.convert("RGB")
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from pydantic import BaseModel, ConfigDict, Field
 
 from rl.errors import ImageRLError, one_line
 from rl.files import write_atomic, write_error
+from rl.reading import parse_json, validated
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,6 +54,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
+class Record(BaseModel):
+    """One line of metrics.jsonl: a step and its numbers."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | bool | None]
+
+    step: int = Field(ge=0, strict=True)
+
+
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl in file order; a last line cut off by a crash is skipped.
 
@@ -63,9 +74,9 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty or torn
         try:
-            record = json.loads(line)
-            record["step"] = int(record["step"])
-        except (ValueError, KeyError, TypeError) as error:
+            record = parse_json(line.decode(), "it")
+            validated(Record, record, "it")
+        except (UnicodeDecodeError, ImageRLError) as error:
             raise ImageRLError(f"{path} line {number} is damaged; delete that line and try again") from error
         records.append(record)
     return records

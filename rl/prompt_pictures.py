@@ -1,5 +1,5 @@
-"""Pictures that a prompt file names: paths in some columns, opened when a prompt is drawn, so that a set of any size
-fits in memory."""
+"""Pictures that a prompt file names: paths in some columns, whose headers are judged when the file is read, and whose
+pixels are decoded when a prompt is drawn, so that a set of any size fits in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from rl.errors import ImageRLError
-from rl.image_files import BadSample, to_rgb
+from rl.reading import check_picture, is_regular, read_picture
 from rl.types import Prompt
 
 PICTURE_COLUMNS = ("reference", "mask", "ideal")  # the picture to edit, where it may change, a perfect result
@@ -21,28 +21,31 @@ PICTURE_COLUMNS = ("reference", "mask", "ideal")  # the picture to edit, where i
 def picture_paths(columns: Mapping[str, Any], folder: Path, place: str) -> dict[str, Any]:
     """Columns of a row with paths for the names of pictures, which are relative to the prompt file's folder.
 
-    Raises ImageRLError, beginning with `place`, when one is no name of a file that is there."""
+    Raises ImageRLError, beginning with `place`, when one is no name of a file that is there, or the file is no picture
+    or too large a one."""
     found = dict(columns)
     for name in PICTURE_COLUMNS:
-        if (given := found.get(name)) is None:
+        if (given := found.get(name)) in (None, ""):  # a CSV file has no other way to say that there is none
+            found |= {name: None} if name in found else {}
             continue
-        if not isinstance(given, str) or not (folder / given).is_file():
+        if not isinstance(given, str) or not is_regular(folder / given):
             raise ImageRLError(
-                f'{place}: "{name}" should be the path of a picture, and there is none at {given!r}'
+                f'{place}: "{name}" should be the path of a picture, and there is none at {given!r:.200}'
             )
         found[name] = folder / given
+        check_picture(folder / given, place)
     return found
 
 
 def with_pictures(prompt: Prompt) -> Prompt:
     """The prompt with its pictures opened, RGB.
 
-    Raises ImageRLError when a file is no picture that Pillow reads."""
+    Raises ImageRLError when a file is no picture that can be read."""
     paths = {name: value for name, value in prompt.columns.items() if isinstance(value, Path)}
     if not paths:
         return prompt
     return replace(
-        prompt, columns={**prompt.columns, **{name: open_picture(path, name) for name, path in paths.items()}}
+        prompt, columns={**prompt.columns, **{name: read_picture(path, name) for name, path in paths.items()}}
     )
 
 
@@ -60,17 +63,3 @@ def picture_hash(prompt: Prompt) -> str:
     if isinstance(picture, Image.Image):
         return hashlib.sha256(picture.tobytes()).hexdigest()
     return hashlib.sha256(picture.read_bytes()).hexdigest() if isinstance(picture, Path) else ""
-
-
-def open_picture(path: Path, place: str) -> Image.Image:
-    """A picture file as upright RGB. `place` begins the message of the ImageRLError for one that cannot be read."""
-    try:
-        with Image.open(path) as picture:
-            return to_rgb(picture)
-    except FileNotFoundError:
-        raise ImageRLError(f"{place}: there is no picture {path}") from None
-    except (OSError, ValueError, SyntaxError, BadSample, Image.DecompressionBombError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise ImageRLError(
-            f"{place}: {path} cannot be read as a picture ({why}); save it again as PNG or JPEG"
-        ) from error

@@ -156,8 +156,9 @@ def validated(schema: type[T], value: Any, place: str) -> T:
     dotted key, and what should stand there."""
     from pydantic import ValidationError
 
+    kind: Any = schema
     try:
-        return cast(T, _adapter(schema).validate_python(value))
+        return cast(T, _adapter(kind).validate_python(value))
     except ValidationError as error:
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import datetime
 import io
-import json
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,10 +18,12 @@ from PIL import Image
 
 from rl.charts import SMOOTH_FROM, Chart, Series, as_float, render, training_charts
 from rl.errors import ImageRLError
+from rl.evaluation.against import read_evaluation
 from rl.files import write_atomic
 from rl.metrics import is_timing, read_metrics
 from rl.monitoring.config import MonitorsConfig
 from rl.monitoring.report import alarms, monitor_charts
+from rl.reading import read_json, read_text
 from rl.stats import HEADLINES, TOTAL, Interval, compare, headline, number, span, verdict
 from rl.yaml_text import parse_yaml
 
@@ -61,27 +62,27 @@ def render_page(template: str, content: Mapping[str, Any]) -> str:
 def _gather(run_dir: Path) -> dict[str, Any]:
     problems: list[str] = []
 
-    def load(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    def load(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
         """The mapping in a file; empty, with a line in `problems`, when it cannot be read."""
         if not path.exists():
             return {}
         try:
-            content = parse(path.read_text(encoding="utf-8"))
+            content = read(path)
             if isinstance(content, dict):
                 return content
-        except (ValueError, ImageRLError):
+        except ImageRLError:
             pass
         problems.append(f"{path.relative_to(run_dir)} could not be read")
         return {}
 
     records = read_metrics(run_dir)
     recipe_file = run_dir / "recipe.yaml"
-    recipe = load(recipe_file, partial(parse_yaml, source=str(recipe_file)))
-    environment = load(run_dir / "environment.json", json.loads)
+    recipe = load(recipe_file, lambda path: parse_yaml(read_text(path), str(path)))
+    environment = load(run_dir / "environment.json", read_json)
     training = [r for r in records if any(k.startswith("reward/") for k in r)]
     done = max((r["step"] for r in training), default=0)
     suites = _evaluations(run_dir, records, load)
-    comparison = load(run_dir / "eval" / "comparison.json", json.loads)
+    comparison = load(run_dir / "eval" / "comparison.json", partial(read_evaluation, comparison=True))
     # written when a run ends, which a budget or a monitor may decide before its last step
     finished = done > 0 and comparison.get("after_step") == done
     total = done if finished else _dig(recipe, "run", "steps") or done
@@ -137,15 +138,15 @@ class Row:
 
 
 def _evaluations(
-    run_dir: Path, records: Sequence[Mapping[str, Any]], load: Callable[[Path, Callable[[str], Any]], Any]
+    run_dir: Path, records: Sequence[Mapping[str, Any]], load: Callable[[Path, Callable[[Path], Any]], Any]
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """suite -> step -> evaluation, from eval/*.json; means alone come from metrics.jsonl where a file is
     missing."""
     suites: dict[str, dict[int, dict[str, Any]]] = {}
     for path in sorted((run_dir / "eval").glob("*_step_*.json")):
         found = re.fullmatch(r"(.+)_step_(\d+)", path.stem)
-        content = load(path, json.loads) if found else {}
-        if found and isinstance(content.get("metrics"), dict):
+        content = load(path, read_evaluation) if found else {}
+        if found and "metrics" in content:
             suites.setdefault(found[1], {})[int(found[2])] = content
     for record in records:
         for key, value in record.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from rl.errors import ImageRLError
 from rl.files import write_atomic
-from rl.metrics import to_json
+from rl.metrics import read_metrics, to_json
 from rl.rollout import RolloutEngine, to_uint8
 from rl.types import Prompt
 
@@ -146,8 +145,7 @@ def bench_step(run_folder: Path, tokens_per_step: int) -> Report:
     """Medians over the training steps that a run has logged, the first one left out as warm-up.
 
     `share/reward_wait` is reward time that nothing else hides."""
-    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [row for row in map(json.loads, lines) if "time/step_s" in row][1:]
+    steps = [row for row in read_metrics(run_folder) if "time/step_s" in row][1:]
     if not steps:
         raise ImageRLError(f"{run_folder} has logged fewer than 2 training steps; let it run longer")
 

@@ -126,15 +126,13 @@ def _unchanged(suite: Suite, prompts: Sequence[Prompt]) -> Source:
 
 def earlier_results(file: str, facts: dict[str, Any]) -> dict[str, Any]:
     """Results that `--json` wrote. Raises ImageRLError when they are not of the same prompts and random numbers."""
-    import json
-
-    from rl.recipe import read_text
+    from rl.evaluation.against import read_evaluation
 
     try:
-        document = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise ImageRLError(f"{file}: not JSON ({error.msg}); give what imagerl eval --json wrote") from None
-    if not (isinstance(document, dict) and isinstance(document.get("per_prompt"), list)):
+        document = read_evaluation(file)
+    except ImageRLError as error:
+        raise ImageRLError(f"{error}; give what imagerl eval --json wrote") from None
+    if not document.get("per_prompt"):
         raise ImageRLError(f"{file} holds no results; give what imagerl eval --json wrote")
     for key in SAME:
         if document.get(key) != facts[key]:

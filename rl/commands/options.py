@@ -65,7 +65,8 @@ def picture_for(policy: ImagePolicy, path: Path) -> Image.Image:
     """A picture file as RGB. Says on stderr when the model will not see it as it is.
 
     Raises ImageRLError when it cannot be read."""
-    from models.pictures import crop_note, read_picture
+    from models.pictures import crop_note
+    from rl.reading import read_picture
 
     picture, (height, width) = read_picture(path), policy.decoder.picture_size
     note = crop_note(picture, (height, width))

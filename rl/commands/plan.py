@@ -85,14 +85,17 @@ def with_starting_adapter(recipe: Recipe) -> Recipe:
     """The recipe, `model.lora` filled in where training goes on with the adapter in `model.path`."""
     from pathlib import Path
 
-    from models.adapters import ADAPTER_CONFIG, read_adapter_config
+    from models.adapters import ADAPTER_CONFIG, adapter_settings
     from rl.engine_config import LoraConfig
 
     folder = Path(recipe.model.path).expanduser()
     if recipe.model.lora is not None or not (folder / ADAPTER_CONFIG).is_file():
         return recipe
-    stored = read_adapter_config(folder)
-    lora = LoraConfig(r=stored["r"], alpha=stored["lora_alpha"], target_modules=stored["target_modules"])
+    stored = adapter_settings(folder)
+    named = stored.target_modules
+    lora = LoraConfig(
+        r=stored.r, alpha=stored.lora_alpha, target_modules=[named] if isinstance(named, str) else named
+    )
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": lora})})
 
 

@@ -23,9 +23,10 @@ def tokenize(
     json: Annotated[Path | None, typer.Option(help="also write the tokens to this file")] = None,
 ) -> None:
     """Show a picture's tokens as the language model reads them, one row of the picture a line."""
-    from models.pictures import crop_note, prepare_picture, read_picture
+    from models.pictures import crop_note, prepare_picture
     from rl.files import write_atomic
     from rl.metrics import to_json
+    from rl.reading import read_picture
 
     pixels = read_picture(picture)
     tokenizer = _tokenizer_of(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from markupsafe import Markup
 from rl.charts import Chart, Series, as_float, render
 from rl.comparison.results import Contrast, Kind, Results, RunResult, Standing
 from rl.files import write_atomic
+from rl.reading import read_json
 from rl.report import bar, embedded_grid, reach, render_page
 from rl.stats import FEWEST_SEEDS, number, span
 
@@ -60,7 +60,7 @@ def _content(results: Results, folder: Path) -> dict[str, Any]:
         "charts": charts,
         "grids": _grids(results),
         "differences": differing_settings(results),
-        "environment": json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {},
+        "environment": read_json(environment) if environment.exists() else {},
         "notes": results.notes,
         "made": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
     }

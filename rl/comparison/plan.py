@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from rl.config import Recipe, load_recipe
 from rl.errors import ImageRLError
 from rl.files import write_atomic
 from rl.metrics import to_json
+from rl.reading import read_json, validated
 from rl.rollout import evaluation_sampling
 from rl.run_folder import RECIPE_FILE, differing_keys, read_stored_recipe
 
@@ -131,12 +131,11 @@ class Plan:
     def read(cls, folder: Path) -> Plan:
         """Raises ImageRLError when the folder holds no comparison."""
         path = folder / PLAN_FILE
+        if not path.exists():
+            raise ImageRLError(f"{folder} holds no comparison: there is no {PLAN_FILE}")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{**content, "budget": BudgetSpec(**content["budget"])})
-        except FileNotFoundError:
-            raise ImageRLError(f"{folder} holds no comparison: there is no {PLAN_FILE}") from None
-        except (ValueError, KeyError, TypeError) as error:
+            return validated(cls, read_json(path), "it")
+        except ImageRLError as error:
             raise ImageRLError(f"{path} is damaged ({error}); remove it to plan anew") from None
 
 

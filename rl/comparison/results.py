@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from scipy.stats import trim_mean
 
 from rl.comparison.plan import UNITS, Plan
 from rl.errors import ImageRLError
+from rl.evaluation.against import read_evaluation
 from rl.metrics import read_metrics
 from rl.reading import read_text
 from rl.report import gold_metrics
@@ -301,6 +301,6 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
-        raise ImageRLError(f"{path} is damaged; remove its run folder and compare with --resume") from None
+        return read_evaluation(path)
+    except ImageRLError as error:
+        raise ImageRLError(f"{error}; remove its run folder and compare with --resume") from None

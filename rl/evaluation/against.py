@@ -1,15 +1,65 @@
-"""Two evaluations of the same prompts and random numbers, metric by metric."""
+"""Evaluations that were written earlier, and two of them of the same prompts and random numbers, metric by metric."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from rl.reading import read_json, validated
 from rl.stats import compare, verdict
 
 DRAWN = ("temperature", "guidance", "flow_steps")
 KEPT = ("model", "model_sha256", *DRAWN, "versions")
+
+
+class StoredInterval(BaseModel):
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = Field(None, ge=0)
+
+
+class StoredRow(BaseModel):
+    """One prompt, or one sample of it; beside these two the values of the metrics, and words."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | str | None]
+
+    index: int = Field(0, ge=0)
+    prompt: str = ""
+
+
+class StoredEvaluation(BaseModel):
+    """What is read back of an evaluation's JSON."""
+
+    suite: str = ""
+    n: int | None = Field(None, ge=0)
+    metrics: dict[str, StoredInterval] = Field(default_factory=dict)
+    per_prompt: list[StoredRow] = Field(default_factory=list)
+
+
+class StoredDifference(BaseModel):
+    difference: StoredInterval | None = None
+
+
+class StoredComparison(BaseModel):
+    """What is read back of a run's eval/comparison.json."""
+
+    suite: str = ""
+    before_step: int
+    after_step: int
+    metrics: dict[str, StoredDifference]
+
+
+def read_evaluation(path: str | Path, comparison: bool = False) -> dict[str, Any]:
+    """The JSON document of an evaluation, or of a run's comparison of two. Raises ImageRLError when it is none."""
+    document: dict[str, Any] = read_json(path)
+    validated(StoredComparison if comparison else StoredEvaluation, document, str(path))
+    return document
 
 
 def compared(other: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

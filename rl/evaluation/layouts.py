@@ -21,8 +21,7 @@ from rl.evaluation.evaluate import Source
 from rl.evaluation.kept_pictures import refuse_filled
 from rl.files import write_atomic
 from rl.metrics import save_image, to_json
-from rl.prompt_pictures import open_picture
-from rl.recipe import read_text
+from rl.reading import parse_json, read_json, read_picture, read_text, validated
 from rl.types import Prompt
 
 GRID = 4  # pictures that DPG-Bench's scorer cuts out of a grid of two rows
@@ -42,7 +41,7 @@ class Entry:
         """Raises ImageRLError when the picture to edit cannot be read."""
         if self.source is None:
             return Prompt(self.index, self.text)
-        return Prompt(self.index, self.text, {"reference": open_picture(self.source, self.name)})
+        return Prompt(self.index, self.text, {"reference": read_picture(self.source, self.name)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ def read_geneval(file: Path, sources: Path | None) -> list[Entry]:
     entries = []
     for line, text in enumerate(_lines(file), 1):
         record = _mapping(
-            _json(text, f"{file}, line {line}"), ("tag", "include", "prompt"), f"{file}, line {line}"
+            parse_json(text, f"{file}, line {line}"), ("tag", "include", "prompt"), f"{file}, line {line}"
         )
         entries.append(Entry(line - 1, record["prompt"], f"{line - 1:05d}", text))
     return entries
@@ -107,7 +106,7 @@ def read_imgedit(file: Path, sources: Path | None) -> list[Entry]:
         raise ImageRLError(
             "ImgEdit edits pictures; give --sources, the folder that holds the benchmark's originals"
         )
-    edits = _json(read_text(file), str(file))
+    edits = read_json(file)
     if not isinstance(edits, dict):
         raise ImageRLError(
             f"{file} should map keys to edits; give ImgEdit's basic_edit.json or UGE_edit.json"
@@ -203,7 +202,7 @@ def _begin(folder: Path, facts: Mapping[str, Any]) -> None:
     record = folder.with_name(f"{folder.name}.json")
     told = json.loads(to_json(facts))
     if record.is_file():
-        known = _json(read_text(record), str(record))
+        known = validated(dict[str, Any], read_json(record), str(record))
         differing = sorted(k for k in told.keys() | known.keys() if told.get(k) != known.get(k))
         if differing:
             raise ImageRLError(
@@ -217,13 +216,6 @@ def _begin(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def _lines(file: Path) -> list[str]:
     return [line for line in read_text(file).split("\n") if line.strip()]
-
-
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ImageRLError(f"{place}: not JSON ({error.msg}); take the benchmark's file as it is") from None
 
 
 def _mapping(value: Any, keys: Sequence[str], place: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from rl.pretraining.config import PretrainRecipe
 from rl.pretraining.decoder import fit_decoder
 from rl.pretraining.stages import fit_generator, fit_reconstruction, latent_scale
 from rl.pretraining.tasks import fit_tasks
+from rl.reading import read_json
 from rl.recipe import load_yaml_recipe
 from rl.run_folder import RECIPE_FILE, differing_keys
 
@@ -105,7 +106,12 @@ def fit_reconstructions(
     for name, module, reconstruct, stage in parts:
         weights = out / f"{name}.safetensors"
         if weights.exists():
-            module.load_state_dict(load_file(weights))
+            try:
+                module.load_state_dict(load_file(weights))
+            except (
+                Exception
+            ) as error:  # what safetensors and torch say of a file that is not ours, or cut short
+                raise ImageRLError(f"{weights} is damaged; delete it to train that part again") from error
             print(f"{name}: kept {weights}")
         elif stage is not None:
             fit_reconstruction(name, module, reconstruct, stage, recipe.run.seed, policy.device, log)
@@ -126,5 +132,5 @@ def write_record(out: Path, recipe: PretrainRecipe) -> None:
         "environment": json.loads((out / "environment.json").read_text(encoding="utf-8")),
     }
     if recipe.init is not None and (begun := Path(recipe.init, RECORD)).is_file():
-        document["init"] = json.loads(begun.read_text(encoding="utf-8"))
+        document["init"] = read_json(begun)
     write_atomic(out / "model" / RECORD, json.dumps(document, indent=1) + "\n")

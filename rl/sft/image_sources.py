@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import json
 import os
 import tarfile
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 
 from rl.errors import ImageRLError
 from rl.image_files import PICTURE_SUFFIXES, Blob, Entry
+from rl.reading import parse_json, read_bytes
 
 LISTS = ("captions.jsonl", "metadata.jsonl")
 REFERENCE = ".ref"
@@ -127,13 +127,13 @@ def _beside(files: dict[str, str]) -> Iterable[Entry]:
 
 
 def _listed(file: Path, caption_field: str) -> Iterable[Entry]:
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_bytes(file).splitlines(), 1):
         if not line.strip():
             continue
         key = f"{file} line {number}"
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_json(line.decode("utf-8-sig"), key)
+        except (ValueError, ImageRLError):
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("reference", ""), str | None):
             yield Entry(key, problem="bad_caption")
@@ -186,6 +186,8 @@ def open_source(path: str, caption_field: str = "caption") -> list[Shard]:
 
 def _tars(files: list[str], path: str, caption_field: str) -> list[Shard]:
     for file in files:
+        if not os.path.isfile(file):
+            raise ImageRLError(f"data: {file} is no regular file; name the .tar files alone")
         if not file.endswith(".tar"):
             what = "is compressed; unpack it to a plain .tar" if ".tar." in file else "is no .tar file"
             raise ImageRLError(f"data: {file} {what}" if file != path else f"data: {path} {what}")

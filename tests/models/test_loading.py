@@ -160,9 +160,37 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, saved: Path) ->
     save_file({**weights, name.replace("layers.0", "layers.7"): weights[name].clone()}, file)
     refused("no layer for .*layers.7")
     file.write_bytes(file.read_bytes()[:100])
-    refused("holds no usable adapter")
+    refused("adapter_model.safetensors is damaged")
     file.unlink()
-    refused("holds no usable adapter")
+    refused("has no adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"r": 10**9}, '"r" should be less than or equal to 16384'),
+        ({"r": 0}, '"r" should be greater than'),
+        ({"lora_alpha": None, "use_dora": True}, "has use_dora; merge it"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "evil"}, "has megatron_config"),
+        ({"target_modules": 7}, "target_modules"),
+        ({"peft_type": "IA3"}, "peft_type"),
+        ({"bias": "all"}, "has bias; merge it"),
+        ({"base_model_name_or_path": None}, '"base_model_name_or_path" is missing'),
+        ({"base_model_name_or_path": "."}, "leads back to the adapter itself"),
+    ],
+)
+def test_adapter_settings_that_would_not_be_honoured_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], match: str
+) -> None:
+    policy = lively_policy()
+    add_lively_lora(policy)
+    save_adapter(policy, tmp_path, "tiny")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ImageRLError, match=match) as caught:
+        load_policy(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_no_folder() -> None:
@@ -275,3 +303,9 @@ def test_the_shipped_model_is_small_and_whole() -> None:
     assert config["sampling"].keys() == {"guidance", "flow_steps"}
     rows, columns = policy.image_tokenizer.config.grid
     assert policy.num_actions == rows * columns == config["num_image_positions"]
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "x" * 5000])
+def test_names_that_the_system_refuses(name: str) -> None:
+    with pytest.raises(ImageRLError, match="is no folder"):
+        load_policy(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -121,6 +122,49 @@ def test_damaged_manifest(content: str, tmp_path: Path) -> None:
     (folder / "manifest.json").write_text(content)
     with pytest.raises(ImageRLError):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {}},
+        {"files": {"state.json": {"bytes": -1, "sha256": "0" * 64}}},
+        {"files": {"../state.json": {"bytes": 1, "sha256": "0" * 64}}},
+        {"files": {"state.json": {"bytes": 1, "sha256": "none"}}},
+        {"files": {"state.json": None}},
+        {"versions": None},
+        {"format": [99]},
+        {"step": "2"},
+    ],
+)
+def test_a_manifest_lists_all_that_it_verifies(change: dict[str, object], tmp_path: Path) -> None:
+    """One that lists nothing would verify anything."""
+    folder = save(tmp_path, 2)
+    file = folder / "manifest.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | change))
+    with pytest.raises(ImageRLError, match="step_000002") as error:
+        load_checkpoint(folder)
+    assert "\n" not in str(error.value)
+    del whole["files"]["optimizer.safetensors"]
+    file.write_text(json.dumps(whole))
+    with pytest.raises(ImageRLError, match=r"it does not list optimizer\.safetensors"):
+        load_checkpoint(folder)
+
+
+def test_a_state_that_no_run_wrote(tmp_path: Path) -> None:
+    for number, state in enumerate(([], {"first_eval": 7}, {"watch": []}, {"budget": {"steps": "many"}}), 1):
+        folder = save_checkpoint(tmp_path, number, tensors_of(number), {"state": state})
+        (folder / "state.json").write_text(json.dumps(state))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        content = (folder / "state.json").read_bytes()
+        manifest["files"]["state.json"] = {
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ImageRLError, match=r"state\.json is damaged"):
+            load_checkpoint(folder)
 
 
 def test_wrong_folder_names_the_fix(tmp_path: Path) -> None:

@@ -67,12 +67,12 @@ def test_a_picture_is_edited_and_what_is_done_to_it_first_is_said(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ask", "{place}/none.png", "what?", "--model", "{place}/editor"], "there is no picture"),
+        (["ask", "{place}/none.png", "what?", "--model", "{place}/editor"], 'no file "'),
         (["ask", "{place}/broken.png", "what?", "--model", "{place}/editor"], "cannot be read as a picture"),
         (["ask", "{place}/fits.png", " ", "--model", "{place}/editor"], "a question is empty"),
         (["ask", "{place}/fits.png", "what?", "--model", "{place}/drawer"], "trained to edit"),
         (["ask", "{place}/fits.png", "what?", "--model", "{place}/none"], "is no folder"),
-        (["sample", "--edit", "{place}/none.png", "x", "--model", "{place}/editor"], "there is no picture"),
+        (["sample", "--edit", "{place}/none.png", "x", "--model", "{place}/editor"], 'no file "'),
         (["sample", "--edit", "{place}/fits.png", "x", "--model", "{place}/drawer"], "trained to edit"),
         (["eval", "--suite", "understanding", "--ceiling"], "suite 'understanding' draws none"),
         (["eval", "--suite", "ocr", "--copy"], "suite 'ocr' has none"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from rewards.ocr import exact_match, target_of, wanted_text
+from rl import reading
 from rl.config import PromptSetConfig, load_recipe
 from rl.data import GroupedSampler, PromptSet, load_prompt_set, refuse_overlap
 from rl.errors import ImageRLError
@@ -82,13 +84,30 @@ def test_size_keeps_the_first_and_column_chooses(tmp_path: Path) -> None:
         ("a.jsonl", "[1]\n", "line 1: should be a mapping"),
         ("a.jsonl", '{"prompt": 5}\n', 'line 1: "prompt" should be a text'),
         ("a.jsonl", '{"prompt": " "}\n', 'line 1: "prompt" should be a text that is not empty'),
-        ("a.jsonl", '{"prompt": "a", "images": 1}\n', 'line 1: "images" is what rewards get from us'),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "completions": 1}\n',
+            'line 1: "completions" is what rewards get from us',
+        ),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "self": 1}\n', 'line 2: "self" is what rewards get'),
+        ("a.jsonl", '{"prompt": "\\ud83d"}\n', "line 1: a text holds half of a surrogate pair"),
+        ("a.jsonl", '{"prompt": "a", "n": %s}\n' % ("9" * 5000), "line 1: not JSON (Exceeds the limit"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "n": %s}\n' % ("9" * 20),
+            "line 1: a whole number has more than 64 bits",
+        ),
+        ("a.jsonl", '{"prompt": "a", "n": 1e400}\n', "line 1: a number is not finite"),
+        ("a.jsonl", '{"prompt": "a", "n": [NaN]}\n', "line 1: a number is not finite"),
+        ("a.jsonl", '{"prompt": "a", "n": %s}\n' % ("[" * 90_000 + "]" * 90_000), "nested more than 32 deep"),
+        ("a.jsonl", '{"prompt": "a", "n": %s}\n' % ("[" * 40 + "]" * 40), "nested more than 32 deep"),
+        ("a.jsonl", '{"prompt": "a", "prompt": "b"}\n', "line 1: not JSON ('prompt' is given twice)"),
+        ("a.csv", "prompt,x,x\na,1,2\n", 'names the column "x" twice'),
         ("a.csv", "prompt,x\na,1\nb\n", "line 3: not the 2 fields of the header"),
         ("a.csv", "prompt,x\na,1\nb,2,3\n", "line 3: not the 2 fields of the header"),
         ("a.csv", 'prompt\n"a\n', "not CSV"),
         ("a.yaml", "- a\n- b\n- {text: c}\n", 'line 3: no column "prompt"'),
         ("a.yaml", "prompt: a\n", "should be a list"),
-        ("a.txt", "a\nb\n\na\n", "line 4: repeats the prompt of line 1"),
         ("a.txt", "\n \n", "holds no prompts"),
         ("a.csv", "prompt,x\n", "holds no prompts"),
         ("a.parquet", "", "name it .jsonl, .csv, .txt or .yaml"),
@@ -99,6 +118,42 @@ def test_bad_files(tmp_path: Path, name: str, text: str, part: str) -> None:
     message = error(path)
     assert part in message
     assert str(path) in message
+
+
+def test_only_regular_files_of_a_bounded_size_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert "is a pipe" in error(tmp_path / "pipe.jsonl")
+    with open(tmp_path / "huge.jsonl", "wb") as file:
+        file.truncate(reading.MAX_BYTES + 1)
+    assert f"has {reading.MAX_BYTES + 1} bytes" in error(tmp_path / "huge.jsonl")
+
+
+def test_a_prompt_may_stand_twice(tmp_path: Path) -> None:
+    """As in the public files of GenEval and DrawBench: each row is a prompt of its own, told apart by its index."""
+    loaded = load(write(tmp_path, "a.txt", "a\nb\n\na\n"))
+    assert [(p.index, p.text) for p in loaded] == [(0, "a"), (1, "b"), (2, "a")]
+    sampler = GroupedSampler(loaded, 3, seed=0)
+    assert sorted(p.index for p in sampler.step(0)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "taken"),
+    [
+        ("drawbench.csv", "Prompts,Category\na,Colors\na,Colors\n", "Prompts"),
+        ("parti.csv", "Prompt,Note\na,\na,\n", "Prompt"),
+        ("captions.jsonl", '{"caption": "a"}\n{"caption": "a"}\n', "caption"),
+    ],
+)
+def test_prompts_of_public_sets_are_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, text: str, taken: str
+) -> None:
+    loaded = load(write(tmp_path, name, text))
+    assert [p.text for p in loaded] == ["a", "a"] and taken not in loaded.columns
+    (said,) = caplog.messages
+    assert f'took the column "{taken}" as the prompt' in said
+    assert f'no column "words", only {taken}' in error(tmp_path / name, column="words")
 
 
 def test_missing_file(tmp_path: Path) -> None:

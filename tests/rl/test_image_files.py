@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rl.image_files import REASONS, BadSample, Blob, Entry, Limits, fit, load_example, to_rgb
+from rl.image_files import REASONS, BadSample, Blob, Entry, Limits, fit, load_example
+from rl.reading import to_rgb
 
 LIMITS = Limits(max_pixels=10_000, min_side=8, max_aspect=4.0, max_caption_chars=40)
 SIZE = (32, 64)
@@ -68,10 +70,12 @@ def test_every_kind_of_bad_sample_has_its_reason(tmp_path: Path) -> None:
             entry(good, file("cut.json", b'{"caption": "a'), caption_field="caption"),
             entry(good, file("list.json", b'["a"]'), caption_field="caption"),
             entry(good, file("number.json", b'{"caption": 3}'), caption_field="caption"),
+            entry(good, file("deep.json", b'{"caption": %s' % (b"[" * 90_000)), caption_field="caption"),
+            entry(good, file("half.json", b'{"caption": "\\ud83d"}'), caption_field="caption"),
         ],
         "empty_caption": [entry(good, " \n"), entry(good, file("empty.txt", b""))],
         "long_caption": [entry(good, "a" * 41)],
-        "unreadable": [entry(tmp_path), Entry("shard.tar", problem="unreadable")],
+        "unreadable": [entry(tmp_path), entry(tmp_path / "pipe"), Entry("shard.tar", problem="unreadable")],
         "corrupt": [
             entry(file("text.png", b"no picture at all")),
             entry(file("empty.png", b"")),
@@ -89,6 +93,7 @@ def test_every_kind_of_bad_sample_has_its_reason(tmp_path: Path) -> None:
         "too_small": [entry(saved(tmp_path, Image.new("RGB", (64, 7)), "small.png"))],
         "elongated": [entry(saved(tmp_path, Image.new("RGB", (81, 20)), "long.png"))],
     }
+    os.mkfifo(tmp_path / "pipe")
     assert set(cases) == set(REASONS)
     for wanted, entries in cases.items():
         assert [reason(one) for one in entries] == [wanted] * len(entries)

@@ -243,3 +243,20 @@ def test_saved_picture_reads_back(tmp_path):
     path = save_image(Image.fromarray(picture), tmp_path / "samples" / "step_000001.png")
     assert np.array_equal(np.asarray(Image.open(path)), picture)
     assert os.listdir(path.parent) == ["step_000001.png"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]",
+        '{"step": "1"}',
+        '{"step": -1}',
+        '{"step": 1, "kl/k3": [1]}',
+        '{"step": 1, "a": 1e999}',
+        "[" * 9999,
+    ],
+)
+def test_a_line_that_no_run_wrote_is_named(tmp_path, line):
+    (tmp_path / METRICS_FILE).write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(ImageRLError, match="line 2 is damaged; delete that line"):
+        read_metrics(tmp_path)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from rl.config import PromptSetConfig
 from rl.data import PromptSet, load_prompt_set, refuse_overlap
 from rl.errors import ImageRLError
 from rl.prompt_pictures import with_pictures
+from rl.reading import read_picture
 from rl.rollout import RolloutEngine
 from rl.types import SamplingParams
 from tests.models.helpers import edit_policy
@@ -29,6 +33,10 @@ def written(folder: Path, *rows: dict[str, Any]) -> PromptSet:
     file = folder / "edits.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_prompt_set(PromptSetConfig(path=str(file)))
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def row(prompt: str, picture: str | None, **columns: Any) -> dict[str, Any]:
@@ -61,8 +69,6 @@ def test_they_reach_rollouts_and_rewards(tmp_path: Path) -> None:
 def test_one_instruction_for_two_pictures_is_two_prompts(tmp_path: Path) -> None:
     both = written(tmp_path, row("turn it", "pictures/red.png"), row("turn it", "pictures/blue.png"))
     assert len(both) == 2
-    with pytest.raises(ImageRLError, match="line 2: repeats the prompt of line 1"):
-        written(tmp_path, row("turn it", "pictures/red.png"), row("turn it", "pictures/red.png"))
     with pytest.raises(ImageRLError, match=r"1 prompts of data\.heldout"):
         refuse_overlap(both, PromptSet("heldout", both.prompts[:1]), wanted_text)
 
@@ -76,12 +82,78 @@ def test_a_missing_picture_is_said_at_once(tmp_path: Path, picture: Any, complai
         written(tmp_path, row("turn it", picture))
 
 
-def test_a_damaged_picture_is_said_when_it_is_opened(tmp_path: Path) -> None:
-    (prompt,) = written(tmp_path, row("turn it", "pictures/broken.png"))
-    with pytest.raises(ImageRLError, match=r"broken\.png cannot be read as a picture"):
+def test_what_is_no_picture_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ImageRLError, match=r"line 1: .*broken\.png cannot be read as a picture"):
+        written(tmp_path, row("turn it", "pictures/broken.png"))
+
+
+def test_pictures_are_judged_before_they_are_decoded(tmp_path: Path) -> None:
+    """A PNG of 20 KB holds 13,000² pixels, half a gigabyte; one that is cut short shows only when it is decoded."""
+    pixels = zlib.compress(bytes((1 + 13_000 // 8) * 13_000), 9)
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 13_000, 13_000, 1, 0, 0, 0, 0))
+        + chunk(b"IDAT", pixels)
+        + chunk(b"IEND", b"")
+    )
+    assert (tmp_path / "bomb.png").stat().st_size < 30_000
+    with pytest.raises(ImageRLError, match=r"line 1: .*bomb\.png .*13000x13000 pixels; at most 67108864"):
+        written(tmp_path, row("turn it", "bomb.png"))
+    with pytest.raises(ImageRLError, match="13000x13000"):
+        read_picture(tmp_path / "bomb.png")
+    noise = Image.effect_noise((64, 64), 50)
+    noise.save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-500])
+    (prompt,) = written(tmp_path, row("turn it", "cut.png"))
+    with pytest.raises(ImageRLError, match=r"reference: .*cut\.png cannot be read as a picture"):
         with_pictures(prompt)
 
 
+def test_pipes_and_programs_are_no_pictures(tmp_path: Path) -> None:
+    """A pipe would be waited for, and Pillow gives Encapsulated PostScript to a program to run."""
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageRLError, match=r"none at 'pipe\.png'"):
+        written(tmp_path, row("turn it", "pipe.png"))
+    with pytest.raises(ImageRLError, match="is a pipe"):
+        read_picture(tmp_path / "pipe.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "page.eps")
+    with pytest.raises(ImageRLError, match=r"line 1: .*page\.eps .*it is none of PNG, JPEG"):
+        written(tmp_path, row("turn it", "page.eps"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"prompt": "x", "source_image": "pictures/red.png"}, '"source_image" as the picture to edit'),
+        (
+            {"instruction": "x", "Image": "pictures/red.png"},
+            '"instruction" as the prompt and "Image" as the picture',
+        ),
+        (
+            {"caption": "x", "images": ["pictures/red.png"]},
+            '"caption" as the prompt and "images" as the picture',
+        ),
+        ({"prompt": "x", "reference": "pictures/red.png", "image": "kept"}, ""),
+    ],
+)
+def test_columns_of_public_edit_sets_are_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, columns: dict[str, Any], said: str
+) -> None:
+    (prompt,) = written(tmp_path, columns)
+    assert prompt.text == "x" and prompt.columns["reference"] == tmp_path / "pictures" / "red.png"
+    assert set(prompt.columns) == {"reference"} | ({"image"} if "image" in columns else set())
+    assert len(caplog.messages) == bool(said)
+    assert all(said in message and str(tmp_path / "edits.jsonl") in message for message in caplog.messages)
+
+
+def test_an_edit_starts_from_one_picture(tmp_path: Path) -> None:
+    with pytest.raises(ImageRLError, match='line 1: "images" names 2 pictures'):
+        written(tmp_path, {"prompt": "x", "images": ["pictures/red.png", "pictures/blue.png"]})
+
+
 def test_rows_without_a_picture_are_captions(tmp_path: Path) -> None:
+    (tmp_path / "some.csv").write_text("prompt,image\na red sign,\n")
+    (prompt,) = load_prompt_set(PromptSetConfig(path=str(tmp_path / "some.csv")))
+    assert with_pictures(prompt) is prompt and prompt.columns == {"reference": None}
     (prompt,) = written(tmp_path, row("a red sign", None))
     assert with_pictures(prompt) is prompt and prompt.reference is None

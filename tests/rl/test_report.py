@@ -154,6 +154,26 @@ def test_the_verdict_claims_no_more_than_the_interval(run_dir, hits, words):
     assert ("too few to tell" in text.partition("Held-out results")[0]) is (hits > 2)  # five flips are none
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"metrics": 7}',
+        '{"metrics": {"exact_match": {"mean": "much"}}}',
+        '{"metrics": {"exact_match": {}}}',
+        '{"metrics": {}, "per_prompt": [7]}',
+        '{"metrics": {}, "per_prompt": [{"index": 0, "exact_match": [1]}]}',
+        '{"metrics": {}, "metrics": {}}',
+        "[" * 50_000,
+    ],
+)
+def test_an_evaluation_that_no_run_wrote_is_left_out_and_named(run_dir, content):
+    (run_dir / "eval/ocr_step_000003.json").write_text(content)
+    (run_dir / "eval/comparison.json").write_text('{"before_step": 0, "after_step": 4, "metrics": {"a": 1}}')
+    text = _page(run_dir).text
+    for name in ("ocr_step_000003", "comparison"):
+        assert f"eval/{name}.json could not be read" in text
+
+
 def test_the_page_needs_nothing_but_itself(run_dir, draws):
     page = _page(run_dir)
     html = (run_dir / "report.html").read_text(encoding="utf-8")

@@ -90,7 +90,7 @@ def test_a_ta_tok_file_has_scales(
 @pytest.mark.parametrize(
     ("picture", "arguments", "message"),
     [
-        ("absent.png", [], "there is no picture"),
+        ("absent.png", [], 'no file "'),
         ("broken.png", [], "cannot be read as a picture"),
         ("picture.png", ["--scale", "2"], "no scale 2, only 1"),
         ("picture.png", ["--model", "{place}/nowhere"], "is no folder"),

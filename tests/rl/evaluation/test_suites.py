@@ -226,9 +226,8 @@ LIGHT = "rewards: [{import_path: my.py:light}]"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f"prompts: [a, b, a]\n{LIGHT}", "line 3: repeats the prompt of line 1"),
         (f"prompts: [a, '  ']\n{LIGHT}", 'line 2: "prompt" should be a text that is not empty'),
-        (f"prompts: [{{text: a}}]\n{LIGHT}", 'line 1: no column "prompt"'),
+        (f"prompts: [{{words: a}}]\n{LIGHT}", 'line 1: no column "prompt"'),
         (f"prompts: []\n{LIGHT}", "holds no prompts"),
         (f"prompts: {{path: none.jsonl}}\n{LIGHT}", 'no file "none.jsonl"'),
         (
