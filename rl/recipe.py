@@ -35,7 +35,9 @@ class RecipeModel(BaseModel):
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included. Reads back equal through `load_yaml_recipe`."""
-        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+        return yaml.dump(
+            self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110
+        )
 
 
 RecipeT = TypeVar("RecipeT", bound=RecipeModel)

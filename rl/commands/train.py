@@ -48,7 +48,8 @@ def closing_line(comparison: Mapping[str, Any]) -> str:
 
 def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
     """Put a run together and execute it; returns the held-out comparison, None when it was stopped early and on
-    all but the main process. The run folder is written to only once everything else is found in order."""
+    all but the main process. The run folder is locked first; it is written to only once everything else is found in
+    order."""
     import torch
 
     from models.loading import load_policy
@@ -57,11 +58,13 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     from rl.data import GroupedSampler, load_prompt_set, refuse_overlap
     from rl.engine import Engine
     from rl.halves import freeze_references, lr_factor, trained_module
+    from rl.reward_config import refuse_hidden
     from rl.rollout import RolloutEngine, evaluation_sampling, training_sampling
     from rl.run import Run
     from rl.run_folder import RunFolder
     from rl.trainer import Trainer
 
+    refuse_hidden([*recipe.rewards.functions, *recipe.gold])
     prompts, heldout = load_prompt_set(recipe.data.train), load_prompt_set(recipe.data.heldout)
     refuse_overlap(prompts, heldout)
     sampler = GroupedSampler(prompts, recipe.rollout.prompts_per_step, recipe.run.seed)
@@ -107,4 +110,5 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     finally:
         if scorer is not None:
             scorer.close()
+        folder.release()
         engine.close()
