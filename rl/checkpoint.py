@@ -127,10 +127,8 @@ def newest_sound(directory: str | Path) -> Checkpoint | None:
             return load_checkpoint(folders.pop())
         except DamagedCheckpoint as error:
             if not folders:
-                raise ImageRLError(
-                    f"{error}, and none before it is left; begin again with --overwrite"
-                ) from None
-            _logger.warning("%s; going on from the one before, %s", error, folders[-1].name)
+                raise ImageRLError(f"{error}, but none is left: begin again with --overwrite") from None
+            _logger.warning("%s: going on from %s", error, folders[-1].name)
     return None
 
 
@@ -186,7 +184,9 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def _damaged(path: Path, reason: str) -> DamagedCheckpoint:
-    return DamagedCheckpoint(f"checkpoint file {path} is damaged ({reason})")
+    return DamagedCheckpoint(
+        f"checkpoint file {path} is damaged ({reason}); an earlier one can be used instead"
+    )
 
 
 def _read_json(path: Path) -> Any:
