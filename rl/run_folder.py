@@ -96,7 +96,7 @@ class RunFolder:
     def refuse_loss(self, recipe: RecipeModel, overwrite: bool) -> None:
         """Raises ImageRLError when a new run would write over anything, other than, with `overwrite`, the files of
         a run by its own record; and when the folder is one that people and models live in."""
-        self._refuse_shared(recipe)
+        self.refuse_shared(recipe)
         own, written = self._recorded(), self._found(contents(recipe))
         others = sorted(written - own)
         if self.begun and not overwrite:
@@ -112,7 +112,8 @@ class RunFolder:
                 f"({ENVIRONMENT_FILE} of a run lists its files); move it away or set another run.output_dir"
             )
 
-    def _refuse_shared(self, recipe: RecipeModel) -> None:
+    def refuse_shared(self, recipe: RecipeModel) -> None:
+        """Raises ImageRLError when people or the model in use live in the folder."""
         folder = self.path.resolve()
         model = getattr(getattr(recipe, "model", None), "path", None)
         for place, what in (

@@ -33,6 +33,7 @@ def pretrain(
     place = RunFolder(settings.run.output_dir)
     try:
         place.lock()
+        place.refuse_shared(settings)
         torch.manual_seed(derive_seed(settings.run.seed, "init"))
         policy, config = starting_policy(settings)
         policy.to(resolve_device(settings.run.device))
