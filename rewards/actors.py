@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 import queue
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -224,6 +227,33 @@ def _join_cluster(address: str) -> None:
         ) from error
 
 
+_reaper: subprocess.Popen[bytes] | None = None  # of the Ray that was started here
+
+
+def _private_folder() -> str:
+    """A new folder for Ray's logs and sockets that other users cannot enter. It goes when this process ends."""
+    global _reaper
+    place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    # a socket's path has 107 bytes at most, of which Ray's names take 64
+    folder = tempfile.mkdtemp(prefix="imagerl-", dir=place if len(os.fsencode(place)) <= 24 else "/tmp")
+    program = os.path.join(os.path.dirname(__file__), "reaper.py")
+    _reaper = subprocess.Popen(
+        [sys.executable, "-I", "-S", program, folder], stdin=subprocess.PIPE, start_new_session=True
+    )
+    return os.path.join(folder, "ray")  # Ray opens its own to everybody
+
+
+def stop_ray() -> None:
+    """Ends the Ray that `start_ray` started, and waits until nothing of it is left."""
+    import ray
+
+    global _reaper
+    ray.shutdown()
+    if _reaper is not None:
+        _reaper.communicate()
+        _reaper = None
+
+
 def start_ray(workers: int) -> bool:
     """Connects to the cluster of RAY_ADDRESS or starts one on loopback; True when it is ours to stop.
 
@@ -234,6 +264,8 @@ def start_ray(workers: int) -> bool:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
+    # Paragraphs of Ray's own about what our lines say too; `log_to_driver` does not stop them.
+    ray._private.worker._worker_logs_enabled = False
     if ray.is_initialized():
         return False
     if address is not None:
@@ -250,6 +282,7 @@ def start_ray(workers: int) -> bool:
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level="error",
             log_to_driver=False,
+            _temp_dir=_private_folder(),
         )
     return True
 

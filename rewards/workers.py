@@ -11,7 +11,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from rewards.actors import Call, Plan, Worker, actor_class, cluster_address, start_ray
+from rewards.actors import Call, Plan, Worker, actor_class, cluster_address, start_ray, stop_ray
 from rewards.base import RewardSpec, check_reward, load_rewards, load_spec, secrets_of, unique_labels
 from rewards.mixing import Mix
 from rewards.scoring import RewardValues, call_reward, combine, concatenate, part_of
@@ -173,8 +173,6 @@ class RewardWorkers:
         for worker in workers:
             worker.join(timeout=5.0)
         if self._owns_ray:
-            import ray
-
             self._owns_ray = False
-            ray.shutdown()
+            stop_ray()
         atexit.unregister(self.close)

@@ -62,6 +62,10 @@ class _State(BaseModel):
     data: list[dict[str, Any]] = Field(default_factory=list)  # of each process
 
 
+class DamagedCheckpoint(ImageRLError):
+    """A checkpoint is not what its manifest says."""
+
+
 @dataclass(slots=True)
 class Checkpoint:
     """What `save_checkpoint` was given, read back and verified."""
@@ -122,8 +126,12 @@ def save_checkpoint(
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
     """The complete checkpoints in `directory`, oldest first. Their content is not verified."""
+    return [folder for folder in _step_folders(directory) if (folder / MANIFEST).is_file()]
+
+
+def _step_folders(directory: str | Path) -> list[Path]:
     found = [path for path in Path(directory).glob("step_*") if _FOLDER.fullmatch(path.name)]
-    return sorted((path for path in found if (path / MANIFEST).is_file()), key=step_of)
+    return sorted((path for path in found if path.is_dir()), key=step_of)
 
 
 def latest_checkpoint(directory: str | Path) -> Path | None:
@@ -136,24 +144,23 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def load_checkpoint(folder: str | Path, fallback: bool = False) -> Checkpoint:
-    """Read and verify one checkpoint folder.
-
-    With `fallback` a damaged checkpoint is reported as a warning and the newest earlier one that is sound
-    is loaded instead.
+def newest_sound(directory: str | Path) -> Checkpoint | None:
+    """The newest checkpoint that is what its manifest says, or None where there is none. Each newer one is named in
+    a warning. Cleans up after killed processes first.
 
     Raises:
-        ImageRLError: a file is missing, truncated or altered; with `fallback`, in every earlier one too.
+        ImageRLError: all are damaged, or one is of another version.
     """
-    folder = Path(folder)
-    try:
-        return _load(folder)
-    except ImageRLError as error:
-        earlier = [path for path in list_checkpoints(folder.parent) if step_of(path) < step_of(folder)]
-        if not fallback or not earlier:
-            raise
-        _logger.warning("%s; falling back to %s", error, earlier[-1].name)
-        return load_checkpoint(earlier[-1], fallback=True)
+    latest_checkpoint(directory)
+    folders = _step_folders(directory)
+    while folders:
+        try:
+            return load_checkpoint(folders.pop())
+        except DamagedCheckpoint as error:
+            if not folders:
+                raise ImageRLError(f"{error}, but none is left: begin again with --overwrite") from None
+            _logger.warning("%s: going on from %s", error, folders[-1].name)
+    return None
 
 
 def step_of(folder: Path) -> int:
@@ -166,9 +173,16 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def _load(folder: Path) -> Checkpoint:
+def load_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read and verify one checkpoint folder.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, truncated or altered.
+        ImageRLError: there is no such checkpoint, or another version wrote it.
+    """
     from safetensors.torch import load_file
 
+    folder = Path(folder)
     step = step_of(folder)
     if not folder.is_dir():
         raise ImageRLError(f"there is no checkpoint {folder}; see the step_* folders in {folder.parent}")
@@ -209,10 +223,9 @@ def _load(folder: Path) -> Checkpoint:
     return Checkpoint(folder, step, tensors, state, manifest.versions)
 
 
-def _damaged(path: Path, reason: str) -> ImageRLError:
-    return ImageRLError(
-        f"checkpoint file {path} is damaged ({reason}); remove the folder {path.parent.name} to resume from "
-        "the checkpoint before it"
+def _damaged(path: Path, reason: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(
+        f"checkpoint file {path} is damaged ({reason}); an earlier one can be used instead"
     )
 
 

@@ -11,9 +11,11 @@ import subprocess
 from collections.abc import MutableMapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rl.files import write_atomic
 
+ENVIRONMENT_FILE = "environment.json"
 PACKAGES = (
     *("imagerl", "torch", "transformers", "diffusers", "accelerate", "deepspeed", "peft", "trl", "ray"),
     *("paddleocr", "onnxruntime", "safetensors", "numpy", "pillow", "pydantic"),
@@ -45,20 +47,22 @@ def leave_to_the_recipe(environment: MutableMapping[str, str] = os.environ) -> l
     return names
 
 
-def write_environment(run_dir: Path | str, argv: Sequence[str]) -> Path:
-    """Record machine, versions, commit and command in environment.json; a resumed run adds its command.
+def write_environment(run_dir: Path | str, argv: Sequence[str], files: Sequence[str] = ()) -> Path:
+    """Record machine, versions, commit and command in environment.json; a resumed run adds its command. `files` are
+    patterns of the names that the run writes: what may be deleted with it. Secrets in the command are left out.
 
     Returns the path of the file.
     """
-    path = Path(run_dir) / "environment.json"
+    path = Path(run_dir) / ENVIRONMENT_FILE
     session = {
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": list(argv),
+        "command": [_without_secrets(word) for word in argv],
     }
-    known = json.loads(path.read_text()) if path.exists() else None
-    if isinstance(known, dict):
+    listed = {"files": list(files)} if files else {}
+    known = _read(path)
+    if known is not None:
         known.setdefault("resumed", []).append(session)
-        write_atomic(path, json.dumps(known, indent=2, ensure_ascii=False))
+        write_atomic(path, json.dumps(known | listed, indent=2, ensure_ascii=False))
         return path
     packages = {}
     for name in PACKAGES:
@@ -76,9 +80,33 @@ def write_environment(run_dir: Path | str, argv: Sequence[str]) -> Path:
         "gpu": _gpus(),
         "git_commit": _git_commit(),
         "packages": packages,
+        **listed,
     }
     write_atomic(path, json.dumps(facts, indent=2, ensure_ascii=False))
     return path
+
+
+def recorded_files(run_dir: Path | str) -> list[str]:
+    """The patterns of a run's files by its own record; empty where there is none."""
+    files = (_read(Path(run_dir) / ENVIRONMENT_FILE) or {}).get("files")
+    return [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """An environment.json; None where it is missing or damaged."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return known if isinstance(known, dict) else None
+
+
+def _without_secrets(word: str) -> str:
+    """A word of a command; of an override that sets environment variables of rewards only the key."""
+    from rl.reward_config import HIDDEN
+
+    key, equals, _ = word.partition("=")
+    return f"{key}={HIDDEN}" if equals and "env_vars" in word else word
 
 
 def _cpu_model() -> str:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import logging
 import os
+import platform
+import re
 import shutil
+import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import IO
 
 from rl.errors import ImageRLError
+
+# What `temporary_name` makes. The number of a process says nothing without the place that counts it.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<process>[0-9]+)@(?P<place>.+)")
+STALE_S = 24 * 3600.0  # since its last change, after which what another host has left is taken for abandoned
+_logger = logging.getLogger(__name__)
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
@@ -59,7 +71,7 @@ def atomic_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
                 sync(Path(folder, name))
             sync(Path(folder))
         if path.exists():
-            replaced = path.with_name(f".{path.name}.old-{os.getpid()}")
+            replaced = temporary_name(path, "old")
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(path, replaced)
             try:
@@ -89,30 +101,56 @@ def remove_folder(path: Path) -> None:
 
 def clean_leftovers(folder: Path) -> None:
     """Remove what killed processes left of `write_atomic`, `atomic_folder` and `remove_folder` in
-    `folder`, and finish swaps that they began. Work in progress of living processes is left alone."""
-    for leftover in folder.glob(".*.old-*"):
-        original = leftover.with_name(leftover.name[1:].rpartition(".old-")[0])
-        if _abandoned(leftover) and not original.exists():
-            os.rename(leftover, original)
-        elif _abandoned(leftover):
-            shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in folder.glob(".*.tmp-*"):
-        if not _abandoned(leftover):
+    `folder`, and finish swaps that they began. Work in progress of living processes is left alone, here and on
+    other hosts that share the folder; so is what may not be changed."""
+    for leftover in sorted(folder.iterdir()):
+        name = _TEMPORARY.fullmatch(leftover.name)
+        if name is None or not _abandoned(leftover, int(name["process"]), name["place"]):
             continue
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        original = leftover.with_name(name["name"])
+        with contextlib.suppress(OSError):
+            if name["kind"] == "old" and not original.exists():
+                os.rename(leftover, original)
+            elif leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink()
 
 
-def temporary_name(path: Path) -> Path:
-    """The hidden name, beside `path`, under which this process prepares it."""
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+def temporary_name(path: Path, kind: str = "tmp") -> Path:
+    """The hidden name, beside `path`, under which this process prepares it, or keeps what it replaces ("old")."""
+    return path.with_name(f".{path.name}.{kind}-{os.getpid()}@{process_place()}")
 
 
-def is_temporary(name: str) -> bool:
-    """Whether a file or folder of this name is work in progress, or what a killed process left of it."""
-    return name.startswith(".") and (".tmp-" in name or ".old-" in name)
+@cache
+def process_place() -> str:
+    """The place in which this process's number is its own: the host, and in it the namespace of a container."""
+    namespace = 0
+    with contextlib.suppress(OSError):
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    return f"{platform.node() or 'localhost'}.{namespace:x}"
+
+
+def lock_file(path: Path) -> IO[bytes] | None:
+    """An open file that holds the lock of this name until it is closed here and in all processes that inherit it;
+    None when somebody else holds it. The kernel frees it when its holder dies, however that comes about.
+
+    On a network file system it holds between hosts where that file system locks (NFS does); where a file system
+    knows no locks a warning says so."""
+    while True:
+        file = path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError as error:
+            _logger.warning("%s cannot be locked (%s): nothing keeps a second run away", path, error.strerror)
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # its last holder has removed it in between
 
 
 def sync(path: Path) -> None:
@@ -139,13 +177,18 @@ def write_error(path: Path, error: Exception) -> ImageRLError:
     return ImageRLError(f"cannot write {path}: {reason}; check the folder and its permissions")
 
 
-def _abandoned(leftover: Path) -> bool:
-    """Whether the process that named `leftover` is gone (or is this one, which is not writing now)."""
-    number = leftover.name.rpartition("-")[2]
-    if not number.isdigit() or int(number) == os.getpid():
-        return number.isdigit()
+def _abandoned(leftover: Path, process: int, place: str) -> bool:
+    """Whether the process that named `leftover` is gone (or is this one, which is not writing now). One that is
+    counted elsewhere cannot be asked; its work counts as abandoned when it has not changed for long."""
+    if place != process_place():
+        try:
+            return time.time() - max(p.stat().st_mtime for p in (leftover, *leftover.rglob("*"))) > STALE_S
+        except OSError:  # it is being changed
+            return False
+    if process == os.getpid():
+        return True
     try:
-        os.kill(int(number), 0)
+        os.kill(process, 0)
     except ProcessLookupError:
         return True
     except OSError:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,13 +107,13 @@ class MetricsLog:
         else:
             kept = [record for record in records if record["step"] <= resume_step]
         write_atomic(self.path, "".join(to_json(record) + "\n" for record in kept))
-        self._file = self.path.open("ab", buffering=0)
-        self._writer: Any = None
+        self._file = _open_to_append(self.path)
+        self._events: io.FileIO | None = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge = None if resume_step is None else resume_step + 1
-            self._writer = SummaryWriter(str(self.path.parent / "tb"), purge_step=purge)
+            name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}.{time.time_ns()}"
+            self._events = _open_to_append(self.path.parent / "tb" / name)
+            first = None if resume_step is None else resume_step + 1
+            _append(self._events, _event_records({}, first, begins=True))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line. Values are numbers, booleans, None, or 0-d arrays and tensors.
@@ -126,29 +127,60 @@ class MetricsLog:
             record[key] = _plain(value)
             if not isinstance(record[key], int | float | None):
                 raise TypeError(f"metric {key} must be a number, got {type(value).__name__}")
-        line = (to_json(record) + "\n").encode()
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise write_error(self.path, error) from error
-        if self._writer is not None:
-            for key, value in record.items():
-                if key != "step" and value is not None:
-                    self._writer.add_scalar(key, value, record["step"])
-            self._writer.flush()
+        _append(self._file, (to_json(record) + "\n").encode())
+        if self._events is not None:
+            shown = {key: value for key, value in record.items() if key != "step" and value is not None}
+            _append(self._events, _event_records(shown, record["step"]))
 
     def close(self) -> None:
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            self._events.close()
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _open_to_append(path: Path) -> io.FileIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("ab", buffering=0)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def _append(file: io.FileIO, data: bytes) -> None:
+    """Write `data` at the end of a file, durably. Raises ImageRLError when the disk is full."""
+    try:
+        if file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise write_error(Path(file.name), error) from error
+
+
+def _event_records(values: Mapping[str, float], step: int | None, begins: bool = False) -> bytes:
+    """Records of a TensorBoard event file. `begins` starts one; with a step it tells readers to forget what they
+    know of that step and later ones. TensorBoard's own writer would write in a thread of its own, in which a full
+    disk ends in a traceback."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    records = RecordWriter(buffer)
+    if begins:
+        records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        if step is not None:
+            session = SessionLog(status=SessionLog.START)
+            records.write(Event(wall_time=time.time(), step=step, session_log=session).SerializeToString())
+    for tag, value in values.items():
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=float(value))])
+        records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+    return buffer.getvalue()
 
 
 class PhaseTimer:

@@ -22,7 +22,9 @@ Loc = tuple[str | int, ...]
 class RecipeModel(BaseModel):
     """Base of every section of a recipe: frozen, no unknown keys, no silent conversion of types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
 
     @classmethod
     def prepare(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +38,8 @@ class RecipeModel(BaseModel):
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included. Reads back equal through `load_yaml_recipe`."""
-        return yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
+        data = self.model_dump(mode="json")
+        return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 RecipeT = TypeVar("RecipeT", bound=RecipeModel)

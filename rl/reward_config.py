@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_serializer, field_validator, model_validator
 
 from rl.bounds import Factor, Workers
+from rl.errors import ImageRLError
 from rl.recipe import RecipeModel
 
 
@@ -32,6 +34,8 @@ EVALUATION_FIELDS = ("index", "sample", "prompt", "total", "reward", "exact_matc
 
 # YAML's keys are texts to the recipe reader.
 Step = Annotated[int, Field(strict=False, le=10_000_000)]
+
+HIDDEN = "(not written)"  # in the place of a secret
 
 SERVED = r"https?://[\w.\-\[\]:]+(?:/[\w.\-~]+)*/[A-Za-z_]\w*"
 
@@ -58,6 +62,14 @@ class RewardSpec(RecipeModel):
     gate: GateConfig | None = Field(
         None, description="count it only where another reward passes, as 0 elsewhere"
     )
+
+    @field_serializer("runtime_env", when_used="json")
+    def _without_secrets(self, runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What is written of it anywhere: of environment variables, which carry keys and tokens, the names alone."""
+        variables = (runtime_env or {}).get("env_vars")
+        if runtime_env is None or not variables:
+            return runtime_env
+        return {**runtime_env, "env_vars": dict.fromkeys(variables, HIDDEN)}
 
     @property
     def scheduled(self) -> bool:
@@ -142,6 +154,18 @@ class RewardsConfig(RecipeModel):
                     f"there is: {others}"
                 )
         return functions
+
+
+def refuse_hidden(rewards: Sequence[RewardSpec]) -> None:
+    """Raises ImageRLError for a recipe that a run has written, without the secrets that it was given."""
+    for spec in rewards:
+        variables = (spec.runtime_env or {}).get("env_vars")
+        for name, value in variables.items() if isinstance(variables, dict) else ():
+            if value == HIDDEN:
+                raise ImageRLError(
+                    f'the recipe lacks the value of env_vars.{name} of reward "{spec.label}", which no run writes '
+                    "down; give it again"
+                )
 
 
 def without_addresses(value: Any) -> Any:

@@ -160,7 +160,7 @@ class Loop:
         return {
             "first_eval": self.first,
             "last_eval": self.last,
-            "recipe": self.recipe.model_dump(),
+            "recipe": self.recipe.model_dump(mode="json"),
             "budget": self.budget.state(),
         }
 

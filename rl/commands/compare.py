@@ -61,6 +61,7 @@ def run_comparison(plan: Plan, folder: Path, jobs: int, resume: bool, keep_basel
     from rl.comparison import jobs as comparison_jobs
     from rl.comparison.plan import plan_runs
     from rl.environment import write_environment
+    from rl.files import clean_leftovers
 
     whole = plan.joined_to(folder, resume, keep_baseline)
     plan_runs(whole, folder)
@@ -71,6 +72,7 @@ def run_comparison(plan: Plan, folder: Path, jobs: int, resume: bool, keep_basel
     for recipe in {run.label: run.recipe for run in own}.values():  # seeds share their prompts
         read_prompts(recipe)
     whole.write(folder)
+    clean_leftovers(folder)
     write_environment(folder, sys.argv)
     outcomes = comparison_jobs.execute(own, environments)
     tell(folder, outcomes)

@@ -93,8 +93,8 @@ def with_starting_adapter(recipe: Recipe) -> Recipe:
         return recipe
     stored = adapter_settings(folder)
     named = stored.target_modules
-    layers = {"target_modules": [named] if isinstance(named, str) else named} if named else {}
-    lora = LoraConfig(r=stored.r, alpha=stored.lora_alpha, **layers)
+    layers = [named] if isinstance(named, str) else named or LoraConfig(r=1).target_modules
+    lora = LoraConfig(r=stored.r, alpha=stored.lora_alpha, target_modules=layers)
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": lora})})
 
 

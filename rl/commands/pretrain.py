@@ -21,25 +21,33 @@ def pretrain(
     import torch
 
     from models.loading import load_state, read_weights, save_policy
+    from rl.files import atomic_folder
     from rl.pretraining.config import PretrainRecipe
     from rl.pretraining.run import pretrain as run_stages
     from rl.pretraining.stages import resolve_device
     from rl.recipe import load_yaml_recipe
+    from rl.run_folder import RunFolder
     from rl.seeding import derive_seed
 
     settings = load_yaml_recipe(PretrainRecipe, recipe, overrides or [])
-    torch.manual_seed(derive_seed(settings.run.seed, "init"))
-    policy, config = starting_policy(settings)
-    policy.to(resolve_device(settings.run.device))
+    place = RunFolder(settings.run.output_dir)
+    try:
+        place.lock()
+        place.refuse_shared(settings)
+        torch.manual_seed(derive_seed(settings.run.seed, "init"))
+        policy, config = starting_policy(settings)
+        policy.to(resolve_device(settings.run.device))
 
-    def save(folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_policy(policy, folder, config, torch.bfloat16)
+        def save(target: Path) -> None:
+            with atomic_folder(target, replace=True) as folder:
+                save_policy(policy, folder, config, torch.bfloat16)
 
-    def load(folder: Path) -> None:
-        load_state(policy, read_weights(folder), folder)
+        def load(folder: Path) -> None:
+            load_state(policy, read_weights(folder), folder)
 
-    run_stages(policy, settings, save, load)
+        run_stages(policy, settings, save, load)
+    finally:
+        place.release()
     print(f"model: {Path(settings.run.output_dir) / 'model'}")
 
 

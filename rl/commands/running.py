@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rl.checkpoint import Checkpoint, load_checkpoint
 from rl.engine import Engine
-from rl.environment import write_environment
 from rl.errors import ImageRLError
 from rl.run_folder import RunFolder
 
@@ -18,24 +18,29 @@ T = TypeVar("T")
 def open_run(
     engine: Engine, folder: RunFolder, recipe: Any, resume: bool, overwrite: bool
 ) -> Checkpoint | None:
-    """The checkpoint to continue from, None for a run from its start. Writes nothing.
+    """The checkpoint to continue from, None for a run from its start. The folder is locked, until
+    `folder.release()`, and else as it was.
 
-    Raises ImageRLError, on all processes alike, when the folder holds what the command must not touch."""
-    if not resume:
-        on_main(engine, folder.refuse_foreign if overwrite else folder.refuse_run)
-        return None
-    newest = on_main(engine, lambda: folder.resumable(recipe))
-    return load_checkpoint(newest) if newest else None
+    Raises ImageRLError, on all processes alike, when the folder is in use, cannot be written to, or holds what the
+    command must not touch."""
+    checkpoint = None
+
+    def look() -> Path | None:
+        nonlocal checkpoint
+        folder.lock()
+        if not resume:
+            folder.refuse_loss(recipe, overwrite)
+            return None
+        checkpoint = folder.resumable(recipe)
+        return checkpoint.folder if checkpoint else None
+
+    chosen = on_main(engine, look)
+    return checkpoint if engine.is_main or chosen is None else load_checkpoint(chosen)
 
 
 def begin_run(engine: Engine, folder: RunFolder, recipe: Any, overwrite: bool) -> None:
     """Write the recipe and the environment into the folder, once everything else is found in order."""
-
-    def begin() -> None:
-        folder.begin(recipe, overwrite)
-        write_environment(folder.path, sys.argv)
-
-    on_main(engine, begin)
+    on_main(engine, lambda: folder.begin(recipe, sys.argv, overwrite))
 
 
 def on_main(engine: Engine, action: Callable[[], T]) -> T:

@@ -130,6 +130,7 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
     finally:
         if stream is not None:
             stream.close()
+        folder.release()
         engine.close()
 
 

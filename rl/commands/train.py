@@ -62,7 +62,8 @@ def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
 
 def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
     """Put a run together and execute it; returns the held-out comparison, None when it was stopped early and on
-    all but the main process. The run folder is written to only once everything else is found in order."""
+    all but the main process. The run folder is locked first; it is written to only once everything else is found in
+    order."""
     import torch
 
     from models.loading import load_policy
@@ -71,11 +72,13 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     from rl.data import GroupedSampler
     from rl.engine import Engine
     from rl.halves import freeze_references, lr_factor, trained_module
+    from rl.reward_config import refuse_hidden
     from rl.rollout import RolloutEngine, evaluation_sampling, training_sampling
     from rl.run import Run
     from rl.run_folder import RunFolder
     from rl.trainer import Trainer
 
+    refuse_hidden([*recipe.rewards.functions, *recipe.gold])
     prompts, heldout = read_prompts(recipe)
     sampler = GroupedSampler(prompts, recipe.rollout.prompts_per_step, recipe.run.seed)
     folder = RunFolder(recipe.run.output_dir)
@@ -122,4 +125,5 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     finally:
         if scorer is not None:
             scorer.close()
+        folder.release()
         engine.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
@@ -16,6 +15,8 @@ from typing import IO, Literal, Protocol
 
 from rl.comparison.plan import PlannedRun
 from rl.errors import ImageRLError
+from rl.files import lock_file
+from rl.run_folder import RunFolder
 from rl.signals import stop_signals
 
 LOCK, LOG = "{}.lock", "{}.log"  # beside the run folder
@@ -32,10 +33,16 @@ class Process(Protocol):
 Start = Callable[[PlannedRun, Mapping[str, str], IO[bytes]], Process]
 
 
+def arguments(run: PlannedRun) -> list[str]:
+    """What `imagerl` is called with: to begin a run, or to continue what its folder holds of it."""
+    resume = ["--resume"] if RunFolder(run.folder).begun else []
+    return ["train", run.path, *run.overrides, *resume]
+
+
 def start_training(run: PlannedRun, environment: Mapping[str, str], lock: IO[bytes]) -> Process:
-    """`imagerl train`, resuming whatever its folder holds. It inherits the lock, so that a run whose comparison
+    """`imagerl train`. It inherits the lock, so that a run whose comparison
     was killed is not started a second time; and a session of its own, so that Ctrl-C reaches it once, through us."""
-    command = [sys.executable, "-m", "rl.cli", "train", run.path, *run.overrides, "--resume"]
+    command = [sys.executable, "-m", "rl.cli", *arguments(run)]
     with log_path(run).open("ab") as log:
         return subprocess.Popen(
             command,
@@ -93,7 +100,8 @@ def execute(
             for place in range(len(environments)):
                 while place not in active and waiting and not signals():
                     run = waiting.pop(0)
-                    lock = _lock(run)
+                    run.folder.parent.mkdir(parents=True, exist_ok=True)
+                    lock = lock_file(run.folder.with_name(LOCK.format(run.folder.name)))
                     if lock is None:
                         outcomes[run] = "elsewhere"
                     elif run.finished:
@@ -150,20 +158,6 @@ def _told(run: PlannedRun, outcome: Outcome, code: int) -> str:
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return f"failed with {how}, see {path}" + (f": {last}" if last else "")
-
-
-def _lock(run: PlannedRun) -> IO[bytes] | None:
-    """An open file that holds the run's lock until it is closed here and in all processes that inherit it; None
-    when somebody else holds it."""
-    path = run.folder.with_name(LOCK.format(run.folder.name))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file
 
 
 @contextlib.contextmanager

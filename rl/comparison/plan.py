@@ -156,6 +156,10 @@ def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
         key = override.partition("=")[0]
         if key in OURS:
             raise ImageRLError(f"{key} follows from --budget, --seeds and --output; leave it out")
+        if "env_vars" in override:
+            raise ImageRLError(
+                "env_vars may hold secrets and overrides are written down; put it into the recipes"
+            )
     return recipes, overrides
 
 

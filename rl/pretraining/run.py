@@ -73,16 +73,17 @@ def pretrain(
 
 
 def refuse_foreign_stages(out: Path, recipe: PretrainRecipe) -> None:
-    """Kept weights continue the run that made them only: they fit one seed, one text tokenizer and one start."""
+    """Kept weights continue the run that made them only: they fit one seed, one text tokenizer and one start. Raises
+    ImageRLError too where the folder holds a run of another kind."""
     kept = [name for name in STAGES if (out / name).is_dir() or (out / f"{name}.safetensors").exists()]
-    if not kept:
-        return
     file = out / RECIPE_FILE
+    if not kept and not file.exists():
+        return
     if not file.exists():
         raise ImageRLError(f"{out} holds {', '.join(kept)}, but no {RECIPE_FILE}; set another run.output_dir")
-    fixed = {"init", "text_tokenizer", "model", *kept}
+    fixed = {"init", "text_tokenizer", "model", *kept} if kept else set()
     keys = differing_keys(load_yaml_recipe(PretrainRecipe, file), recipe)
-    if changed := [key for key in keys if key == "run.seed" or key.split(".")[0] in fixed]:
+    if changed := [key for key in keys if (kept and key == "run.seed") or key.split(".")[0] in fixed]:
         raise ImageRLError(
             f"{out} was begun with another {', '.join(changed)}; set another run.output_dir, or delete it"
         )
@@ -92,7 +93,7 @@ def fit_reconstructions(
     policy: Any, recipe: PretrainRecipe, out: Path, log: Callable[[str, int, dict[str, float]], None]
 ) -> None:
     """The two parts that learn to draw their input again; what an earlier run has finished is kept."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     vae, tokenizer = policy.decoder.vae, policy.image_tokenizer
 
@@ -115,7 +116,7 @@ def fit_reconstructions(
             print(f"{name}: kept {weights}")
         elif stage is not None:
             fit_reconstruction(name, module, reconstruct, stage, recipe.run.seed, policy.device, log)
-            save_file(module.state_dict(), weights)
+            write_atomic(weights, save(module.state_dict()))
 
 
 def write_record(out: Path, recipe: PretrainRecipe) -> None:

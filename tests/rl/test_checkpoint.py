@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from rl import checkpoint, files
-from rl.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from rl.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, newest_sound, save_checkpoint
 from rl.engine import Engine
 from rl.errors import ImageRLError
-from rl.files import atomic_folder, write_atomic
+from rl.files import atomic_folder, clean_leftovers, lock_file, process_place, temporary_name, write_atomic
 
 
 def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -81,15 +81,15 @@ def test_incomplete_and_foreign_folders_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "step_000009").mkdir()
     (tmp_path / "step_000009" / "model.safetensors").write_bytes(b"half")
     (tmp_path / "step_last").mkdir()
-    (tmp_path / ".step_000012.tmp-999999999").mkdir()
-    (tmp_path / f".step_000013.tmp-{os.getppid()}").mkdir()
+    (tmp_path / f".step_000012.tmp-999999999@{process_place()}").mkdir()
+    (tmp_path / f".step_000013.tmp-{os.getppid()}@{process_place()}").mkdir()
     assert assert_sound(latest_checkpoint(tmp_path)) == 3
-    assert hidden(tmp_path) == [f".step_000013.tmp-{os.getppid()}"]  # its writer lives
+    assert hidden(tmp_path) == [f".step_000013.tmp-{os.getppid()}@{process_place()}"]  # its writer lives
 
 
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[-5] ^= 1
+    content[-5] ^= 0x81  # no longer ASCII, nor what was hashed
     path.write_bytes(content)
 
 
@@ -98,9 +98,11 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink])
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_damage_is_one_clear_line_and_falls_back_only_if_told(
-    name: str, damage: Callable[[Path], None], tmp_path: Path
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+)
+def test_damage_is_one_clear_line_and_the_one_before_is_taken(
+    name: str, damage: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 1)
     folder = save(tmp_path, 2)
@@ -108,12 +110,16 @@ def test_damage_is_one_clear_line_and_falls_back_only_if_told(
     with pytest.raises(ImageRLError) as error:
         load_checkpoint(folder)
     assert name in str(error.value)
-    assert "remove the folder step_000002" in str(error.value)
+    assert "an earlier one can be used instead" in str(error.value)
     assert "\n" not in str(error.value)
-    assert load_checkpoint(folder, fallback=True).step == 1
+    caplog.clear()
+    sound = newest_sound(tmp_path)
+    assert sound is not None and sound.step == 1
+    (line,) = caplog.messages
+    assert "step_000002" in line and line.endswith(": going on from step_000001")
     damage(tmp_path / "step_000001" / name)
-    with pytest.raises(ImageRLError, match="step_000001"):
-        load_checkpoint(folder, fallback=True)
+    with pytest.raises(ImageRLError, match=r"step_000001.*none is left: begin again with --overwrite"):
+        newest_sound(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 7}', '{"step": 2, "format": 99, "files": {}}'])
@@ -392,6 +398,49 @@ def test_write_atomic_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest.Mon
         write_atomic(path, b"never")
     assert path.read_bytes() == b"new"
     assert hidden(tmp_path) == []
+
+
+def test_the_work_of_other_hosts_is_left_alone_until_it_is_old(tmp_path: Path) -> None:
+    """Process numbers of a host that shares the folder say nothing here, whether such a process runs here or not."""
+    elsewhere = process_place().replace(".", "-too.", 1)
+    names = [
+        *(f".step_000002.tmp-999999999@{elsewhere}", f".step_000003.old-{os.getpid()}@{elsewhere}"),
+        *(
+            ".metrics.jsonl.tmp-999999999@far-away.f00",
+            ".notes.tmp-999999999",
+            ".bashrc",
+        ),  # the last: nobody's
+    ]
+    save(tmp_path, 1)
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    gone = temporary_name(tmp_path / "report.html")
+    gone.touch()  # this process does not write now
+    assert assert_sound(latest_checkpoint(tmp_path)) == 1
+    assert sorted(hidden(tmp_path)) == sorted(names)
+    week_ago = time.time() - 7 * 24 * 3600
+    for name in names:
+        os.utime(tmp_path / name, (week_ago, week_ago))
+    clean_leftovers(tmp_path)
+    assert sorted(hidden(tmp_path)) == sorted(names)  # a file in it is new
+    for name in names:
+        os.utime(tmp_path / name / "model.safetensors", (week_ago, week_ago))
+    clean_leftovers(tmp_path)
+    assert sorted(hidden(tmp_path)) == [".bashrc", ".notes.tmp-999999999"]
+    assert (tmp_path / "step_000003" / "model.safetensors").exists()  # its swap is finished
+
+
+def test_a_lock_has_one_holder_also_when_its_file_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    first = lock_file(path)
+    assert first is not None and lock_file(path) is None
+    path.unlink()  # before it is freed
+    second = lock_file(path)
+    assert second is not None
+    first.close()
+    assert lock_file(path) is None
+    second.close()
 
 
 def test_atomic_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_overwrite_deletes_runs_only(place: Path, capsys: pytest.CaptureFixture[
     ended = imagerl(
         capsys, "train", str(place / "recipe.yaml"), f"run.output_dir={thesis}", "run.steps=1", "--overwrite"
     )
-    assert ended.code == 1 and "chapter.tex, which is no part of a run" in ended.err
+    assert ended.code == 1 and "recipe.yaml, which is not known to be of a run" in ended.err
     assert ended.err.count("\n") == 1
     assert (thesis / "chapter.tex").read_text() == "years of work"
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import gc
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,8 @@ from rl.checkpoint import list_checkpoints
 from rl.cli import main
 from rl.config import load_recipe
 from rl.metrics import is_timing, read_metrics
+from rl.run_folder import LOCK, RunFolder
+from rl.trainer import Trainer
 from tests.micro import micro_folder
 from tests.small_run import RANK_PROGRAM, Command, write_recipe
 
@@ -134,7 +141,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(
 
 
 def being_written(run: Path, pid: int) -> list[Path]:
-    return list((run / "checkpoints").glob(f".step_*.tmp-{pid}"))
+    return list((run / "checkpoints").glob(f".step_*.tmp-{pid}@*"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -250,13 +257,42 @@ def test_a_finished_run_can_be_continued_but_not_shortened(
     assert "is at step 8 already but run.steps is 6" in message and message.count("\n") == 1
 
 
-def test_resuming_nothing_starts_anew(place: Path) -> None:
-    assert call(*arguments(place, "full", "new", "run.steps=1", "--resume")) == 0
-    assert logged_steps(place / "new") == [0, 1, 1]
+def test_there_must_be_a_run_to_resume(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*arguments(place, "full", "new", "run.steps=1", "--resume")) == 1
+    message = capsys.readouterr().err
+    assert "leave --resume out to begin one" in message and message.count("\n") == 1
+    assert not (place / "new").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_loads(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.loading.load_policy", lambda *_: pytest.fail("a model was loaded"))
+    assert call(*arguments(place, "full", "full.yaml/run")) == 1
+    message = capsys.readouterr().err
+    assert "cannot write" in message and message.count("\n") == 1
+
+
+def test_a_running_run_is_left_alone(
+    place: Path, undisturbed: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = place / "running"
+    shutil.copytree(undisturbed["full"], run)
+    before = results(run)
+    other = RunFolder(run)
+    other.lock()
+    for more in ((), ("--resume",), ("--overwrite",)):
+        assert call(*arguments(place, "full", run.name, *more)) == 1
+        message = capsys.readouterr().err
+        assert "is in use by process" in message and message.count("\n") == 1
+    assert results(run) == before
+    other.release()
+    assert call(*arguments(place, "full", run.name, "--resume")) == 0
+    assert not (run / LOCK).exists()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(
-    place: Path, undisturbed: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    place: Path, undisturbed: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = place / "damaged"
     shutil.copytree(undisturbed["full"], run)
@@ -264,12 +300,111 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(
     data = bytearray((broken / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (broken / "model.safetensors").write_bytes(data)
-    assert call(*arguments(place, "full", run.name, "--resume")) == 1
-    message = capsys.readouterr().err
-    assert "step_000008" in message and "damaged" in message and message.count("\n") == 1
-    shutil.rmtree(broken)
+    caplog.clear()
     assert call(*arguments(place, "full", run.name, "--resume")) == 0
+    (line,) = [line for line in caplog.messages if "damaged" in line]
+    assert "step_000008" in line and line.endswith("going on from step_000006")
     assert results(run) == results(undisturbed["full"])
+
+
+# ---- what must go on holding -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "kills", "workers"), [(0, 6, 0), (1, 6, 0), (2, 2, 1)])
+def test_killed_at_random_moments(
+    place: Path, undisturbed: dict[str, Path], seed: int, kills: int, workers: int
+) -> None:
+    """Wherever kill -9 falls, starting and writing included, a run resumes bit for bit; with rewards in Ray too."""
+    run, moments = place / f"random_{seed}", random.Random(seed)
+    more = arguments(place, "full", run.name, "checkpoint.every=1", f"rewards.workers={workers}")
+    for _ in range(kills):
+        resume = ["--resume"] if RunFolder(run).begun else []
+        command = Command(place, *more, *resume)
+        reached = len(logged_steps(run))
+        wanted = moments.randrange(4)  # lines more than before
+        with contextlib.suppress(AssertionError):  # it may end before
+            command.wait_for(lambda: len(logged_steps(run)) >= reached + wanted)  # noqa: B023
+        time.sleep(moments.uniform(0, 0.3))
+        with contextlib.suppress(ProcessLookupError):
+            command.kill()
+        assert command.wait() in (-signal.SIGKILL, 0)
+    resume = ["--resume"] if RunFolder(run).begun else []
+    command = Command(place, *more, *resume)
+    assert command.wait() == 0, command.output
+    assert measured(run) == measured(undisturbed["full"])
+    ours, theirs = (results(each)["files"] for each in (run, undisturbed["full"]))
+    assert ours == theirs
+    assert not [path for path in run.rglob(".*") if path.name != LOCK]
+
+
+def full_after(patch: pytest.MonkeyPatch, count: int) -> None:
+    """From its `count`th write on the disk is full: all that we write is also forced to the disk."""
+    synced, left = os.fsync, iter(range(count))
+
+    def fsync(descriptor: int) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(descriptor)
+
+    patch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_at_any_write_costs_nothing(
+    place: Path, undisturbed: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, moments = place / "filling", random.Random(0)
+    for _ in range(8):
+        resume = ["--resume"] if RunFolder(run).begun else []
+        capsys.readouterr()
+        with pytest.MonkeyPatch.context() as patch:
+            full_after(patch, moments.randrange(30))
+            code = call(*arguments(place, "full", run.name, *resume))
+        message = capsys.readouterr().err
+        assert code == 0 or ("imagerl: disk full" in message and message.count("\n") == 1)
+    resume = ["--resume"] if RunFolder(run).begun else []
+    assert call(*arguments(place, "full", run.name, *resume)) == 0
+    assert results(run) == results(undisturbed["full"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kib", [4, 8, 12, 24, 48, 200])
+def test_a_small_disk_is_one_line(
+    place: Path, undisturbed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kib: int
+) -> None:
+    """A real file system of so many KiB; the run goes on when it is larger."""
+    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size={kib}k tmpfs {tmp_path} 2>/dev/null") != 0:
+        pytest.skip("needs root and the right to mount")
+    try:
+        capsys.readouterr()
+        given = [*arguments(place, "full", "unused")[:2], f"run.output_dir={tmp_path / 'run'}"]
+        assert call(*given) == 1
+        message = capsys.readouterr().err
+        assert "disk full" in message and message.count("\n") == 1
+        os.system(f"mount -o remount,size=64m {tmp_path}")
+        assert call(*given, *(["--resume"] if RunFolder(tmp_path / "run").begun else [])) == 0
+        assert results(tmp_path / "run") == results(undisturbed["full"])
+    finally:
+        os.system(f"umount {tmp_path}")
+
+
+@pytest.mark.slow
+def test_a_long_run_does_not_grow(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[tuple[int, int, int]] = []
+    step = Trainer.step
+
+    def counted(self: Trainer, number: int) -> Any:
+        gc.collect()
+        counts.append((len(os.listdir("/proc/self/fd")), threading.active_count(), len(gc.get_objects())))
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    given = arguments(place, "full", "long", "run.steps=60", "checkpoint.every=5", "eval.every=20")
+    assert call(*given, "run.sample_every=5") == 0
+    (files, threads, objects), (files_later, threads_later, objects_later) = counts[25], counts[58]
+    assert (files_later, threads_later) == (files, threads)
+    assert objects_later - objects < 20 * 33  # what a step leaves: none of its arrays, graphs and pictures
 
 
 # ---- Ray, ranks --------------------------------------------------------------------------------------------

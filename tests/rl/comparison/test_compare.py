@@ -63,7 +63,7 @@ def train(run: PlannedRun) -> int:
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
-            main(["train", run.path, *run.overrides, "--resume"])
+            main(comparison_jobs.arguments(run))
         except SystemExit as end:
             code = int(end.code or 0)
     comparison_jobs.log_path(run).write_text(output.getvalue())

@@ -259,8 +259,13 @@ def test_mistakes_are_told_in_one_line(
     assert "there is nothing at" in complaint(*full("x", "data.train=nowhere"))
     assert "samples are bad" in complaint(*full("x", f"data.train={place / 'train'}", "data.max_bad_share=0.01",
                                                 "run.steps=20"))  # fmt: skip
-    (place / "x" / "diary.txt").write_text("mine")
-    assert "holds diary.txt, which is no part of a run" in complaint(*full("x", "--overwrite"))
+    (place / "taken" / "model").mkdir(parents=True)
+    (place / "taken" / "model" / "model.safetensors").write_text("mine")
+    for more in ((), ("--overwrite",)):
+        assert "holds model/model.safetensors, which is not known" in complaint(*full("taken", *more))
+    assert "holds the model that it begins from" in complaint(
+        *full("full_whole", "--overwrite", f"model.path={place / 'full_whole' / 'model'}")
+    )
     (place / "words").mkdir()
     (place / "words" / "a.png").write_bytes(b"no picture")
     assert "data.heldout holds no usable sample" in complaint(*full("y", f"data.heldout={place / 'words'}"))
