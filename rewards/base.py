@@ -19,6 +19,7 @@ from typing import Any
 
 from rewards.mixing import Gate, Weight
 from rewards.targets import (
+    before_scoring,
     call_parameters,
     check_columns,
     check_settings,
@@ -216,7 +217,8 @@ def load_spec(
     if columns is not None and spec.is_isolated:
         check_columns(label, needed_columns(found, settings), columns)
     if spec.is_remote or spec.target in REWARDS:
-        return label, found(**settings)
+        with before_scoring(f"reward {label!r} could not be constructed"):
+            return label, found(**settings)
     return label, construct(label, found, settings)
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from rewards.actors import Call, Plan, Worker, actor_class, start_ray
+from rewards.actors import Call, Plan, Worker, actor_class, refuse_ended_ray, start_ray
 from rewards.base import RewardSpec, check_reward, load_rewards, secrets_of, unique_labels
 from rewards.mixing import Mix
 from rewards.scoring import RewardValues, call_reward, combine, concatenate, part_of
@@ -105,9 +105,11 @@ class RewardWorkers:
                 os.getcwd(),
                 {name: os.environ[name] for name in secrets},
             )
+            labels = {place: self.labels[place] for place in places}
             actor = actor_class(cpus, self._specs[places[0]].runtime_env)
             self._workers += [
-                Worker(calls, partial(actor.remote, plan), timeout_s, max_restarts) for _ in range(workers)
+                Worker(calls, partial(actor.remote, plan), labels, timeout_s, max_restarts)
+                for _ in range(workers)
             ]
         for worker in self._workers:
             worker.start()
@@ -130,6 +132,7 @@ class RewardWorkers:
             return ticket
         import ray
 
+        refuse_ended_ray()
         answers: list[list[Future[RewardValues]]] = [[] for _ in self.labels[:used]]
         for shard in _shards(request, self._shards):
             reference = ray.put(shard)

@@ -132,7 +132,7 @@ def test_reward_that_always_dies_stops_the_run(workers: RewardWorkers, folder: P
     try:
         scores = ask(with_one, "die")
         assert scores.failures == {"behave": 2}
-        assert scores.reasons["behave"] == "the reward process died 2 times on this call"
+        assert scores.reasons["behave"] == "the reward process died 2 times on this call (ActorDiedError)"
         with pytest.raises(ImageRLError, match=r"'behave' died or hung 2 times in a row.*max_restarts"):
             ask(with_one, "die")
     finally:
