@@ -168,6 +168,12 @@ def check_reward(spec: RewardSpec, columns: Iterable[str] | None = None) -> str:
     return label
 
 
+def check_entries(entries: Iterable[Mapping[str, Any]], columns: Iterable[str] | None = None) -> list[str]:
+    """Labels of a recipe's rewards. Raises ImageRLError like `check_reward`, for the first that cannot be used."""
+    names = None if columns is None else list(columns)
+    return [check_reward(RewardSpec.from_mapping(entry), names) for entry in entries]
+
+
 def takes(spec: RewardSpec) -> list[str]:
     """Names of a reward's arguments. Raises ImageRLError like `check_reward`."""
     return [parameter.name for parameter in call_parameters(_resolve(spec)[1])]

@@ -20,12 +20,19 @@ from typing import Any
 from rewards.wire import Reply
 from rl.errors import ImageRLError
 
-LONGEST_LINE = 1000  # characters of a message that ends the run; other texts of users are cut at 200
+# Those that a reward may handle for a while, for a time limit of its own for example.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGPIPE")
+LONGEST_LINE = 1000  # characters of a message that ends the run
+LONGEST_REASON = 400
 OUTPUT_FIELDS = ("rewards", "breakdown", "reason")
 
 
 class Failure(Exception):
-    """Users' code raised, or returned what cannot be used. The message is one line that says what."""
+    """Users' code raised. The message is one line that says what."""
+
+
+class Unusable(Failure):
+    """Users' code returned what cannot be used; the same call would return it again."""
 
 
 # ---- words ---------------------------------------------------------------------------------------------------
@@ -58,7 +65,7 @@ def one_line(error: BaseException) -> str:
         place = f" ({Path(frame.f_code.co_filename).name}:{line})"
     except BaseException:
         place = ""
-    return text_of(f"{_kind(error)}{': ' if text else ''}{text}{place}", 400)
+    return text_of(f"{_kind(error)}{': ' if text else ''}{text}{place}", LONGEST_REASON)
 
 
 # ---- what users' code may change of the process --------------------------------------------------------------
@@ -176,7 +183,8 @@ def _signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield heard
         return
-    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
     timer = signal.getitimer(signal.ITIMER_REAL)
 
     def listen(number: int, frame: Any) -> None:
@@ -199,52 +207,49 @@ def _signals() -> Iterator[list[int]]:
 # ---- what users' code returns --------------------------------------------------------------------------------
 
 
-def called(reward: Callable[..., Any], samples: Mapping[str, list[Any]]) -> Any:
-    """What a reward returns for `prompts`, `completions`, `images` and columns, one entry a sample. It gets copies, so
+def answered(reward: Callable[..., Any], samples: Mapping[str, list[Any]]) -> Reply:
+    """What a reward says of `prompts`, `completions`, `images` and columns, one entry a sample. It gets copies, so
     that a reward that changes them does not change them for the next one. Raises Failure and ImageRLError."""
     completions = [list(tokens) for tokens in samples["completions"]]
     given = {name: list(values) for name, values in samples.items()}
     given["completions"] = given["completion_ids"] = completions
     given["images"] = [image.copy() if hasattr(image, "copy") else image for image in samples["images"]]
     with users_code():
-        return reward(**given)
+        return _read(reward(**given), len(samples["prompts"]))  # methods of its objects are users' code too
 
 
-def read_output(output: Any, size: int) -> Reply:
+def _read(output: Any, size: int) -> Reply:
     """A reward's output for `size` samples: a list of numbers, a RewardOutput, or a dict with its fields. A value
-    that is no finite number is NaN, None says that the reward does not apply.
-
-    Raises Failure when it is none of these."""
-    with users_code():  # its objects' methods run here
-        if isinstance(output, Mapping):
-            if "rewards" not in output or any(name not in OUTPUT_FIELDS for name in output):
-                raise Failure("returned a dict; it must have the keys rewards, breakdown and reason, no others")
-            rewards, breakdown, reason = (output.get(name) for name in OUTPUT_FIELDS)
-        elif hasattr(output, "rewards"):
-            rewards, breakdown, reason = (getattr(output, name, None) for name in OUTPUT_FIELDS)
-        else:
-            rewards, breakdown, reason = output, None, None
-        values, problem = _column(rewards, size)
-        if breakdown is not None and not isinstance(breakdown, Mapping):
-            raise Failure(f"returned {_kind(breakdown)} as breakdown; return a dict of lists by name")
-        parts: dict[str, list[float | None]] = {}
-        for name, entries in (breakdown or {}).items():
-            label = text_of(name, 100)
-            if label in parts:
-                raise Failure(f"returned two parts called {label!r}")
-            parts[label] = _column(entries, size)[0]
-        return Reply(values, parts, problem if reason is None else text_of(reason) or problem)
+    that is no finite number is NaN, None says that the reward does not apply. Raises Unusable."""
+    if isinstance(output, Mapping):
+        if "rewards" not in output or any(name not in OUTPUT_FIELDS for name in output):
+            raise Unusable("returned a dict; it must have the keys rewards, breakdown and reason, no others")
+        rewards, breakdown, reason = (output.get(name) for name in OUTPUT_FIELDS)
+    elif hasattr(output, "rewards"):
+        rewards, breakdown, reason = (getattr(output, name, None) for name in OUTPUT_FIELDS)
+    else:
+        rewards, breakdown, reason = output, None, None
+    values, problem = _column(rewards, size)
+    if breakdown is not None and not isinstance(breakdown, Mapping):
+        raise Unusable(f"returned {text_of(_kind(breakdown))} as breakdown; return a dict of lists by name")
+    parts: dict[str, list[float | None]] = {}
+    for name, entries in (breakdown or {}).items():
+        label = text_of(name, 100)
+        if label in parts:
+            raise Unusable(f"returned two parts called {label!r}")
+        parts[label] = _column(entries, size)[0]
+    return Reply(values, parts, problem if reason is None else text_of(reason, LONGEST_REASON) or problem)
 
 
 def _column(entries: Any, size: int) -> tuple[list[float | None], str | None]:
     """[size] numbers, NaN where there is none and None where it is said not to apply, and the last thing wrong with
-    one of them. Raises Failure."""
+    one of them. Raises Unusable."""
     if isinstance(entries, (str, bytes, Mapping, Set)) or not hasattr(entries, "__len__"):
-        raise Failure(f"returned {text_of(_kind(entries))}; return a list with one number per sample")
+        raise Unusable(f"returned {text_of(_kind(entries))}; return a list with one number per sample")
     found = list(islice(entries, size + 1))  # it may have no end
     if len(found) != size:
         count = len(found) if len(found) < size else f"more than {size}"
-        raise Failure(f"returned {count} values for {size} samples")
+        raise Unusable(f"returned {count} values for {size} samples")
     values: list[float | None] = []
     problem = None
     for entry in found:
@@ -262,19 +267,14 @@ def _column(entries: Any, size: int) -> tuple[list[float | None], str | None]:
 
 
 def score_samples(reward: Callable[..., Any], samples: Mapping[str, list[Any]]) -> Reply:
-    """Calls a reward as `called` does. Whatever it does wrong becomes missing values with a reason, except an
-    ImageRLError, which says that the recipe must be mended. A call that raises is repeated by halves, so that only the
-    samples that are at fault are lost: one of them in n costs about 2·log2(n) further calls."""
+    """What a reward says of samples; see `answered`. Whatever it does wrong becomes missing values with a reason,
+    except an ImageRLError, which says that the recipe must be mended. A call that raises is repeated by halves, so that
+    only the samples that are at fault are lost: one of them in n costs about 2·log2(n) further calls."""
     size = len(samples["prompts"])
     try:
-        output = called(reward, samples)
+        return answered(reward, samples)
     except Failure as failure:
-        if size == 1:
-            return failed(size, str(failure))
-    else:
-        try:
-            return read_output(output, size)
-        except Failure as failure:
+        if size == 1 or isinstance(failure, Unusable):
             return failed(size, str(failure))
     halves = (slice(0, size // 2), slice(size // 2, size))
     return join([score_samples(reward, {name: values[h] for name, values in samples.items()}) for h in halves])

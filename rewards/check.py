@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rewards.base import LoadedReward
-from rewards.boundary import Failure, called, read_output
+from rewards.boundary import Failure, answered
 from rewards.check_ranking import (
     Finding,
     KindRow,
@@ -59,7 +59,7 @@ def score_pictures(reward: LoadedReward, pictures: Sequence[CheckPicture]) -> Re
         "images": [picture.image for picture in pictures],
         **{name: [picture.prompt.columns.get(name) for picture in pictures] for name in names},
     }
-    return to_values(read_output(called(reward.fn, samples), len(pictures)))
+    return to_values(answered(reward.fn, samples))
 
 
 def check(

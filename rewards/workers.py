@@ -36,6 +36,14 @@ def _shards(request: RewardRequest, count: int) -> list[RewardRequest]:
     return [part_of(request, slice(*bound)) for bound in pairwise(bounds)]
 
 
+def read_entries(entries: Iterable[Mapping[str, Any] | RewardSpec]) -> list[RewardSpec]:
+    """Entries of a recipe's lists as specs that mean the same in every process."""
+    return [
+        (entry if isinstance(entry, RewardSpec) else RewardSpec.from_mapping(entry)).absolute()
+        for entry in entries
+    ]
+
+
 class RewardWorkers:
     """A `RewardScorer` over a recipe's list of rewards (`{name | import_path, weight, **settings}`).
 
@@ -60,15 +68,11 @@ class RewardWorkers:
         max_restarts: int = 3,
         columns: Iterable[str] | None = None,
     ) -> None:
-        entries = [
-            entry if isinstance(entry, RewardSpec) else RewardSpec.from_mapping(entry)
-            for entry in (*specs, *gold)
-        ]
         self._trained = len(specs)  # gold metrics stand behind the rewards
         if not specs:
             raise ImageRLError("rewards is empty; name at least one, for example rewards=[{name: ocr}]")
-        self._specs = [entry.absolute() for entry in entries]
         names = None if columns is None else list(columns)
+        self._specs = read_entries((*specs, *gold))
         self.labels = unique_labels([check_reward(spec, names) for spec in self._specs])
         self._mixes = [
             Mix(label, spec.weight, spec.gate) for label, spec in zip(self.labels, self._specs, strict=True)

@@ -79,7 +79,7 @@ def test_group_to_which_nothing_applies_has_no_total() -> None:
         ([1.0, 2.0], "returned 2 values for 4 samples"),
         (None, "returned NoneType; return a list"),
         (0.5, "returned float; return a list"),
-        (["1", "2", "3", "4"], "returned '1', which is not a number"),
+        (["1", "2", "3", "4"], "returned '4', which is not a number"),
         ([[1.0, 2.0]] * 4, "returned [1.0, 2.0], which is not a number"),
         (RewardOutput([1, 2, 3, 4], {"part": [1]}), "returned 1 values for 4 samples"),
     ],
