@@ -42,7 +42,8 @@ def text_of(value: object, most: int = 200, to_text: Callable[[Any], str] = str)
     """A value as one line that can be written anywhere: printable, without lone surrogates, at most `most`
     characters. Never raises, whatever the value's own methods do."""
     try:
-        text = str.__str__(to_text(value))  # an exact str, also from a subclass
+        plain = isinstance(value, str) and to_text is str
+        text = str.__str__(value if plain else to_text(value))  # an exact str, also from a subclass
     except BaseException:
         text = f"<{_kind(value)} without a text>"
     line = " ".join(text[: 4 * most].split())
@@ -146,7 +147,9 @@ def _same(one: Any, other: Any) -> bool:
         return False
 
 
-_theirs: dict[str, Any] = {}  # what users' code set
+# What users' code set; None for a variable that it removed.
+_theirs: dict[str, Any] = {}
+_their_variables: dict[str, str | None] = {}
 
 
 @contextmanager
@@ -157,9 +160,11 @@ def users_code() -> Iterator[None]:
     Raises Failure for whatever it raises, SystemExit and KeyboardInterrupt included, and ImageRLError for an error of
     that name, which says that the user must mend something. A real signal passes through."""
     ours = _state()
-    entered = {**ours, **_theirs}
+    variables = {**ours["environment"], **_their_variables}
+    variables = {name: value for name, value in variables.items() if value is not None}
+    entered = {**ours, **_theirs, "environment": variables}
     with _signals() as heard:
-        _switch(_theirs, ours)
+        _switch(entered, ours)
         try:
             yield
         except (Failure, ImageRLError):
@@ -172,8 +177,11 @@ def users_code() -> Iterator[None]:
             raise Failure(one_line(error)) from error
         finally:
             left = _state()
-            _theirs.update({name: value for name, value in left.items() if not _same(value, entered.get(name))})
             _switch(ours, left)
+            found = left.pop("environment")
+            changed = [name for name in variables.keys() | found.keys() if variables.get(name) != found.get(name)]
+            _their_variables.update({name: found.get(name) for name in changed})
+            _theirs.update({name: value for name, value in left.items() if not _same(value, entered.get(name))})
 
 
 @contextmanager

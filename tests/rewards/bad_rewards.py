@@ -18,11 +18,9 @@ CASES = {}
 
 
 def act(prompts, images):
+    if prompts[0] == "mend":
+        raise type("ImageRLError", (Exception,), {})("mend\nme \ud800\x1b[31m" + "x" * 5000)
     return CASES[prompts[0]][0](len(images))
-
-
-def act_mend(prompts, images):
-    raise type("ImageRLError", (Exception,), {})("mend\nme \ud800\x1b[31m" + "x" * 5000)
 
 
 def case(lost, reason="", parts=()):
@@ -308,13 +306,6 @@ def more_threads():
 
 
 @leaves
-def deterministic_algorithms():
-    import torch
-
-    torch.use_deterministic_algorithms(not torch.are_deterministic_algorithms_enabled())
-
-
-@leaves
 def warnings_as_errors():
     warnings.simplefilter("error")
 
@@ -334,6 +325,6 @@ def deaf():
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        signal.setitimer(signal.ITIMER_REAL, 5.0)
     except ValueError:  # only where the main thread scores
         pass

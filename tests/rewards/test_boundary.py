@@ -33,27 +33,28 @@ def ask(scorer: RewardWorkers, prompt: str) -> RewardScores:
 
 
 @pytest.fixture(scope="module")
-def scorers() -> Iterator[Callable[[str, str], RewardWorkers]]:
-    """One scorer for each way and function, kept for the whole table."""
-    made: dict[tuple[str, str], RewardWorkers] = {}
+def scorers() -> Iterator[Callable[[str], RewardWorkers]]:
+    """One scorer for each way, kept for the whole table."""
+    made: dict[str, RewardWorkers] = {}
     with contextlib.ExitStack() as stack:
 
-        def scorer(way: str, name: str) -> RewardWorkers:
-            if (way, name) not in made:
-                entry: dict[str, object] = {"import_path": f"{FILE}:{name}"}
+        def scorer(way: str) -> RewardWorkers:
+            if way not in made:
+                entry: dict[str, object] = {"import_path": f"{FILE}:act"}
                 if way == "interpreter":
                     entry["python"] = sys.executable
                 if way == "http":
-                    os.environ["IMAGERL_REWARD_TOKEN"] = "of-the-tests"
-                    app = reward_app(name, load_reward(f"{FILE}:{name}")[1], ["prompts", "images"])
-                    entry = {"url": f"{stack.enter_context(served(app))}/{name}"}
-                made[way, name] = RewardWorkers([entry], workers=1 if way == "ray" else 0)
-                stack.callback(made[way, name].close)
-                made[way, name].wait_until_ready()
-            return made[way, name]
+                    os.environ["TOKEN_OF_THE_TABLE"] = "of-the-tests"
+                    app = reward_app("act", load_reward(f"{FILE}:act")[1], ["prompts", "images"])
+                    address = stack.enter_context(served(app))
+                    entry = {"url": f"{address}/act", "token_env": "TOKEN_OF_THE_TABLE"}
+                made[way] = RewardWorkers([entry], workers=1 if way == "ray" else 0)
+                stack.callback(made[way].close)
+                made[way].wait_until_ready()
+            return made[way]
 
         yield scorer
-    os.environ.pop("IMAGERL_REWARD_TOKEN", None)
+    os.environ.pop("TOKEN_OF_THE_TABLE", None)
 
 
 def surroundings() -> dict[str, object]:
@@ -81,10 +82,10 @@ def surroundings() -> dict[str, object]:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_bad_reward_costs_its_samples_and_says_why(
-    scorers: Callable[[str, str], RewardWorkers], way: str, name: str
+    scorers: Callable[[str], RewardWorkers], way: str, name: str
 ) -> None:
     _, lost, reason, parts = CASES[name]
-    scorer = scorers(way, "act")
+    scorer = scorers(way)
     before = surroundings()
     scores = ask(scorer, name)
     assert surroundings() == before
@@ -95,20 +96,20 @@ def test_a_bad_reward_costs_its_samples_and_says_why(
     assert said.startswith(reason) and bool(said) == bool(lost)
     assert said.isprintable() and len(said) <= 400 and "Traceback" not in said
     if way != "here":
-        assert said == ask(scorers("here", "act"), name).reasons.get("act", "")
+        assert said == ask(scorers("here"), name).reasons.get("act", "")
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_the_user_must_mend_ends_the_run_in_one_line(
-    scorers: Callable[[str, str], RewardWorkers], way: str
+    scorers: Callable[[str], RewardWorkers], way: str
 ) -> None:
-    with pytest.raises(ImageRLError, match=r"mend me �\[31mxxx") as error:
-        ask(scorers(way, "act_mend"), "mend")
+    with pytest.raises(ImageRLError, match=r"mend me ��\[31mxxx") as error:
+        ask(scorers(way), "mend")
     assert str(error.value).isprintable() and len(str(error.value)) < 1200
 
 
 def test_users_code_finds_what_it_set_and_nobody_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rewards.boundary._theirs", {})
+    monkeypatch.setattr("rewards.boundary._theirs", {})  # of other tests
     with users_code():
         torch.set_default_dtype(torch.float64)
         random.seed(5)
