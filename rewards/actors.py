@@ -228,7 +228,7 @@ def _why(error: Exception) -> str:
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return "killed for want of memory: use fewer rewards.workers"
     if isinstance(error, ray.exceptions.RayTaskError):  # not users' code, which answers for itself
-        return text_of(error.cause)
+        return text_of(getattr(error, "cause", error))
     return type(error).__name__
 
 
