@@ -249,8 +249,8 @@ def refuse_ended_ray() -> None:
     ended = ended_part_of_ray()
     if ended is not None:
         raise ImageRLError(
-            f"Ray ended: its {ended} was killed or crashed, perhaps for want of memory; continue with --resume, or with "
-            "rewards.workers=0, which needs no Ray"
+            f"Ray ended: its {ended} was killed or crashed, perhaps for want of memory; continue with --resume, "
+            "or with rewards.workers=0, which needs no Ray"
         )
 
 

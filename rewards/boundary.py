@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,9 @@ def _switches() -> Iterator[Switch]:
     yield "random", random.getstate, random.setstate
     yield "warnings", lambda: list(warnings.filters), _set_filters
     yield "recursion", sys.getrecursionlimit, sys.setrecursionlimit
-    for name in ("stdout", "stderr"):
-        yield name, lambda name=name: getattr(sys, name), lambda value, name=name: setattr(sys, name, value)
-    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+    yield from _attributes(sys, "stdout", "stderr")
+    numpy: Any = sys.modules.get("numpy")
+    torch: Any = sys.modules.get("torch")
     if hasattr(numpy, "seterr"):
         yield "numpy errors", numpy.geterr, lambda kept: numpy.seterr(**kept)
         yield "numpy random", numpy.random.get_state, numpy.random.set_state
@@ -103,14 +104,19 @@ def _switches() -> Iterator[Switch]:
         if hasattr(torch, getter):
             yield setter, getattr(torch, getter), getattr(torch, setter)
     if hasattr(torch, "get_default_device"):
-        yield "device", torch.get_default_device, lambda device: torch.set_default_device(
-            None if device.type == "cpu" else device
+        yield (
+            "device",
+            torch.get_default_device,
+            lambda device: torch.set_default_device(None if device.type == "cpu" else device),
         )
     if torch.cuda.is_initialized():
         yield "cuda random", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all
-    for name in ("benchmark", "deterministic", "allow_tf32"):
-        flags = torch.backends.cudnn
-        yield name, lambda name=name: getattr(flags, name), lambda on, name=name: setattr(flags, name, on)
+    yield from _attributes(torch.backends.cudnn, "benchmark", "deterministic", "allow_tf32")
+
+
+def _attributes(owner: Any, *names: str) -> Iterator[Switch]:
+    for name in names:
+        yield name, partial(getattr, owner, name), partial(setattr, owner, name)
 
 
 def _set_environment(kept: Mapping[str, str]) -> None:
@@ -172,16 +178,22 @@ def users_code() -> Iterator[None]:
         except BaseException as error:
             if heard and not isinstance(error, Exception):
                 raise
-            if any(kind.__name__ == "ImageRLError" for kind in type(error).__mro__):  # another copy of the class
+            if any(
+                kind.__name__ == "ImageRLError" for kind in type(error).__mro__
+            ):  # another copy of the class
                 raise ImageRLError(text_of(error, LONGEST_LINE)) from error
             raise Failure(one_line(error)) from error
         finally:
             left = _state()
             _switch(ours, left)
             found = left.pop("environment")
-            changed = [name for name in variables.keys() | found.keys() if variables.get(name) != found.get(name)]
+            changed = [
+                name for name in variables.keys() | found.keys() if variables.get(name) != found.get(name)
+            ]
             _their_variables.update({name: found.get(name) for name in changed})
-            _theirs.update({name: value for name, value in left.items() if not _same(value, entered.get(name))})
+            _theirs.update(
+                {name: value for name, value in left.items() if not _same(value, entered.get(name))}
+            )
 
 
 @contextmanager
@@ -197,7 +209,7 @@ def _signals() -> Iterator[list[int]]:
 
     def listen(number: int, frame: Any) -> None:
         heard.append(number)
-        before[number](number, frame)  # type: ignore[operator,index]
+        before[number](number, frame)  # type: ignore[operator, misc]
 
     for number in (signal.SIGINT, signal.SIGTERM):
         if callable(before[number]):
@@ -285,7 +297,9 @@ def score_samples(reward: Callable[..., Any], samples: Mapping[str, list[Any]]) 
         if size == 1 or isinstance(failure, Unusable):
             return failed(size, str(failure))
     halves = (slice(0, size // 2), slice(size // 2, size))
-    return join([score_samples(reward, {name: values[h] for name, values in samples.items()}) for h in halves])
+    return join(
+        [score_samples(reward, {name: values[h] for name, values in samples.items()}) for h in halves]
+    )
 
 
 def failed(size: int, reason: str) -> Reply:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 
 def _own_modules() -> tuple[Any, Any, Any]:
-    """`rewards.boundary`, `rewards.targets` and `rewards.wire`, without leaving our packages in the way of the user's imports."""
+    """`rewards.boundary`, `targets` and `wire`, without leaving our packages in the way of the user's imports."""
     folder = Path(__file__).resolve().parent
     sys.path = [path for path in sys.path if not path or Path(path).resolve() != folder]
     for name, place in (("rewards", folder), ("rl", folder.parent / "rl")):

@@ -186,4 +186,5 @@ def construct(label: str, found: Any, settings: Mapping[str, Any]) -> KeywordRew
     if not inspect.isclass(found):
         return KeywordReward(found, settings)
     with before_scoring(f"reward {label!r} could not be constructed"):
-        return KeywordReward(found(**settings), {})
+        instance: Any = found(**settings)
+        return KeywordReward(instance, {})

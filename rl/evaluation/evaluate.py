@@ -17,7 +17,6 @@ from rl.rollout import reward_request
 from rl.stats import Interval, summarise
 from rl.types import Prompt, RewardScorer, RolloutGroup
 
-
 TRIED = 8  # pictures at most, before an evaluation
 
 

@@ -114,7 +114,9 @@ returns("a number", 0.5, "returned float; return a list")
 returns("a text", "0.5", "returned str; return a list")
 returns("bytes", b"0123", "returned bytes; return a list")
 returns("an empty dict", {}, "returned a dict; it must have the keys rewards")
-returns("a dict of other keys", {"rewards": [GOOD] * 4, "scores": []}, "returned a dict; it must have the keys")
+returns(
+    "a dict of other keys", {"rewards": [GOOD] * 4, "scores": []}, "returned a dict; it must have the keys"
+)
 returns("a set", {0.1, 0.2, 0.3, 0.4}, "returned set; return a list")
 returns("an iterator", iter([GOOD] * 4), "returned list_iterator; return a list")
 returns("a class", list, "TypeError: ")
@@ -176,7 +178,12 @@ ends_in("a large fraction", fractions.Fraction(10**400), "returned Fraction(1000
 ends_in("a list", [1.0], "returned [1.0], which is not a number")
 ends_in("a dict", {"score": 1.0}, "returned {'score': 1.0}, which is not a number")
 ends_in("a function among numbers", len, "returned <built-in function len>, which is not a number")
-CASES["a float that exits"] = (lambda size: [Odd(SystemExit(3))] * size), 4, "SystemExit: 3 (bad_rewards.py:", ()
+CASES["a float that exits"] = (
+    (lambda size: [Odd(SystemExit(3))] * size),
+    4,
+    "SystemExit: 3 (bad_rewards.py:",
+    (),
+)
 
 # Breakdowns and reasons.
 with_breakdown("a list as breakdown", lambda size: [GOOD] * size, "returned list as breakdown", 4)
@@ -185,10 +192,14 @@ with_breakdown("an odd breakdown", lambda size: Odd(), "returned Odd as breakdow
 with_breakdown("a short part", lambda size: {"part": [GOOD]}, "returned 1 values for 4 samples", 4)
 with_breakdown("a number as part", lambda size: {"part": 0.5}, "returned float; return a list", 4)
 with_breakdown("a text as part", lambda size: {"part": "0.5"}, "returned str; return a list", 4)
-with_breakdown("the same name twice", lambda size: {1: [0] * size, "1": [0] * size}, "returned two parts called '1'", 4)
+with_breakdown(
+    "the same name twice", lambda size: {1: [0] * size, "1": [0] * size}, "returned two parts called '1'", 4
+)
 with_breakdown("a lone surrogate", lambda size: {"a\ud800b": [GOOD] * size}, parts=("a�b",))
 with_breakdown("a number as name", lambda size: {3: [GOOD] * size}, parts=("3",))
-with_breakdown("escapes in a name", lambda size: {"\x1b[31mred\n\tink": [GOOD] * size}, parts=("�[31mred ink",))
+with_breakdown(
+    "escapes in a name", lambda size: {"\x1b[31mred\n\tink": [GOOD] * size}, parts=("�[31mred ink",)
+)
 with_breakdown("a long name", lambda size: {"n" * 10**6: [GOOD] * size}, parts=("n" * 99 + "…",))
 with_breakdown("an odd name", lambda size: {Odd(): [GOOD] * size}, parts=("<Odd without a text>",))
 with_breakdown("texts in a part", lambda size: {"part": ["x"] * size}, parts=("part",))

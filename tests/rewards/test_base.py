@@ -146,9 +146,9 @@ def test_settings_may_resemble_the_keys_of_an_entry(tmp_path: Path, name: str) -
 @pytest.mark.parametrize("signature", ["images", "images, scale=1", "images, **settings"])
 def test_a_misspelt_key_is_no_setting(tmp_path: Path, signature: str) -> None:
     spec = RewardSpec(f"{write(tmp_path, f'def f({signature}): pass')}:f", settings={"wieght": 0.3})
-    with pytest.raises(ImageRLError, match="has no setting 'wieght'; did you mean weight?"):
+    with pytest.raises(ImageRLError, match=r"has no setting 'wieght'; did you mean weight\?"):
         check_reward(spec)
-    with pytest.raises(ImageRLError, match="did you mean weight?"):
+    with pytest.raises(ImageRLError, match=r"did you mean weight\?"):
         check_reward(RewardSpec("colours", settings={"wieght": 0.3}))
     assert set(ENTRY_KEYS) == set(RecipeEntry.model_fields)
 

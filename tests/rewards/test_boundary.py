@@ -126,9 +126,14 @@ def test_users_code_finds_what_it_set_and_nobody_else_does(monkeypatch: pytest.M
 
 def test_a_real_interruption_is_not_the_rewards_fault() -> None:
     """Ctrl-C while a reward scores in this process."""
-    with pytest.raises(KeyboardInterrupt), users_code():
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
+
+    def interrupted() -> None:
+        with users_code():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

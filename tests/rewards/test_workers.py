@@ -150,7 +150,9 @@ def ray_errors() -> list[type[Exception]]:
     """Every way in which Ray says that a call is lost."""
     kinds = [ray.exceptions.RayError]
     for kind in kinds:
-        kinds += [sub for sub in kind.__subclasses__() if sub.__module__ == "ray.exceptions" and sub not in kinds]
+        kinds += [
+            sub for sub in kind.__subclasses__() if sub.__module__ == "ray.exceptions" and sub not in kinds
+        ]
     told_otherwise = (ray.exceptions.GetTimeoutError, ray.exceptions.RuntimeEnvSetupError)
     return [kind for kind in kinds if kind not in told_otherwise]
 
@@ -193,7 +195,9 @@ def test_every_failure_of_ray_is_retried_counted_and_ends_the_run_by_our_rule(
         values = dying._answer(call)
         assert np.isnan(values.values).all() and (values.reason or "").isprintable()
         assert (values.reason or "").startswith("the reward process died 2 times on this call (")
-    with pytest.raises(ImageRLError, match=r"process of reward 'a' died or hung 4 times in a row.*max_restarts"):
+    with pytest.raises(
+        ImageRLError, match=r"process of reward 'a' died or hung 4 times in a row.*max_restarts"
+    ):
         dying._answer(call)
 
 
@@ -206,7 +210,9 @@ def test_the_reward_under_which_the_process_died_is_blamed(monkeypatch: pytest.M
 
 
 def test_a_process_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    lost = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory ...")
+    lost = ray.exceptions.OutOfMemoryError(
+        "Task was killed due to the node running low on memory.\nMemory ..."
+    )
     values = worker_of(monkeypatch, 3, lost, lost)._answer(Call(0, "a", None, 2, Future()))
     assert values.reason == (
         "the reward process died 2 times on this call (killed for want of memory: use fewer rewards.workers)"
@@ -218,7 +224,9 @@ def test_a_process_that_dies_while_it_starts_names_its_reward(tmp_path: Path) ->
     entries = [{"import_path": f"{tmp_path}/mine.py:{name}"} for name in ("brightness", "Mortal")]
     scorer = RewardWorkers(entries, workers=1)
     try:
-        with pytest.raises(ImageRLError, match=r"process of reward 'Mortal' did not start \(ActorDiedError\)"):
+        with pytest.raises(
+            ImageRLError, match=r"process of reward 'Mortal' did not start \(ActorDiedError\)"
+        ):
             scorer.wait_until_ready()
     finally:
         scorer.close()
@@ -258,7 +266,9 @@ scorer.close()
 def test_a_killed_raylet_is_told_in_one_line(folder: Path) -> None:
     """Ray's library ends the process without a word when it is used after that."""
     command = [sys.executable, "-c", HEADLESS, f"{folder}/mine.py:brightness"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2]
+    )
     assert ended.returncode == 0, ended.stderr
     assert "Ray ended: its raylet was killed or crashed, perhaps for want of memory; continue" in ended.stdout
 

@@ -145,7 +145,9 @@ def test_what_a_reward_leaves_changed_changes_no_weight(
     monkeypatch.chdir(tmp_path)
     weights = []
     for name in ("low_tokens", "spoiler"):
-        rewards = f"rewards.functions=[{{import_path: '{'low' if name == 'low_tokens' else name}.py:{name}'}}]"
+        rewards = (
+            f"rewards.functions=[{{import_path: '{'low' if name == 'low_tokens' else name}.py:{name}'}}]"
+        )
         settings = [rewards, f"run.output_dir={name}", "run.steps=2"]
         ended = imagerl(capsys, "train", str(place / "recipe.yaml"), *settings)
         assert ended.code == 0 and "report: " in ended.out

@@ -94,7 +94,9 @@ def test_rewards_are_tried_on_a_few_pictures_of_the_whole_set(policy: ImagePolic
     try_rewards("ocr", prompts, rollout, scorer)
     ((request,), gold) = scorer.requests, scorer.gold
     assert request.prompts == [prompt.text for prompt in prompts[::3]] and gold == [True]
-    with pytest.raises(ImageRLError, match="'ocr' has no value for 7 of 7 pictures that were tried first: too red"):
+    with pytest.raises(
+        ImageRLError, match="'ocr' has no value for 7 of 7 pictures that were tried first: too red"
+    ):
         try_rewards("ocr", prompts, rollout, Failing(lost=7))
     with pytest.raises(ImageRLError, match="'ocr' has no value for 1 of 1 "):
         try_rewards("ocr", prompts[:1], rollout, Failing(lost=1))
