@@ -108,8 +108,7 @@ def test_what_the_user_must_mend_ends_the_run_in_one_line(
     assert str(error.value).isprintable() and len(str(error.value)) < 1200
 
 
-def test_users_code_finds_what_it_set_and_nobody_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rewards.boundary._theirs", {})  # of other tests
+def test_users_code_finds_what_it_set_and_nobody_else_does() -> None:
     with users_code():
         torch.set_default_dtype(torch.float64)
         random.seed(5)
