@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +21,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rewards.base import LoadedReward, RewardSpec, load_spec
+from rewards.boundary import error_line, text_of
 from rewards.scoring import RewardValues, call_reward
-from rewards.targets import one_line
 from rl.types import ImageRLError, RewardRequest
 
 NICENESS = 5  # an actor yields to the training process; it catches up while that one waits
@@ -48,19 +49,17 @@ class RewardActor:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._rewards: dict[int, LoadedReward] = {}
         os.environ.update(plan.secrets)
         os.nice(NICENESS)
         if os.path.isdir(plan.folder):
             os.chdir(plan.folder)
 
-    def load(self) -> str | None:
-        """None when all rewards are loaded, else what the user has to mend."""
+    def load(self, place: int) -> str | None:
+        """None when the reward at a place is loaded, else what the user has to mend."""
         plan = self._plan
         try:
-            self._rewards = {
-                place: LoadedReward(*load_spec(spec, plan.patience_s, plan.columns))
-                for place, spec in plan.specs.items()
-            }
+            self._rewards[place] = LoadedReward(*load_spec(plan.specs[place], plan.patience_s, plan.columns))
         except ImageRLError as error:
             return str(error)
         return None
@@ -84,19 +83,35 @@ class Call:
     answer: Future[RewardValues]
 
 
+class _Died(Exception):
+    """Ray lost the process of the rewards, by whatever of its errors, under work for the reward `label`."""
+
+    def __init__(self, label: str, why: str) -> None:
+        super().__init__(why)
+        self.label = label
+
+
 class Worker(threading.Thread):
-    """Owns one actor: starts it, feeds it from the shared queue, replaces it when it dies or hangs."""
+    """Owns one actor: starts it, feeds it from the shared queue, replaces it when it dies or hangs.
+
+    `labels` are those of the rewards that the actor holds, by place."""
 
     def __init__(
-        self, calls: queue.SimpleQueue[Call | None], create: Any, timeout_s: float, max_restarts: int
+        self,
+        calls: queue.SimpleQueue[Call | None],
+        create: Any,
+        labels: Mapping[int, str],
+        timeout_s: float,
+        max_restarts: int,
     ) -> None:
         super().__init__(daemon=True, name="reward-worker")
         self.ready: Future[None] = Future()
         self._calls = calls
         self._create = create
+        self._labels = labels
         self._timeout_s = timeout_s
         self._max_restarts = max_restarts
-        self._restarts = 0  # since the last call that was answered
+        self._lost: list[str] = []  # rewards under which an actor died or hung, since the last answer
         self._actor: Any = None
         self._closing = False
 
@@ -104,6 +119,12 @@ class Worker(threading.Thread):
         try:
             self._start_actor()
             self.ready.set_result(None)
+        except _Died as death:
+            self.ready.set_exception(
+                ImageRLError(
+                    f"the process of reward {death.label!r} did not start ({death}); try rewards.workers=0 to see why"
+                )
+            )
         except Exception as error:
             self.ready.set_exception(error)
         while (call := self._calls.get()) is not None:
@@ -119,63 +140,124 @@ class Worker(threading.Thread):
         self._kill_actor()
 
     def _start_actor(self) -> None:
+        """Starts an actor and has it load its rewards. Raises _Died, and ImageRLError for what must be mended."""
         import ray
 
-        self._actor = self._create()
-        try:
-            problem = ray.get(self._actor.load.remote(), timeout=START_TIMEOUT_S)
-        except ray.exceptions.RuntimeEnvSetupError as error:
-            self._kill_actor()
-            why = " ".join(str(error).split())[-300:]
-            raise ImageRLError(f"Ray cannot make the runtime_env of a reward: …{why}") from error
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            self._kill_actor()
-            raise ImageRLError(
-                f"a reward process did not start ({type(error).__name__}); try rewards.workers=0 to see why"
-            ) from error
-        if problem is not None:
-            self._kill_actor()
-            raise ImageRLError(problem)
+        end = time.monotonic() + START_TIMEOUT_S
+        for place, label in self._labels.items():
+            with self._watched(label):
+                if self._actor is None:
+                    self._actor = self._create()
+                try:
+                    problem = ray.get(self._actor.load.remote(place), timeout=max(0, end - time.monotonic()))
+                except ray.exceptions.GetTimeoutError:
+                    problem = f"reward {label!r} was not loaded within {START_TIMEOUT_S:g} s"
+            if problem is not None:
+                self._kill_actor()
+                raise ImageRLError(problem)
 
     def _kill_actor(self) -> None:
         import ray
 
         actor, self._actor = self._actor, None
-        if actor is not None and ray.is_initialized():
+        if actor is not None and ray.is_initialized() and ended_part_of_ray() is None:
             ray.kill(actor)
+
+    @contextmanager
+    def _watched(self, label: str) -> Iterator[None]:
+        """Work of the actor for a reward. Every way in which Ray can lose it ends the actor and is _Died; what ends
+        the run at once is an ImageRLError. A time-out passes through."""
+        import ray
+
+        refuse_ended_ray()
+        try:
+            yield
+        except ray.exceptions.GetTimeoutError:
+            raise
+        except ray.exceptions.RuntimeEnvSetupError as error:
+            self._kill_actor()
+            raise ImageRLError(
+                f"Ray cannot make the runtime_env of reward {label!r}: …{text_of(error, 5000)[-300:]}"
+            ) from error
+        except ray.exceptions.RayError as error:
+            self._kill_actor()
+            refuse_ended_ray()
+            raise _Died(label, _why(error)) from error
 
     def _answer(self, call: Call) -> RewardValues:
         import ray
 
+        death = None
         for _ in range(ATTEMPTS):
-            if self._actor is None:
-                self._restart(call.label)
             try:
-                values = ray.get(self._actor.score.remote(call.reward, call.request), timeout=self._timeout_s)
+                if self._actor is None:
+                    self._restart(death)
+                with self._watched(call.label):
+                    values = ray.get(
+                        self._actor.score.remote(call.reward, call.request), timeout=self._timeout_s
+                    )
             except ray.exceptions.GetTimeoutError:
                 self._kill_actor()
+                self._lost.append(call.label)
                 return RewardValues.failed(
                     call.size, f"no answer within {self._timeout_s:g} s (rewards.timeout_s)"
                 )
-            except ray.exceptions.RayActorError:
-                self._kill_actor()
+            except _Died as error:
+                death = error
+                self._lost.append(death.label)
                 continue
-            self._restarts = 0
+            self._lost.clear()
             if isinstance(values, str):
                 raise ImageRLError(values)
             return values
-        return RewardValues.failed(call.size, f"the reward process died {ATTEMPTS} times on this call")
+        return RewardValues.failed(
+            call.size, f"the reward process died {ATTEMPTS} times on this call ({death})"
+        )
 
-    def _restart(self, label: str) -> None:
+    def _restart(self, death: _Died | None) -> None:
         if self._closing:
             raise RuntimeError("the reward workers are closed")
-        self._restarts += 1
-        if self._restarts > self._max_restarts:
+        if len(self._lost) > self._max_restarts:
+            labels = " or ".join(repr(label) for label in dict.fromkeys(self._lost))
+            why = f" ({death})" if death else ""
             raise ImageRLError(
-                f"the process of reward {label!r} died or hung {self._restarts} times in a row; "
+                f"the process of reward {labels} died or hung {len(self._lost)} times in a row{why}; "
                 "mend the reward (rewards.workers=0 shows it) or raise rewards.max_restarts"
             )
         self._start_actor()
+
+
+def _why(error: Exception) -> str:
+    """What Ray says of a lost call, without its paragraphs."""
+    import ray
+
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "killed for want of memory: use fewer rewards.workers"
+    if isinstance(error, ray.exceptions.RayTaskError):  # not users' code, which answers for itself
+        return text_of(getattr(error, "cause", error))
+    return type(error).__name__
+
+
+def ended_part_of_ray() -> str | None:
+    """Which process of the Ray that was started here has ended, if one has."""
+    from ray._private import worker
+
+    started = getattr(getattr(worker, "_global_node", None), "all_processes", {})
+    for name in ("raylet", "gcs_server"):
+        if any(part.process.poll() is not None for part in started.get(name, ())):
+            return name
+    return None
+
+
+def refuse_ended_ray() -> None:
+    """Raises ImageRLError when Ray itself is gone: its library would end this process at the next call, without a
+    word."""
+    ended = ended_part_of_ray()
+    if ended is not None:
+        raise ImageRLError(
+            f"Ray ended: its {ended} was killed or crashed, perhaps for want of memory; continue with --resume, "
+            "or with rewards.workers=0, which needs no Ray"
+        )
 
 
 @contextmanager
@@ -299,4 +381,4 @@ def actor_class(cpus: int, environment: Mapping[str, Any] | None) -> Any:
     try:
         return remote.options(runtime_env=RuntimeEnv(**environment))
     except Exception as error:
-        raise ImageRLError(f"Ray does not accept a reward's runtime_env: {one_line(error)}") from error
+        raise ImageRLError(f"Ray does not accept a reward's runtime_env: {error_line(error)}") from error

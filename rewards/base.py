@@ -21,6 +21,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from rewards.mixing import Gate, Weight
 from rewards.targets import (
+    before_scoring,
     call_parameters,
     check_columns,
     check_settings,
@@ -189,6 +190,12 @@ def check_reward(spec: RewardSpec, columns: Iterable[str] | None = None) -> str:
     return label
 
 
+def check_entries(entries: Iterable[Mapping[str, Any]], columns: Iterable[str] | None = None) -> list[str]:
+    """Labels of a recipe's rewards. Raises ImageRLError like `check_reward`, for the first that cannot be used."""
+    names = None if columns is None else list(columns)
+    return [check_reward(RewardSpec.from_mapping(entry), names) for entry in entries]
+
+
 def takes(spec: RewardSpec) -> list[str]:
     """Names of a reward's arguments. Raises ImageRLError like `check_reward`."""
     return [parameter.name for parameter in call_parameters(_resolve(spec)[1])]
@@ -238,7 +245,8 @@ def load_spec(
     if columns is not None and spec.is_isolated:
         check_columns(label, needed_columns(found, settings), columns)
     if spec.is_remote or spec.target in REWARDS:
-        return label, found(**settings)
+        with before_scoring(f"reward {label!r} could not be constructed"):
+            return label, found(**settings)
     return label, construct(label, found, settings)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rewards.base import LoadedReward
+from rewards.boundary import Failure, answered
 from rewards.check_ranking import (
     Finding,
     KindRow,
@@ -20,7 +21,6 @@ from rewards.check_ranking import (
     spread_of,
 )
 from rewards.scoring import RewardValues, to_values
-from rewards.targets import one_line
 from rl.types import CheckPicture, ImageRLError, Prompt
 
 TOLERANCE = 1e-4  # of the spread of all values: what rounding may change between two calls
@@ -48,29 +48,18 @@ class CheckReport:
         return [finding for finding in self.findings if finding.verdict == "fail"]
 
 
-class _Refused(Exception):
-    """A call that gave no list of values; the message is why."""
-
-
 def score_pictures(reward: LoadedReward, pictures: Sequence[CheckPicture]) -> RewardValues:
-    """One call of a reward. Raises ImageRLError as the reward does, and _Refused for all else it may do wrong.
+    """One call of a reward. Raises ImageRLError as the reward does, and Failure for all else it may do wrong.
 
     Stand-ins for image tokens are made from the pixels."""
     names = dict.fromkeys(name for picture in pictures for name in picture.prompt.columns)
-    completions = [list(picture.image.tobytes()[:64]) for picture in pictures]
-    try:
-        output: Any = reward.fn(
-            prompts=[picture.prompt.text for picture in pictures],
-            completions=completions,
-            completion_ids=completions,
-            images=[picture.image.copy() for picture in pictures],
-            **{name: [picture.prompt.columns.get(name) for picture in pictures] for name in names},
-        )
-        return to_values(output, len(pictures))
-    except ImageRLError:
-        raise
-    except Exception as error:
-        raise _Refused(one_line(error)) from error
+    samples: dict[str, list[Any]] = {
+        "prompts": [picture.prompt.text for picture in pictures],
+        "completions": [list(picture.image.tobytes()[:64]) for picture in pictures],
+        "images": [picture.image for picture in pictures],
+        **{name: [picture.prompt.columns.get(name) for picture in pictures] for name in names},
+    }
+    return to_values(answered(reward.fn, samples))
 
 
 def check(
@@ -92,7 +81,7 @@ def check(
     started = time.perf_counter()
     try:
         first = score_pictures(reward, pictures)
-    except _Refused as refusal:
+    except Failure as refusal:
         report.findings.append(Finding("answer", "fail", f"the call failed: {refusal}"))
         return report
     first_s = time.perf_counter() - started
@@ -184,7 +173,7 @@ def _compare(
     """Compares two calls on the same pictures; `bad` may use {picture}, {before} and {after}."""
     try:
         before, after = call()
-    except (_Refused, ImageRLError) as error:
+    except (Failure, ImageRLError) as error:
         return Finding(name, "fail", f"the call failed: {error}")
     wrong = np.flatnonzero(_differences(before, after, scale))
     if not wrong.size:
@@ -274,7 +263,7 @@ def _refusals(
     for name, picture in pictures:
         try:
             value = score_pictures(reward, [picture])
-        except (_Refused, ImageRLError) as error:
+        except (Failure, ImageRLError) as error:
             wrong.append(f"{name}: {error}")
             continue
         values.append(value)
@@ -324,7 +313,7 @@ def _empty_rows(reward: LoadedReward, pictures: Sequence[CheckPicture], first: R
         values = score_pictures(reward, emptied)
     except ImageRLError as error:
         return Finding(name, "pass", f"refused with: {error}")
-    except _Refused as refusal:
+    except Failure as refusal:
         return Finding(
             name, "fail", f"an empty prompt and columns of None gave {refusal}; return None for such a sample"
         )
@@ -360,7 +349,7 @@ def _speed(report: CheckReport, first_s: float, max_ms: float | None) -> Finding
 def _correlation(other: LoadedReward, pictures: Sequence[CheckPicture], values: np.ndarray) -> float:
     try:
         return rank_correlation(values, score_pictures(other, pictures).values)
-    except (_Refused, ImageRLError):  # it may want a column that this set does not have
+    except (Failure, ImageRLError):  # it may want a column that this set does not have
         return float("nan")
 
 

@@ -18,20 +18,20 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 
-def _own_modules() -> tuple[Any, Any]:
-    """`rewards.targets` and `rewards.wire`, without leaving our packages in the way of the user's imports."""
+def _own_modules() -> tuple[Any, Any, Any]:
+    """`rewards.boundary`, `targets` and `wire`, without leaving our packages in the way of the user's imports."""
     folder = Path(__file__).resolve().parent
     sys.path = [path for path in sys.path if not path or Path(path).resolve() != folder]
     for name, place in (("rewards", folder), ("rl", folder.parent / "rl")):
         package = ModuleType(name)
         package.__path__ = [str(place)]
         sys.modules[name] = package
-    from rewards import targets, wire
+    from rewards import boundary, targets, wire
 
     for name in list(sys.modules):
         if name.split(".")[0] in ("rewards", "rl"):
             del sys.modules[name]
-    return targets, wire
+    return boundary, targets, wire
 
 
 def read_frame(stream: BinaryIO) -> bytes | None:
@@ -64,42 +64,12 @@ def opener() -> Any:
     return open_picture
 
 
-def plain(output: Any) -> dict[str, Any]:
-    """A reward's output as the arguments of `wire.pack_reply`. Raises TypeError for what holds no numbers."""
-    if isinstance(output, dict):
-        rewards, breakdown, reason = output["rewards"], output.get("breakdown"), output.get("reason")
-    elif hasattr(output, "rewards"):
-        rewards, breakdown = output.rewards, getattr(output, "breakdown", None)
-        reason = getattr(output, "reason", None)
-    else:
-        rewards, breakdown, reason = output, None, None
-    return {
-        "rewards": _numbers(rewards),
-        "breakdown": {str(name): _numbers(values) for name, values in (breakdown or {}).items()},
-        "reason": None if reason is None else str(reason),
-    }
-
-
-def _numbers(values: Any) -> list[float | None]:
-    if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__len__"):
-        raise TypeError(f"returned {type(values).__name__}; return a list with one number per sample")
-    values = list(values)
-    for value in values:
-        if isinstance(value, (str, bytes)):
-            raise TypeError(f"returned {value!r}, which is not a number")
-    return [None if value is None else float(value) for value in values]
-
-
-def _is_to_be_mended(error: BaseException) -> bool:
-    """An ImageRLError, also one of another copy of the package."""
-    return any(kind.__name__ == "ImageRLError" for kind in type(error).__mro__)
-
-
 def main() -> None:
     inlet, outlet = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    targets, wire = _own_modules()
+    boundary, targets, wire = _own_modules()
+    mend = boundary.ImageRLError
     frames: queue.Queue[bytes] = queue.Queue()
 
     def read() -> None:
@@ -122,20 +92,16 @@ def main() -> None:
                 targets.check_columns(label, needed, wanted["columns"])
             names = [parameter.name for parameter in targets.call_parameters(found)]
             reward = targets.construct(label, found, wanted["settings"])
-        except Exception as error:
-            if not _is_to_be_mended(error):
-                raise
+        except mend as error:
             return None, json.dumps({"mend": str(error)}).encode()
         return reward, json.dumps({"parameters": names}).encode()
 
     def score(body: bytes) -> bytes:
         try:
-            output = reward(**wire.unpack_request(body, open_picture, limits))
-            return bytes(wire.pack_reply(**plain(output)))
-        except Exception as error:
-            kind = "mend" if _is_to_be_mended(error) else "error"
-            text = str(error) if kind == "mend" else targets.one_line(error)
-            return json.dumps({kind: text}).encode()
+            samples = wire.unpack_request(body, open_picture, limits)
+            return bytes(wire.pack_reply(*boundary.score_samples(reward, samples)))
+        except mend as error:
+            return json.dumps({"mend": str(error)}).encode()
 
     reward, answer = load()
     open_picture, limits = opener(), wire.Limits(2**40, 2**40, 2**40, 2**40)  # the parent is not an adversary

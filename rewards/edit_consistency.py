@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from rewards.base import load_reward
+from rewards.boundary import answered
 from rewards.colours import estimate_background, estimate_ink
 from rewards.similarity import colour_similarity, correlation, feature_similarity, gradient_features, ssim
 from rewards.targets import SAMPLE_NAMES, import_target
@@ -327,14 +328,13 @@ def _call(
     images: list[Image.Image],
 ) -> list[float | None]:
     """What a judge says of pictures, each with the columns of its sample."""
-    output = judge(
-        prompts=[prompts[i] for i in which],
-        completions=[[] for _ in which],
-        images=images,
+    samples: dict[str, list[Any]] = {
+        "prompts": [prompts[i] for i in which],
+        "completions": [[] for _ in which],
+        "images": images,
         **{name: [values[i] for i in which] for name, values in columns.items()},
-    )
-    rewards = output.rewards if isinstance(output, RewardOutput) else output
-    return [None if value is None else float(value) for value in rewards]
+    }
+    return answered(judge, samples).rewards
 
 
 def _product(factors: Sequence[float | None]) -> float | None:

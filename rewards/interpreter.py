@@ -101,8 +101,6 @@ class InterpreterReward:
         told = json.loads(answer)
         if "mend" in told:
             raise ImageRLError(told["mend"])
-        if "error" in told:
-            raise RuntimeError(told["error"])  # the caller tries again by halves
         return RewardOutput(*unpack_reply(answer, size))
 
     def _start(self) -> None:

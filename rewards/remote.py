@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rewards.boundary import failed, join
 from rewards.client import Client, GaveUp, Refused, secret
 from rewards.pictures import to_quick_png
 from rewards.wire import Reply, WireError, pack_request, unpack_reply
@@ -65,9 +65,7 @@ class RemoteReward:
         **columns: list[Any],
     ) -> RewardOutput:
         deadline = time.monotonic() + self._patience_s
-        rewards: list[float | None] = []
-        breakdowns: list[tuple[int, dict[str, Sequence[float | None]]]] = []
-        reason = None
+        replies = []
         for part in batches(prompts, self._batch):
             try:
                 body = pack_request(
@@ -80,17 +78,10 @@ class RemoteReward:
             except WireError as error:
                 raise ImageRLError(f"reward {self._url}: {error}") from error
             reply, attempts = self._ask(body, part.stop - part.start, deadline)
-            rewards += reply.rewards
-            reason = reply.reason or reason
-            breakdowns.append((len(reply.rewards), dict(reply.breakdown)))
             if attempts > 1:
-                breakdowns[-1][1]["retries"] = [float(attempts - 1)] * len(reply.rewards)
-        names = dict.fromkeys(name for _, breakdown in breakdowns for name in breakdown)
-        joined = {
-            name: [value for size, breakdown in breakdowns for value in breakdown.get(name, [None] * size)]
-            for name in names
-        }
-        return RewardOutput(rewards, joined, reason)
+                reply.breakdown["retries"] = [float(attempts - 1)] * len(reply.rewards)
+            replies.append(reply)
+        return RewardOutput(*join(replies))
 
     def _ask(self, body: bytes, size: int, deadline: float) -> tuple[Reply, int]:
         """What the server says of one batch, and the attempts it took."""
@@ -105,7 +96,7 @@ class RemoteReward:
             reason = str(error)
         except (GaveUp, WireError) as error:
             reason = str(error)
-        return Reply([math.nan] * size, {}, f"{self._url}: {reason}"), 1
+        return failed(size, f"{self._url}: {reason}"), 1
 
 
 def batches(prompts: Sequence[str], size: int) -> Iterator[slice]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,12 @@ import numpy as np
 from PIL import Image
 
 from rewards.base import LoadedReward
+from rewards.boundary import score_samples
 from rewards.mixing import Mix, weight_at
-from rewards.targets import SAMPLE_NAMES, one_line
-from rl import errors
-from rl.types import ImageRLError, RewardFn, RewardOutput, RewardRequest, RewardScores
+from rewards.targets import SAMPLE_NAMES
+from rewards.wire import Reply
+from rl.errors import one_line
+from rl.types import ImageRLError, RewardRequest, RewardScores
 
 
 @dataclass(slots=True)
@@ -39,43 +41,22 @@ def to_pil_images(images: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(image)).copy() for image in images]
 
 
-def _column(entries: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """[size] float64 (NaN where missing) and [size] bool (where None). Raises TypeError or ValueError."""
-    if isinstance(entries, (str, bytes, Mapping)) or not hasattr(entries, "__len__"):
-        raise TypeError(f"returned {type(entries).__name__}; return a list with one number per sample")
-    entries = list(entries)
-    if len(entries) != size:
-        raise ValueError(f"returned {len(entries)} values for {size} samples")
-    text = next((entry for entry in entries if isinstance(entry, (str, bytes))), None)
-    if text is not None:
-        raise TypeError(f"returned {text!r}, which is not a number")
-    nones = np.array([entry is None for entry in entries], dtype=bool)
-    return np.array([np.nan if entry is None else float(entry) for entry in entries]), nones
+def to_values(reply: Reply) -> RewardValues:
+    """A reply as arrays."""
 
+    def column(entries: Sequence[float | None]) -> np.ndarray:
+        return np.array(entries, dtype=np.float64)  # None becomes NaN
 
-def to_values(output: Any, size: int) -> RewardValues:
-    """A reward's output as arrays: a list of `size` numbers, a RewardOutput, or a dict with its fields.
-
-    Raises TypeError or ValueError when it is none of them."""
-    if isinstance(output, Mapping):
-        unknown = [name for name in output if name not in ("rewards", "breakdown", "reason")]
-        if unknown or "rewards" not in output:
-            raise TypeError("returned a dict; it must have the keys rewards, breakdown and reason, no others")
-        output = RewardOutput(output["rewards"], output.get("breakdown") or {}, output.get("reason"))
-    rewards, parts = (output.rewards, output.breakdown) if isinstance(output, RewardOutput) else (output, {})
-    values, nones = _column(rewards, size)
-    broken = values[~np.isfinite(values) & ~nones]
-    reason = f"returned {broken[-1]}" if broken.size else None
-    if isinstance(output, RewardOutput) and output.reason:
-        reason = " ".join(output.reason.split())
-    columns = {name: _column(entries, size)[0] for name, entries in parts.items()}
-    for column in (values, *columns.values()):
-        column[~np.isfinite(column)] = np.nan
-    return RewardValues(values, nones, columns, reason)
+    return RewardValues(
+        column(reply.rewards),
+        np.array([value is None for value in reply.rewards], dtype=bool),
+        {name: column(entries) for name, entries in reply.breakdown.items()},
+        reply.reason,
+    )
 
 
 def call_reward(reward: LoadedReward, request: RewardRequest) -> RewardValues:
-    """What one reward says of a request. Raises ImageRLError as the reward does; see `score_samples`."""
+    """What one reward says of a request. Raises ImageRLError as the reward does; see `boundary.score_samples`."""
     columns = {name: list(values) for name, values in request.columns.items() if name not in SAMPLE_NAMES}
     samples: dict[str, list[Any]] = {
         "prompts": list(request.prompts),
@@ -83,38 +64,7 @@ def call_reward(reward: LoadedReward, request: RewardRequest) -> RewardValues:
         "images": to_pil_images(request.images),
         **columns,
     }
-    return score_samples(reward.fn, samples)
-
-
-def score_samples(reward: RewardFn, samples: Mapping[str, list[Any]]) -> RewardValues:
-    """Calls a reward with `prompts`, `completions`, `images` and columns, one entry a sample. Whatever it raises
-    becomes missing values with a reason, except an ImageRLError, which says that the recipe must be mended. A call
-    that raises is repeated by halves, so that only the samples that are at fault are lost: one of them in n costs
-    about 2·log2(n) further calls."""
-    size = len(samples["prompts"])
-    # Copies, so that a reward that changes what it is given does not change it for the next one.
-    completions = [list(tokens) for tokens in samples["completions"]]
-    given: dict[str, Any] = {name: list(values) for name, values in samples.items()} | {
-        "completions": completions,
-        "completion_ids": completions,
-        "images": [image.copy() for image in samples["images"]],
-    }
-    try:
-        output: Any = reward(**given)
-    except ImageRLError:
-        raise
-    except Exception as error:
-        if size == 1:
-            return RewardValues.failed(size, one_line(error))
-    else:
-        try:
-            return to_values(output, size)
-        except (TypeError, ValueError) as error:
-            return RewardValues.failed(size, one_line(error))
-    halves = slice(0, size // 2), slice(size // 2, size)
-    return concatenate(
-        [score_samples(reward, {name: values[h] for name, values in samples.items()}) for h in halves]
-    )
+    return to_values(score_samples(reward.fn, samples))
 
 
 def part_of(request: RewardRequest, which: slice) -> RewardRequest:
@@ -181,7 +131,7 @@ def combine(
         if lost.any():
             gate_missing = mix.gate and np.isfinite(value.values[lost]).all()
             reason = f"{mix.gate.by}, its gate, has no value" if mix.gate and gate_missing else value.reason
-            scores.reasons[mix.label] = errors.one_line(reason or "returned None")
+            scores.reasons[mix.label] = one_line(reason or "returned None")
     return scores
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from rewards.boundary import score_samples
 from rewards.pictures import open_png
-from rewards.scoring import RewardValues, score_samples
 from rewards.targets import SAMPLE_NAMES, check_columns
 from rewards.wire import LIMITS, VERSION, Limits, WireError, pack_reply, unpack_request
 from rl.types import ImageRLError, RewardFn
@@ -39,9 +39,8 @@ def reward_app(
 
     def answer(body: bytes) -> bytes:
         samples = unpack_request(body, open_png, limits)
-        del samples["completion_ids"]
         check_columns(label, needed, [name for name in samples if name not in SAMPLE_NAMES])
-        return _packed(score_samples(reward, samples))
+        return pack_reply(*score_samples(reward, samples))
 
     async def describe(request: web.Request) -> web.Response:
         return web.json_response(
@@ -70,12 +69,3 @@ def reward_app(
     app.router.add_get(f"/{label}", describe)
     app.router.add_post(f"/{label}", score)
     return app
-
-
-def _packed(values: RewardValues) -> bytes:
-    rewards = [
-        None if none else float(value)
-        for value, none in zip(values.values, values.not_applicable, strict=True)
-    ]
-    parts = {name: [float(value) for value in column] for name, column in values.parts.items()}
-    return pack_reply(rewards, parts, values.reason)

@@ -10,17 +10,18 @@ import importlib
 import importlib.util
 import inspect
 import sys
-import sysconfig
-import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rewards.boundary import Failure, users_code
 from rl.errors import ImageRLError
 
-LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
 SAMPLE_NAMES = ("prompts", "completions", "completion_ids", "images")
+# Keys of a recipe's entry that are no settings of the reward.
+ENTRY_KEYS = ("name", "import_path", "url", "python", "runtime_env", "weight", "gate")
 
 
 class KeywordReward:
@@ -40,14 +41,14 @@ class KeywordReward:
         return self._function(**keywords)
 
 
-def one_line(error: BaseException) -> str:
-    """ "ValueError: too red (my_reward.py:7)": the error, and the last line of a user's file that led to it: where a
-    library raised it, such as <frozen os>:679, tells nobody what to mend."""
-    frames = list(traceback.extract_tb(error.__traceback__))
-    frames = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)] or frames
-    text = " ".join(str(error).split())[:200]
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}{': ' if text else ''}{text}{place}"
+@contextmanager
+def before_scoring(what: str) -> Iterator[None]:
+    """Users' code that runs before there is anything to score: what it does wrong is an ImageRLError."""
+    try:
+        with users_code():
+            yield
+    except Failure as failure:
+        raise ImageRLError(f"{what}: {failure}") from failure
 
 
 def _is_keyword(parameter: inspect.Parameter) -> bool:
@@ -70,7 +71,12 @@ def _import_file(path: Path) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise ImageRLError(f"reward file {path} does not exist; correct its import_path")
-    name = f"reward_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    # Imported once, however often it is asked for, unless it changed.
+    state = path.stat()
+    identity = f"{path} {state.st_mtime_ns} {state.st_size}"
+    name = f"reward_file_{path.stem}_{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImageRLError(f"reward file {path} is not a Python file; correct its import_path")
@@ -97,20 +103,17 @@ def split_target(target: str) -> tuple[str, str]:
 def import_target(target: str) -> Any:
     """The function or class behind an import path; an ImageRLError says what is wrong with it."""
     place, attribute = split_target(target)
-    try:
-        if place.endswith(".py"):
-            module = _import_file(Path(place))
-        else:
-            if str(Path.cwd()) not in sys.path:
-                sys.path.append(str(Path.cwd()))
-            module = importlib.import_module(place)
-    except ImageRLError:
-        raise
-    except SyntaxError as error:
-        where = f"{error.filename}, line {error.lineno}"
-        raise ImageRLError(f"reward {target!r}: syntax error in {where}: {error.msg}") from error
-    except Exception as error:
-        raise ImageRLError(f"reward {target!r}: importing {place} failed: {one_line(error)}") from error
+    with before_scoring(f"reward {target!r}: importing {place} failed"):
+        try:
+            if place.endswith(".py"):
+                module = _import_file(Path(place))
+            else:
+                if str(Path.cwd()) not in sys.path:
+                    sys.path.append(str(Path.cwd()))
+                module = importlib.import_module(place)
+        except SyntaxError as error:
+            where = f"{error.filename}, line {error.lineno}"
+            raise ImageRLError(f"reward {target!r}: syntax error in {where}: {error.msg}") from error
     if not hasattr(module, attribute):
         names = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
         close = difflib.get_close_matches(attribute, names, n=1)
@@ -131,11 +134,9 @@ def setting_parameters(label: str, found: Any) -> list[inspect.Parameter]:
     """Parameters that a recipe's settings may fill: a class's constructor, or a function.
 
     Raises ImageRLError for a signature that cannot be read."""
-    try:
+    with before_scoring(f"reward {label!r} has no readable signature; wrap it in a def"):
         call_parameters(found)
         return list(inspect.signature(found).parameters.values())
-    except ValueError as error:
-        raise ImageRLError(f"reward {label!r} has no readable signature; wrap it in a def") from error
 
 
 def check_settings(label: str, found: Any, settings: Mapping[str, Any]) -> None:
@@ -147,11 +148,17 @@ def check_settings(label: str, found: Any, settings: Mapping[str, Any]) -> None:
     if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in call_parameters(found)):
         raise ImageRLError(f"reward {label!r} must take keywords; write def {label}(images, **kwargs)")
     names = [p.name for p in takers if _is_keyword(p) and (is_class or p.name not in SAMPLE_NAMES)]
-    for name in settings if not any(p.kind is p.VAR_KEYWORD for p in takers) else ():
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(names) or 'none'}"
-            raise ImageRLError(f"reward {label!r} has no setting {name!r}; {hint}")
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in takers)
+    for name in settings:
+        if name in names:
+            continue
+        key = difflib.get_close_matches(name, ENTRY_KEYS, n=1, cutoff=0.75)
+        if takes_all and not key:
+            continue
+        close = difflib.get_close_matches(name, names, n=1) or key
+        hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(names) or 'none'}"
+        also = f" If not, let its signature name {name}" if takes_all else ""
+        raise ImageRLError(f"reward {label!r} has no setting {name!r}; {hint}{also}")
     missing = [name for name in _needed(takers) if is_class and name not in settings]
     if missing:
         raise ImageRLError(f"reward {label!r} needs the setting {missing[0]!r}; add it to its entry")
@@ -178,10 +185,6 @@ def construct(label: str, found: Any, settings: Mapping[str, Any]) -> KeywordRew
     """A user's function or class, ready to be called. Raises ImageRLError when its constructor fails."""
     if not inspect.isclass(found):
         return KeywordReward(found, settings)
-    try:
+    with before_scoring(f"reward {label!r} could not be constructed"):
         instance: Any = found(**settings)
-    except ImageRLError:
-        raise
-    except Exception as error:
-        raise ImageRLError(f"reward {label!r} could not be constructed: {one_line(error)}") from error
-    return KeywordReward(instance, {})
+        return KeywordReward(instance, {})

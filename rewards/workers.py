@@ -11,7 +11,16 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from rewards.actors import Call, Plan, Worker, actor_class, cluster_address, start_ray, stop_ray
+from rewards.actors import (
+    Call,
+    Plan,
+    Worker,
+    actor_class,
+    cluster_address,
+    refuse_ended_ray,
+    start_ray,
+    stop_ray,
+)
 from rewards.base import RewardSpec, check_reward, load_rewards, load_spec, secrets_of, unique_labels
 from rewards.mixing import Mix
 from rewards.scoring import RewardValues, call_reward, combine, concatenate, part_of
@@ -34,6 +43,14 @@ def _shards(request: RewardRequest, count: int) -> list[RewardRequest]:
     count = max(1, min(count, groups))
     bounds = [round(i * groups / count) * request.group_size for i in range(count + 1)]
     return [part_of(request, slice(*bound)) for bound in pairwise(bounds)]
+
+
+def read_entries(entries: Iterable[Mapping[str, Any] | RewardSpec]) -> list[RewardSpec]:
+    """Entries of a recipe's lists as specs that mean the same in every process."""
+    return [
+        (entry if isinstance(entry, RewardSpec) else RewardSpec.from_mapping(entry)).absolute()
+        for entry in entries
+    ]
 
 
 class RewardWorkers:
@@ -60,15 +77,11 @@ class RewardWorkers:
         max_restarts: int = 3,
         columns: Iterable[str] | None = None,
     ) -> None:
-        entries = [
-            entry if isinstance(entry, RewardSpec) else RewardSpec.from_mapping(entry)
-            for entry in (*specs, *gold)
-        ]
         self._trained = len(specs)  # gold metrics stand behind the rewards
         if not specs:
             raise ImageRLError("rewards is empty; name at least one, for example rewards=[{name: ocr}]")
-        self._specs = [entry.absolute() for entry in entries]
         names = None if columns is None else list(columns)
+        self._specs = read_entries((*specs, *gold))
         self.labels = unique_labels([check_reward(spec, names) for spec in self._specs])
         self._mixes = [
             Mix(label, spec.weight, spec.gate) for label, spec in zip(self.labels, self._specs, strict=True)
@@ -111,9 +124,11 @@ class RewardWorkers:
                 os.getcwd(),
                 {name: os.environ[name] for name in secrets},
             )
+            labels = {place: self.labels[place] for place in places}
             actor = actor_class(cpus, self._specs[places[0]].runtime_env)
             self._workers += [
-                Worker(calls, partial(actor.remote, plan), timeout_s, max_restarts) for _ in range(workers)
+                Worker(calls, partial(actor.remote, plan), labels, timeout_s, max_restarts)
+                for _ in range(workers)
             ]
         for worker in self._workers:
             worker.start()
@@ -136,6 +151,7 @@ class RewardWorkers:
             return ticket
         import ray
 
+        refuse_ended_ray()
         answers: list[list[Future[RewardValues]]] = [[] for _ in self.labels[:used]]
         for shard in _shards(request, self._shards):
             reference = ray.put(shard)

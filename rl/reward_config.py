@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
@@ -41,7 +40,8 @@ SERVED = r"https?://[\w.\-\[\]:]+(?:/[\w.\-~]+)*/[A-Za-z_]\w*"
 
 
 class RewardSpec(RecipeModel):
-    """One reward. Unknown keys are arguments of its constructor."""
+    """One reward. Other keys are settings of it; whether it has them is asked where its signature is known, in
+    `rewards.targets.check_settings`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -98,10 +98,6 @@ class RewardSpec(RecipeModel):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        for key in self.kwargs:
-            near = difflib.get_close_matches(key, list(RewardSpec.model_fields), 1, 0.75)
-            if near:
-                raise ValueError(f'unknown key "{key}" of a reward; did you mean "{near[0]}"?')
         if [self.name, self.import_path, self.url].count(None) != 2:
             raise ValueError("a reward needs exactly one of name, import_path and url")
         if self.url is not None and not re.fullmatch(SERVED, self.url):

@@ -14,7 +14,7 @@ from rl.budget import Budget
 from rl.checkpoint import Checkpoint, save_checkpoint
 from rl.config import Recipe
 from rl.engine import Engine, StateDict
-from rl.evaluation.evaluate import evaluate
+from rl.evaluation.evaluate import evaluate, try_rewards
 from rl.metrics import MetricsLog, Progress
 from rl.monitoring.watch import Watch, watched
 from rl.prompt_pictures import with_pictures
@@ -220,6 +220,8 @@ class Run(Loop):
             self.engine.barrier()
             return
         settings = self.recipe.eval
+        if step == 0:
+            try_rewards(settings.suite, self.heldout, self.eval_rollout, self.trainer.scorer)
         evaluation = evaluate(
             settings.suite, self.heldout, self.eval_rollout, self.trainer.scorer, settings.batch_size
         )

@@ -1,6 +1,18 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_traces_of_rewards() -> Iterator[None]:
+    """What the rewards of one test set of the process is not kept for those of the next."""
+    yield
+    if (boundary := sys.modules.get("rewards.boundary")) is not None:
+        boundary._theirs.clear()
+        boundary._their_variables.clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

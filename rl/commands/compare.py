@@ -57,6 +57,7 @@ def run_comparison(plan: Plan, folder: Path, jobs: int, resume: bool, keep_basel
     """Run what is missing of a plan, then write page and tables of all that its folder holds.
 
     Raises ImageRLError for what cannot be compared, before anything runs, and at the end when runs failed."""
+    from rewards.base import check_entries
     from rl.commands.train import read_prompts
     from rl.comparison import jobs as comparison_jobs
     from rl.comparison.plan import plan_runs
@@ -66,6 +67,8 @@ def run_comparison(plan: Plan, folder: Path, jobs: int, resume: bool, keep_basel
     whole = plan.joined_to(folder, resume, keep_baseline)
     plan_runs(whole, folder)
     own = plan_runs(plan, folder)
+    for run in own:
+        check_entries(spec.model_dump() for spec in (*run.recipe.rewards.functions, *run.recipe.gold))
     environments = comparison_jobs.job_environments(jobs, own)
     for run in own:
         run.refuse_other()

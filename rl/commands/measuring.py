@@ -41,15 +41,12 @@ def facts_of(suite: Suite, prompts: Sequence[Prompt], how: Drawing) -> dict[str,
     """What results say of the measurement itself, whatever was measured.
 
     Raises ImageRLError for a reward that cannot be imported, or asks for what the prompts do not have."""
-    from rewards.base import RewardSpec, check_reward
+    from rewards.base import check_entries
     from rl.checkpoint import package_versions
     from rl.evaluation.suites import fingerprint
 
     columns = prompts[0].columns
-    rewards, gold = (
-        [check_reward(RewardSpec.from_mapping(entry), columns) for entry in entries]
-        for entries in (suite.rewards, suite.gold)
-    )
+    rewards, gold = (check_entries(entries, columns) for entries in (suite.rewards, suite.gold))
     return {
         "suite_sha256": fingerprint(suite, prompts),
         "seed": how.seed,
@@ -81,10 +78,11 @@ def _score(
     suite: Suite, prompts: Sequence[Prompt], source: Source, how: Drawing, pictures: Path | None
 ) -> Evaluation:
     from rewards.workers import RewardWorkers
-    from rl.evaluation.evaluate import evaluate
+    from rl.evaluation.evaluate import evaluate, try_rewards
     from rl.evaluation.kept_pictures import save_group
 
     scorer = RewardWorkers(suite.rewards, gold=suite.gold, workers=0, columns=prompts[0].columns)
+    try_rewards(suite.name, prompts, source, scorer)
     return evaluate(
         suite.name,
         prompts,

@@ -67,6 +67,7 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     import torch
 
     from models.loading import load_policy
+    from rewards.base import check_entries
     from rewards.workers import RewardWorkers
     from rl.commands.running import begin_run, open_run
     from rl.data import GroupedSampler
@@ -91,6 +92,8 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
                 f"{engine.world_size} processes"
             )
         checkpoint = open_run(engine, folder, recipe, resume, overwrite)
+        entries = [[spec.model_dump() for spec in specs] for specs in (recipe.rewards.functions, recipe.gold)]
+        check_entries([*entries[0], *entries[1]], prompts.columns)  # before time goes into loading
         storage = torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
         policy, _ = load_policy(recipe.model.path, engine.device, storage)
         if recipe.engine.precision == "bf16":
@@ -98,8 +101,8 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
         module = trained_module(policy, recipe)
         freeze_references(policy, recipe)
         scorer = RewardWorkers(
-            [spec.model_dump() for spec in recipe.rewards.functions],
-            gold=[spec.model_dump() for spec in recipe.gold],
+            entries[0],
+            gold=entries[1],
             workers=recipe.rewards.workers,
             timeout_s=recipe.rewards.timeout_s,
             max_restarts=recipe.rewards.max_restarts,

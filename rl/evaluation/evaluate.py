@@ -17,6 +17,8 @@ from rl.rollout import reward_request
 from rl.stats import TOTAL, Interval, summarise
 from rl.types import Prompt, RewardScorer, RolloutGroup
 
+TRIED = 8  # pictures at most, before an evaluation
+
 
 @dataclass(slots=True)
 class Evaluation:
@@ -81,6 +83,22 @@ class GroundTruth:
                 )
             images = np.stack([np.asarray(picture)] * group_size)
             yield [RolloutGroup(prompt, nothing.long(), nothing, nothing.bool(), images)]
+
+
+def try_rewards(suite: str, prompts: Sequence[Prompt], rollout: Source, scorer: RewardScorer) -> None:
+    """Score a picture of each of a few prompts from all over the set, so that a reward that cannot work is found
+    before a whole evaluation is drawn for it.
+
+    Raises ImageRLError for the first reward or gold metric that has no value for any of them."""
+    few = prompts[:: -(-len(prompts) // TRIED)]
+    groups = [group for part in rollout.generate(few, 1, f"eval {suite}") for group in part]
+    scores = scorer.collect(scorer.submit(reward_request(groups), with_gold=True))
+    for label, lost in scores.failures.items():
+        if lost == len(few):
+            raise ImageRLError(
+                f"reward {label!r} has no value for {lost} of {lost} pictures that were tried first: "
+                f"{scores.reasons[label]}; mend it (imagerl reward check shows more)"
+            )
 
 
 def evaluate(

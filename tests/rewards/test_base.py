@@ -7,8 +7,18 @@ from typing import get_type_hints
 import pytest
 from PIL import Image
 
-from rewards.base import REWARDS, RewardSpec, as_trl_reward, check_reward, load_reward, load_rewards
-from rewards.targets import import_target, one_line
+from rewards.base import (
+    REWARDS,
+    RewardSpec,
+    as_trl_reward,
+    check_reward,
+    load_reward,
+    load_rewards,
+    load_spec,
+)
+from rewards.boundary import error_line
+from rewards.targets import ENTRY_KEYS, import_target
+from rl.reward_config import RewardSpec as RecipeEntry
 from rl.types import ImageRLError, RewardOutput
 
 FIVE_LINES = """
@@ -130,6 +140,41 @@ def test_asking_for_a_column_that_the_prompt_set_lacks(tmp_path: Path) -> None:
         check_reward(spec, ["target"])
 
 
+RESEMBLING = ("weight_ink", "height", "rate", "weights", "names", "date", "gates", "pythons", "urls")
+
+
+@pytest.mark.parametrize("name", RESEMBLING)
+def test_settings_may_resemble_the_keys_of_an_entry(tmp_path: Path, name: str) -> None:
+    """Whether a reward has a setting is asked of its signature; the recipe reader does not know it."""
+    entry = {"import_path": f"{write(tmp_path, f'def f(images, {name}): return [{name}]')}:f", name: 2.0}
+    assert RecipeEntry.model_validate(entry).kwargs == {name: 2.0}
+    spec = RewardSpec.from_mapping(RecipeEntry.model_validate(entry).model_dump())
+    assert load_spec(spec)[1](**SAMPLES) == [2.0]
+    source = f"class F:\n  def __init__(self, {name}): pass\n  def __call__(self, images): pass"
+    assert check_reward(RewardSpec(f"{write(tmp_path, source, 'c.py')}:F", settings={name: 1})) == "F"
+
+
+@pytest.mark.parametrize("signature", ["images", "images, scale=1", "images, **settings"])
+def test_a_misspelt_key_is_no_setting(tmp_path: Path, signature: str) -> None:
+    spec = RewardSpec(f"{write(tmp_path, f'def f({signature}): pass')}:f", settings={"wieght": 0.3})
+    with pytest.raises(ImageRLError, match=r"has no setting 'wieght'; did you mean weight\?"):
+        check_reward(spec)
+    with pytest.raises(ImageRLError, match=r"did you mean weight\?"):
+        check_reward(RewardSpec("colours", settings={"wieght": 0.3}))
+    assert set(ENTRY_KEYS) == set(RecipeEntry.model_fields)
+
+
+def test_a_file_is_imported_once(tmp_path: Path) -> None:
+    text = f"open({str(tmp_path / 'count')!r}, 'a').write('x')\n{FIVE_LINES}"
+    spec = RewardSpec(f"{write(tmp_path, text)}:redness")
+    check_reward(spec, ["target"])
+    assert load_spec(spec)[1](**SAMPLES)[1] == 0.0
+    assert (tmp_path / "count").read_text() == "x"
+    write(tmp_path, text + "# changed")
+    check_reward(spec)
+    assert (tmp_path / "count").read_text() == "xx"
+
+
 @pytest.mark.parametrize("entry", [{"weight": 1.0}, {"name": "ocr", "import_path": "mine.py:f"}])
 def test_entry_names_exactly_one_reward(entry: dict[str, object]) -> None:
     with pytest.raises(ImageRLError, match="exactly one of name, import_path and url"):
@@ -217,4 +262,4 @@ def test_the_place_of_an_error_is_in_the_users_file(tmp_path: Path) -> None:
     for how, error in ((True, KeyError), (False, ValueError)):  # raised in <frozen os> and in json/decoder.py
         with pytest.raises(error) as caught:
             function(how)
-        assert one_line(caught.value).endswith("(mine.py:5)")
+        assert error_line(caught.value).endswith("(mine.py:5)")

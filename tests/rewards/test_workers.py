@@ -1,19 +1,25 @@
 """Scoring in Ray actors: same numbers as in process, and what happens when a reward dies, hangs or raises."""
 
 import os
+import queue
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
 
-from rewards.actors import Plan, start_ray
+from rewards.actors import Call, Plan, Worker, start_ray
+from rewards.scoring import RewardValues
 from rewards.workers import RewardWorkers, _shards
 from rl.types import ImageRLError, RewardRequest, RewardScorer
 
@@ -136,11 +142,138 @@ def test_reward_that_always_dies_stops_the_run(workers: RewardWorkers, folder: P
     try:
         scores = ask(with_one, "die")
         assert scores.failures == {"behave": 2}
-        assert scores.reasons["behave"] == "the reward process died 2 times on this call"
+        assert scores.reasons["behave"] == "the reward process died 2 times on this call (ActorDiedError)"
         with pytest.raises(ImageRLError, match=r"'behave' died or hung 2 times in a row.*max_restarts"):
             ask(with_one, "die")
     finally:
         with_one.close()
+
+
+def ray_errors() -> list[type[Exception]]:
+    """Every way in which Ray says that a call is lost."""
+    kinds = [ray.exceptions.RayError]
+    for kind in kinds:
+        kinds += [
+            sub for sub in kind.__subclasses__() if sub.__module__ == "ray.exceptions" and sub not in kinds
+        ]
+    told_otherwise = (ray.exceptions.GetTimeoutError, ray.exceptions.RuntimeEnvSetupError)
+    return [kind for kind in kinds if kind not in told_otherwise]
+
+
+class ActorOf:
+    """An actor whose calls end one after the other as given: an exception, or an answer."""
+
+    def __init__(self, *outcomes: object) -> None:
+        self.outcomes = iter(outcomes)
+        self.load = SimpleNamespace(remote=lambda place: None)
+        self.score = SimpleNamespace(remote=lambda reward, request: next(self.outcomes))
+
+
+def worker_of(monkeypatch: pytest.MonkeyPatch, max_restarts: int, *outcomes: object) -> Worker:
+    """A worker whose actors, each new one too, answer with the next outcome."""
+
+    def get(answer: object, timeout: float) -> object:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    actor = ActorOf(*outcomes)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    return Worker(queue.SimpleQueue(), lambda: actor, {0: "a", 1: "b"}, 4.0, max_restarts)
+
+
+VALUES = RewardValues(np.ones(2), np.zeros(2, dtype=bool))
+
+
+@pytest.mark.parametrize("kind", ray_errors())
+def test_every_failure_of_ray_is_retried_counted_and_ends_the_run_by_our_rule(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = kind.__new__(kind)
+    call = Call(0, "a", None, 2, Future())
+    assert worker_of(monkeypatch, 3, lost, VALUES)._answer(call) is VALUES
+    dying = worker_of(monkeypatch, 3, lost, lost, lost, lost, VALUES)
+    for _ in range(2):
+        values = dying._answer(call)
+        assert np.isnan(values.values).all() and (values.reason or "").isprintable()
+        assert (values.reason or "").startswith("the reward process died 2 times on this call (")
+    with pytest.raises(
+        ImageRLError, match=r"process of reward 'a' died or hung 4 times in a row.*max_restarts"
+    ):
+        dying._answer(call)
+
+
+def test_the_reward_under_which_the_process_died_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = ray.exceptions.ActorDiedError()
+    worker = worker_of(monkeypatch, 1, lost, lost)
+    assert "died 2 times" in str(worker._answer(Call(0, "a", None, 2, Future())).reason)
+    with pytest.raises(ImageRLError, match="process of reward 'a' died or hung 2 times in a row"):
+        worker._answer(Call(1, "b", None, 2, Future()))
+
+
+def test_a_process_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = ray.exceptions.OutOfMemoryError(
+        "Task was killed due to the node running low on memory.\nMemory ..."
+    )
+    values = worker_of(monkeypatch, 3, lost, lost)._answer(Call(0, "a", None, 2, Future()))
+    assert values.reason == (
+        "the reward process died 2 times on this call (killed for want of memory: use fewer rewards.workers)"
+    )
+
+
+def test_a_process_that_dies_while_it_starts_names_its_reward(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SOURCE + MORTAL)
+    entries = [{"import_path": f"{tmp_path}/mine.py:{name}"} for name in ("brightness", "Mortal")]
+    scorer = RewardWorkers(entries, workers=1)
+    try:
+        with pytest.raises(
+            ImageRLError, match=r"process of reward 'Mortal' did not start \(ActorDiedError\)"
+        ):
+            scorer.wait_until_ready()
+    finally:
+        scorer.close()
+
+
+MORTAL = """
+class Mortal:
+    def __init__(self):
+        os._exit(1)
+    def __call__(self, images):
+        return [0.0] * len(images)
+"""
+
+# Kills the raylet that it started, as the kernel does for want of memory, and goes on.
+HEADLESS = """
+import os, signal, sys, time
+import numpy as np
+from ray._private import worker
+from rewards.workers import RewardWorkers
+from rl.types import ImageRLError, RewardRequest
+
+request = RewardRequest(["a"] * 2, [[0]] * 2, np.zeros((2, 4, 4, 3), np.uint8), {}, 2)
+scorer = RewardWorkers([{"import_path": sys.argv[1]}], workers=1)
+assert np.isfinite(scorer.collect(scorer.submit(request)).totals).all()
+(raylet,) = worker._global_node.all_processes["raylet"]
+raylet.process.kill()
+while raylet.process.poll() is None:
+    time.sleep(0.01)
+try:
+    scorer.collect(scorer.submit(request))
+except ImageRLError as error:
+    print(error)
+scorer.close()
+"""
+
+
+def test_a_killed_raylet_is_told_in_one_line(folder: Path) -> None:
+    """Ray's library ends the process without a word when it is used after that."""
+    command = [sys.executable, "-c", HEADLESS, f"{folder}/mine.py:brightness"]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2]
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "Ray ended: its raylet was killed or crashed, perhaps for want of memory; continue" in ended.stdout
 
 
 def test_a_runtime_env_makes_an_actor_of_its_own(workers: RewardWorkers, folder: Path) -> None:

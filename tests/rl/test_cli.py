@@ -18,7 +18,7 @@ from rl.cli import main
 from rl.commands.train import closing_line
 from rl.stats import Interval, compare
 from tests.micro import micro_folder
-from tests.small_run import write_recipe
+from tests.small_run import REWARD_FILE, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "has no brightnes; did you mean brightness?",
     ),
     "no such reward": (["rewards=[{{name: orc}}]"], "no reward is named 'orc'; did you mean ocr?"),
+    "misspelt key of a reward": (["rewards.0.wieght=1"], "has no setting 'wieght'; did you mean weight?"),
     "bad import path": (["rewards=[{{import_path: reward}}]"], "should look like file.py:function"),
     "no such column": (["rewards=[{{import_path: '{place}/needs.py:needs'}}]"], "asks for 'author'"),
     "bad adapters": (["model.lora={{target_modules: [nothing]}}"], "model.lora: "),
@@ -87,6 +88,78 @@ def test_a_mistake_is_one_line(place: Path, capsys: pytest.CaptureFixture[str], 
     assert ended.err.startswith("imagerl: ") and ended.err.count("\n") == 1
     assert message.format(place=place) in ended.err
     assert ended.out == "" and snapshot(place) == before  # no run folder was begun
+
+
+DEEDS = {
+    "raise ValueError('too red')": "ValueError: too red (dead.py:2)",
+    "raise SystemExit": "SystemExit (dead.py:2)",
+    "raise KeyboardInterrupt": "KeyboardInterrupt (dead.py:2)",
+    "return {'rewards': [10**400] * 4, 'reason': 7}": "7",
+    "return [None] * len(images)": "returned None",
+}
+
+
+@pytest.mark.parametrize("deed", DEEDS)
+def test_a_reward_that_cannot_work_ends_the_run_before_its_first_evaluation(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, deed: str
+) -> None:
+    (tmp_path / "dead.py").write_text(f"def dead(images):\n    {deed}\n")
+    rewards = f"rewards.functions=[{{import_path: '{tmp_path}/dead.py:dead'}}]"
+    ended = imagerl(capsys, "train", str(place / "recipe.yaml"), rewards, f"run.output_dir={tmp_path}/run")
+    assert ended.code == 1 and ended.out == ""  # no "held-out after step 0"
+    (line,) = ended.err.splitlines()
+    assert line == (
+        f"imagerl: reward 'dead' has no value for 4 of 4 pictures that were tried first: {DEEDS[deed]}; mend it "
+        "(imagerl reward check shows more)"
+    )
+    assert not (tmp_path / "run" / "eval").exists()
+
+
+SPOILER = """
+import os, random, signal, sys, warnings
+from low import low_tokens
+import numpy, torch
+
+def spoiler(completions):
+    os.chdir("/")
+    os.environ["OMP_NUM_THREADS"] = "7"
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(2)
+    torch.manual_seed(1), numpy.random.seed(1), random.seed(1)
+    warnings.simplefilter("error")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdout = None
+    return {
+        "rewards": low_tokens(completions),
+        "breakdown": {"a\\ud800": [10**400] * len(completions)},
+        "reason": 7,
+    }
+
+torch.set_default_dtype(torch.float64)
+os.chdir("/")
+"""
+
+
+def test_what_a_reward_leaves_changed_changes_no_weight(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the training process, with a relative output folder."""
+    (tmp_path / "low.py").write_text(REWARD_FILE)
+    (tmp_path / "spoiler.py").write_text(SPOILER)
+    monkeypatch.chdir(tmp_path)
+    weights = []
+    for name in ("low_tokens", "spoiler"):
+        rewards = (
+            f"rewards.functions=[{{import_path: '{'low' if name == 'low_tokens' else name}.py:{name}'}}]"
+        )
+        settings = [rewards, f"run.output_dir={name}", "run.steps=2"]
+        ended = imagerl(capsys, "train", str(place / "recipe.yaml"), *settings)
+        assert ended.code == 0 and "report: " in ended.out
+        weights.append((tmp_path / name / "checkpoints" / "step_000002" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    metrics = (tmp_path / "spoiler" / "metrics.jsonl").read_text()
+    assert "reward/spoiler/a\N{REPLACEMENT CHARACTER}/mean" in metrics
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,6 @@ def test_reward_label_and_kwargs() -> None:
         ("group_size=4", ['"group_size"', 'did you mean "rollout.group_size"?']),
         ("runn.steps=4", ['"runn"', 'did you mean "run"?']),
         ("zzz=4", ['unknown key "zzz"; Keys of the top level: kind, run, model']),
-        ("rewards.0.wieght=1", ['"rewards.functions.0"', '"wieght"', 'did you mean "weight"?']),
         ("model.lora.rank=4", ['unknown key "model.lora.rank"; Keys of', "alpha"]),
         ("algorithm.name=grop", ['"algorithm.name"', '"grop"', "Allowed: grpo"]),
         ("algorithm.kl_estimator=k4", ["Allowed: k1, k2, k3"]),

@@ -9,9 +9,9 @@ import pytest
 
 from models.image_policy import ImagePolicy
 from rl.errors import ImageRLError
-from rl.evaluation.evaluate import Evaluation, evaluate
+from rl.evaluation.evaluate import Evaluation, GroundTruth, evaluate, try_rewards
 from rl.rollout import RolloutEngine
-from rl.tiny.world import prompt_set
+from rl.tiny.world import prompt_set, truth
 from rl.types import RewardRequest, RewardScores, SamplingParams
 from tests.models.helpers import lively_policy
 
@@ -73,6 +73,38 @@ def test_metrics_have_short_names_and_leave_out_what_could_not_be_scored(policy:
     assert not result.metrics["ocr"].bounded  # four prompts
     assert [len(request.prompts) for request in scorer.requests] == [2, 2, 1]
     assert scorer.gold == [True] * 3 and not scorer.open
+
+
+class Failing(Brightness):
+    """One reward gives no value for `lost` of the samples, a gold metric for one."""
+
+    def __init__(self, lost: int) -> None:
+        super().__init__()
+        self.lost = lost
+
+    def collect(self, ticket: int) -> RewardScores:
+        scores = super().collect(ticket)
+        scores.failures = {"ocr": self.lost, "ink": 1}
+        scores.reasons = {"ocr": "too red", "ink": "too blue"}
+        return scores
+
+
+def test_rewards_are_tried_on_a_few_pictures_of_the_whole_set(policy: ImagePolicy) -> None:
+    rollout = RolloutEngine(policy, SamplingParams(flow_steps=2), 0, nullcontext)
+    prompts = prompt_set("heldout", 20)
+    scorer = Failing(lost=6)
+    try_rewards("ocr", prompts, rollout, scorer)
+    ((request,), gold) = scorer.requests, scorer.gold
+    assert request.prompts == [prompt.text for prompt in prompts[::3]] and gold == [True]
+    with pytest.raises(
+        ImageRLError, match="'ocr' has no value for 7 of 7 pictures that were tried first: too red"
+    ):
+        try_rewards("ocr", prompts, rollout, Failing(lost=7))
+    with pytest.raises(ImageRLError, match="'ocr' has no value for 1 of 1 "):
+        try_rewards("ocr", prompts[:1], rollout, Failing(lost=1))
+    perfect = GroundTruth(truth)
+    with pytest.raises(ImageRLError, match="'ocr' has no value for 5 of 5 "):
+        try_rewards("ocr", PROMPTS, perfect, Failing(lost=5))
 
 
 def test_rows_say_which_prompt_they_are_about(policy: ImagePolicy) -> None:
