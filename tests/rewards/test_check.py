@@ -221,6 +221,6 @@ def test_a_reward_that_says_why_it_has_no_value_is_quoted() -> None:
 
     (finding,) = [finding for finding in check_function(judge).failed if finding.check == "values"]
     assert "pictures have no value (the first: " in finding.sentence and "guard" not in finding.sentence
-    assert finding.sentence.endswith("): the judge refuses: HTTP 400: \x1b[31mtoo dark")
+    assert finding.sentence.endswith("): the judge refuses: HTTP 400: too dark")
     report = CheckReport("judge", [finding])
     assert table(report)[0].endswith("): the judge refuses: HTTP 400: too dark")

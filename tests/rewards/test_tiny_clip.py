@@ -78,5 +78,5 @@ def test_its_suites_have_a_ceiling(suite: str, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as leaving:
         main(["eval", "--suite", suite, "--ceiling", "--n", "12"])
     assert leaving.value.code == 0
-    reward = next(line for line in capsys.readouterr().out.splitlines() if line.split()[0] == "reward")
+    reward = next(line for line in capsys.readouterr().out.splitlines() if line.split()[0] == suite)
     assert float(reward.split()[1]) > (0.5 if suite == "clip" else 0.999)

@@ -47,7 +47,9 @@ def test_load_train_export_load_gives_equal_tokens_and_pixels(place: Path, tmp_p
     flat = [
         json.loads((folder / "config.json").read_text()) for folder in (place / "model", tmp_path / "out")
     ]
+    sampling = [config["imagerl"].pop("sampling") for config in flat]
     assert flat[0] == flat[1]
+    assert sampling[1] == {"temperature": 1.0, "guidance": 2.0, "flow_steps": 1} != sampling[0]  # the run's own
     again, trained = load_policy(str(tmp_path / "out")), trained_policy(place / "run")[:2]
     for one, other in zip(proof_samples(*again), proof_samples(*trained), strict=True):
         assert np.array_equal(one, other)
