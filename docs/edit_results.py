@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rl.stats import crossed_interval, mean_interval, number, paired_scores, span
+from imagerl.rl.evaluation.stats import crossed_interval, mean_interval, number, paired_scores, span
 
 SHOWN = {"success": 1, "exact_match": 1, "kept_error": 4, "kept_similarity": 3}  # metric: digits
 RATES = ("success", "exact_match")

@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rl.comparison.results import Contrast, Results, Standing, collect
-from rl.stats import Interval, number, span
+from imagerl.rl.compare.results import Contrast, Results, Standing, collect
+from imagerl.rl.evaluation.stats import Interval, number, span
 
 PICTURE = Path(__file__).with_name("comparison.png")
 HEADLINE = "exact_match"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from rl.tiny.edits import Edit, edits_of
-from rl.tiny.world import render
+from imagerl.rl.data.tiny.edits import Edit, edits_of
+from imagerl.rl.data.tiny.world import render
 
 PICTURE = Path(__file__).with_name("editing.png")
 EDITS, COLUMNS = 12, 2  # of edits; each shows four pictures

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from rl.metrics import read_metrics
+from imagerl.rl.files.metrics import read_metrics
 
 STEPS = (0, 10, 20, 30)
 ROWS = 2  # of the run's grids; the first is shown

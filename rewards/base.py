@@ -19,8 +19,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
 
-from rewards.mixing import Gate, Weight
-from rewards.targets import (
+from imagerl.rewards.boundary.targets import (
     before_scoring,
     call_parameters,
     check_columns,
@@ -31,20 +30,21 @@ from rewards.targets import (
     setting_parameters,
     split_target,
 )
-from rl.mistakes import explain
-from rl.types import ImageRLError, RewardFn, RewardOutput
+from imagerl.rewards.mixing import Gate, Weight
+from imagerl.rl.files.mistakes import explain
+from imagerl.rl.types import ImageRLError, RewardFn, RewardOutput
 
 REWARDS: dict[str, str] = {
-    "clip": "rewards.clip:ClipReward",
-    "clip_direction": "rewards.clip:ClipDirectionReward",
-    "colours": "rewards.colours:ColoursReward",
-    "composition": "rewards.composition:CompositionReward",
-    "edit": "rewards.edit:EditReward",
-    "edit_consistency": "rewards.edit_consistency:EditConsistencyReward",
-    "judge": "rewards.judge:JudgeReward",
-    "ocr": "rewards.ocr:OCRReward",
+    "clip": "imagerl.rewards.clip.reward:ClipReward",
+    "clip_direction": "imagerl.rewards.clip.reward:ClipDirectionReward",
+    "colours": "imagerl.rewards.colours:ColoursReward",
+    "composition": "imagerl.rewards.composition.reward:CompositionReward",
+    "edit": "imagerl.rewards.edit.success:EditReward",
+    "edit_consistency": "imagerl.rewards.edit.consistency:EditConsistencyReward",
+    "judge": "imagerl.rewards.judge.reward:JudgeReward",
+    "ocr": "imagerl.rewards.ocr.reward:OCRReward",
 }
-REMOTE = "rewards.remote:RemoteReward"  # behind an address
+REMOTE = "imagerl.rewards.boundary.remote:RemoteReward"  # behind an address
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +234,7 @@ def load_spec(
 
     Raises ImageRLError like `load_reward`."""
     if spec.python is not None:
-        from rewards.interpreter import InterpreterReward
+        from imagerl.rewards.boundary.interpreter import InterpreterReward
 
         label = _check_isolated(spec)
         return label, InterpreterReward(spec.python, spec.target, spec.settings, patience_s, columns)

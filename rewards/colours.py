@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rl.types import ImageRLError, RewardOutput
+from imagerl.rl.types import ImageRLError, RewardOutput
 
 FRAME = 2  # pixels; the rim taken for background
 BACKGROUND_TOLERANCE = 32.0  # half the distance between white and pink, the closest grounds of the tiny world

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewards.pictures import to_png
+from imagerl.rewards.pictures import to_png
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rl.types import ImageRLError
+from imagerl.rl.types import ImageRLError
 
 Weight = float | Mapping[int, float]
 

@@ -1,6 +1,7 @@
 """What the user can mend, and text of others made fit for one line of a terminal or log.
 
-Standard library only: this file also runs in interpreters that have none of our dependencies (`rewards.child`)."""
+Standard library only: this file also runs in interpreters that have none of our dependencies
+(`rewards.boundary.child`)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
-from rl.errors import ImageRLError as ImageRLError
+from imagerl.rl.errors import ImageRLError as ImageRLError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Prompt:
     @property
     def reference(self) -> Image.Image | None:
         """The picture to edit, in the column of that name, so that rewards see it too; None: draw a new one. That of
-        a prompt file is there once the prompt is drawn; see `rl.prompt_pictures`."""
+        a prompt file is there once the prompt is drawn; see `rl.data.prompt_pictures`."""
         picture = self.columns.get("reference")
         return picture if isinstance(picture, Image.Image) else None
 
@@ -243,7 +243,8 @@ class RewardRequest:
 
 @dataclass(slots=True)
 class RewardScores:
-    """Scores of one request. NaN marks a sample without a usable value. See `rl.scores` for what is done to all."""
+    """Scores of one request. NaN marks a sample without a usable value. See `rl.rollout.scores` for what is done to
+    all."""
 
     totals: np.ndarray  # [B] float64, weighted sum; NaN: leave this sample out
     components: dict[str, np.ndarray]  # raw values by "<reward>" and "<reward>/<part>", [B] float64
@@ -280,7 +281,7 @@ class RewardScorer(Protocol):
 
 
 class FlowHalf(Protocol):
-    """The decoder as a policy over denoising steps. See `models.flow_policy`."""
+    """The decoder as a policy over denoising steps. See `models.blip3o_next.flow_policy`."""
 
     @property
     def trainable(self) -> nn.Module:
@@ -301,7 +302,7 @@ class FlowHalf(Protocol):
 
 
 class Policy(Protocol):
-    """An image generator with a trainable autoregressive half. See `models.image_policy`."""
+    """An image generator with a trainable autoregressive half. See `models.blip3o_next.policy`."""
 
     @property
     def trainable(self) -> nn.Module:

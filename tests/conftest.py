@@ -10,7 +10,7 @@ import pytest
 def no_traces_of_rewards() -> Iterator[None]:
     """What the rewards of one test set of the process is not kept for those of the next."""
     yield
-    if (boundary := sys.modules.get("rewards.boundary")) is not None:
+    if (boundary := sys.modules.get("imagerl.rewards.boundary.guard")) is not None:
         boundary._theirs.clear()
         boundary._their_variables.clear()
 

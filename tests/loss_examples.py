@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl.algorithms import ALGORITHMS, Normaliser
-from rl.losses import loss_denominator, policy_loss
-from rl.types import LossInputs
+from imagerl.rl.algorithms.losses import loss_denominator, policy_loss
+from imagerl.rl.config.algorithm_table import ALGORITHMS, Normaliser
+from imagerl.rl.types import LossInputs
 
 LENGTHS = [7, 3, 5, 1, 7, 2]
 LOSS_FIELDS = ("ratio_level", "clip", "clip_low", "clip_high", "kl_estimator", "normaliser")

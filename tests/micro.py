@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from models.building import new_policy
-from models.image_policy import ImagePolicy
-from models.loading import save_policy
-from rl.pretraining.stages import captions
+from imagerl.models.blip3o_next.building import new_policy
+from imagerl.models.blip3o_next.loading import save_policy
+from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.rl.sft.pretraining.stages import captions
 
 MODEL: dict[str, Any] = {
     "qwen3": {

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.building import build_policy
-from models.image_policy import ImagePolicy
-from models.loading import load_state
+from imagerl.models.blip3o_next.building import build_policy
+from imagerl.models.blip3o_next.loading import load_state
+from imagerl.models.blip3o_next.policy import ImagePolicy
 
 FOLDER = Path(os.environ.get("IMAGERL_PARITY_DIR") or Path(__file__).parent / "data" / "parity")
 VARIANTS = ("t2i", "edit")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.shards import save_shards
+from imagerl.models.common.shards import save_shards
 from tests.parity import config_of, fixture, seeded_weight
 
 VISION_TOWER = "model.vision_tower."
@@ -22,7 +22,7 @@ def text_tokenizer(image_tokens: int = 256) -> Any:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from models.building import CHAT_TEMPLATE
+    from imagerl.models.blip3o_next.building import CHAT_TEMPLATE
 
     special = [PAD, TURN_START, TURN_END, UNKNOWN, *VISION]
     letters = [chr(code) for code in range(32, 127) if chr(code) not in "~^"] + ["\n"]

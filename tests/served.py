@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rl.serving import guard, serve
+from imagerl.rl.commands.serving import guard, serve
 
 
 @contextmanager

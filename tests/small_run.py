@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 import yaml
 
-from models.image_policy import ImagePolicy
-from rewards.base import LoadedReward
-from rewards.scoring import score_request
-from rl.config import Recipe
-from rl.data import GroupedSampler
-from rl.engine import Engine
-from rl.halves import freeze_references, lr_factor, trained_module
-from rl.recipe import apply_override, validate_recipe
-from rl.rollout import RolloutEngine, training_sampling
-from rl.tiny.world import prompt_set
-from rl.trainer import Trainer
-from rl.types import RewardRequest, RewardScores
+from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.rewards.base import LoadedReward
+from imagerl.rewards.workers.scoring import score_request
+from imagerl.rl.config.recipe import apply_override, validate_recipe
+from imagerl.rl.config.train import Recipe
+from imagerl.rl.data.prompt_sets import GroupedSampler
+from imagerl.rl.data.tiny.world import prompt_set
+from imagerl.rl.engine.engine import Engine
+from imagerl.rl.rollout.engine import RolloutEngine, training_sampling
+from imagerl.rl.training.halves import freeze_references, lr_factor, trained_module
+from imagerl.rl.training.trainer import Trainer
+from imagerl.rl.types import RewardRequest, RewardScores
 from tests.micro import micro_policy
 
 REWARD_FILE = '''
@@ -126,7 +126,7 @@ def small_trainer(
 def _run_main(arguments: Sequence[str], output: Path) -> None:
     import faulthandler
 
-    from rl.cli import main
+    from imagerl.rl.commands.cli import main
 
     faulthandler.enable()
     with output.open("ab", buffering=0) as file:
@@ -141,9 +141,16 @@ def _forkserver() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
-            *("rl.cli", "rl.run", "rl.trainer", "models.loading", "rewards.workers", "rl.environment"),
+            *(
+                "imagerl.rl.commands.cli",
+                "imagerl.rl.run.loop",
+                "imagerl.rl.training.trainer",
+                "imagerl.models.blip3o_next.loading",
+                "imagerl.rewards.workers.pool",
+                "imagerl.rl.files.environment",
+            ),
             *("torch.utils.tensorboard", "transformers.models.qwen3.modeling_qwen3", "peft", "accelerate"),
-            *("rich.progress", "matplotlib", "models.flow_decoder", "diffusers"),
+            *("rich.progress", "matplotlib", "imagerl.models.blip3o_next.flow_decoder", "diffusers"),
         ]
     )
     return context
@@ -187,8 +194,8 @@ class Command:
 # What one process of several runs: the command lines in its first argument, one after the other.
 RANK_PROGRAM = """
 import json, sys
-from rl.cli import main
-from rl.engine import Engine
+from imagerl.rl.commands.cli import main
+from imagerl.rl.engine.engine import Engine
 close, Engine.close = Engine.close, lambda engine: None  # DeepSpeed keeps a process group for good
 for arguments in json.loads(sys.argv[1]):
     try:

@@ -7,16 +7,16 @@ from typing import Any
 
 import yaml
 
-from models.image_policy import ImagePolicy
-from rl.commands.sft import open_sources
-from rl.engine import Engine
-from rl.image_files import Example, Limits, load_example
-from rl.recipe import apply_override, validate_recipe
-from rl.sft.config import SFTRecipe
-from rl.sft.image_data import ImageStream
-from rl.sft.objective import part_of, sft_module
-from rl.sft.trainer import Collator, SFTTrainer
-from rl.tiny.render_folder import rendered, write_folder, write_shards
+from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.rl.commands.sft import open_sources
+from imagerl.rl.config.recipe import apply_override, validate_recipe
+from imagerl.rl.config.sft import SFTRecipe
+from imagerl.rl.data.image_data import ImageStream
+from imagerl.rl.data.image_files import Example, Limits, load_example
+from imagerl.rl.data.tiny.render_folder import rendered, write_folder, write_shards
+from imagerl.rl.engine.engine import Engine
+from imagerl.rl.sft.objective import part_of, sft_module
+from imagerl.rl.sft.trainer import Collator, SFTTrainer
 
 LIMITS = Limits(max_pixels=1 << 20, min_side=8, max_aspect=4.0, max_caption_chars=200)
 
@@ -60,7 +60,7 @@ def recipe(folder: Path, *overrides: str) -> SFTRecipe:
 
 
 def examples(policy: ImagePolicy, folder: Path, count: int) -> list[Example]:
-    from rl.sft.image_sources import open_source
+    from imagerl.rl.data.image_sources import open_source
 
     entries = open_source(str(folder / "train"))[0].entries()
     return [load_example(entry, policy.decoder.picture_size, LIMITS) for entry in entries[:count]]

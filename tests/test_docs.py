@@ -17,22 +17,22 @@ import torch
 import typer.main
 from PIL import Image
 
-from rewards.base import LoadedReward, load_reward
-from rewards.scoring import call_reward
-from rl.advantages import group_advantages
-from rl.cli import app
-from rl.comparison.plan import split_arguments
-from rl.config import Recipe, load_recipe
-from rl.flow.actor import PER_ACTION as FLOW_PER_ACTION
-from rl.monitoring.config import MonitorsConfig
-from rl.monitoring.picture_stats import group_stats, mean_of_groups
-from rl.monitoring.watch import Watch
-from rl.pretraining.clip_config import ClipRecipe
-from rl.pretraining.config import PretrainRecipe
-from rl.recipe import RecipeModel, load_yaml_recipe
-from rl.sft.config import SFTRecipe
-from rl.step_metrics import OTHER_SUMS, PER_ACTION, update_metrics
-from rl.types import Prompt, RewardRequest, RolloutGroup
+from imagerl.rewards.base import LoadedReward, load_reward
+from imagerl.rewards.workers.scoring import call_reward
+from imagerl.rl.algorithms.advantages import group_advantages
+from imagerl.rl.commands.cli import app
+from imagerl.rl.compare.plan import split_arguments
+from imagerl.rl.config.monitors import MonitorsConfig
+from imagerl.rl.config.recipe import RecipeModel, load_yaml_recipe
+from imagerl.rl.config.sft import SFTRecipe
+from imagerl.rl.config.train import Recipe, load_recipe
+from imagerl.rl.run.monitors import Watch
+from imagerl.rl.sft.pretraining.clip_config import ClipRecipe
+from imagerl.rl.sft.pretraining.config import PretrainRecipe
+from imagerl.rl.training.flow_half import PER_ACTION as FLOW_PER_ACTION
+from imagerl.rl.training.picture_stats import group_stats, mean_of_groups
+from imagerl.rl.training.step_metrics import OTHER_SUMS, PER_ACTION, update_metrics
+from imagerl.rl.types import Prompt, RewardRequest, RolloutGroup
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

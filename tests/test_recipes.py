@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from rl.algorithms import ALGORITHMS
-from rl.comparison.plan import refuse_incomparable
-from rl.config import Recipe, load_recipe
-from rl.flow.algorithms import FLOW_ALGORITHMS
-from rl.pretraining.clip_config import ClipRecipe
-from rl.pretraining.config import PretrainRecipe
-from rl.recipe import RecipeModel, load_yaml_recipe, read_recipe
-from rl.run_folder import differing_keys
-from rl.sft.config import SFTRecipe
+from imagerl.rl.compare.plan import refuse_incomparable
+from imagerl.rl.config.algorithm_table import ALGORITHMS
+from imagerl.rl.config.flow_table import FLOW_ALGORITHMS
+from imagerl.rl.config.recipe import RecipeModel, load_yaml_recipe, read_recipe
+from imagerl.rl.config.sft import SFTRecipe
+from imagerl.rl.config.train import Recipe, load_recipe
+from imagerl.rl.run.folder import differing_keys
+from imagerl.rl.sft.pretraining.clip_config import ClipRecipe
+from imagerl.rl.sft.pretraining.config import PretrainRecipe
 
 SCHEMAS: dict[str, type[RecipeModel]] = {
     "train": Recipe,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rl.config import load_recipe
+from imagerl.rl.config.train import load_recipe
 from tests.micro import micro_folder
 from tests.small_run import write_recipe
 
@@ -41,7 +41,7 @@ def test_two_steps_of_both_trainers_agree(tmp_path: Path, example: dict[str, Any
 
 
 def load_recipe_model(folder: Path) -> dict[str, torch.Tensor]:
-    from models.loading import load_policy
+    from imagerl.models.blip3o_next.loading import load_policy
 
     policy, _ = load_policy(str(folder / "model"), torch.device("cpu"), torch.float32)
     return {name: value.detach() for name, value in policy.trainable.named_parameters()}

@@ -45,13 +45,13 @@ def train_with_trl(recipe: Any, folder: Path) -> tuple[Any, list[float], list[fl
     import trl
     from datasets import Dataset
 
-    from models.loading import load_policy
-    from rewards.base import RewardSpec, as_trl_reward, load_rewards
-    from rewards.scoring import to_pil_images
-    from rl.data import GroupedSampler, load_prompt_set
-    from rl.engine import Engine
-    from rl.halves import trained_module
-    from rl.rollout import RolloutEngine, reward_request, training_sampling
+    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.rewards.base import RewardSpec, as_trl_reward, load_rewards
+    from imagerl.rewards.workers.scoring import to_pil_images
+    from imagerl.rl.data.prompt_sets import GroupedSampler, load_prompt_set
+    from imagerl.rl.engine.engine import Engine
+    from imagerl.rl.training.halves import trained_module
+    from imagerl.rl.rollout.engine import RolloutEngine, reward_request, training_sampling
 
     rollout, optim, steps = recipe.rollout, recipe.optim, recipe.run.steps
     engine = Engine(recipe.engine)
@@ -151,13 +151,13 @@ def train_with_imagerl(recipe: Any) -> tuple[Any, list[float], list[float]]:
     """The same: what `imagerl train` does, without a run folder."""
     from functools import partial
 
-    from models.loading import load_policy
-    from rewards.workers import RewardWorkers
-    from rl.data import GroupedSampler, load_prompt_set
-    from rl.engine import Engine
-    from rl.halves import lr_factor, trained_module
-    from rl.rollout import RolloutEngine, training_sampling
-    from rl.trainer import Trainer
+    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.rewards.workers.pool import RewardWorkers
+    from imagerl.rl.data.prompt_sets import GroupedSampler, load_prompt_set
+    from imagerl.rl.engine.engine import Engine
+    from imagerl.rl.training.halves import lr_factor, trained_module
+    from imagerl.rl.rollout.engine import RolloutEngine, training_sampling
+    from imagerl.rl.training.trainer import Trainer
 
     engine = Engine(recipe.engine)
     policy, _ = load_policy(recipe.model.path, engine.device, torch.float32)
@@ -195,7 +195,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def main() -> None:
-    from rl.config import load_recipe
+    from imagerl.rl.config.train import load_recipe
 
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     arguments.add_argument("--seeds", type=int, default=3)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from rl.commands.options import Reader, picture_for
-from rl.errors import one_line
+from imagerl.rl.commands.options import Reader, picture_for
+from imagerl.rl.errors import one_line
 
 
 def ask(
@@ -20,8 +20,8 @@ def ask(
     """Let a model that reads pictures answer questions about one, each on a line of its own."""
     import torch
 
-    from models.loading import load_policy
-    from rl.types import Prompt
+    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.rl.types import Prompt
 
     policy, _ = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
     policy.prompts.require([Prompt(number, text) for number, text in enumerate(questions)], questions=True)

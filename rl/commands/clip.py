@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rl.commands.options import Overrides
+from imagerl.rl.commands.options import Overrides
 
 
 def clip(
@@ -20,17 +20,17 @@ def clip(
 
     import torch
 
-    from rewards.clip_building import build_tokenizer, new_model, preprocessing, save_model
-    from rewards.clip_models import load_clip
-    from rl.environment import write_environment
-    from rl.files import write_atomic
-    from rl.metrics import to_json
-    from rl.pretraining.clip import fit_clip, measure
-    from rl.pretraining.clip_config import ClipRecipe
-    from rl.pretraining.stages import captions, resolve_device
-    from rl.recipe import load_yaml_recipe
-    from rl.seeding import derive_seed
-    from rl.stats import number, span
+    from imagerl.rewards.clip.building import build_tokenizer, new_model, preprocessing, save_model
+    from imagerl.rewards.clip.models import load_clip
+    from imagerl.rl.config.recipe import load_yaml_recipe
+    from imagerl.rl.data.seeding import derive_seed
+    from imagerl.rl.evaluation.stats import number, span
+    from imagerl.rl.files.environment import write_environment
+    from imagerl.rl.files.metrics import to_json
+    from imagerl.rl.files.writing import write_atomic
+    from imagerl.rl.sft.pretraining.clip import fit_clip, measure
+    from imagerl.rl.sft.pretraining.clip_config import ClipRecipe
+    from imagerl.rl.sft.pretraining.stages import captions, resolve_device
 
     settings = load_yaml_recipe(ClipRecipe, recipe, overrides or [])
     if settings.run.threads:

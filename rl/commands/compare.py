@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
-    from rl.comparison.jobs import Outcome
-    from rl.comparison.plan import Plan, PlannedRun
+    from imagerl.rl.compare.jobs import Outcome
+    from imagerl.rl.compare.plan import Plan, PlannedRun
 
 
 def compare(
@@ -37,7 +37,7 @@ def compare(
     ] = False,
 ) -> None:
     """Train recipes with several seeds at an equal budget, and tell what differs."""
-    from rl.comparison.plan import Plan, label_recipes, parse_budget, split_arguments
+    from imagerl.rl.compare.plan import Plan, label_recipes, parse_budget, split_arguments
 
     paths, overrides = split_arguments(arguments)
     if not paths:
@@ -57,12 +57,12 @@ def run_comparison(plan: Plan, folder: Path, jobs: int, resume: bool, keep_basel
     """Run what is missing of a plan, then write page and tables of all that its folder holds.
 
     Raises ImageRLError for what cannot be compared, before anything runs, and at the end when runs failed."""
-    from rewards.base import check_entries
-    from rl.commands.train import read_prompts
-    from rl.comparison import jobs as comparison_jobs
-    from rl.comparison.plan import plan_runs
-    from rl.environment import write_environment
-    from rl.files import clean_leftovers
+    from imagerl.rewards.base import check_entries
+    from imagerl.rl.commands.train import read_prompts
+    from imagerl.rl.compare import jobs as comparison_jobs
+    from imagerl.rl.compare.plan import plan_runs
+    from imagerl.rl.files.environment import write_environment
+    from imagerl.rl.files.writing import clean_leftovers
 
     whole = plan.joined_to(folder, resume, keep_baseline)
     plan_runs(whole, folder)
@@ -84,9 +84,9 @@ def run_comparison(plan: Plan, folder: Path, jobs: int, resume: bool, keep_basel
 
 def tell(folder: Path, outcomes: dict[PlannedRun, Outcome]) -> None:
     """Write page and tables, and print the verdicts."""
-    from rl.comparison.page import is_rate, sentence, write_comparison_page
-    from rl.comparison.results import collect
-    from rl.comparison.tables import write_tables
+    from imagerl.rl.compare.page import is_rate, sentence, write_comparison_page
+    from imagerl.rl.compare.results import collect
+    from imagerl.rl.compare.tables import write_tables
 
     results = collect(folder)
     write_tables(results, folder)
@@ -105,7 +105,7 @@ def tell(folder: Path, outcomes: dict[PlannedRun, Outcome]) -> None:
 
 def refuse_failures(runs: Sequence[PlannedRun], outcomes: dict[PlannedRun, Outcome]) -> None:
     """Raises ImageRLError when a run failed: the command did not do all it was asked to."""
-    from rl.comparison.jobs import log_path
+    from imagerl.rl.compare.jobs import log_path
 
     failed = [run for run in runs if outcomes[run] == "failed"]
     if failed:

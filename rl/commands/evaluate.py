@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rl.commands.options import FlowSteps, Guidance, Seed, Temperature
-from rl.errors import ImageRLError
+from imagerl.rl.commands.options import FlowSteps, Guidance, Seed, Temperature
+from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
-    from rl.commands.measuring import Drawing
-    from rl.evaluation.suites import Suite
-    from rl.stats import Interval
+    from imagerl.rl.commands.measuring import Drawing
+    from imagerl.rl.evaluation.stats import Interval
+    from imagerl.rl.evaluation.suites import Suite
 
 LAYOUT_ONLY = "it draws for a scorer and measures nothing"
 
@@ -55,8 +55,8 @@ def evaluate_model(
     flow_steps: FlowSteps = None,
 ) -> None:
     """Measure a model on held-out prompts with 95 % intervals, compare two, or draw for a benchmark's own scorer."""
-    from rl.commands.measuring import Drawing
-    from rl.evaluation.suites import find_suite
+    from imagerl.rl.commands.measuring import Drawing
+    from imagerl.rl.evaluation.suites import find_suite
 
     how = Drawing(seed, samples, batch_size, temperature, guidance, flow_steps)
     if layout is not None:
@@ -106,13 +106,13 @@ def compare(
     pictures: Path | None,
 ) -> None:
     """Measure one or two models, tell and write what came out."""
-    from models.loading import load_prompts
-    from rl.commands.measuring import STAND_INS, earlier_results, facts_of, measure
-    from rl.evaluation.against import compared, differing_settings
-    from rl.evaluation.kept_pictures import refuse_filled
-    from rl.files import write_atomic
-    from rl.metrics import to_json
-    from rl.stats import Interval, change, number
+    from imagerl.models.blip3o_next.loading import load_prompts
+    from imagerl.rl.commands.measuring import STAND_INS, earlier_results, facts_of, measure
+    from imagerl.rl.evaluation.against import compared, differing_settings
+    from imagerl.rl.evaluation.kept_pictures import refuse_filled
+    from imagerl.rl.evaluation.stats import Interval, change, number
+    from imagerl.rl.files.metrics import to_json
+    from imagerl.rl.files.writing import write_atomic
 
     if pictures is not None:
         refuse_filled(pictures)
@@ -143,7 +143,7 @@ def compare(
 
 
 def show(metrics: dict[str, Interval], gold: list[str]) -> None:
-    from rl.stats import number, span
+    from imagerl.rl.evaluation.stats import number, span
 
     for name, value in metrics.items():
         kind = ", gold" if name.partition("/")[0] in gold else ""
@@ -163,11 +163,11 @@ def draw_for_scorer(
     import sys
     from dataclasses import asdict
 
-    from models.fingerprint import model_fingerprint
-    from models.loading import load_prompts
-    from rl.checkpoint import package_versions
-    from rl.evaluation.layouts import draw, entries_of, prompts_sha256, samples_of
-    from rl.types import Prompt
+    from imagerl.models.blip3o_next.fingerprint import model_fingerprint
+    from imagerl.models.blip3o_next.loading import load_prompts
+    from imagerl.rl.engine.checkpoint import package_versions
+    from imagerl.rl.evaluation.layouts import draw, entries_of, prompts_sha256, samples_of
+    from imagerl.rl.types import Prompt
 
     if prompts is None or pictures is None:
         raise ImageRLError(

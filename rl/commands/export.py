@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError
 
 
 def export(
@@ -22,8 +22,8 @@ def export(
     """Write a trained policy for others and prove that it does the same when it is loaded again."""
     import torch
 
-    from rl.export import LAYOUTS
-    from rl.export import export as write_export
+    from imagerl.rl.commands.exporting import LAYOUTS
+    from imagerl.rl.commands.exporting import export as write_export
 
     dtypes = {"fp32": None, "bf16": torch.bfloat16}
     if dtype not in dtypes:

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
-    from rl.evaluation.evaluate import Evaluation, Source
-    from rl.evaluation.suites import Suite
-    from rl.rollout import RolloutEngine
-    from rl.types import Prompt
+    from imagerl.rl.evaluation.evaluate import Evaluation, Source
+    from imagerl.rl.evaluation.suites import Suite
+    from imagerl.rl.rollout.engine import RolloutEngine
+    from imagerl.rl.types import Prompt
 
 STAND_INS = ("ground truth", "unchanged sources")  # scored instead of what a model draws
 SAME = ("suite_sha256", "seed", "samples")  # what two results must share to be compared prompt by prompt
@@ -32,7 +32,7 @@ class Drawing:
     flow_steps: int | None
 
     def rollout(self, model: str) -> RolloutEngine:
-        from rl.commands.options import loaded_rollout
+        from imagerl.rl.commands.options import loaded_rollout
 
         return loaded_rollout(model, self.seed, self.temperature, self.guidance, self.flow_steps)[1]
 
@@ -41,9 +41,9 @@ def facts_of(suite: Suite, prompts: Sequence[Prompt], how: Drawing) -> dict[str,
     """What results say of the measurement itself, whatever was measured.
 
     Raises ImageRLError for a reward that cannot be imported, or asks for what the prompts do not have."""
-    from rewards.base import check_entries
-    from rl.checkpoint import package_versions
-    from rl.evaluation.suites import fingerprint
+    from imagerl.rewards.base import check_entries
+    from imagerl.rl.engine.checkpoint import package_versions
+    from imagerl.rl.evaluation.suites import fingerprint
 
     columns = prompts[0].columns
     rewards, gold = (check_entries(entries, columns) for entries in (suite.rewards, suite.gold))
@@ -61,7 +61,7 @@ def measure(
     suite: Suite, prompts: Sequence[Prompt], measured: str, how: Drawing, pictures: Path | None
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Results of a model, or of one of STAND_INS, and what is to be known of it."""
-    from models.fingerprint import model_fingerprint
+    from imagerl.models.blip3o_next.fingerprint import model_fingerprint
 
     if suite.reads:
         facts = {"model": measured, "model_sha256": model_fingerprint(measured)}
@@ -77,9 +77,9 @@ def measure(
 def _score(
     suite: Suite, prompts: Sequence[Prompt], source: Source, how: Drawing, pictures: Path | None
 ) -> Evaluation:
-    from rewards.workers import RewardWorkers
-    from rl.evaluation.evaluate import evaluate, try_rewards
-    from rl.evaluation.kept_pictures import save_group
+    from imagerl.rewards.workers.pool import RewardWorkers
+    from imagerl.rl.evaluation.evaluate import evaluate, try_rewards
+    from imagerl.rl.evaluation.kept_pictures import save_group
 
     scorer = RewardWorkers(suite.rewards, gold=suite.gold, workers=0, columns=prompts[0].columns)
     try_rewards(suite.name, prompts, source, scorer)
@@ -97,15 +97,15 @@ def _score(
 def _answers(name: str, prompts: Sequence[Prompt], model: str, batch_size: int) -> Evaluation:
     import torch
 
-    from models.loading import load_policy
-    from rl.understanding import evaluate_answers
+    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.rl.evaluation.understanding import evaluate_answers
 
     policy, _ = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
     return evaluate_answers(name, prompts, policy, batch_size)
 
 
 def _perfect(suite: Suite) -> Source:
-    from rl.evaluation.evaluate import GroundTruth
+    from imagerl.rl.evaluation.evaluate import GroundTruth
 
     if suite.truth is None:
         raise ImageRLError(
@@ -115,7 +115,7 @@ def _perfect(suite: Suite) -> Source:
 
 
 def _unchanged(suite: Suite, prompts: Sequence[Prompt]) -> Source:
-    from rl.evaluation.evaluate import GroundTruth
+    from imagerl.rl.evaluation.evaluate import GroundTruth
 
     if any(prompt.columns.get("reference") is None for prompt in prompts):
         raise ImageRLError(f"--copy scores the sources of edits; suite {suite.name!r} has none")
@@ -124,7 +124,7 @@ def _unchanged(suite: Suite, prompts: Sequence[Prompt]) -> Source:
 
 def earlier_results(file: str, facts: dict[str, Any]) -> dict[str, Any]:
     """Results that `--json` wrote. Raises ImageRLError when they are not of the same prompts and random numbers."""
-    from rl.evaluation.against import read_evaluation
+    from imagerl.rl.evaluation.against import read_evaluation
 
     try:
         document = read_evaluation(file)

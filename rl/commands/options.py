@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from models.image_policy import ImagePolicy
-    from rl.rollout import RolloutEngine
+    from imagerl.models.blip3o_next.policy import ImagePolicy
+    from imagerl.rl.rollout.engine import RolloutEngine
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="recipe overrides, values in YAML")
@@ -50,9 +50,9 @@ def loaded_rollout(
 
     import torch
 
-    from models.loading import load_policy
-    from rl.rollout import RolloutEngine
-    from rl.types import SamplingParams
+    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.rl.rollout.engine import RolloutEngine
+    from imagerl.rl.types import SamplingParams
 
     policy, config = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
     given = {"temperature": temperature, "guidance": guidance, "flow_steps": flow_steps}
@@ -65,8 +65,8 @@ def picture_for(policy: ImagePolicy, path: Path) -> Image.Image:
     """A picture file as RGB. Says on stderr when the model will not see it as it is.
 
     Raises ImageRLError when it cannot be read."""
-    from models.pictures import crop_note
-    from rl.reading import read_picture
+    from imagerl.models.common.pictures import crop_note
+    from imagerl.rl.files.reading import read_picture
 
     picture, (height, width) = read_picture(path), policy.decoder.picture_size
     note = crop_note(picture, (height, width))

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rl.commands.options import Overrides
+from imagerl.rl.commands.options import Overrides
 
 if TYPE_CHECKING:
-    from rl.config import Recipe
-    from rl.data import PromptSet
-    from rl.plan import Plan
+    from imagerl.rl.config.train import Recipe
+    from imagerl.rl.data.prompt_sets import PromptSet
+    from imagerl.rl.engine.plan import Plan
 
 GPU_COUNTS = (1, 2, 4, 8)
 TEMPLATE_TOKENS, LETTERS_PER_TOKEN = 40, 3  # of prompts, where the text tokenizer is not at hand
@@ -25,8 +25,8 @@ def plan(
     gpu_memory: Annotated[float | None, typer.Option(min=0.1, help="GiB of one GPU")] = None,
 ) -> None:
     """Work out the memory a recipe needs on each GPU, without weights and without a GPU."""
-    from rl.config import load_recipe
-    from rl.plan import table
+    from imagerl.rl.config.train import load_recipe
+    from imagerl.rl.engine.plan import table
 
     settings = load_recipe(recipe, overrides or [])
     print(table(plans(settings, [gpus] if gpus else GPU_COUNTS), gpu_memory))
@@ -34,9 +34,9 @@ def plan(
 
 def plans(recipe: Recipe, gpu_counts: Sequence[int], prompt_tokens: int | None = None) -> list[Plan]:
     """A plan for each number of GPUs that can share a step's prompts. Raises ImageRLError when none can."""
-    from rl.data import load_prompt_set
-    from rl.memory import Bytes, StepShape, at_depth, decoder_bytes, language_model_bytes
-    from rl.plan import make_plan, step_shape
+    from imagerl.rl.data.prompt_sets import load_prompt_set
+    from imagerl.rl.engine.memory import Bytes, StepShape, at_depth, decoder_bytes, language_model_bytes
+    from imagerl.rl.engine.plan import make_plan, step_shape
 
     recipe = with_starting_adapter(recipe)
     config = model_config(recipe.model.path)
@@ -85,8 +85,8 @@ def with_starting_adapter(recipe: Recipe) -> Recipe:
     """The recipe, `model.lora` filled in where training goes on with the adapter in `model.path`."""
     from pathlib import Path
 
-    from models.adapters import ADAPTER_CONFIG, adapter_settings
-    from rl.engine_config import LoraConfig
+    from imagerl.models.blip3o_next.adapters import ADAPTER_CONFIG, adapter_settings
+    from imagerl.rl.config.engine import LoraConfig
 
     folder = Path(recipe.model.path).expanduser()
     if recipe.model.lora is not None or not (folder / ADAPTER_CONFIG).is_file():
@@ -100,10 +100,10 @@ def with_starting_adapter(recipe: Recipe) -> Recipe:
 
 def model_config(path: str) -> dict[str, Any]:
     """The config behind `model.path`. Of published checkpoints that are not here the sizes are known."""
-    from models.adapters import ADAPTER_CONFIG, adapter_base
-    from models.loading import model_folder, read_config
-    from models.published import HUB_NAMES, from_published, full_size_config, is_published
-    from models.shards import Shards
+    from imagerl.models.blip3o_next.adapters import ADAPTER_CONFIG, adapter_base
+    from imagerl.models.blip3o_next.loading import model_folder, read_config
+    from imagerl.models.blip3o_next.published import HUB_NAMES, from_published, full_size_config, is_published
+    from imagerl.models.common.shards import Shards
 
     name = path.partition("@")[0]
     if name in HUB_NAMES:
@@ -122,8 +122,8 @@ def longest_prompt(path: str, prompts: PromptSet, picture_tokens: int = 0) -> in
 
     import torch
 
-    from models.loading import load_prompts
-    from models.published import HUB_NAMES
+    from imagerl.models.blip3o_next.loading import load_prompts
+    from imagerl.models.blip3o_next.published import HUB_NAMES
 
     texts = [prompt.text for prompt in prompts]
     if path.partition("@")[0] in HUB_NAMES and not Path(path).is_dir():
@@ -138,7 +138,7 @@ def longest_prompt(path: str, prompts: PromptSet, picture_tokens: int = 0) -> in
 
 def _without_weights(config: Mapping[str, Any], layers: int, decoder_layers: int) -> Any:
     """The policy without its image tokenizer, of any depth."""
-    from models.weights import empty_policy
+    from imagerl.models.blip3o_next.weights import empty_policy
 
     parts = {key: value for key, value in config.items() if key not in ("ta_tok", "image_tokenizer")}
     # a list of one entry per layer would contradict the depth
@@ -157,7 +157,7 @@ def _without_weights(config: Mapping[str, Any], layers: int, decoder_layers: int
 def _tokenizer_parameters(config: Mapping[str, Any]) -> float:
     from accelerate import init_empty_weights
 
-    from models.building import build_image_tokenizer
+    from imagerl.models.blip3o_next.building import build_image_tokenizer
 
     with init_empty_weights(include_buffers=False):
         tokenizer = build_image_tokenizer(config)

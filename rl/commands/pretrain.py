@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rl.commands.options import Overrides
+from imagerl.rl.commands.options import Overrides
 
 if TYPE_CHECKING:
-    from models.image_policy import ImagePolicy
-    from rl.pretraining.config import PretrainRecipe
+    from imagerl.models.blip3o_next.policy import ImagePolicy
+    from imagerl.rl.sft.pretraining.config import PretrainRecipe
 
 
 def pretrain(
@@ -20,14 +20,14 @@ def pretrain(
     """Pretrain a tiny model on pictures rendered on the fly. Finished stages are kept and not repeated."""
     import torch
 
-    from models.loading import load_state, read_weights, save_policy
-    from rl.files import atomic_folder
-    from rl.pretraining.config import PretrainRecipe
-    from rl.pretraining.run import pretrain as run_stages
-    from rl.pretraining.stages import resolve_device
-    from rl.recipe import load_yaml_recipe
-    from rl.run_folder import RunFolder
-    from rl.seeding import derive_seed
+    from imagerl.models.blip3o_next.loading import load_state, read_weights, save_policy
+    from imagerl.rl.config.recipe import load_yaml_recipe
+    from imagerl.rl.data.seeding import derive_seed
+    from imagerl.rl.files.writing import atomic_folder
+    from imagerl.rl.run.folder import RunFolder
+    from imagerl.rl.sft.pretraining.config import PretrainRecipe
+    from imagerl.rl.sft.pretraining.run import pretrain as run_stages
+    from imagerl.rl.sft.pretraining.stages import resolve_device
 
     settings = load_yaml_recipe(PretrainRecipe, recipe, overrides or [])
     place = RunFolder(settings.run.output_dir)
@@ -53,11 +53,11 @@ def pretrain(
 
 def starting_policy(recipe: PretrainRecipe) -> tuple[ImagePolicy, dict[str, Any]]:
     """An untrained policy, or `init`, for `tasks` made able to learn editing and reading."""
-    from models.building import new_policy
-    from models.growing import grow, turns
-    from models.loading import load_policy
-    from rl.pretraining.stages import captions
-    from rl.pretraining.tasks import edits, questions
+    from imagerl.models.blip3o_next.building import new_policy
+    from imagerl.models.blip3o_next.growing import grow, turns
+    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.rl.sft.pretraining.stages import captions
+    from imagerl.rl.sft.pretraining.tasks import edits, questions
 
     seed, vocabulary = recipe.run.seed, recipe.text_tokenizer.vocabulary
     if recipe.init is None:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rl.errors import ImageRLError, one_line
+from imagerl.rl.errors import ImageRLError, one_line
 
 if TYPE_CHECKING:
-    from rewards.base import LoadedReward, RewardSpec
-    from rewards.check import CheckReport
+    from imagerl.rewards.base import LoadedReward, RewardSpec
+    from imagerl.rewards.check.checks import CheckReport
 
 reward = typer.Typer(no_args_is_help=True, help="Check and serve rewards.")
 
@@ -52,12 +52,12 @@ def check_reward(
     python: Python = None,
 ) -> None:
     """Put a reward through what every reward must stand; the exit code is 1 when it fails."""
-    from rewards.base import LoadedReward, RewardSpec, load_spec
-    from rewards.base import check_reward as check_signature
-    from rewards.check import check
-    from rewards.check_page import check_page
-    from rl.files import write_atomic
-    from rl.tiny.pictures import check_edits, check_pictures
+    from imagerl.rewards.base import LoadedReward, RewardSpec, load_spec
+    from imagerl.rewards.base import check_reward as check_signature
+    from imagerl.rewards.check.checks import check
+    from imagerl.rewards.check.page import check_page
+    from imagerl.rl.data.tiny.pictures import check_edits, check_pictures
+    from imagerl.rl.files.writing import write_atomic
 
     given = parse_settings(settings or [])
     spec = RewardSpec(target, settings=given, python=python).absolute()
@@ -107,11 +107,11 @@ def serve_reward(
     waiting: Annotated[int, typer.Option(min=1, help="requests held at a time")] = 16,
 ) -> None:
     """Serve a reward over HTTP to those who know the token: `{url: http://host:port/name}` in a recipe."""
-    from rewards.base import RewardSpec, columns_needed, load_spec
-    from rewards.base import check_reward as check_signature
-    from rewards.server import reward_app
-    from rewards.wire import Limits
-    from rl.serving import run_app, token_from
+    from imagerl.rewards.base import RewardSpec, columns_needed, load_spec
+    from imagerl.rewards.base import check_reward as check_signature
+    from imagerl.rewards.boundary.wire import Limits
+    from imagerl.rewards.workers.server import reward_app
+    from imagerl.rl.commands.serving import run_app, token_from
 
     token = token_from(token_env)
     spec = RewardSpec(target, settings=parse_settings(settings or []), python=python).absolute()
@@ -125,14 +125,14 @@ def serve_reward(
 
 def parameters_of(spec: RewardSpec, function: Any) -> list[str]:
     """Names that a reward takes; a reward in another process says them itself."""
-    from rewards.base import takes
+    from imagerl.rewards.base import takes
 
     return list(function.parameters) if spec.is_isolated or spec.is_remote else takes(spec)
 
 
 def parse_settings(entries: Sequence[str]) -> dict[str, Any]:
     """`key=value` with values in YAML. Raises ImageRLError for an entry without a key."""
-    from rl.yaml_text import parse_yaml
+    from imagerl.rl.files.yaml_text import parse_yaml
 
     settings = {}
     for entry in entries:
@@ -145,7 +145,7 @@ def parse_settings(entries: Sequence[str]) -> dict[str, Any]:
 
 def _shipped(but: str) -> list[LoadedReward]:
     """The rewards that ship, without the one that is checked, and those that lack packages or settings here."""
-    from rewards.base import REWARDS, LoadedReward, load_reward
+    from imagerl.rewards.base import REWARDS, LoadedReward, load_reward
 
     loaded = []
     for name in REWARDS:
@@ -157,7 +157,7 @@ def _shipped(but: str) -> list[LoadedReward]:
 
 def table(report: CheckReport) -> list[str]:
     """The report as lines of text."""
-    from rewards.check_page import number
+    from imagerl.rewards.check.page import number
 
     lines = [f"{f.verdict:>4}  {f.check:<12} {one_line(f.sentence)}" for f in report.findings]
     if report.kinds:

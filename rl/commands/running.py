@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rl.checkpoint import Checkpoint, load_checkpoint
-from rl.engine import Engine
-from rl.errors import ImageRLError
-from rl.run_folder import RunFolder
+from imagerl.rl.engine.checkpoint import Checkpoint, load_checkpoint
+from imagerl.rl.engine.engine import Engine
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.run.folder import RunFolder
 
 T = TypeVar("T")
 

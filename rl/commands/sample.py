@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rl.commands.options import FlowSteps, Guidance, Seed, Temperature, loaded_rollout, picture_for
+from imagerl.rl.commands.options import FlowSteps, Guidance, Seed, Temperature, loaded_rollout, picture_for
 
 
 def sample(
@@ -30,8 +30,8 @@ def sample(
     """Draw pictures, or edit one, and a grid of them."""
     import numpy as np
 
-    from rl.metrics import image_grid, save_image
-    from rl.types import Prompt
+    from imagerl.rl.files.metrics import image_grid, save_image
+    from imagerl.rl.types import Prompt
 
     model = model or ("tiny" if edit is None else "tiny_edit")
     policy, rollout = loaded_rollout(model, seed, temperature, guidance, flow_steps)

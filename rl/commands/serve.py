@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rl.commands.options import Reader
-from rl.errors import ImageRLError
+from imagerl.rl.commands.options import Reader
+from imagerl.rl.errors import ImageRLError
 
 WAITING = 64  # questions held at a time
 
@@ -28,10 +28,10 @@ def serve(
     import torch
     from PIL import Image
 
-    from models.loading import load_policy
-    from models.pictures import prepare_picture
-    from rl.chat_server import chat_app
-    from rl.serving import run_app, token_from
+    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.models.common.pictures import prepare_picture
+    from imagerl.rl.commands.chat_server import chat_app
+    from imagerl.rl.commands.serving import run_app, token_from
 
     token = token_from(token_env)
     policy, _ = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")

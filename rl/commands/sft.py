@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rl.commands.options import Overrides, Overwrite, Resume, refuse_both
-from rl.errors import ImageRLError
+from imagerl.rl.commands.options import Overrides, Overwrite, Resume, refuse_both
+from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
-    from rl.image_files import Entry, Example, Limits
-    from rl.sft.config import ImageDataConfig, SFTRecipe, SourceConfig
-    from rl.sft.image_data import ShuffledSource
+    from imagerl.rl.config.sft import ImageDataConfig, SFTRecipe, SourceConfig
+    from imagerl.rl.data.image_data import ShuffledSource
+    from imagerl.rl.data.image_files import Entry, Example, Limits
 
 
 def sft(
@@ -26,7 +26,7 @@ def sft(
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a model on pictures with captions."""
-    from rl.sft.config import load_sft_recipe
+    from imagerl.rl.config.sft import load_sft_recipe
 
     settings = load_sft_recipe(recipe, overrides or [])
     refuse_both(resume, overwrite)
@@ -37,7 +37,7 @@ def sft(
 
 def closing_line(comparison: Mapping[str, Any]) -> str:
     """Held-out losses before → after."""
-    from rl.stats import change
+    from imagerl.rl.evaluation.stats import change
 
     parts = [
         f"{name.replace('_', ' ')} {result['before']:.4f} → {result['after']:.4f} "
@@ -52,18 +52,18 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
     it was stopped early and on all but the main process."""
     import torch
 
-    from models.loading import load_policy, save_policy
-    from models.prompts import PromptTooLong
-    from rl.commands.running import begin_run, open_run
-    from rl.engine import Engine
-    from rl.image_files import BadSample, load_example
-    from rl.rollout import RolloutEngine
-    from rl.run_folder import RunFolder
-    from rl.sft.image_data import ImageStream, first_examples
-    from rl.sft.objective import part_of, sft_module
-    from rl.sft.run import SFTRun
-    from rl.sft.trainer import Collator, SFTTrainer
-    from rl.types import SamplingParams
+    from imagerl.models.blip3o_next.loading import load_policy, save_policy
+    from imagerl.models.blip3o_next.prompts import PromptTooLong
+    from imagerl.rl.commands.running import begin_run, open_run
+    from imagerl.rl.data.image_data import ImageStream, first_examples
+    from imagerl.rl.data.image_files import BadSample, load_example
+    from imagerl.rl.engine.engine import Engine
+    from imagerl.rl.rollout.engine import RolloutEngine
+    from imagerl.rl.run.folder import RunFolder
+    from imagerl.rl.sft.objective import part_of, sft_module
+    from imagerl.rl.sft.run import SFTRun
+    from imagerl.rl.sft.trainer import Collator, SFTTrainer
+    from imagerl.rl.types import SamplingParams
 
     data, seed = recipe.data, recipe.run.seed
     train_sources = open_sources(data.train, data, seed)
@@ -135,8 +135,8 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
 
 
 def open_sources(configs: Sequence[SourceConfig], data: ImageDataConfig, seed: int) -> list[ShuffledSource]:
-    from rl.sft.image_data import ShuffledSource
-    from rl.sft.image_sources import open_source
+    from imagerl.rl.data.image_data import ShuffledSource
+    from imagerl.rl.data.image_sources import open_source
 
     return [
         ShuffledSource(one.path, open_source(one.path, one.caption_field), seed, number, data.open_shards)
@@ -145,6 +145,6 @@ def open_sources(configs: Sequence[SourceConfig], data: ImageDataConfig, seed: i
 
 
 def limits(data: ImageDataConfig) -> Limits:
-    from rl.image_files import Limits
+    from imagerl.rl.data.image_files import Limits
 
     return Limits(data.max_pixels, data.min_side, data.max_aspect, data.max_caption_chars)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
-    from models.image_tokenizer import ImageTokenizer
+    from imagerl.models.common.image_tokenizer import ImageTokenizer
 
 
 def tokenize(
@@ -23,10 +23,10 @@ def tokenize(
     json: Annotated[Path | None, typer.Option(help="also write the tokens to this file")] = None,
 ) -> None:
     """Show a picture's tokens as the language model reads them, one row of the picture a line."""
-    from models.pictures import crop_note, prepare_picture
-    from rl.files import write_atomic
-    from rl.metrics import to_json
-    from rl.reading import read_picture
+    from imagerl.models.common.pictures import crop_note, prepare_picture
+    from imagerl.rl.files.metrics import to_json
+    from imagerl.rl.files.reading import read_picture
+    from imagerl.rl.files.writing import write_atomic
 
     pixels = read_picture(picture)
     tokenizer = _tokenizer_of(model)
@@ -44,8 +44,8 @@ def tokenize(
 
 
 def _tokenizer_of(model: str) -> ImageTokenizer:
-    from models.loading import load_policy
-    from models.ta_tok import load_ta_tok
+    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.models.blip3o_next.ta_tok import load_ta_tok
 
     if Path(model).is_file():
         return load_ta_tok(Path(model))

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rl.commands.options import Overrides, Overwrite, Resume, refuse_both
-from rl.errors import ImageRLError
+from imagerl.rl.commands.options import Overrides, Overwrite, Resume, refuse_both
+from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
-    from rl.config import Recipe
-    from rl.data import PromptSet
+    from imagerl.rl.config.train import Recipe
+    from imagerl.rl.data.prompt_sets import PromptSet
 
 
 def train(
@@ -24,7 +24,7 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a policy as a recipe says."""
-    from rl.config import load_recipe
+    from imagerl.rl.config.train import load_recipe
 
     settings = load_recipe(recipe, overrides or [])
     refuse_both(resume, overwrite)
@@ -35,8 +35,8 @@ def train(
 
 
 def closing_line(comparison: Mapping[str, Any]) -> str:
-    """What the run is judged by, before → after; see `rl.stats.headline`."""
-    from rl.stats import HEADLINES, change, headline, number
+    """What the run is judged by, before → after; see `rl.evaluation.stats.headline`."""
+    from imagerl.rl.evaluation.stats import HEADLINES, change, headline, number
 
     metric = headline(comparison)
     if metric is None:
@@ -50,9 +50,9 @@ def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
     """The prompts to train on and the held-out ones. No weights are read.
 
     Raises ImageRLError when they overlap, or for one that the model cannot read."""
-    from models.loading import load_prompts
-    from rewards.ocr import wanted_text
-    from rl.data import load_prompt_set, refuse_overlap
+    from imagerl.models.blip3o_next.loading import load_prompts
+    from imagerl.rewards.ocr.reward import wanted_text
+    from imagerl.rl.data.prompt_sets import load_prompt_set, refuse_overlap
 
     prompts, heldout = load_prompt_set(recipe.data.train), load_prompt_set(recipe.data.heldout)
     refuse_overlap(prompts, heldout, wanted_text)
@@ -66,18 +66,18 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     order."""
     import torch
 
-    from models.loading import load_policy
-    from rewards.base import check_entries
-    from rewards.workers import RewardWorkers
-    from rl.commands.running import begin_run, open_run
-    from rl.data import GroupedSampler
-    from rl.engine import Engine
-    from rl.halves import freeze_references, lr_factor, trained_module
-    from rl.reward_config import refuse_hidden
-    from rl.rollout import RolloutEngine, evaluation_sampling, training_sampling
-    from rl.run import Run
-    from rl.run_folder import RunFolder
-    from rl.trainer import Trainer
+    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.rewards.base import check_entries
+    from imagerl.rewards.workers.pool import RewardWorkers
+    from imagerl.rl.commands.running import begin_run, open_run
+    from imagerl.rl.config.rewards import refuse_hidden
+    from imagerl.rl.data.prompt_sets import GroupedSampler
+    from imagerl.rl.engine.engine import Engine
+    from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling, training_sampling
+    from imagerl.rl.run.folder import RunFolder
+    from imagerl.rl.run.loop import Run
+    from imagerl.rl.training.halves import freeze_references, lr_factor, trained_module
+    from imagerl.rl.training.trainer import Trainer
 
     refuse_hidden([*recipe.rewards.functions, *recipe.gold])
     prompts, heldout = read_prompts(recipe)

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rl.reading import read_json, validated
-from rl.stats import compare, verdict
+from imagerl.rl.evaluation.stats import compare, verdict
+from imagerl.rl.files.reading import read_json, validated
 
 DRAWN = ("temperature", "guidance", "flow_steps")
 KEPT = ("model", "model_sha256", *DRAWN, "versions")

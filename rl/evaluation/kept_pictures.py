@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from rl.errors import ImageRLError
-from rl.metrics import save_image
-from rl.types import RolloutGroup
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.files.metrics import save_image
+from imagerl.rl.types import RolloutGroup
 
 
 def save_group(folder: Path, group: RolloutGroup) -> None:

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rl.errors import ImageRLError
-from rl.evaluation.evaluate import Source
-from rl.evaluation.kept_pictures import refuse_filled
-from rl.files import write_atomic
-from rl.metrics import save_image, to_json
-from rl.reading import parse_json, read_json, read_picture, read_text, validated
-from rl.types import Prompt
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.evaluation.evaluate import Source
+from imagerl.rl.evaluation.kept_pictures import refuse_filled
+from imagerl.rl.files.metrics import save_image, to_json
+from imagerl.rl.files.reading import parse_json, read_json, read_picture, read_text, validated
+from imagerl.rl.files.writing import write_atomic
+from imagerl.rl.types import Prompt
 
 GRID = 4  # pictures that DPG-Bench's scorer cuts out of a grid of two rows
 

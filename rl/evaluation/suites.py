@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from rl.config import PromptSetConfig, RewardSpec
-from rl.errors import ImageRLError
-from rl.recipe import RecipeModel, load_yaml_recipe
-from rl.types import Prompt
+from imagerl.rl.config.recipe import RecipeModel, load_yaml_recipe
+from imagerl.rl.config.train import PromptSetConfig, RewardSpec
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.types import Prompt
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,31 +70,31 @@ class SuiteFile(RecipeModel):
 
 
 def _world(size: int | None) -> list[Prompt]:
-    from rl.tiny.world import prompt_set
+    from imagerl.rl.data.tiny.world import prompt_set
 
     return prompt_set("heldout", size)
 
 
 def _composition(size: int | None) -> list[Prompt]:
-    from rl.tiny.world import composition_set
+    from imagerl.rl.data.tiny.world import composition_set
 
     return composition_set("heldout", size)
 
 
 def _world_truth(prompt: Prompt) -> Image.Image:
-    from rl.tiny.world import truth
+    from imagerl.rl.data.tiny.world import truth
 
     return truth(prompt)
 
 
 def _edits(size: int | None) -> list[Prompt]:
-    from rl.tiny.edits import edit_set
+    from imagerl.rl.data.tiny.edits import edit_set
 
     return edit_set("heldout", size)
 
 
 def _questions(size: int | None) -> list[Prompt]:
-    from rl.tiny.edits import question_set
+    from imagerl.rl.data.tiny.edits import question_set
 
     return question_set("heldout", size)
 
@@ -137,7 +137,7 @@ def load_suite(path: str) -> Suite:
     named = None if isinstance(file.prompts, list) else file.prompts.name
 
     def prompts(size: int | None) -> list[Prompt]:
-        from rl.data import inline_prompts, load_prompt_set
+        from imagerl.rl.data.prompt_sets import inline_prompts, load_prompt_set
 
         if isinstance(file.prompts, PromptSetConfig):
             drawn = load_prompt_set(file.prompts)

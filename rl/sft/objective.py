@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rl.seeding import derive_seed
-from rl.sft.config import SFTRecipe
+from imagerl.rl.config.sft import SFTRecipe
+from imagerl.rl.data.seeding import derive_seed
 
 MAX_LOGITS_PER_CHUNK = 1 << 25  # float32 logits alive at once: 128 MiB, whatever the vocabulary
 

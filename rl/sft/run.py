@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from rl.checkpoint import Checkpoint
-from rl.evaluation.evaluate import Evaluation
-from rl.files import atomic_folder
-from rl.image_files import Example
-from rl.metrics import MetricsLog
-from rl.rollout import RolloutEngine, to_uint8
-from rl.run import Loop
-from rl.run_folder import MODEL, RunFolder
-from rl.seeding import generator
-from rl.sft.config import SFTRecipe
-from rl.sft.objective import SFTBatch
-from rl.sft.trainer import SFTTrainer, of_one_kind
-from rl.stats import summarise
-from rl.types import Prompt
+from imagerl.rl.config.sft import SFTRecipe
+from imagerl.rl.data.image_files import Example
+from imagerl.rl.data.seeding import generator
+from imagerl.rl.engine.checkpoint import Checkpoint
+from imagerl.rl.evaluation.evaluate import Evaluation
+from imagerl.rl.evaluation.stats import summarise
+from imagerl.rl.files.metrics import MetricsLog
+from imagerl.rl.files.writing import atomic_folder
+from imagerl.rl.rollout.engine import RolloutEngine, to_uint8
+from imagerl.rl.run.folder import MODEL, RunFolder
+from imagerl.rl.run.loop import Loop
+from imagerl.rl.sft.objective import SFTBatch
+from imagerl.rl.sft.trainer import SFTTrainer, of_one_kind
+from imagerl.rl.types import Prompt
 
 SUITE = "heldout"
 

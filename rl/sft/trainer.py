@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl.engine import Engine
-from rl.image_files import REASONS, Example
-from rl.metrics import PhaseTimer
-from rl.seeding import generator
-from rl.sft.config import SFTRecipe
-from rl.sft.image_data import Drawn, ImageStream
-from rl.sft.objective import SFTBatch, SFTModule, SFTScores, noise_levels, prompt_targets
+from imagerl.rl.config.sft import SFTRecipe
+from imagerl.rl.data.image_data import Drawn, ImageStream
+from imagerl.rl.data.image_files import REASONS, Example
+from imagerl.rl.data.seeding import generator
+from imagerl.rl.engine.engine import Engine
+from imagerl.rl.files.metrics import PhaseTimer
+from imagerl.rl.sft.objective import SFTBatch, SFTModule, SFTScores, noise_levels, prompt_targets
 
 
 class Collator:

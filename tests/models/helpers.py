@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from models.building import new_policy
-from models.image_policy import ImagePolicy
-from rl.pretraining.stages import captions
+from imagerl.models.blip3o_next.building import new_policy
+from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.rl.sft.pretraining.stages import captions
 from tests.micro import MODEL, micro_policy
 
 CAPTIONS = ("CAT", 'a sign that says "42" in red', 'ünïcödé and a much longer caption, padded less: "ZEBRA"')

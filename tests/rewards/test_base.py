@@ -7,7 +7,7 @@ from typing import get_type_hints
 import pytest
 from PIL import Image
 
-from rewards.base import (
+from imagerl.rewards.base import (
     REWARDS,
     RewardSpec,
     as_trl_reward,
@@ -16,10 +16,10 @@ from rewards.base import (
     load_rewards,
     load_spec,
 )
-from rewards.boundary import error_line
-from rewards.targets import ENTRY_KEYS, import_target
-from rl.reward_config import RewardSpec as RecipeEntry
-from rl.types import ImageRLError, RewardOutput
+from imagerl.rewards.boundary.guard import error_line
+from imagerl.rewards.boundary.targets import ENTRY_KEYS, import_target
+from imagerl.rl.config.rewards import RewardSpec as RecipeEntry
+from imagerl.rl.types import ImageRLError, RewardOutput
 
 FIVE_LINES = """
 def redness(images, scale=1.0):

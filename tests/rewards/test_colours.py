@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from rewards.colours import ColoursReward, estimate_background, score_colours
-from rl.tiny import world as tiny_world
-from rl.tiny.world import BACKGROUNDS, INKS, Scene
-from rl.types import ImageRLError
+from imagerl.rewards.colours import ColoursReward, estimate_background, score_colours
+from imagerl.rl.data.tiny import world as tiny_world
+from imagerl.rl.data.tiny.world import BACKGROUNDS, INKS, Scene
+from imagerl.rl.types import ImageRLError
 
 SCENES = [
     Scene(text, ink, background, font)

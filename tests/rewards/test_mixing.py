@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rewards.base import LoadedReward, RewardSpec
-from rewards.mixing import Gate, weight_at
-from rewards.scoring import score_request
-from rewards.workers import RewardWorkers
-from rl.types import ImageRLError, RewardOutput, RewardRequest, RewardScores
+from imagerl.rewards.base import LoadedReward, RewardSpec
+from imagerl.rewards.mixing import Gate, weight_at
+from imagerl.rewards.workers.pool import RewardWorkers
+from imagerl.rewards.workers.scoring import score_request
+from imagerl.rl.types import ImageRLError, RewardOutput, RewardRequest, RewardScores
 
 NAN = float("nan")
 

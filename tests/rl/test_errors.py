@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from rl.errors import ImageRLError, one_line
-from rl.metrics import Progress
+from imagerl.rl.errors import ImageRLError, one_line
+from imagerl.rl.files.metrics import Progress
 
 
 @pytest.mark.parametrize(

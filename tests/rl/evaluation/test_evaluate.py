@@ -7,12 +7,12 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from models.image_policy import ImagePolicy
-from rl.errors import ImageRLError
-from rl.evaluation.evaluate import Evaluation, GroundTruth, evaluate, try_rewards
-from rl.rollout import RolloutEngine
-from rl.tiny.world import prompt_set, truth
-from rl.types import RewardRequest, RewardScores, SamplingParams
+from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.rl.data.tiny.world import prompt_set, truth
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.evaluation.evaluate import Evaluation, GroundTruth, evaluate, try_rewards
+from imagerl.rl.rollout.engine import RolloutEngine
+from imagerl.rl.types import RewardRequest, RewardScores, SamplingParams
 from tests.models.helpers import lively_policy
 
 PROMPTS = prompt_set("heldout", 5)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rl.cli import main
-from rl.errors import ImageRLError
-from rl.evaluation.layouts import draw, entries_of, samples_of
-from rl.types import Prompt, RolloutGroup
+from imagerl.rl.commands.cli import main
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.evaluation.layouts import draw, entries_of, samples_of
+from imagerl.rl.types import Prompt, RolloutGroup
 from tests.micro import micro_folder
 
 SIDE = 8

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.fingerprint import model_fingerprint
-from rl.cli import main
-from rl.errors import ImageRLError
-from rl.evaluation.suites import SUITES, find_suite, fingerprint
+from imagerl.models.blip3o_next.fingerprint import model_fingerprint
+from imagerl.rl.commands.cli import main
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.evaluation.suites import SUITES, find_suite, fingerprint
 from tests.micro import micro_folder
 
 REWARDS = """

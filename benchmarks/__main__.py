@@ -1,0 +1,209 @@
+"""`python -m benchmarks`: how fast it is, as ratios and shares within one run. Not part of the package."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from imagerl.rl.commands.cli import main
+from imagerl.rl.commands.options import Model, Overrides, loaded_rollout
+from imagerl.rl.errors import ImageRLError
+
+bench = typer.Typer(no_args_is_help=True, help="Measure speed, as ratios and shares within one run.")
+FULL_SIZE_GB = 60.0  # what `imagerl plan` gives for the defaults of `bench model`
+ReportFile = Annotated[Path | None, typer.Option("--json", help="write the numbers here too")]
+
+
+@bench.command("rollout")
+def bench_rollout(
+    model: Model = "tiny",
+    prompts: Annotated[int, typer.Option(min=1, help="prompts of a batch")] = 4,
+    group_size: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds; the median counts")] = 5,
+    json: ReportFile = None,
+) -> None:
+    """Sampling and decoding, beside transformers' generate with the same weights and lengths."""
+    from benchmarks import measuring as benchmarks
+    from imagerl.rl.data.tiny.world import prompt_set
+
+    policy, rollout = loaded_rollout(model, 0, None, None, None)
+    report = benchmarks.bench_rollout(policy, rollout, prompt_set("train", prompts), group_size, repeats)
+    benchmarks.show(report, json)
+
+
+@bench.command("step")
+def bench_step(
+    recipe: Annotated[str, typer.Argument(help="recipe YAML")] = "recipes/tiny_ocr_grpo.yaml",
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=2, help="training steps; the first is warm-up")] = 4,
+    json: ReportFile = None,
+) -> None:
+    """Whole training steps of a recipe: tokens trained, share of each phase, reward time that nothing hides."""
+    from benchmarks import measuring as benchmarks
+
+    benchmarks.show(trained_steps(recipe, overrides or [], steps), json)
+
+
+@bench.command("rewards")
+def bench_rewards(
+    recipe: Annotated[str, typer.Argument(help="recipe YAML")] = "recipes/tiny_ocr_grpo.yaml",
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=2, help="training steps; the first is warm-up")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds; the median counts")] = 3,
+    json: ReportFile = None,
+) -> None:
+    """Each reward of a recipe on the pictures of one step, and how much of the scoring training waits for."""
+    from benchmarks import measuring as benchmarks
+    from benchmarks.rewards import bench_rewards as measure
+    from imagerl.rewards.base import RewardSpec, load_rewards
+    from imagerl.rewards.workers.scoring import call_reward
+    from imagerl.rl.config.train import load_recipe
+    from imagerl.rl.data.prompt_sets import load_prompt_set
+    from imagerl.rl.rollout.engine import reward_request, training_sampling
+
+    settings = load_recipe(recipe, overrides or [])
+    prompts = load_prompt_set(settings.data.train).prompts[: settings.rollout.prompts_per_step]
+    sampling = training_sampling(settings)
+    _, rollout = loaded_rollout(
+        settings.model.path, 0, sampling.temperature, sampling.guidance, sampling.flow_steps
+    )
+    (groups,) = rollout.generate(prompts, settings.rollout.group_size, "bench")
+    request = reward_request(groups)
+    specs = [RewardSpec.from_mapping(spec.model_dump()) for spec in settings.rewards.functions]
+    scores = {reward.label: partial(call_reward, reward, request) for reward in load_rewards(specs)}
+    step = trained_steps(recipe, overrides or [], steps)
+    report = measure(scores, len(request.prompts), repeats, settings.rewards.workers, step)
+    benchmarks.show(report, json)
+
+
+def trained_steps(recipe: str, overrides: list[str], steps: int) -> dict[str, float]:
+    """The report on a few training steps of a recipe, in a folder that is then removed."""
+    import tempfile
+
+    from benchmarks import measuring as benchmarks
+    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.rl.commands.train import run_training
+    from imagerl.rl.config.train import load_recipe
+
+    with tempfile.TemporaryDirectory() as scratch:
+        fixed = [f"run.output_dir={scratch}/run", f"run.steps={steps}", "eval.every=0", "eval.size=2"]
+        settings = load_recipe(recipe, [*overrides, *fixed])
+        tokens = load_policy(settings.model.path)[0].num_actions
+        run_training(settings)
+        batch = settings.rollout.prompts_per_step * settings.rollout.group_size
+        return benchmarks.bench_step(Path(scratch) / "run", batch * tokens)
+
+
+@bench.command("variance")
+def bench_variance(
+    recipe: Annotated[str, typer.Argument(help="recipe YAML")] = "recipes/tiny_ocr_grpo.yaml",
+    overrides: Overrides = None,
+    prompts: Annotated[int, typer.Option(min=2, help="prompts of the measurement")] = 32,
+    group_size: Annotated[int, typer.Option(min=2, help="token sequences of each")] = 8,
+    decodes: Annotated[int, typer.Option(min=2, help="pictures of each sequence")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds of timing; the median counts")] = 5,
+    json: ReportFile = None,
+) -> None:
+    """What rollout.shared_noise and rollout.decodes buy for the tokens' gradient at equal cost."""
+    from contextlib import nullcontext
+
+    import torch
+
+    from benchmarks import measuring as benchmarks
+    from benchmarks.variance import gains, measure
+    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.rewards.base import RewardSpec, load_rewards
+    from imagerl.rewards.workers.scoring import score_request
+    from imagerl.rl.config.train import load_recipe
+    from imagerl.rl.data.prompt_sets import load_prompt_set
+    from imagerl.rl.rollout.engine import RolloutEngine, training_sampling
+    from imagerl.rl.training.halves import trained_module
+
+    settings = load_recipe(recipe, overrides or [])
+    torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
+    policy, _ = load_policy(settings.model.path, "cuda" if torch.cuda.is_available() else "cpu")
+    trained_module(policy, settings)
+    sampling = replace(training_sampling(settings), shared_noise=True, decodes=decodes)
+    rollout = RolloutEngine(policy, sampling, settings.run.seed, nullcontext)
+    specs = [RewardSpec.from_mapping(spec.model_dump()) for spec in settings.rewards.functions]
+    score = partial(score_request, load_rewards(specs))
+    train = load_prompt_set(settings.data.train).prompts[:prompts]
+    rewards, seconds = measure(policy, rollout, score, train, group_size, repeats)
+    benchmarks.show(gains(rewards, seconds), json)
+
+
+@bench.command("algorithms")
+def bench_algorithms(
+    samples: Annotated[int, typer.Option(min=2, help="samples of an update")] = 96,
+    actions: Annotated[int, typer.Option(min=1, help="image tokens of a sample")] = 64,
+    group_size: Annotated[int, typer.Option(min=2, help="samples of a prompt; divides them")] = 16,
+    vocabulary: Annotated[int, typer.Option(min=2, help="image tokens to choose from")] = 1000,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds; the median counts")] = 20,
+    json: ReportFile = None,
+) -> None:
+    """What each algorithm's update costs over plain GRPO's, on the same tensors."""
+    import torch
+
+    from benchmarks import measuring as benchmarks
+    from benchmarks.algorithms import bench_algorithms as measure
+
+    if samples % group_size:
+        raise ImageRLError(f"--group-size {group_size} must divide --samples {samples}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    benchmarks.show(measure(samples, actions, group_size, vocabulary, repeats, device), json)
+
+
+@bench.command("model")
+def bench_model(
+    size: Annotated[
+        str, typer.Option(help="full: the published 3B model; or tiny, or a model folder")
+    ] = "full",
+    samples: Annotated[int, typer.Option(min=1, help="pictures of one prompt, sampled together")] = 16,
+    micro_batch: Annotated[int, typer.Option(min=1, help="samples of one training update")] = 4,
+    flow_steps: Annotated[int, typer.Option(min=1, help="denoising steps")] = 30,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds; the median counts")] = 3,
+    json: ReportFile = None,
+) -> None:
+    """Loading, sampling, drawing and one update of a model with random weights, and the memory they take."""
+    import tempfile
+
+    import torch
+
+    from benchmarks import measuring as benchmarks
+    from benchmarks.model import bench_model as measure
+    from benchmarks.model import require_memory
+    from imagerl.models.blip3o_next.published import full_size_config
+    from imagerl.models.blip3o_next.weights import empty_policy, fill, fill_randomly, full_state
+    from imagerl.models.common.shards import Shards, save_shards
+    from imagerl.rl.commands.plan import model_config
+
+    if size == "full":
+        require_memory(FULL_SIZE_GB, "the full-size model", "try --size tiny")
+    config = full_size_config() if size == "full" else model_config(size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    policy = empty_policy(config, None)
+    fill_randomly(policy, dtype, device, seed=0)
+    policy.to(device)
+    policy.trainable.eval()
+    policy.decoder.requires_grad_(False).eval()
+    with tempfile.TemporaryDirectory() as scratch:
+        save_shards(full_state(policy), Path(scratch))
+
+        def load() -> int:
+            shards = Shards(Path(scratch))
+            fill(empty_policy(config, None), shards, dtype, device)
+            return shards.nbytes
+
+        report = measure(
+            policy, load, samples=samples, micro_batch=micro_batch, flow_steps=flow_steps, repeats=repeats
+        )
+    benchmarks.show(report, json)
+
+
+if __name__ == "__main__":
+    main(program=bench, called="benchmarks")

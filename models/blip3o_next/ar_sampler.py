@@ -1,0 +1,227 @@
+"""Drawing image tokens: one prefill per prompt, then one small step per token for all samples at once.
+
+transformers' `generate` spends most of a small model's time outside the matrix products, prefills a shared
+prompt once per sample and forgets the hidden states. Here the weights are laid out once per rollout (fused
+projections, adapters merged, norms folded), the prompt's keys and values are kept once per group, and the same
+pass yields tokens, their log-probs and the hidden states that condition the decoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from imagerl.models.blip3o_next.ar import ARPolicy, positions_of
+from imagerl.rl.types import TokenTrajectory
+
+
+def effective_weight(linear: Any) -> Tensor:
+    """The weight a linear layer acts with now: LoRA deltas included unless adapters are off."""
+    if not hasattr(linear, "base_layer"):
+        return linear.weight.detach()
+    weight: Tensor = linear.base_layer.weight.detach()
+    if not linear.disable_adapters and not linear.merged:
+        for name in linear.active_adapters:
+            weight = weight + linear.get_delta_weight(name).detach()
+    return weight
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One decoder layer's weights. A norm's scale is folded into the projection that follows it."""
+
+    qkv: Tensor  # [(Hq + 2·Hkv)·d, D]
+    qk_scale: Tensor  # [Hq + Hkv, d] per-head norms; the query's holds 1/sqrt(d) too
+    out: Tensor  # [D, Hq·d]
+    gate_up: Tensor  # [2·I, D]
+    down: Tensor  # [D, I]
+
+
+@dataclass(slots=True)
+class _Cache:
+    """Keys and values of one layer, in float of the compute type."""
+
+    prompt_keys: Tensor  # [P, Hkv, d, L] transposed for the product with queries
+    prompt_values: Tensor  # [P, Hkv, L, d]
+    keys: Tensor  # [B, Hkv, d, T + 1]
+    values: Tensor  # [B, Hkv, T + 1, d]
+
+
+class TokenSampler:
+    """A snapshot of an `ARPolicy`, ready to draw. Make a new one after every update of the weights."""
+
+    def __init__(self, policy: ARPolicy, dtype: torch.dtype = torch.float32) -> None:
+        config = policy.lm.config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
+        self.dtype = dtype
+        self.image_start = policy.vocabulary.image_start_token_id
+        model = policy.lm.model
+        self.inv_freq = model.rotary_emb.inv_freq.float()
+        self.embedding = model.embed_tokens.weight.detach()
+        self.final_norm = model.norm.weight.detach()
+        self.head = policy.head.detach().to(dtype)
+        self.layers = [self._pack(layer) for layer in model.layers]
+
+    def _pack(self, layer: Any) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        norm_in, norm_mlp = (
+            layer.input_layernorm.weight.detach(),
+            layer.post_attention_layernorm.weight.detach(),
+        )
+        qkv = torch.cat([effective_weight(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
+        gate_up = torch.cat([effective_weight(mlp.gate_proj), effective_weight(mlp.up_proj)])
+        query_scale = (attention.q_norm.weight * self.head_dim**-0.5).expand(self.heads, -1)
+        key_scale = attention.k_norm.weight.expand(self.kv_heads, -1)
+        return _Layer(
+            qkv=(qkv * norm_in).to(self.dtype),
+            qk_scale=torch.cat([query_scale, key_scale]).detach().to(self.dtype),
+            out=effective_weight(attention.o_proj).to(self.dtype),
+            gate_up=(gate_up * norm_mlp).to(self.dtype),
+            down=effective_weight(mlp.down_proj).to(self.dtype),
+        )
+
+    def sample(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float
+    ) -> TokenTrajectory:
+        """Draw T tokens for each of G samples of P prompts.
+
+        `prompt_ids`, `prompt_mask` [P, L] left-padded; `uniforms` [P·G, T] in [0, 1), one per token: the draw is
+        the inverse of the cumulative distribution there, so a sample depends on its own numbers alone."""
+        batch, steps = uniforms.shape
+        prompt_mask = prompt_mask.bool()
+        with torch.inference_mode():
+            caches, first = self._prefill(prompt_ids, prompt_mask, batch, steps)
+            prompt_bias = torch.zeros_like(prompt_mask, dtype=self.dtype)
+            prompt_bias = prompt_bias.masked_fill(~prompt_mask, float("-inf"))
+            padding = prompt_bias[:, None, None, :] if bool((~prompt_mask).any()) else None
+            group = batch // len(prompt_ids)
+            start = prompt_mask.sum(1).repeat_interleave(group)  # position of the first image token
+            cos, sin = self._rotation(start[:, None] + torch.arange(steps, device=start.device))
+
+            hidden = first.repeat_interleave(group, dim=0)  # [B, D] of <S0>
+            all_hidden, all_tokens, all_logprobs = [hidden], [], []
+            for step in range(steps):
+                token, logprob = self._draw(hidden, uniforms[:, step], temperature)
+                all_tokens.append(token)
+                all_logprobs.append(logprob)
+                x = F.embedding(token + self.image_start, self.embedding).to(self.dtype)
+                turn = (cos[:, step, None], sin[:, step, None])
+                for layer, cache in zip(self.layers, caches, strict=True):
+                    x = self._decode_layer(layer, cache, x, turn, padding, step)
+                hidden = self._final(x)
+                all_hidden.append(hidden)
+        tokens = torch.stack(all_tokens, dim=1)  # out here, so that autograd may keep what is returned
+        return TokenTrajectory(
+            tokens=tokens,
+            rollout_logprobs=torch.stack(all_logprobs, dim=1),
+            action_mask=torch.ones_like(tokens, dtype=torch.bool),
+            hidden=torch.stack(all_hidden, dim=1),
+        )
+
+    def _draw(self, hidden: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, self.head).float() / temperature
+        logprobs = logits.log_softmax(-1)
+        # float64: a running float32 sum over 65,536 columns is off by more than a rare token's probability.
+        cumulative = logprobs.double().exp().cumsum(-1)
+        target = uniform.to(cumulative) * cumulative[:, -1]
+        token = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(
+            max=logits.shape[-1] - 1
+        )
+        return token, logprobs.gather(-1, token[:, None])[:, 0]
+
+    def _final(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(self.dtype) * self.final_norm.to(
+            self.dtype
+        )
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """RMS norm without its scale, which is folded into the next projection."""
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(self.dtype)
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [..., 1, d] of the rotary embedding; the sign of its half turn is in sin."""
+        angles = positions[..., None].float() * self.inv_freq
+        sin = angles.sin()
+        cos = angles.cos()
+        return torch.cat([cos, cos], -1).to(self.dtype), torch.cat([-sin, sin], -1).to(self.dtype)
+
+    def _queries_keys_values(
+        self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [..., D] -> queries [..., Hq, d], keys and values [..., Hkv, d], rotated."""
+        qkv = F.linear(self._normed(x), layer.qkv).unflatten(-1, (-1, self.head_dim))
+        qk, values = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=-2)
+        qk = F.rms_norm(qk.float(), (self.head_dim,), eps=self.eps).to(self.dtype) * layer.qk_scale
+        qk = qk * cos + qk.roll(self.head_dim // 2, -1) * sin
+        queries, keys = qk.split([self.heads, self.kv_heads], dim=-2)
+        return queries, keys, values
+
+    def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
+        gate, up = F.linear(self._normed(x), layer.gate_up).chunk(2, -1)
+        return x + F.linear(F.silu(gate) * up, layer.down)
+
+    def _prefill(self, ids: Tensor, mask: Tensor, batch: int, steps: int) -> tuple[list[_Cache], Tensor]:
+        """Run the prompts once; returns the caches and the last position's final hidden state [P, D]."""
+        length = ids.shape[1]
+        cos, sin = (t[:, :, None] for t in self._rotation(positions_of(mask)))
+        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        # A padded row attends to itself, so that its softmax is not empty; nobody reads its output.
+        visible = (causal & mask[:, None, :]) | torch.eye(length, dtype=torch.bool, device=ids.device)
+        x = F.embedding(ids, self.embedding).to(self.dtype)
+        caches = []
+        for layer in self.layers:
+            queries, keys, values = (t.transpose(1, 2) for t in self._queries_keys_values(layer, x, cos, sin))
+            attended = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=visible[:, None], scale=1.0, enable_gqa=True
+            )
+            x = x + F.linear(attended.transpose(1, 2).flatten(2), layer.out)
+            x = self._mlp(layer, x)
+            shape = (batch, self.kv_heads, self.head_dim, steps)
+            caches.append(
+                _Cache(
+                    prompt_keys=keys.transpose(2, 3).contiguous(),
+                    prompt_values=values.contiguous(),
+                    keys=x.new_zeros(shape),
+                    values=x.new_zeros(shape).transpose(2, 3).contiguous(),
+                )
+            )
+        return caches, self._final(x[:, -1])
+
+    def _decode_layer(
+        self,
+        layer: _Layer,
+        cache: _Cache,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor],
+        padding: Tensor | None,
+        step: int,
+    ) -> Tensor:
+        """One token through one layer: x [B, D] -> [B, D]. Scores against the prompt are one product per prompt
+        for its whole group; scores against the sample's own tokens are one per sample; one softmax joins them."""
+        queries, keys, values = self._queries_keys_values(layer, x, *turn)
+        cache.keys[:, :, :, step] = keys
+        cache.values[:, :, step] = values
+        batch, prompts = x.shape[0], cache.prompt_keys.shape[0]
+        group, repeat = batch // prompts, self.heads // self.kv_heads
+        own_queries = queries.view(batch, self.kv_heads, repeat, self.head_dim)
+        own = own_queries @ cache.keys[:, :, :, : step + 1]
+        grouped = own_queries.view(prompts, group, self.kv_heads, repeat, self.head_dim).transpose(1, 2)
+        shared = grouped.reshape(prompts, self.kv_heads, group * repeat, self.head_dim) @ cache.prompt_keys
+        if padding is not None:
+            shared = shared + padding
+        length = shared.shape[-1]
+        shared = shared.view(prompts, self.kv_heads, group, repeat, length).transpose(1, 2)
+        scores = torch.cat([shared.reshape(batch, self.kv_heads, repeat, length), own], dim=-1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(self.dtype)
+        on_prompt, on_own = weights.split([length, step + 1], dim=-1)
+        on_prompt = on_prompt.reshape(prompts, group, self.kv_heads, repeat, length).transpose(1, 2)
+        from_prompt = on_prompt.reshape(prompts, self.kv_heads, group * repeat, length) @ cache.prompt_values
+        from_prompt = from_prompt.view(prompts, self.kv_heads, group, repeat, self.head_dim).transpose(1, 2)
+        from_own = on_own @ cache.values[:, :, : step + 1]
+        attended = from_prompt.reshape(batch, -1) + from_own.reshape(batch, -1)
+        return self._mlp(layer, x + F.linear(attended, layer.out))

@@ -1,0 +1,142 @@
+"""The decoder as a policy: its denoising steps are actions with log-probs that reinforcement learning can train."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from imagerl.models.blip3o_next.flow_decoder import FlowDecoder
+from imagerl.models.common.flow_step import (
+    StepCoefficients,
+    next_latents,
+    step_coefficients,
+    transition_logprob,
+    transition_mean,
+)
+from imagerl.rl.types import FlowSampling, FlowSchedule, FlowScores, FlowTrajectory, ImageRLError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class FlowNetwork(nn.Module):
+    """What trains of a decoder: connector and transformer, never the autoencoder. It says velocities; all that
+    follows from them is arithmetic."""
+
+    def __init__(self, decoder: FlowDecoder) -> None:
+        super().__init__()
+        self.connector, self.sana = decoder.connector, decoder.sana
+        self._decoder = (decoder,)  # in a tuple, so that the autoencoder is not registered
+
+    def forward(self, hidden: Tensor, latents: Tensor, sigma: Tensor, guidance: float) -> Tensor:
+        """Guided velocities [B, N, C, h, w] in float32 at N points of each sample: latents [B, N, C, h, w] at
+        noise levels sigma [B, N], all given the same hidden states [B, R, D].
+
+        What depends on the hidden states alone is computed once for the N points, gradients included."""
+        (decoder,) = self._decoder
+        branches = decoder.branches(hidden, guidance)
+        points = zip(latents.unbind(1), sigma.unbind(1), strict=True)
+        return torch.stack([decoder.guided_velocity(x, s, branches, guidance).float() for x, s in points], 1)
+
+
+class FlowPolicy:
+    """Implements `rl.types.FlowHalf` around a decoder."""
+
+    def __init__(self, decoder: FlowDecoder) -> None:
+        """Only the network gets gradients; what it stands in stays frozen."""
+        self.decoder = decoder
+        self.trainable = FlowNetwork(decoder)
+        self.trainable.requires_grad_(True)
+        self._adapter: PeftModel | None = None
+        self._reference: FlowNetwork | None = None
+
+    @torch.no_grad()
+    def sample(
+        self, hidden: Tensor, noise: Tensor, step_noise: Tensor, sampling: FlowSampling
+    ) -> tuple[Tensor, FlowTrajectory]:
+        """Integrate from `noise` [B, C, h, w], stochastic within the window with `step_noise` [B, S, C, h, w].
+
+        Returns the finished latents [B, C, h, w], and what replay needs. Latents stay float32 throughout."""
+        decoder, window = self.decoder, sampling.window
+        sigmas = decoder.sigmas(sampling.steps)
+        plain = step_coefficients("ode", sigmas)
+        drawing = step_coefficients(sampling.sampler, sigmas, sampling.noise_level)  # type: ignore[arg-type]
+        branches = decoder.branches(hidden, sampling.guidance)
+        x = noise.float()
+        visited, logprobs = [], []
+        for step in range(sampling.steps):
+            sigma = sigmas[step].to(x.device).expand(len(x))
+            velocity = decoder.guided_velocity(x, sigma, branches, sampling.guidance)
+            if step not in window:
+                x = transition_mean(plain, step, x, velocity)
+                continue
+            visited.append(x)
+            mean, std = transition_mean(drawing, step, x, velocity), float(drawing.std[step])
+            x = next_latents(mean, std, step_noise[:, step - window.start])
+            logprobs.append(transition_logprob(x, mean, std))
+            if step + 1 == window.stop:
+                visited.append(x)
+        rollout_logprobs = torch.stack(logprobs, 1) if logprobs else x.new_zeros(len(x), 0)
+        return x, FlowTrajectory(hidden, torch.stack(visited or [x], 1), rollout_logprobs)
+
+    def schedule(self, sampling: FlowSampling) -> FlowSchedule:
+        """The stochastic steps of a rollout."""
+        sigmas = self.decoder.sigmas(sampling.steps)
+        drawing = step_coefficients(sampling.sampler, sigmas, sampling.noise_level)  # type: ignore[arg-type]
+        rows = slice(sampling.window.start, sampling.window.stop)
+        return FlowSchedule(sigmas[:-1][rows], sigmas.diff()[rows], *(value[rows] for value in drawing))
+
+    def score(self, velocity: Tensor, latents: Tensor, schedule: FlowSchedule) -> FlowScores:
+        """Log-probs of the steps through latents [B, S + 1, C, h, w], given the velocities [B, S, C, h, w] at
+        their beginnings. No network and no autoencoder is run."""
+        coefficients = StepCoefficients(schedule.latents, schedule.velocity, schedule.std)
+        means, logprobs = [], []
+        for step, std in enumerate(schedule.std.tolist()):
+            means.append(transition_mean(coefficients, step, latents[:, step], velocity[:, step]))
+            logprobs.append(transition_logprob(latents[:, step + 1], means[-1], std))
+        return FlowScores(torch.stack(logprobs, 1), torch.stack(means, 1))
+
+    def freeze_reference(self) -> None:
+        """Remember the present network as the KL reference: a frozen copy, or nothing at all with LoRA, where the
+        reference is the base with adapters off."""
+        if self._adapter is None:
+            decoder = copy.copy(self.decoder)
+            decoder._modules = {**self.decoder._modules}
+            decoder.connector = copy.deepcopy(self.decoder.connector)
+            decoder.sana = copy.deepcopy(self.decoder.sana)
+            self._reference = FlowNetwork(decoder).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def reference_velocity(self, hidden: Tensor, latents: Tensor, sigma: Tensor, guidance: float) -> Tensor:
+        """`FlowNetwork.forward` of the frozen reference."""
+        if self._reference is not None:
+            return self._reference(hidden, latents, sigma, guidance)
+        if self._adapter is None:
+            raise ImageRLError("no reference decoder: call freeze_reference() before training with KL")
+        with self.base_weights():
+            return self.trainable(hidden, latents, sigma, guidance)
+
+    def add_lora(self, rank: int, alpha: float, target_modules: list[str]) -> None:
+        """Freeze the network and train low-rank adapters of the transformer instead (arXiv 2106.09685), by PEFT."""
+        from peft import LoraConfig, get_peft_model
+
+        self.trainable.requires_grad_(False)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules)
+        try:
+            self._adapter = get_peft_model(self.decoder.sana, config)
+        except ValueError as error:
+            raise ImageRLError(f"algorithm.flow.lora: {' '.join(str(error).split())[:300]}") from error
+
+    def merge_lora(self) -> None:
+        """Fold the adapters into the weights for good. Nothing to do without."""
+        if self._adapter is not None:
+            self._adapter.merge_and_unload()
+            self._adapter = None
+
+    def base_weights(self) -> AbstractContextManager[Any]:
+        """A context in which adapters are off."""
+        return self._adapter.disable_adapter() if self._adapter is not None else nullcontext()

@@ -1,0 +1,201 @@
+"""What the language model reads: the published chat prompts around a user's words and a picture's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from imagerl.models.blip3o_next.ar import ImageVocabulary
+from imagerl.rl.types import ImageRLError, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SYSTEM = "You are a helpful assistant."
+REQUEST = "Please generate image based on the following caption: {caption}"
+EDIT = "Please edit this image according to the following instruction: {instruction}.\n"
+PICTURE_START, PICTURE_END = "<|vision_start|>", "<|vision_end|>"
+TURN_END = "<|im_end|>"
+MARK = "\ue000"  # a private-use character, where the chat template puts the user's words
+
+Rows = list[list[int]]
+Kind = Literal["caption", "edit", "question"]
+
+
+class PromptTooLong(ImageRLError):
+    """A prompt that leaves the model no positions for its answer."""
+
+
+def pad_left(rows: Rows, pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, L] int64 and bool."""
+    longest = max(map(len, rows))
+    ids = [[pad] * (longest - len(row)) + row for row in rows]
+    mask = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+class PromptEncoder:
+    """Prompts as ids. A user's words are encoded as plain text: `<I5>` or `<|im_end|>` in a caption are seven or more
+    letters, never the token of that name, so that nobody can end a turn or draw from inside a caption."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: ImageVocabulary,
+        positions: int,
+        image_tokens: int,
+    ) -> None:
+        """`positions` are the language model's, for prompt and answer together; a picture is `image_tokens` of them."""
+        self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
+        self.positions = positions
+        self.image_tokens = image_tokens
+        self.pad = tokenizer.pad_token_id or 0
+        self._ids_of_names = tokenizer.get_added_vocab()  # built anew at every call, of 65,000 names
+        self._named = set(self._ids_of_names.values())
+        before, self._after = _chat_frame(tokenizer)
+        # Between named tokens text is encoded as one piece, so the user's words must be joined to what touches them.
+        cut = max((end for _, end in self._named_spans(before)), default=0)
+        self._head, self._lead = self._ids(before[:cut]), before[cut:]
+        cut = min((start for start, _ in self._named_spans(self._after)), default=len(self._after))
+        self._trail, self._tail = self._after[:cut], self._ids(self._after[cut:])
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def _named_spans(self, text: str) -> list[tuple[int, int]]:
+        """Where the tokenizer would see one of its named tokens in a text."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [span for id_, span in pairs if id_ in self._named]
+
+    def plain(self, text: str) -> list[int]:
+        """Ids of a text in which names of tokens are mere letters; those of any other text are the tokenizer's own."""
+        ids = self._ids(text)
+        if self._named.isdisjoint(ids):
+            return ids
+        cuts = {start + 1 if end - start > 1 else end for start, end in self._named_spans(text)} - {len(text)}
+        if not cuts:
+            return ids
+        return [
+            id_ for part in pairwise([0, *sorted(cuts), len(text)]) for id_ in self.plain(text[slice(*part)])
+        ]
+
+    def require(self, prompts: Iterable[Prompt], questions: bool = False) -> None:
+        """Ask of every prompt, a question or else what a picture is drawn of, whether the model can read it.
+
+        Raises ImageRLError that begins with the place of the first one that it cannot, PromptTooLong for its length."""
+        for prompt in prompts:
+            edit = prompt.columns.get("reference") is not None
+            try:
+                self.encode(prompt.text, "question" if questions else "edit" if edit else "caption")
+            except ImageRLError as error:
+                raise type(error)(f"{prompt.place}: {error}") from None
+
+    def encode(self, text: str, kind: Kind) -> list[int]:
+        """One prompt, with tokens of no particular picture. Raises ImageRLError for what the model cannot read."""
+        if kind == "caption":
+            return self.captions([text])[0]
+        picture = torch.zeros(1, self.image_tokens, dtype=torch.long)
+        return (self.edits if kind == "edit" else self.questions)([text], picture)[0]
+
+    def captions(self, texts: Sequence[str]) -> Rows:
+        """Text-to-image prompts, each ending in `<im_start><S0>`."""
+        require_words(texts, "prompt", "a caption")
+        rows = [
+            self._head
+            + self.plain(self._lead + REQUEST.format(caption=text) + self._trail)
+            + self._tail
+            + self._image_tags
+            for text in texts
+        ]
+        return self._fitting(rows, texts, self.image_tokens)
+
+    def edits(self, texts: Sequence[str], reference_tokens: Tensor) -> Rows:
+        """Edit prompts around the references' tokens [P, T], each ending in `<im_start><S0>`."""
+        require_words(texts, "prompt", "an instruction")
+        rows = [
+            self._head
+            + self.plain(self._lead + EDIT.format(instruction=text))
+            + picture
+            + self._ids(self._after)
+            + self._image_tags
+            for text, picture in zip(texts, self._pictures(reference_tokens, len(texts)), strict=True)
+        ]
+        return self._fitting(rows, texts, self.image_tokens)
+
+    def questions(self, texts: Sequence[str], picture_tokens: Tensor) -> Rows:
+        """Questions about pictures of tokens [P, T], each ending where the answer starts. The picture stands before
+        the words."""
+        require_words(texts, "question", "words")
+        rows = [
+            self._head + self.plain(self._lead) + picture + self.plain(f"\n{text}{self._trail}") + self._tail
+            for text, picture in zip(texts, self._pictures(picture_tokens, len(texts)), strict=True)
+        ]
+        return self._fitting(rows, texts, 0)
+
+    def _fitting(self, rows: Rows, texts: Sequence[str], drawn: int) -> Rows:
+        """The rows. Raises PromptTooLong when one leaves no positions for the `drawn` tokens of a picture."""
+        limit = self.positions - drawn
+        for row, text in zip(rows, texts, strict=True):
+            if len(row) > limit:
+                less = f", less {drawn} for the picture" if drawn else ""
+                raise PromptTooLong(
+                    f'"{" ".join(text[:40].split())}..." is {len(row)} tokens long with the chat template, and the '
+                    f"model takes {limit} (it has {self.positions} positions{less}); shorten it"
+                )
+        return rows
+
+    def answers(self, texts: Sequence[str]) -> Rows:
+        """What the model should say: the words and the end of its turn."""
+        return [[*self.plain(text), self.id_of(TURN_END)] for text in texts]
+
+    @property
+    def _image_tags(self) -> list[int]:
+        return [self.vocabulary.image_start_tag_id, self.vocabulary.scale_start_token_id]
+
+    def _pictures(self, tokens: Tensor, count: int) -> Rows:
+        if tokens.ndim != 2 or len(tokens) != count:
+            raise ImageRLError(
+                f"{count} prompts need picture tokens of shape [{count}, T], not {list(tokens.shape)}"
+            )
+        start, end = self.id_of(PICTURE_START), self.id_of(PICTURE_END)
+        first = self.vocabulary.image_start_token_id
+        return [[start, *(first + token for token in row), end] for row in tokens.tolist()]
+
+    def id_of(self, name: str) -> int:
+        id_ = self._ids_of_names.get(name)
+        if id_ is None:
+            raise ImageRLError(
+                f"this model's text tokenizer has no {name}: it cannot read pictures; use a model trained to edit"
+            )
+        return int(id_)
+
+
+def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template puts before and after the user's words, up to where the model goes on.
+
+    Raises ImageRLError when there is no template, or it does not show the user's words exactly once."""
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": MARK}]
+    try:
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template may fail in any way
+        raise ImageRLError(
+            "the model's text tokenizer has no chat template that works; copy it from the base model"
+        ) from error
+    before, *after = prompt.split(MARK)
+    if len(after) != 1:
+        raise ImageRLError(
+            f"the chat template of the model's text tokenizer shows the user's words {len(after)} times, not once"
+        )
+    return before, after[0]
+
+
+def require_words(texts: Sequence[str], what: str, needed: str) -> None:
+    for text in texts:
+        if not text.strip():
+            raise ImageRLError(f"a {what} is empty; every {what} needs {needed}")

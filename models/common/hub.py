@@ -1,0 +1,40 @@
+"""Model folders from the Hugging Face hub: weights, settings and tokenizers, never code and never pickles."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from imagerl.rl.types import ImageRLError
+
+# Everything a model folder is read from. Code (*.py) and pickles (*.bin, *.pt, *.pth) are not even downloaded.
+WANTED = (
+    *("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
+    *("adapter_config.json", "sampling.json"),
+)
+_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether this could be `owner/name` or `owner/name@revision`. A path such as runs/x could be, too."""
+    return re.fullmatch(_NAME, path) is not None
+
+
+def snapshot(name: str) -> Path:
+    """The folder of a model of the hub, downloaded at first use, then from the cache.
+
+    Raises ImageRLError when the hub cannot be reached, or has no such model."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED))
+    except Exception as error:  # whatever the hub's client and its HTTP library raise
+        why = " ".join(str(error).split())[:200]
+        raise ImageRLError(
+            f"model {name!r} is no folder here, and fetching it from the Hugging Face hub failed "
+            f"({type(error).__name__}: {why}); check the name, or copy the model folder here and give its path"
+        ) from error
+    return Path(folder)

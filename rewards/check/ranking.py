@@ -1,0 +1,127 @@
+"""Does a reward prefer honest pictures to all others, and with which others does it agree? Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from imagerl.rl.types import CheckPicture
+
+Verdict = Literal["pass", "note", "fail"]
+MARGIN = 0.05  # of the spread: a smaller difference between two kinds of picture counts as none
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check saw, in one sentence; a failed one says how to mend it."""
+
+    check: str
+    verdict: Verdict
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class KindRow:
+    """What a reward gives to one kind of picture, beside the honest pictures of the same prompts."""
+
+    kind: str
+    role: str
+    verdict: Verdict
+    sentence: str
+    mean: float  # NaN where the reward has no value for it
+    low: float
+    high: float
+    behind: float  # mean of (honest − this kind) over prompts that have both
+    parts: dict[str, float]  # means of the breakdown
+
+
+def spread_of(values: np.ndarray) -> float:
+    """Largest less smallest of the finite values; 0 without any."""
+    finite = values[np.isfinite(values)]
+    return float(finite.max() - finite.min()) if finite.size else 0.0
+
+
+def rank(
+    values: np.ndarray, pictures: Sequence[CheckPicture], parts: dict[str, np.ndarray], sign: float = 1.0
+) -> list[KindRow]:
+    """One row for every kind of picture. `values` [N] are better when larger; `sign` restores what the reward
+    said."""
+    honest = {p.prompt.index: v for p, v in zip(pictures, values, strict=True) if p.role == "honest"}
+    margin = MARGIN * spread_of(values)
+    rows = []
+    for kind, role in dict.fromkeys((picture.kind, picture.role) for picture in pictures):
+        which = np.array([picture.kind == kind for picture in pictures])
+        own = values[which]
+        pairs = [
+            (honest.get(picture.prompt.index, np.nan), value)
+            for picture, value in zip(pictures, values, strict=True)
+            if picture.kind == kind
+        ]
+        gaps = np.array([good - value for good, value in pairs if np.isfinite(good) and np.isfinite(value)])
+        behind = float(gaps.mean()) if gaps.size else np.nan
+        verdict, sentence = _judge(kind, role, behind, margin)
+        finite = sign * own[np.isfinite(own)]
+        stats = (
+            (float(finite.mean()), float(finite.min()), float(finite.max())) if finite.size else (np.nan,) * 3
+        )
+        means = {name: _mean(column[which]) for name, column in parts.items()}
+        rows.append(KindRow(kind, role, verdict, sentence, *stats, behind, means))
+    return rows
+
+
+def _mean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else np.nan
+
+
+def _judge(kind: str, role: str, behind: float, margin: float) -> tuple[Verdict, str]:
+    """`behind` is how much less than an honest picture a kind earns."""
+    if role == "honest":
+        return "pass", ""
+    if not np.isfinite(behind):
+        return "note", "not compared: no value"
+    if behind < -margin:
+        return ("note" if role == "graded" else "fail"), "earns more than an honest picture"
+    if behind <= margin:
+        if role == "degenerate":
+            return "fail", "earns as much as an honest picture"
+        return "note", "earns as much as an honest picture"
+    return "pass", "earns less than an honest picture"
+
+
+def judge_ranking(rows: Sequence[KindRow]) -> Finding:
+    """Fails when a kind that must earn less does not."""
+    worst = [row for row in rows if row.verdict == "fail"]
+    means = {row.role: row.mean for row in rows if row.role == "honest"}
+    if worst:
+        most = min(worst, key=lambda row: row.behind)
+        return Finding(
+            "ranking",
+            "fail",
+            f'"{most.kind}" {most.sentence} ({most.mean:.3g} beside {means.get("honest", np.nan):.3g}): a policy '
+            f"that is trained on this will draw it{_also(worst, most)}",
+        )
+    notes = [row.kind for row in rows if row.verdict == "note" and row.role in ("hack", "other")]
+    if notes:
+        return Finding("ranking", "note", f"as much as an honest picture: {', '.join(notes)}")
+    return Finding("ranking", "pass", "honest pictures earn most")
+
+
+def _also(worst: Sequence[KindRow], most: KindRow) -> str:
+    others = [row.kind for row in worst if row is not most]
+    return f"; so with {', '.join(others)}" if others else ""
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's, over the samples where both are finite; ties share their mean rank. NaN where one is constant."""
+    known = np.isfinite(a) & np.isfinite(b)
+    ranks = []
+    for values in (a[known], b[known]):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
+    if known.sum() < 2 or any(np.ptp(column) == 0 for column in ranks):
+        return float("nan")
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

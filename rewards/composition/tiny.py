@@ -1,0 +1,145 @@
+"""Finding objects in drawn pictures, exactly: the word of the tiny world and its ground, and plain shapes on grey."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from imagerl.rewards.colours import estimate_background, estimate_ink, score_colours
+from imagerl.rewards.composition.rule import Found
+
+WORD, BACKGROUND = "word", "background"
+# The inks and grounds of the tiny world; tests hold them to `rl.data.tiny.world`.
+INKS = {
+    "black": (0, 0, 0),
+    "red": (200, 0, 0),
+    "blue": (0, 0, 200),
+    "green": (0, 110, 0),
+    "purple": (110, 0, 140),
+}
+GROUNDS = {
+    "white": (255, 255, 255),
+    "yellow": (255, 235, 120),
+    "cyan": (170, 235, 255),
+    "pink": (255, 200, 220),
+}
+SHAPE_COLOURS = INKS | GROUNDS | {"orange": (255, 140, 0), "brown": (120, 70, 20)}
+GREY = (153, 153, 153)  # what shapes stand on
+CONTRAST = 60.0  # distance in 8-bit sRGB from which a pixel is not the ground
+LEAST = 12  # pixels of an object
+SURE = 0.8  # intersection over union with a shape's own outline
+OUTLINE = 32  # pixels a side, at which outlines are compared
+
+
+def find_words(image: Image.Image, classes: Sequence[str]) -> dict[str, list[Found]]:
+    """The words of a picture of one ink on one ground, told apart by gaps of half a letter, and the ground."""
+    pixels = np.asarray(image.convert("RGB"))
+    height, width = pixels.shape[:2]
+    ground = estimate_background(pixels)
+    colour = next((name for name, rgb in GROUNDS.items() if score_colours(pixels, rgb, rgb)[1]), None)
+    found = {BACKGROUND: [Found((0, 0, width, height), colour=colour)], WORD: []}
+    ink = estimate_ink(pixels, ground)
+    line = ink - ground
+    if np.linalg.norm(line) >= CONTRAST:
+        share = (pixels - ground) @ line / (line @ line)
+        ink_name = next(
+            (name for name, rgb in INKS.items() if score_colours(pixels, rgb, ground.tolist())[0]), None
+        )
+        inked = share > 0.5
+        heights = [np.ptp(np.nonzero(letter)[0]) + 1 for letter in regions(inked)]
+        gap = max(2, int(np.median(heights)) // 2) if heights else 2
+        for top, bottom in _runs(inked.any(axis=1), 1):
+            for left, right in _runs(inked[top:bottom].any(axis=0), gap):
+                if inked[top:bottom, left:right].sum() >= LEAST:
+                    found[WORD].append(Found((left, top, right, bottom), colour=ink_name))
+    return {name: found.get(name, []) for name in classes}
+
+
+def find_shapes(image: Image.Image, classes: Sequence[str]) -> dict[str, list[Found]]:
+    """Shapes of one colour each on GREY that do not touch, by the colour and the outline of each connected region."""
+    pixels = np.asarray(image.convert("RGB")).astype(np.float64)
+    names = [*SHAPE_COLOURS]
+    palette = np.array([*SHAPE_COLOURS.values(), GREY], dtype=np.float64)
+    nearest = np.linalg.norm(pixels[:, :, None] - palette, axis=-1).argmin(axis=-1)
+    off = np.linalg.norm(pixels - np.array(GREY), axis=-1) >= CONTRAST
+    found: dict[str, list[Found]] = {name: [] for name in classes}
+    for region in regions(off):
+        inside = nearest[region]
+        colour = int(np.bincount(inside[inside < len(names)], minlength=len(names)).argmax())
+        line = palette[colour] - palette[-1]
+        # Half covered or more: what is darkest or brightest would else look fat.
+        solid = region & ((pixels - palette[-1]) @ line >= 0.5 * (line @ line))
+        rows, columns = np.nonzero(solid)
+        box = (float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1))
+        shape = _shape_of(solid[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1])
+        if shape in found:
+            found[shape].append(Found(box, colour=names[colour]))
+    return found
+
+
+def regions(inside: np.ndarray) -> list[np.ndarray]:
+    """The connected parts (by edges) of [H, W] bool of at least LEAST pixels, each [H, W] bool."""
+    label = np.where(inside, np.arange(1, inside.size + 1).reshape(inside.shape), 0)
+    while True:  # every pixel takes the largest label around it until none changes
+        spread = label.copy()
+        for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
+            moved = np.roll(label, step, axis)
+            edge = [slice(None), slice(None)]
+            edge[axis] = slice(0, 1) if step == 1 else slice(-1, None)
+            moved[tuple(edge)] = 0
+            spread = np.maximum(spread, moved)
+        spread = np.where(inside, spread, 0)
+        if np.array_equal(spread, label):
+            break
+        label = spread
+    values, counts = np.unique(label[label > 0], return_counts=True)
+    return [label == value for value, count in zip(values, counts, strict=True) if count >= LEAST]
+
+
+def outlines() -> dict[str, np.ndarray]:
+    """What a shape fills of its box, [OUTLINE, OUTLINE] bool."""
+    y, x = (np.mgrid[0:OUTLINE, 0:OUTLINE] + 0.5) / OUTLINE
+    return {
+        "square": np.ones_like(x, dtype=bool),
+        "circle": (x - 0.5) ** 2 + (y - 0.5) ** 2 <= 0.25,
+        "triangle": np.abs(x - 0.5) <= y / 2,
+        "cross": (np.abs(x - 0.5) <= 1 / 6) | (np.abs(y - 0.5) <= 1 / 6),
+    }
+
+
+_OUTLINES = outlines()
+
+
+def _shape_of(filled: np.ndarray) -> str | None:
+    """The shape whose outline covers a box's contents best, or None."""
+    scaled = np.asarray(Image.fromarray(filled).resize((OUTLINE, OUTLINE), Image.Resampling.NEAREST))
+    overlaps = {
+        name: (scaled & outline).sum() / (scaled | outline).sum() for name, outline in _OUTLINES.items()
+    }
+    best = max(overlaps, key=lambda name: overlaps[name])
+    return best if overlaps[best] >= SURE else None
+
+
+def _runs(filled: np.ndarray, gap: int) -> list[tuple[int, int]]:
+    """Stretches [start, end) of a line of bool; those less than `gap` apart are one."""
+    places = np.flatnonzero(filled)
+    if not places.size:
+        return []
+    breaks = np.flatnonzero(np.diff(places) > gap)
+    starts = [places[0], *places[breaks + 1]]
+    ends = [*places[breaks], places[-1]]
+    return [(int(start), int(end) + 1) for start, end in zip(starts, ends, strict=True)]
+
+
+class TinyDetector:
+    """`tiny_world` or `shapes`, as a detector."""
+
+    def __init__(self, world: str) -> None:
+        self._find = find_words if world == "tiny_world" else find_shapes
+
+    def __call__(
+        self, images: Sequence[Image.Image], classes: Sequence[Sequence[str]]
+    ) -> list[dict[str, list[Found]]]:
+        return [self._find(image, names) for image, names in zip(images, classes, strict=True)]

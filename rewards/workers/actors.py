@@ -1,0 +1,384 @@
+"""Ray actors that hold rewards, and the threads in the driver that feed them.
+
+Each actor has one thread in the driver that hands it one call at a time. Thus a call's time-out starts when
+the call does, a free actor takes the next call, and a dead or hanging actor holds up nobody but itself."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from imagerl.rewards.base import LoadedReward, RewardSpec, load_spec
+from imagerl.rewards.boundary.guard import error_line, text_of
+from imagerl.rewards.workers.scoring import RewardValues, call_reward
+from imagerl.rl.types import ImageRLError, RewardRequest
+
+NICENESS = 5  # an actor yields to the training process; it catches up while that one waits
+ATTEMPTS = 2  # of one call, when the actor dies under it
+START_TIMEOUT_S = 300.0  # loading models; downloads included
+CONNECT_S, JOIN_S = 5.0, 30.0  # to a cluster that is said to run: a port, and the whole of it
+OBJECT_STORE_BYTES = 512 * 2**20  # of shared memory, for pictures under way; Ray spills to disk beyond
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an actor is to hold."""
+
+    specs: Mapping[int, RewardSpec]  # by place in the recipe
+    columns: Sequence[str] | None
+    patience_s: float
+    folder: str  # the driver's; a user's reward may open files relative to it
+    # Of the driver's environment, which an actor of a cluster does not inherit.
+    secrets: Mapping[str, str] = field(repr=False)
+
+
+class RewardActor:
+    """Runs in a Ray process: holds the loaded rewards and calls one at a time."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._rewards: dict[int, LoadedReward] = {}
+        os.environ.update(plan.secrets)
+        os.nice(NICENESS)
+        if os.path.isdir(plan.folder):
+            os.chdir(plan.folder)
+
+    def load(self, place: int) -> str | None:
+        """None when the reward at a place is loaded, else what the user has to mend."""
+        plan = self._plan
+        try:
+            self._rewards[place] = LoadedReward(*load_spec(plan.specs[place], plan.patience_s, plan.columns))
+        except ImageRLError as error:
+            return str(error)
+        return None
+
+    def score(self, reward: int, request: RewardRequest) -> RewardValues | str:
+        """What one reward says; a string is what the user has to mend."""
+        try:
+            return call_reward(self._rewards[reward], request)
+        except ImageRLError as error:
+            return str(error)
+
+
+@dataclass(slots=True)
+class Call:
+    """One reward on a part of a request."""
+
+    reward: int
+    label: str
+    request: Any  # reference to a RewardRequest in Ray's object store
+    size: int
+    answer: Future[RewardValues]
+
+
+class _Died(Exception):
+    """Ray lost the process of the rewards, by whatever of its errors, under work for the reward `label`."""
+
+    def __init__(self, label: str, why: str) -> None:
+        super().__init__(why)
+        self.label = label
+
+
+class Worker(threading.Thread):
+    """Owns one actor: starts it, feeds it from the shared queue, replaces it when it dies or hangs.
+
+    `labels` are those of the rewards that the actor holds, by place."""
+
+    def __init__(
+        self,
+        calls: queue.SimpleQueue[Call | None],
+        create: Any,
+        labels: Mapping[int, str],
+        timeout_s: float,
+        max_restarts: int,
+    ) -> None:
+        super().__init__(daemon=True, name="reward-worker")
+        self.ready: Future[None] = Future()
+        self._calls = calls
+        self._create = create
+        self._labels = labels
+        self._timeout_s = timeout_s
+        self._max_restarts = max_restarts
+        self._lost: list[str] = []  # rewards under which an actor died or hung, since the last answer
+        self._actor: Any = None
+        self._closing = False
+
+    def run(self) -> None:
+        try:
+            self._start_actor()
+            self.ready.set_result(None)
+        except _Died as death:
+            self.ready.set_exception(
+                ImageRLError(
+                    f"the process of reward {death.label!r} did not start ({death}); try rewards.workers=0 to see why"
+                )
+            )
+        except Exception as error:
+            self.ready.set_exception(error)
+        while (call := self._calls.get()) is not None:
+            try:
+                call.answer.set_result(self._answer(call))
+            except Exception as error:
+                call.answer.set_exception(error)
+
+    def stop(self) -> None:
+        """Ends the actor, also under a call, and one of the threads that share the queue, at its next call."""
+        self._closing = True
+        self._calls.put(None)
+        self._kill_actor()
+
+    def _start_actor(self) -> None:
+        """Starts an actor and has it load its rewards. Raises _Died, and ImageRLError for what must be mended."""
+        import ray
+
+        end = time.monotonic() + START_TIMEOUT_S
+        for place, label in self._labels.items():
+            with self._watched(label):
+                if self._actor is None:
+                    self._actor = self._create()
+                try:
+                    problem = ray.get(self._actor.load.remote(place), timeout=max(0, end - time.monotonic()))
+                except ray.exceptions.GetTimeoutError:
+                    problem = f"reward {label!r} was not loaded within {START_TIMEOUT_S:g} s"
+            if problem is not None:
+                self._kill_actor()
+                raise ImageRLError(problem)
+
+    def _kill_actor(self) -> None:
+        import ray
+
+        actor, self._actor = self._actor, None
+        if actor is not None and ray.is_initialized() and ended_part_of_ray() is None:
+            ray.kill(actor)
+
+    @contextmanager
+    def _watched(self, label: str) -> Iterator[None]:
+        """Work of the actor for a reward. Every way in which Ray can lose it ends the actor and is _Died; what ends
+        the run at once is an ImageRLError. A time-out passes through."""
+        import ray
+
+        refuse_ended_ray()
+        try:
+            yield
+        except ray.exceptions.GetTimeoutError:
+            raise
+        except ray.exceptions.RuntimeEnvSetupError as error:
+            self._kill_actor()
+            raise ImageRLError(
+                f"Ray cannot make the runtime_env of reward {label!r}: …{text_of(error, 5000)[-300:]}"
+            ) from error
+        except ray.exceptions.RayError as error:
+            self._kill_actor()
+            refuse_ended_ray()
+            raise _Died(label, _why(error)) from error
+
+    def _answer(self, call: Call) -> RewardValues:
+        import ray
+
+        death = None
+        for _ in range(ATTEMPTS):
+            try:
+                if self._actor is None:
+                    self._restart(death)
+                with self._watched(call.label):
+                    values = ray.get(
+                        self._actor.score.remote(call.reward, call.request), timeout=self._timeout_s
+                    )
+            except ray.exceptions.GetTimeoutError:
+                self._kill_actor()
+                self._lost.append(call.label)
+                return RewardValues.failed(
+                    call.size, f"no answer within {self._timeout_s:g} s (rewards.timeout_s)"
+                )
+            except _Died as error:
+                death = error
+                self._lost.append(death.label)
+                continue
+            self._lost.clear()
+            if isinstance(values, str):
+                raise ImageRLError(values)
+            return values
+        return RewardValues.failed(
+            call.size, f"the reward process died {ATTEMPTS} times on this call ({death})"
+        )
+
+    def _restart(self, death: _Died | None) -> None:
+        if self._closing:
+            raise RuntimeError("the reward workers are closed")
+        if len(self._lost) > self._max_restarts:
+            labels = " or ".join(repr(label) for label in dict.fromkeys(self._lost))
+            why = f" ({death})" if death else ""
+            raise ImageRLError(
+                f"the process of reward {labels} died or hung {len(self._lost)} times in a row{why}; "
+                "mend the reward (rewards.workers=0 shows it) or raise rewards.max_restarts"
+            )
+        self._start_actor()
+
+
+def _why(error: Exception) -> str:
+    """What Ray says of a lost call, without its paragraphs."""
+    import ray
+
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "killed for want of memory: use fewer rewards.workers"
+    if isinstance(error, ray.exceptions.RayTaskError):  # not users' code, which answers for itself
+        return text_of(getattr(error, "cause", error))
+    return type(error).__name__
+
+
+def ended_part_of_ray() -> str | None:
+    """Which process of the Ray that was started here has ended, if one has."""
+    from ray._private import worker
+
+    started = getattr(getattr(worker, "_global_node", None), "all_processes", {})
+    for name in ("raylet", "gcs_server"):
+        if any(part.process.poll() is not None for part in started.get(name, ())):
+            return name
+    return None
+
+
+def refuse_ended_ray() -> None:
+    """Raises ImageRLError when Ray itself is gone: its library would end this process at the next call, without a
+    word."""
+    ended = ended_part_of_ray()
+    if ended is not None:
+        raise ImageRLError(
+            f"Ray ended: its {ended} was killed or crashed, perhaps for want of memory; continue with --resume, "
+            "or with rewards.workers=0, which needs no Ray"
+        )
+
+
+@contextmanager
+def _environment(**variables: str) -> Any:
+    """Sets environment variables for the processes started inside."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def cluster_address() -> str | None:
+    """The cluster that is to be joined; None: one of our own is started."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return None if address in ("", "local") else address
+
+
+def _join_cluster(address: str) -> None:
+    """Connects to a running cluster. Raises ImageRLError when that fails or takes too long: Ray itself tries for
+    minutes, for example when the variable still names yesterday's cluster."""
+    import ray
+
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        if parts.port is not None:  # "auto" has none
+            socket.create_connection((parts.hostname, parts.port), CONNECT_S).close()
+        joining: Future[None] = Future()
+
+        def join() -> None:
+            try:
+                ray.init(logging_level="error", log_to_driver=False)
+                joining.set_result(None)
+            except BaseException as error:
+                joining.set_exception(error)
+
+        threading.Thread(target=join, daemon=True, name="ray-join").start()
+        joining.result(JOIN_S)
+    except Exception as error:
+        why = f"no answer within {JOIN_S:g} s" if isinstance(error, TimeoutError) else str(error)
+        raise ImageRLError(
+            f"no Ray cluster can be joined at RAY_ADDRESS={address} ({why}); unset RAY_ADDRESS to let the run start "
+            "its own, or set it to a cluster that runs"
+        ) from error
+
+
+_reaper: subprocess.Popen[bytes] | None = None  # of the Ray that was started here
+
+
+def _private_folder() -> str:
+    """A new folder for Ray's logs and sockets that other users cannot enter. It goes when this process ends."""
+    global _reaper
+    place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    # a socket's path has 107 bytes at most, of which Ray's names take 64
+    folder = tempfile.mkdtemp(prefix="imagerl-", dir=place if len(os.fsencode(place)) <= 24 else "/tmp")
+    program = os.path.join(os.path.dirname(__file__), "reaper.py")
+    _reaper = subprocess.Popen(
+        [sys.executable, "-I", "-S", program, folder], stdin=subprocess.PIPE, start_new_session=True
+    )
+    return os.path.join(folder, "ray")  # Ray opens its own to everybody
+
+
+def stop_ray() -> None:
+    """Ends the Ray that `start_ray` started, and waits until nothing of it is left."""
+    import ray
+
+    global _reaper
+    ray.shutdown()
+    if _reaper is not None:
+        _reaper.communicate()
+        _reaper = None
+
+
+def start_ray(workers: int) -> bool:
+    """Connects to the cluster of RAY_ADDRESS or starts one on loopback; True when it is ours to stop.
+
+    Must be called from the main thread: Ray's processes die with the thread that started them."""
+    address = cluster_address()
+    if address is None:
+        # Ray listens on every interface unless told, before its import, that there will be no other node.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray
+
+    # Paragraphs of Ray's own about what our lines say too; `log_to_driver` does not stop them.
+    ray._private.worker._worker_logs_enabled = False
+    if ray.is_initialized():
+        return False
+    if address is not None:
+        _join_cluster(address)
+        return False
+    # The last variable keeps GPUs visible to actors that reserve none.
+    with _environment(
+        OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0"
+    ):
+        ray.init(
+            address="local",
+            num_cpus=workers,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level="error",
+            log_to_driver=False,
+            _temp_dir=_private_folder(),
+        )
+    return True
+
+
+def actor_class(cpus: int, environment: Mapping[str, Any] | None) -> Any:
+    """`RewardActor` for Ray, in a runtime environment of its own or in ours. Raises ImageRLError for one that Ray
+    does not accept."""
+    import ray
+    from ray.runtime_env import RuntimeEnv
+
+    remote = ray.remote(num_cpus=cpus, max_restarts=0)(RewardActor)
+    if environment is None:
+        return remote
+    try:
+        return remote.options(runtime_env=RuntimeEnv(**environment))
+    except Exception as error:
+        raise ImageRLError(f"Ray does not accept a reward's runtime_env: {error_line(error)}") from error

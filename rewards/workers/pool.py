@@ -1,0 +1,194 @@
+"""Scores requests in Ray actors, so that scoring overlaps with sampling, or in this process."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from imagerl.rewards.base import RewardSpec, check_reward, load_rewards, load_spec, secrets_of, unique_labels
+from imagerl.rewards.mixing import Mix
+from imagerl.rewards.workers.actors import (
+    Call,
+    Plan,
+    Worker,
+    actor_class,
+    cluster_address,
+    refuse_ended_ray,
+    start_ray,
+    stop_ray,
+)
+from imagerl.rewards.workers.scoring import RewardValues, call_reward, combine, concatenate, part_of
+from imagerl.rl.types import ImageRLError, RewardRequest, RewardScores
+
+PATIENCE = 0.8  # of a call's time, after which a reward that waits for others must have given up
+
+
+def _by_environment(specs: Sequence[RewardSpec]) -> list[list[int]]:
+    """Places of the rewards that can share an actor."""
+    together: dict[str, list[int]] = {}
+    for place, spec in enumerate(specs):
+        together.setdefault(repr(spec.runtime_env), []).append(place)
+    return list(together.values())
+
+
+def _shards(request: RewardRequest, count: int) -> list[RewardRequest]:
+    """At most `count` parts of a request, each of whole groups, in order."""
+    groups = len(request.prompts) // request.group_size
+    count = max(1, min(count, groups))
+    bounds = [round(i * groups / count) * request.group_size for i in range(count + 1)]
+    return [part_of(request, slice(*bound)) for bound in pairwise(bounds)]
+
+
+def read_entries(entries: Iterable[Mapping[str, Any] | RewardSpec]) -> list[RewardSpec]:
+    """Entries of a recipe's lists as specs that mean the same in every process."""
+    return [
+        (entry if isinstance(entry, RewardSpec) else RewardSpec.from_mapping(entry)).absolute()
+        for entry in entries
+    ]
+
+
+class RewardWorkers:
+    """A `RewardScorer` over a recipe's list of rewards (`{name | import_path, weight, **settings}`).
+
+    `workers` Ray actors hold all rewards each, and further ones those of each `runtime_env`; 0 scores in this
+    process, at once and without time-outs. A
+    call (one reward on a part of a request) that takes longer than `timeout_s` is given up: its samples count
+    as failures and its actor is replaced. A call whose actor dies is tried once more. `max_restarts` is per
+    actor, in a row. Scores do not depend on the number of workers as long as a reward looks at no more than
+    one group.
+
+    Raises ImageRLError at once when a reward cannot be imported, does not take its settings, or asks for a
+    column that is not in `columns` (names in the prompt set; None: not checked). Rewards are constructed in
+    the background: `wait_until_ready` raises what goes wrong there, and so does the first `collect`."""
+
+    def __init__(
+        self,
+        specs: Sequence[Mapping[str, Any] | RewardSpec],
+        *,
+        gold: Sequence[Mapping[str, Any] | RewardSpec] = (),
+        workers: int = 1,
+        timeout_s: float = 60.0,
+        max_restarts: int = 3,
+        columns: Iterable[str] | None = None,
+    ) -> None:
+        self._trained = len(specs)  # gold metrics stand behind the rewards
+        if not specs:
+            raise ImageRLError("rewards is empty; name at least one, for example rewards=[{name: ocr}]")
+        names = None if columns is None else list(columns)
+        self._specs = read_entries((*specs, *gold))
+        self.labels = unique_labels([check_reward(spec, names) for spec in self._specs])
+        self._mixes = [
+            Mix(label, spec.weight, spec.gate) for label, spec in zip(self.labels, self._specs, strict=True)
+        ]
+        if workers == 0 and any(spec.runtime_env is not None for spec in self._specs):
+            raise ImageRLError("runtime_env needs rewards.workers of 1 or more: it is that of a Ray actor")
+        for mix in self._mixes:
+            if mix.gate and mix.gate.by.partition("/")[0] not in self.labels[: self._trained]:
+                raise ImageRLError(
+                    f"the gate of reward {mix.label!r} asks for {mix.gate.by}, which is no reward"
+                )
+        self._tickets: dict[int, tuple[int, int, list[list[Future[RewardValues]]]]] = {}
+        self._done: dict[int, RewardScores] = {}
+        self._next = 0
+        self._workers: list[Worker] = []
+        self._owns_ray = False
+        self._shards = workers
+        self._local = load_rewards(self._specs, PATIENCE * timeout_s, names) if workers == 0 else []
+        if workers > 0:
+            self._start(workers, timeout_s, max_restarts, names)
+
+    def _start(self, workers: int, timeout_s: float, max_restarts: int, columns: list[str] | None) -> None:
+        if cluster_address() is None:  # else actors may reach what this machine does not
+            for spec in self._specs:
+                if spec.asks_server and not spec.is_isolated:
+                    load_spec(
+                        spec, PATIENCE * timeout_s, columns
+                    )  # what an actor says of a dead one is not seen
+        self._owns_ray = start_ray(workers)
+        cpus = 0 if self._owns_ray else 1  # nothing else is to be scheduled on a cluster of our own
+        self._calls: dict[int, queue.SimpleQueue[Call | None]] = {}  # by place of the reward
+        secrets = {name for spec in self._specs for name in secrets_of(spec) if name in os.environ}
+        for places in _by_environment(self._specs):
+            calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+            self._calls |= dict.fromkeys(places, calls)
+            plan = Plan(
+                {place: self._specs[place] for place in places},
+                columns,
+                PATIENCE * timeout_s,
+                os.getcwd(),
+                {name: os.environ[name] for name in secrets},
+            )
+            labels = {place: self.labels[place] for place in places}
+            actor = actor_class(cpus, self._specs[places[0]].runtime_env)
+            self._workers += [
+                Worker(calls, partial(actor.remote, plan), labels, timeout_s, max_restarts)
+                for _ in range(workers)
+            ]
+        for worker in self._workers:
+            worker.start()
+        atexit.register(self.close)
+
+    def wait_until_ready(self) -> None:
+        """Returns when every actor has loaded its rewards. Raises ImageRLError when one cannot."""
+        for worker in self._workers:
+            worker.ready.result()
+
+    def submit(self, request: RewardRequest, with_gold: bool = False) -> int:
+        """Starts scoring whole groups and returns a ticket for `collect` (workers=0: scores them first).
+
+        `with_gold` measures the gold metrics too. They become components and never enter a total."""
+        ticket, self._next = self._next, self._next + 1
+        used = len(self.labels) if with_gold else self._trained
+        if not self._workers:
+            values = [call_reward(reward, request) for reward in self._local[:used]]
+            self._done[ticket] = self._combine(values, request.group_size, request.step)
+            return ticket
+        import ray
+
+        refuse_ended_ray()
+        answers: list[list[Future[RewardValues]]] = [[] for _ in self.labels[:used]]
+        for shard in _shards(request, self._shards):
+            reference = ray.put(shard)
+            for index, label in enumerate(self.labels[:used]):
+                answer: Future[RewardValues] = Future()
+                answers[index].append(answer)
+                self._calls[index].put(Call(index, label, reference, len(shard.prompts), answer))
+        self._tickets[ticket] = (request.group_size, request.step, answers)
+        return ticket
+
+    def collect(self, ticket: int) -> RewardScores:
+        """Waits for the scores of a ticket; each ticket once. Raises ImageRLError when a reward needs
+        mending."""
+        if ticket in self._done:
+            return self._done.pop(ticket)
+        group_size, step, answers = self._tickets.pop(ticket)
+        values = [concatenate([answer.result() for answer in shards]) for shards in answers]
+        return self._combine(values, group_size, step)
+
+    def _combine(self, values: Sequence[RewardValues], group_size: int, step: int) -> RewardScores:
+        trained = self._trained
+        scores = combine(self._mixes[:trained], values[:trained], group_size, step)
+        if len(values) > trained:
+            measured = combine(self._mixes[trained:], values[trained:], group_size)
+            scores.components |= measured.components
+            scores.failures |= measured.failures
+            scores.reasons |= measured.reasons
+        return scores
+
+    def close(self) -> None:
+        """Ends all actors, and Ray if it was started here. Open tickets are lost. May be called twice."""
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.stop()
+        for worker in workers:
+            worker.join(timeout=5.0)
+        if self._owns_ray:
+            self._owns_ray = False
+            stop_ray()
+        atexit.unregister(self.close)

@@ -1,0 +1,158 @@
+"""Calls rewards safely and adds them up once; a value missing for one sample never reaches another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from imagerl.rewards.base import LoadedReward
+from imagerl.rewards.boundary.guard import score_samples
+from imagerl.rewards.boundary.targets import SAMPLE_NAMES
+from imagerl.rewards.boundary.wire import Reply
+from imagerl.rewards.mixing import Mix, weight_at
+from imagerl.rl.errors import one_line
+from imagerl.rl.types import ImageRLError, RewardRequest, RewardScores
+
+
+@dataclass(slots=True)
+class RewardValues:
+    """What one reward said of B samples."""
+
+    values: np.ndarray  # [B] float64, NaN where there is no usable value
+    not_applicable: np.ndarray  # [B] bool, True where the reward returned None
+    parts: dict[str, np.ndarray] = field(default_factory=dict)  # [B] float64 by part, NaN where missing
+    reason: str | None = None  # the last thing that went wrong, in one line
+
+    @classmethod
+    def failed(cls, size: int, reason: str) -> RewardValues:
+        return cls(np.full(size, np.nan), np.zeros(size, dtype=bool), {}, reason)
+
+
+def to_pil_images(images: np.ndarray) -> list[Image.Image]:
+    """Pictures [B, H, W, 3] uint8 RGB as B PIL pictures that own their pixels.
+
+    Raises ValueError for another shape or type."""
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"images must be [B, H, W, 3] uint8, not {list(images.shape)} {images.dtype}")
+    return [Image.fromarray(np.ascontiguousarray(image)).copy() for image in images]
+
+
+def to_values(reply: Reply) -> RewardValues:
+    """A reply as arrays."""
+
+    def column(entries: Sequence[float | None]) -> np.ndarray:
+        return np.array(entries, dtype=np.float64)  # None becomes NaN
+
+    return RewardValues(
+        column(reply.rewards),
+        np.array([value is None for value in reply.rewards], dtype=bool),
+        {name: column(entries) for name, entries in reply.breakdown.items()},
+        reply.reason,
+    )
+
+
+def call_reward(reward: LoadedReward, request: RewardRequest) -> RewardValues:
+    """What one reward says of a request. Raises ImageRLError as the reward does; see `boundary.score_samples`."""
+    columns = {name: list(values) for name, values in request.columns.items() if name not in SAMPLE_NAMES}
+    samples: dict[str, list[Any]] = {
+        "prompts": list(request.prompts),
+        "completions": [list(tokens) for tokens in request.completions],
+        "images": to_pil_images(request.images),
+        **columns,
+    }
+    return to_values(score_samples(reward.fn, samples))
+
+
+def part_of(request: RewardRequest, which: slice) -> RewardRequest:
+    """Some consecutive samples of a request."""
+    return RewardRequest(
+        prompts=request.prompts[which],
+        completions=request.completions[which],
+        images=request.images[which],
+        columns={name: values[which] for name, values in request.columns.items()},
+        group_size=request.group_size,
+        step=request.step,
+    )
+
+
+def concatenate(shards: Sequence[RewardValues]) -> RewardValues:
+    """Joins consecutive parts of one request; a breakdown that one of them lacks is NaN there."""
+    names = dict.fromkeys(name for shard in shards for name in shard.parts)
+    lacking = [np.full(shard.values.size, np.nan) for shard in shards]
+    return RewardValues(
+        np.concatenate([shard.values for shard in shards]),
+        np.concatenate([shard.not_applicable for shard in shards]),
+        {n: np.concatenate([s.parts.get(n, x) for s, x in zip(shards, lacking, strict=True)]) for n in names},
+        next((shard.reason for shard in reversed(shards) if shard.reason), None),
+    )
+
+
+def combine(
+    mixes: Sequence[Mix], values: Sequence[RewardValues], group_size: int, step: int = 0
+) -> RewardScores:
+    """Weighted sum of the components, per sample, with the weights of `step` and gates applied.
+
+    A component that returned None for every sample of a group does not apply to that prompt and is left out
+    of the group's sums; a gate by it stands open there. Any other missing component, or value to gate by, makes
+    the sample's total NaN and is one failure of that reward; so is a sample to which no reward applies, because
+    it has no total either. A reward of weight 0 is measured only: what it lacks is counted and costs nothing.
+
+    Raises ValueError when the samples are not whole groups, and ImageRLError when a gate names a part that its
+    reward does not have."""
+    size = values[0].values.size
+    if size % group_size:
+        raise ValueError(f"{size} samples are not whole groups of {group_size}")
+    applies = [
+        ~np.repeat(value.not_applicable.reshape(-1, group_size).all(axis=1), group_size) for value in values
+    ]
+    weights = [weight_at(mix.weight, step) for mix in mixes]
+    weighted = [used for used, weight in zip(applies, weights, strict=True) if weight]
+    orphaned = ~np.any(weighted, axis=0) if weighted else np.zeros(size, dtype=bool)  # [B]
+    scores = RewardScores(np.where(orphaned, np.nan, 0.0), {}, {}, {})
+    places = {mix.label: place for place, mix in enumerate(mixes)}
+    for mix, weight, value, used in zip(mixes, weights, values, applies, strict=True):
+        gated = value.values
+        if mix.gate:
+            by = places[mix.gate.by.partition("/")[0]]
+            opening = mix.gate.opening(_gate_values(mix, values[by]))
+            gated = gated * np.where(applies[by], opening, 1.0)
+        if weight:
+            scores.totals += np.where(used, weight * gated, 0.0)
+        scores.components[mix.label] = value.values
+        scores.components |= {f"{mix.label}/{part}": column for part, column in value.parts.items()}
+        scores.gated[mix.label] = np.where(used, gated, np.nan)
+        scores.weights[mix.label] = weight
+        lost = (np.isnan(gated) & used) | orphaned
+        scores.failures[mix.label] = int(lost.sum())
+        if lost.any():
+            gate_missing = mix.gate and np.isfinite(value.values[lost]).all()
+            reason = f"{mix.gate.by}, its gate, has no value" if mix.gate and gate_missing else value.reason
+            scores.reasons[mix.label] = one_line(reason or "returned None")
+    return scores
+
+
+def _gate_values(mix: Mix, value: RewardValues) -> np.ndarray:
+    """What the gate of `mix` looks at, [B]. Raises ImageRLError for a part that does not exist."""
+    assert mix.gate is not None
+    label, _, part = mix.gate.by.partition("/")
+    if not part:
+        return value.values
+    if part not in value.parts and np.isfinite(value.values).any():
+        has = ", ".join(value.parts) or "none"
+        raise ImageRLError(
+            f"the gate of reward {mix.label!r} asks for {mix.gate.by}; the parts of {label!r} are: {has}"
+        )
+    return value.parts.get(part, np.full(value.values.size, np.nan))
+
+
+def score_request(functions: Sequence[LoadedReward], request: RewardRequest) -> RewardScores:
+    """Scores whole groups in this process. See `combine` for how missing values are treated.
+
+    Raises ImageRLError when a reward says that the recipe must be mended."""
+    values = [call_reward(reward, request) for reward in functions]
+    mixes = [Mix(reward.label, reward.weight, reward.gate) for reward in functions]
+    return combine(mixes, values, request.group_size, request.step)

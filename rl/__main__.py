@@ -1,5 +1,0 @@
-"""`python -m rl`, the same as `imagerl`."""
-
-from rl.cli import main
-
-main()

@@ -1,0 +1,160 @@
+"""The loss and the advantages that a recipe's `algorithm` section asks for, a user's own included."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from imagerl.rl.algorithms.advantages import AdvantageInputs, AdvantageOutput, advantages_of, user_advantages
+from imagerl.rl.algorithms.kl import kl_sums
+from imagerl.rl.algorithms.losses import policy_loss
+from imagerl.rl.config.algorithm import AlgorithmConfig
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.types import LossInputs, LossOutput
+
+Loss = Callable[..., LossOutput]
+Advantages = Callable[[AdvantageInputs], AdvantageOutput]
+SETTINGS = (
+    *("ratio_level", "clip", "clip_low", "clip_high", "soft_positive", "soft_negative"),
+    *("normaliser", "kl_estimator"),
+)
+
+
+def load_loss(algorithm: AlgorithmConfig) -> Loss:
+    """What is called with `LossInputs` and the keywords of `loss_settings`.
+
+    Raises:
+        ImageRLError: the user's own cannot be imported or asks for what it would not get; when called, it returns
+            no LossOutput with a scalar loss. What it does not measure itself, actions and KL, is added.
+    """
+    if algorithm.import_path is None:
+        if algorithm.arguments:
+            raise ImageRLError(
+                "algorithm.arguments are for a loss of your own; set algorithm.import_path too"
+            )
+        return policy_loss
+    key = "algorithm.import_path"
+    loss = load_function(algorithm.import_path, key)
+    call = taking(loss, loss_settings(algorithm, algorithm.kl_coef), algorithm.arguments, key)
+
+    def checked(inputs: LossInputs, **settings: Any) -> LossOutput:
+        output = call(inputs, **settings)
+        if not isinstance(output, LossOutput) or output.loss.dim():
+            raise ImageRLError(
+                f"{key} {algorithm.import_path!r} must return LossOutput(loss, metrics) with a scalar loss"
+            )
+        measured = {"actions": inputs.action_mask.sum()}
+        if inputs.ref_logprobs is not None:
+            measured |= kl_sums(inputs.logprobs, inputs.ref_logprobs, inputs.action_mask)
+        return replace(output, metrics={**measured, **output.metrics})
+
+    return checked
+
+
+def loss_settings(algorithm: AlgorithmConfig, kl_coef: float) -> dict[str, Any]:
+    """Keyword arguments of `policy_loss`; `kl_coef` is the present one."""
+    settings = {name: getattr(algorithm, name) for name in SETTINGS}
+    return settings | {"kl_coef": kl_coef if algorithm.kl_in == "loss" else 0.0}
+
+
+def load_advantages(algorithm: AlgorithmConfig) -> Advantages:
+    """What turns a step's rewards into advantages.
+
+    Raises:
+        ImageRLError: the user's own cannot be imported; when called, it returns something else than advantages.
+    """
+    if algorithm.advantage_import_path is None:
+        return partial(
+            advantages_of,
+            baseline=algorithm.baseline,
+            scale=algorithm.scale_rewards,
+            eps=algorithm.advantage_eps,
+            decouple=algorithm.decouple_rewards,
+        )
+    target, key = algorithm.advantage_import_path, "algorithm.advantage_import_path"
+    function = load_function(target, key)
+
+    def checked(inputs: AdvantageInputs) -> AdvantageOutput:
+        try:
+            return user_advantages(inputs, function)
+        except ValueError as error:
+            raise ImageRLError(f"{key} {target!r}: {error}") from error
+
+    return checked
+
+
+def load_function(target: str, key: str) -> Callable[..., Any]:
+    """The function behind `file.py:function` or `package.module:function`; `key` of the recipe names it in errors.
+
+    Raises:
+        ImageRLError: no such file, module or function, or an error while importing.
+    """
+    place, _, name = target.rpartition(":")
+    try:
+        module = (
+            _module_of_file(Path(place), key) if place.endswith(".py") else importlib.import_module(place)
+        )
+    except ImageRLError:
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())[:200]
+        raise ImageRLError(
+            f"{key} {target!r}: importing it failed: {type(error).__name__}: {message}"
+        ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        names = [n for n, value in vars(module).items() if inspect.isfunction(value) and n[0] != "_"]
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(names) or 'no function'}"
+        raise ImageRLError(f"{key} {target!r}: {place} has no function {name}; {hint}")
+    return found
+
+
+def _module_of_file(path: Path, key: str) -> ModuleType:
+    path = path.resolve()
+    spec = importlib.util.spec_from_file_location(f"user_code_{path.stem}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ImageRLError(f"{key}: {path} does not exist; correct it")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def taking(
+    function: Callable[..., Any], settings: Mapping[str, Any], own: Mapping[str, Any], key: str
+) -> Callable[..., Any]:
+    """The function as one that may be called with any of our settings by keyword: it gets those that it names, and
+    all of its `own` arguments.
+
+    Raises:
+        ImageRLError: it has no such argument of its own, or needs one that it would not get.
+    """
+    parameters = list(inspect.signature(function).parameters.values())[1:]  # the first takes the inputs
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    for name in own:
+        if name not in names and not takes_all:
+            raise ImageRLError(
+                f"{key}: {function.__name__} has no argument {name!r}; it has: {', '.join(names)}"
+            )
+    for name, parameter in names.items():
+        if parameter.default is parameter.empty and name not in own and name not in settings:
+            raise ImageRLError(
+                f"{key}: {function.__name__} needs the argument {name!r}; set algorithm.arguments.{name}"
+            )
+
+    def call(inputs: Any, **given: Any) -> Any:
+        chosen = {name: value for name, value in given.items() if takes_all or name in names}
+        return function(inputs, **{**chosen, **own})
+
+    return call

@@ -1,0 +1,84 @@
+"""Sections of every recipe that updates weights: optimizer, adapters, engine, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from imagerl.rl.config.recipe import RecipeModel
+from imagerl.rl.files.bounds import Coefficient, Count, Every, LearningRate, Positive, Threads
+
+
+class LoraConfig(RecipeModel):
+    r: int = Field(16, ge=1, le=4096, description="rank of the adapters")
+    alpha: Positive = Field(32.0, description="adapters are scaled by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="names of the layers to adapt, or all-linear"
+    )
+
+    @field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, value: float) -> float:
+        if value:
+            raise ValueError("model.lora.dropout must be 0: with dropout the trainer scores other "
+                             "probabilities than those sampled from")  # fmt: skip
+        return value
+
+
+class OptimConfig(RecipeModel):
+    lr: LearningRate = Field(1e-6, description="learning rate after the warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="AdamW's two decay rates")
+    eps: float = Field(1e-8, ge=1e-16, le=1, description="AdamW's epsilon; too large swamps small gradients")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW's decoupled weight decay")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="linear, cosine: to min_lr"
+    )
+    decay_share: float = Field(1.0, gt=0, le=1, description="last share of the updates, in which lr falls")
+    min_lr: float = Field(0.0, ge=0, le=10, description="what the linear and cosine schedules fall to")
+    warmup_steps: Every = Field(0, description="updates of linear warm-up")
+    max_grad_norm: Coefficient = Field(1.0, description="clip the gradient norm to this; 0: never")
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("optim.betas must lie in [0, 1)")
+        return betas
+
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr ({self.min_lr:g}) is more than optim.lr ({self.lr:g})")
+        return self
+
+
+class EngineConfig(RecipeModel):
+    name: Literal["torch", "deepspeed"] = Field("torch", description="what runs the training")
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="ZeRO stage, deepspeed only (there 1)")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights stay fp32")
+    micro_batch_size: Count = Field(16, description="samples of one forward and backward pass")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    threads: Threads | None = Field(
+        None,
+        description="CPU threads of torch, less rewards.workers while scoring; null: its own choice",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_stage(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("name") == "deepspeed" and data.get("zero_stage") is None:
+            return {**data, "zero_stage": 1}
+        return data
+
+    @model_validator(mode="after")
+    def _stage_needs_deepspeed(self) -> Self:
+        if self.zero_stage is not None and self.name != "deepspeed":
+            raise ValueError(f"engine.zero_stage needs engine.name: deepspeed, not {self.name}")
+        return self
+
+
+class CheckpointConfig(RecipeModel):
+    every: Every = Field(20, description="steps between checkpoints; 0: only at the end")
+    keep: Count = Field(2, description="newest checkpoints kept")

@@ -1,0 +1,175 @@
+"""The schema of a recipe's rewards. Importable without torch, as `rl.config.train` is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Self
+
+from pydantic import ConfigDict, Field, field_serializer, field_validator, model_validator
+
+from imagerl.rl.config.recipe import RecipeModel
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.files.bounds import Factor, Workers
+from imagerl.rl.files.environment import HIDDEN
+
+
+class GateConfig(RecipeModel):
+    by: str = Field(
+        min_length=1, description="another reward of the list, or one of its parts: ocr/exact_match"
+    )
+    at_least: Factor | None = Field(None, description="it passes from this value on")
+    at_most: Factor | None = Field(None, description="it passes up to this value; give one of the two")
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError("a gate needs exactly one of at_least and at_most")
+        return self
+
+
+# The fields of a row of an evaluation: a reward of such a name would overwrite one.
+EVALUATION_FIELDS = ("index", "sample", "prompt", "total", "reward", "exact_match", "confidence")
+
+
+# YAML's keys are texts to the recipe reader.
+Step = Annotated[int, Field(strict=False, le=10_000_000)]
+
+SERVED = r"https?://[\w.\-\[\]:]+(?:/[\w.\-~]+)*/[A-Za-z_]\w*"
+
+
+class RewardSpec(RecipeModel):
+    """One reward. Other keys are settings of it; whether it has them is asked where its signature is known, in
+    `rewards.boundary.targets.check_settings`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str | None = Field(None, description="a reward that ships with imagerl")
+    import_path: str | None = Field(None, description="your own: file.py:function or package.module:function")
+    url: str | None = Field(
+        None, description="a served reward, http://host:port/name (docs/isolated-rewards.md)"
+    )
+    python: str | None = Field(
+        None, min_length=1, description="Python interpreter with its own packages that runs import_path"
+    )
+    runtime_env: dict[str, Any] | None = Field(
+        None, description="Ray runtime environment of the actor that holds it"
+    )
+    weight: Factor | dict[Step, Factor] = Field(
+        1.0, description="factor in the total reward; 0: measured only; {step: weight}: linear between steps"
+    )
+    gate: GateConfig | None = Field(
+        None, description="count it only where another reward passes, as 0 elsewhere"
+    )
+
+    @field_serializer("runtime_env", when_used="json")
+    def _without_secrets(self, runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What is written of it anywhere: of environment variables, which carry keys and tokens, the names alone."""
+        variables = (runtime_env or {}).get("env_vars")
+        if runtime_env is None or not variables:
+            return runtime_env
+        return {**runtime_env, "env_vars": dict.fromkeys(variables, HIDDEN)}
+
+    @property
+    def scheduled(self) -> bool:
+        return isinstance(self.weight, dict)
+
+    @field_validator("weight")
+    @classmethod
+    def _schedule(cls, weight: float | dict[int, float]) -> float | dict[int, float]:
+        if isinstance(weight, dict) and (not weight or min(weight) < 0):
+            raise ValueError("a schedule of weights needs steps from 0 on, for example {0: 1.0, 100: 0.2}")
+        for factor in weight.values() if isinstance(weight, dict) else [weight]:
+            if 0 < abs(factor) < 1e-6:
+                raise ValueError(f"a weight of {factor:g} teaches nothing; 0 only measures")
+        return weight
+
+    @property
+    def label(self) -> str:
+        """What the metrics call it: the name, or that of the function, or the last part of the address."""
+        if self.url is not None:
+            return self.url.rpartition("/")[2]
+        return self.name or str(self.import_path).rpartition(":")[2]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if [self.name, self.import_path, self.url].count(None) != 2:
+            raise ValueError("a reward needs exactly one of name, import_path and url")
+        if self.url is not None and not re.fullmatch(SERVED, self.url):
+            raise ValueError(
+                "url should look like http://host:port/name, without user, password and query: the token comes from "
+                "an environment variable"
+            )
+        if self.python is not None and self.import_path is None:
+            raise ValueError("python needs import_path: only rewards of your own run in another interpreter")
+        if self.runtime_env is not None and (self.python is not None or self.url is not None):
+            raise ValueError("runtime_env is of the actor; it has no meaning together with python or url")
+        if self.import_path is not None and not re.fullmatch(r"[^:]+:[A-Za-z_]\w*", self.import_path):
+            raise ValueError(f'import_path "{self.import_path}" should look like file.py:function')
+        if self.label in EVALUATION_FIELDS:
+            raise ValueError(
+                f'a reward cannot be called "{self.label}": evaluations have a field of that name; rename the function'
+            )
+        return self
+
+
+class RewardsConfig(RecipeModel):
+    functions: list[RewardSpec] = Field(
+        min_length=1, description="the rewards; their weighted sum is maximised"
+    )
+    workers: Workers = Field(1, description="Ray actors that score; 0: in this process")
+    timeout_s: float = Field(
+        60.0, ge=1e-3, le=86_400, description="a scoring call that takes longer has failed"
+    )
+    max_failure_rate: float = Field(
+        0.5, ge=0, le=1, description="stop when a greater share of samples failed"
+    )
+    max_restarts: int = Field(3, ge=0, le=1000, description="times that a dead or hanging actor is replaced")
+
+    @field_validator("functions")
+    @classmethod
+    def _labels(cls, functions: list[RewardSpec]) -> list[RewardSpec]:
+        labels = [spec.label for spec in functions]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f'two rewards are called "{label}"; metrics could not tell them apart')
+        weights = [spec.weight for spec in functions]
+        if not any(any(w.values()) if isinstance(w, dict) else w for w in weights):
+            raise ValueError("the weights are all 0: there is nothing to learn from")
+        for spec in functions:
+            by = spec.gate.by.partition("/")[0] if spec.gate else None
+            if spec.gate and (by not in labels or by == spec.label):
+                others = ", ".join(label for label in labels if label != spec.label) or "none"
+                raise ValueError(
+                    f'the gate of "{spec.label}" asks for "{spec.gate.by}", which is no other reward; '
+                    f"there is: {others}"
+                )
+        return functions
+
+
+def refuse_hidden(rewards: Sequence[RewardSpec]) -> None:
+    """Raises ImageRLError for a recipe that a run has written, without the secrets that it was given."""
+    for spec in rewards:
+        variables = (spec.runtime_env or {}).get("env_vars")
+        for name, value in variables.items() if isinstance(variables, dict) else ():
+            if value == HIDDEN:
+                raise ImageRLError(
+                    f'the recipe lacks the value of env_vars.{name} of reward "{spec.label}", which no run writes '
+                    "down; give it again"
+                )
+
+
+def without_addresses(value: Any) -> Any:
+    """A recipe's values without the hosts of served rewards: they are the same ones wherever they are served."""
+    if isinstance(value, dict):
+        return {
+            key: entry.rpartition("/")[2]
+            if key == "url" and isinstance(entry, str)
+            else without_addresses(entry)
+            for key, entry in value.items()
+        }
+    return [without_addresses(entry) for entry in value] if isinstance(value, list) else value

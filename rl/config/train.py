@@ -1,0 +1,263 @@
+"""The schema of a training recipe. Defaults are BLIP3o-NEXT's published settings where it has them
+(arXiv 2510.15857). Importable without torch, so that mistakes show before anything loads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from imagerl.rl.config.algorithm import AlgorithmConfig
+from imagerl.rl.config.engine import CheckpointConfig, EngineConfig, LoraConfig, OptimConfig
+from imagerl.rl.config.flow import is_matching
+from imagerl.rl.config.monitors import MonitorsConfig
+from imagerl.rl.config.recipe import Loc, RecipeModel, load_yaml_recipe
+from imagerl.rl.config.rewards import RewardsConfig, RewardSpec
+from imagerl.rl.files.bounds import Count, Every, FlowSteps, Guidance, OutputDir, Positive, Seed, Steps
+
+MAX_DRAWN = 2**20  # pictures a step
+
+
+class RunConfig(RecipeModel):
+    steps: Steps = Field(description="training steps, each one rollout with its updates")
+    seed: Seed = Field(0, description="seed of prompts, samples and noise")
+    output_dir: OutputDir = Field(description="run folder")
+    sample_every: Every = Field(10, description="steps between grids of the fixed prompts; 0: none")
+    sample_prompts: Count = Field(8, description="held-out prompts on a grid")
+    images: int | None = Field(
+        None,
+        ge=1,
+        le=10**9,
+        description="end before steps, when these many are drawn; lr follows them; null: no limit",
+    )
+    minutes: float | None = Field(
+        None,
+        ge=1e-3,
+        le=525_600,
+        description="end before steps, after this much training; lr follows it; null: no limit",
+    )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.images is not None and self.minutes is not None:
+            raise ValueError("run.images and run.minutes both end a run; give only one")
+        return self
+
+
+class ModelConfig(RecipeModel):
+    path: str = Field(
+        "tiny", min_length=1, description='model folder, hub name, or a shipped one: "tiny" or "tiny_edit"'
+    )
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of frozen weights: decoder, reference, a LoRA base; what trains is fp32"
+    )
+    lora: LoraConfig | None = Field(None, description="train adapters instead of full weights")
+    freeze: list[str] = Field(
+        default_factory=list, description="patterns of parameters that are not trained, as in *embed_tokens*"
+    )
+
+
+class PromptSetConfig(RecipeModel):
+    name: str | None = Field(None, description="a named set: tiny_world, tiny_edits or tiny_text_edits")
+    path: str | None = Field(None, description="a prompt file: .jsonl, .csv, .txt or .yaml")
+    split: Literal["train", "heldout"] | None = Field(None, description="which part of a named set")
+    size: Steps | None = Field(None, description="take only the first this many prompts; null: all")
+    seed: Seed = Field(0, description="what a named set draws at random, such as colours")
+    column: str = Field("prompt", min_length=1, description="which column of a file holds the prompt")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.name is None) == (self.path is None):
+            raise ValueError("give exactly one of name and path")
+        if self.name is not None and self.split is None:
+            raise ValueError("a named set needs its split: train or heldout")
+        if self.path is not None and self.split is not None:
+            raise ValueError("a file has no splits; remove split, and use two files")
+        return self
+
+
+class DataConfig(RecipeModel):
+    train: PromptSetConfig = Field(description="prompts to train on")
+    heldout: PromptSetConfig = Field(description="prompts to evaluate on, none of them in train")
+
+
+class RolloutConfig(RecipeModel):
+    prompts_per_step: Count = Field(16, description="prompts drawn each step")
+    group_size: int = Field(
+        16, ge=2, le=2**16, description="samples of each prompt; advantages compare within them"
+    )
+    temperature: float = Field(
+        1.0, ge=1e-3, le=100, description="of sampling, and of the scored distribution alike"
+    )
+    top_k: int | None = Field(None, description="must stay null: log-probs are of the whole distribution")
+    top_p: float | None = Field(None, description="must stay null: log-probs are of the whole distribution")
+    guidance: Guidance = Field(
+        2.0, description="classifier-free guidance of the decoder; 1: none, the default for nft and awm"
+    )
+    flow_steps: FlowSteps = Field(30, description="denoising steps of the decoder")
+    shared_noise: bool = Field(False, description="one decoder noise a group: rewards differ by tokens only")
+    decodes: FlowSteps = Field(
+        1,
+        description="pictures drawn of each token sequence, whose rewards are averaged for the tokens",
+    )
+    sample_chunk: Count | None = Field(
+        None, description="prompts whose tokens are sampled together; null: all of a step"
+    )
+    decode_chunk: Count | None = Field(
+        None, description="prompts drawn, then handed to the rewards, at a time; null: as sampled"
+    )
+    max_logprob_diff: Positive | None = Field(
+        None,
+        description="stop when sampler and trainer differ more on a log-prob; null: 0.01, bf16 1",
+    )
+
+    @field_validator("top_k", "top_p")
+    @classmethod
+    def _whole_distribution(cls, value: float | None) -> None:
+        if value is not None:
+            raise ValueError("top_k and top_p must be null in training: samples would come from a truncated "
+                             "distribution but be scored by the whole one")  # fmt: skip
+
+
+class EvalConfig(RecipeModel):
+    suite: Literal["ocr", "edit", "clip", "composition"] = Field(
+        "ocr",
+        description="name of the evaluation; a reward of that name gives its parts without it: `exact_match`",
+    )
+    every: Every = Field(0, description="steps between evaluations; 0: only before and after")
+    size: Steps = Field(256, description="held-out prompts evaluated, one sample each")
+    batch_size: Count = Field(64, description="samples drawn at a time")
+    guidance: Guidance | None = Field(None, description="of the decoder; null: as in rollout")
+    flow_steps: FlowSteps | None = Field(None, description="of the decoder; null: as in rollout")
+    seed: Seed = Field(0, description="seed of the samples, the same at every evaluation")
+
+
+class Recipe(RecipeModel):
+    """A complete training run."""
+
+    kind: Literal["train"] = Field("train", description="marks the schema")
+    run: RunConfig = Field(description="length, seed and place of the run")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="what is trained")
+    data: DataConfig = Field(description="the prompt sets, `train` and `heldout`")
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="how samples are drawn")
+    rewards: RewardsConfig = Field(description="what is maximised: a list of rewards, or a mapping")
+    gold: list[RewardSpec] = Field(
+        default_factory=list, description="rewards measured at evaluation, never trained on"
+    )
+    algorithm: AlgorithmConfig = Field(
+        default_factory=AlgorithmConfig, description="how rewards become gradients"
+    )
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="AdamW and its schedule")
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="hardware, precision, parallelism")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="held-out evaluation")
+    monitors: MonitorsConfig = Field(
+        default_factory=MonitorsConfig, description="what the run watches itself for, reward hacking first"
+    )
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="what a resumed run needs"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _written_out(cls, data: Any) -> Any:
+        """Short spellings, and the one default that depends on another section."""
+        if not isinstance(data, dict):
+            return data
+        algorithm, rollout = data.get("algorithm"), data.get("rollout", {})
+        flow = algorithm.get("flow") if isinstance(algorithm, dict) else None
+        if is_matching(flow) and isinstance(rollout, dict):
+            data = {**data, "rollout": {"guidance": 1.0, **rollout}}
+        return cls.prepare(data)
+
+    @classmethod
+    def prepare(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """`rewards` as a bare list becomes the mapping that it stands for."""
+        if isinstance(data.get("rewards"), list):
+            return {**data, "rewards": {"functions": data["rewards"]}}
+        return data
+
+    @classmethod
+    def redirect(cls, loc: Loc, value: Any) -> Loc:
+        """`rewards` may be spelt as the bare list: `rewards=[...]` and `rewards.0.weight=1` mean its
+        functions and leave `rewards.workers` and the like alone."""
+        if loc[0] == "rewards" and (isinstance(loc[1], int) if len(loc) > 1 else isinstance(value, list)):
+            return ("rewards", "functions", *loc[1:])
+        return loc
+
+    @property
+    def logprob_limit(self) -> float:
+        """`rollout.max_logprob_diff`, or what rounding explains: bfloat16 keeps 8 bits of every activation. No
+        limit where differences are expected and corrected."""
+        if self.rollout.max_logprob_diff is None and self.algorithm.importance_cap is not None:
+            return math.inf
+        return self.rollout.max_logprob_diff or (1.0 if self.engine.precision == "bf16" else 0.01)
+
+    @property
+    def doubts(self) -> list[str]:
+        """What is possible and hardly meant, one line each."""
+        flow = self.algorithm.flow
+        if flow is None or flow.loss != "nft" or self.algorithm.scale_rewards != "none":
+            return []
+        return [
+            "algorithm.scale_rewards is none: nft weighs advantages against algorithm.flow.advantage_max, so rewards "
+            "that differ by 0.1 within a group give it a tenth of the signal of scaled ones; use group or batch"
+        ]
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        trained = {spec.label for spec in self.rewards.functions}
+        for index, spec in enumerate(self.gold):
+            if spec.label in trained:
+                raise ValueError(
+                    f'gold.{index} ("{spec.label}") is among the rewards; a gold metric must not be'
+                )
+            if spec.gate or spec.scheduled:
+                raise ValueError(
+                    f'gold.{index} ("{spec.label}") enters no total; remove its gate and schedule'
+                )
+        gold = [spec.label for spec in self.gold]
+        if len(set(gold)) < len(gold):
+            raise ValueError("two gold metrics have the same name")
+        for key, size, needed in (
+            (
+                "data.train.size",
+                self.data.train.size,
+                ("rollout.prompts_per_step", self.rollout.prompts_per_step),
+            ),
+            ("data.heldout.size", self.data.heldout.size, ("eval.size", self.eval.size)),
+            ("data.heldout.size", self.data.heldout.size, ("run.sample_prompts", self.run.sample_prompts)),
+        ):
+            if size is not None and size < needed[1]:
+                raise ValueError(f"{needed[0]} ({needed[1]}) is more than {key} ({size})")
+        if self.algorithm.reference_every and self.model.lora:
+            raise ValueError(
+                "algorithm.reference_every needs full weights: with model.lora the reference is the base model"
+            )
+        if self.algorithm.flow is not None:
+            self.algorithm.flow.check(self)
+        if self.model.dtype == "bf16" and self.engine.precision != "bf16":
+            raise ValueError(
+                "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "
+                "precision than the policy"
+            )
+        drawn = self.rollout.prompts_per_step * self.rollout.group_size * self.rollout.decodes
+        if drawn > MAX_DRAWN:
+            raise ValueError(
+                f"rollout.prompts_per_step x group_size x decodes is {drawn} pictures a step, more than {MAX_DRAWN}"
+            )
+        if self.run.images is not None and self.run.images < drawn:
+            raise ValueError(f"run.images ({self.run.images}) is less than the {drawn} that one step draws")
+        updates = self.run.steps * self.algorithm.updates_per_rollout
+        if self.optim.warmup_steps >= updates:
+            raise ValueError(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) must be below the run's {updates} updates"
+            )
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A training recipe with `dotted.key=value` overrides. Raises ImageRLError with one line on a mistake."""
+    return load_yaml_recipe(Recipe, path, overrides)

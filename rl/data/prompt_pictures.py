@@ -1,0 +1,65 @@
+"""Pictures that a prompt file names: paths in some columns, whose headers are judged when the file is read, and whose
+pixels are decoded when a prompt is drawn, so that a set of any size fits in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.files.reading import check_picture, is_regular, read_picture
+from imagerl.rl.types import Prompt
+
+PICTURE_COLUMNS = ("reference", "mask", "ideal")  # the picture to edit, where it may change, a perfect result
+
+
+def picture_paths(columns: Mapping[str, Any], folder: Path, place: str) -> dict[str, Any]:
+    """Columns of a row with paths for the names of pictures, which are relative to the prompt file's folder.
+
+    Raises ImageRLError, beginning with `place`, when one is no name of a file that is there, or the file is no picture
+    or too large a one."""
+    found = dict(columns)
+    for name in PICTURE_COLUMNS:
+        if (given := found.get(name)) in (None, ""):  # a CSV file has no other way to say that there is none
+            found |= {name: None} if name in found else {}
+            continue
+        if not isinstance(given, str) or not is_regular(folder / given):
+            raise ImageRLError(
+                f'{place}: "{name}" should be the path of a picture, and there is none at {given!r:.200}'
+            )
+        found[name] = folder / given
+        check_picture(folder / given, place)
+    return found
+
+
+def with_pictures(prompt: Prompt) -> Prompt:
+    """The prompt with its pictures opened, RGB.
+
+    Raises ImageRLError when a file is no picture that can be read."""
+    paths = {name: value for name, value in prompt.columns.items() if isinstance(value, Path)}
+    if not paths:
+        return prompt
+    return replace(
+        prompt, columns={**prompt.columns, **{name: read_picture(path, name) for name, path in paths.items()}}
+    )
+
+
+def identity(prompt: Prompt) -> str:
+    """What makes a prompt the same as another one: its text, and for an edit the picture too."""
+    picture = prompt.columns.get("reference")
+    if isinstance(picture, Image.Image):
+        return f"{prompt.text} (of picture {picture_hash(prompt)[:12]})"
+    return f"{prompt.text} (of {picture})" if isinstance(picture, Path) else prompt.text
+
+
+def picture_hash(prompt: Prompt) -> str:
+    """SHA-256 of the picture to edit, of its file's bytes whatever that is called; "" without one."""
+    picture = prompt.columns.get("reference")
+    if isinstance(picture, Image.Image):
+        return hashlib.sha256(picture.tobytes()).hexdigest()
+    return hashlib.sha256(picture.read_bytes()).hexdigest() if isinstance(picture, Path) else ""

@@ -1,0 +1,319 @@
+"""Prompts: sets from files or by name, and the sampler that draws them for training."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imagerl.rl.config.recipe import SHIPPED
+from imagerl.rl.data.prompt_pictures import picture_hash, picture_paths
+from imagerl.rl.data.seeding import derive_seed
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.files.reading import parse_json, read_text, require_plain
+from imagerl.rl.files.yaml_text import parse_yaml_lines
+from imagerl.rl.types import Prompt
+
+if TYPE_CHECKING:
+    from imagerl.rl.config.train import PromptSetConfig
+
+RESERVED_COLUMNS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "images",
+    "self",
+)  # what rewards get beside the columns, or are themselves
+LINES_SHOWN = 20  # of the rows that a held-out set shares with the training set
+# What public prompt and edit sets call our columns, in any letter case; the first of these that a set has is taken
+# where it has no column of our name.
+PROMPT, REFERENCE = "prompt", "reference"
+SYNONYMS = {
+    PROMPT: ("instruction", "edit_instruction", "edit_prompt", "edit", "caption", "text", "prompts"),
+    REFERENCE: (
+        *(
+            "source_image",
+            "input_image",
+            "original_image",
+            "reference_image",
+            "source_img",
+            "input_img",
+            "src_img",
+        ),
+        *("image", "images", "img", "image_path"),
+    ),
+}
+Row = tuple[int, Any]  # line number, and a mapping of columns or a bare prompt
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Prompts in a fixed order; a text that stands there twice is two prompts. All have the same columns."""
+
+    source: str  # for messages: a path or name/split
+    prompts: tuple[Prompt, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.prompts[0].columns)
+
+
+def _tiny_world(split: str, size: int | None, seed: int) -> list[Prompt]:
+    from imagerl.rl.data.tiny.world import prompt_set
+
+    return prompt_set(split, size, seed)
+
+
+def _tiny_composition(split: str, size: int | None, seed: int) -> list[Prompt]:
+    from imagerl.rl.data.tiny.world import composition_set
+
+    return composition_set(split, size, seed)
+
+
+def _tiny_edits(split: str, size: int | None, seed: int) -> list[Prompt]:
+    from imagerl.rl.data.tiny.edits import edit_set
+
+    return edit_set(split, size, seed)
+
+
+def _tiny_text_edits(split: str, size: int | None, seed: int) -> list[Prompt]:
+    from imagerl.rl.data.tiny.edits import edit_set
+
+    return edit_set(split, size, seed, parts=("text",))
+
+
+NAMED_SETS: dict[str, Callable[[str, int | None, int], list[Prompt]]] = {
+    "tiny_composition": _tiny_composition,
+    "tiny_edits": _tiny_edits,
+    "tiny_text_edits": _tiny_text_edits,
+    "tiny_world": _tiny_world,
+}
+
+
+SHIPPED_FILES = ("ocr_signs", "edits")  # in recipes/prompts
+
+
+def load_prompt_set(config: PromptSetConfig) -> PromptSet:
+    """The prompts that a recipe asks for. A prompt's index is its place in the file, blank lines aside.
+
+    Raises:
+        ImageRLError: no such set or file, a row that is no prompt, too few prompts.
+    """
+    path = config.path
+    if config.name in SHIPPED_FILES:
+        path = str(SHIPPED / "prompts" / f"{config.name}_{config.split}.jsonl")
+    if path is None:
+        if config.name not in NAMED_SETS:
+            known = ", ".join((*NAMED_SETS, *SHIPPED_FILES))
+            raise ImageRLError(f'no prompt set is named "{config.name}"; there is: {known}')
+        source = f"{config.name}/{config.split}"
+        prompts = NAMED_SETS[config.name](str(config.split), config.size, config.seed)
+        lines = [prompt.index + 1 for prompt in prompts]
+        prompts = [replace(p, source=source, line=n) for p, n in zip(prompts, lines, strict=True)]
+    else:
+        source = path
+        prompts = _to_prompts(_read_rows(source), config.column, source)
+    if config.size is not None and config.size > len(prompts):
+        raise ImageRLError(
+            f"{source} has {len(prompts)} prompts, fewer than its size in the recipe, {config.size}"
+        )
+    return PromptSet(source, tuple(prompts[: config.size]))
+
+
+def inline_prompts(rows: Sequence[str | dict[str, Any]], source: str) -> PromptSet:
+    """Prompts that are written out in another file, `source`: texts, or mappings with a `prompt` in each. Lines in
+    messages are counted within the list. Raises ImageRLError like `load_prompt_set`."""
+    return PromptSet(source, tuple(_to_prompts(list(enumerate(rows, 1)), PROMPT, source)))
+
+
+def refuse_overlap(train: PromptSet, heldout: PromptSet, wanted: Callable[[Any, str], str]) -> None:
+    """Held-out results mean nothing when their prompts, or the targets in them, were trained on.
+
+    `wanted` says what the rewards compare a picture with, "" for nothing, given the column `target` and the text; it
+    is `rewards.ocr.reward.wanted_text`. Prompts are the same but for case and white space, edits if their pictures
+    are too.
+
+    Raises:
+        ImageRLError: with the rows, when a prompt or a target is in both sets.
+    """
+
+    def text(prompt: Prompt) -> str:
+        return " ".join(prompt.text.casefold().split())
+
+    common = {text(prompt) for prompt in train} & {text(prompt) for prompt in heldout}
+
+    def whole(prompt: Prompt) -> str:
+        """Pictures are read only where instructions are alike: they may be many."""
+        return text(prompt) + picture_hash(prompt) if text(prompt) in common else ""
+
+    def target(prompt: Prompt) -> str:
+        return wanted(prompt.columns.get("target"), prompt.text)
+
+    for what, value_of in (("prompt", whole), ("target", target)):
+        trained = {value: prompt for prompt in reversed(train.prompts) if (value := value_of(prompt))}
+        shared = [(prompt, trained[value]) for prompt in heldout if (value := value_of(prompt)) in trained]
+        if shared:
+            first, known = shared[0]
+            lines = ", ".join(str(prompt.line) for prompt, _ in shared[:LINES_SHOWN])
+            raise ImageRLError(
+                f"{len(shared)} {what}s of data.heldout ({heldout.source}) are also in data.train ({train.source}), "
+                f'such as "{target(first) if what == "target" else first.text}" of line {first.line} in line '
+                f"{known.line}; remove them from one of the two: held-out lines {lines}"
+                f"{', ...' if len(shared) > LINES_SHOWN else ''}"
+            )
+
+
+class GroupedSampler:
+    """Which prompts each step trains on: a pure function of (seed, step), so a resumed run needs no replay.
+
+    Every epoch is a fresh permutation of the prompts, cut into whole steps. What does not fill a step is
+    left out of that epoch, so that no prompt appears twice in an epoch, nor in a step.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt] | PromptSet, prompts_per_step: int, seed: int) -> None:
+        """Raises:
+        ImageRLError: fewer prompts than a step needs.
+        """
+        self._prompts = tuple(prompts)
+        if len(self._prompts) < prompts_per_step:
+            raise ImageRLError(
+                f"rollout.prompts_per_step is {prompts_per_step} but data.train has only "
+                f"{len(self._prompts)} prompts; lower it or add prompts"
+            )
+        self.prompts_per_step = prompts_per_step
+        self.steps_per_epoch = len(self._prompts) // prompts_per_step
+        self._seed = seed
+        self._order = lru_cache(maxsize=1)(self._permutation)
+
+    def step(self, step: int) -> list[Prompt]:
+        """The prompts of a step, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        first = place * self.prompts_per_step
+        return [self._prompts[i] for i in self._order(epoch)[first : first + self.prompts_per_step]]
+
+    def others(self, step: int) -> list[Prompt]:
+        """All prompts but the step's own, in an order drawn for that step: what may replace some of them."""
+        own = {prompt.index for prompt in self.step(step)}
+        rest = [prompt for prompt in self._prompts if prompt.index not in own]
+        random.Random(derive_seed(self._seed, "resample", step)).shuffle(rest)
+        return rest
+
+    def _permutation(self, epoch: int) -> list[int]:
+        order = list(range(len(self._prompts)))
+        random.Random(derive_seed(self._seed, "prompt order", epoch)).shuffle(order)
+        return order
+
+
+def _read_rows(source: str) -> list[Row]:
+    suffix = Path(source).suffix.lower()
+    readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _txt, ".yaml": _yaml, ".yml": _yaml}
+    if suffix not in readers:
+        raise ImageRLError(f'cannot tell the format of "{source}"; name it .jsonl, .csv, .txt or .yaml')
+    return list(readers[suffix](read_text(source), source))
+
+
+def _jsonl(text: str, source: str) -> Iterator[Row]:
+    for line, content in enumerate(text.split("\n"), 1):
+        if content.strip():
+            yield line, parse_json(content, f"{source}, line {line}")
+
+
+def _csv(text: str, source: str) -> Iterator[Row]:
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        header = list(reader.fieldnames or ())
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise ImageRLError(f'{source}: the header names the column "{twice[0]}" twice; rename one')
+        for row in reader:
+            if None in row or None in row.values():
+                wanted = len(reader.fieldnames or ())
+                raise ImageRLError(f"{source}, line {reader.line_num}: not the {wanted} fields of the header")
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ImageRLError(f"{source}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _txt(text: str, source: str) -> Iterator[Row]:
+    return ((line, content.strip()) for line, content in enumerate(text.split("\n"), 1) if content.strip())
+
+
+def _yaml(text: str, source: str) -> Iterator[Row]:
+    rows, lines = parse_yaml_lines(text, source)
+    if not isinstance(rows, list):
+        raise ImageRLError(f"{source}: should be a list of prompts, or of mappings with a prompt in each")
+    return iter(zip(lines, rows, strict=True))
+
+
+def _to_prompts(rows: Sequence[Row], column: str, source: str) -> list[Prompt]:
+    """Columns that a row lacks are None, so that rewards get lists of equal length."""
+    if not rows:
+        raise ImageRLError(f"{source} holds no prompts")
+    mappings: list[tuple[str, dict[str, Any]]] = []
+    for line, row in rows:
+        place = f"{source}, line {line}"
+        mapping = {column: row} if isinstance(row, str) else row
+        if not isinstance(mapping, dict):
+            raise ImageRLError(f"{place}: should be a mapping of columns, or a prompt")
+        mappings.append((place, require_plain(mapping, place)))
+    names = list(dict.fromkeys(name for _, mapping in mappings for name in mapping))
+    column, reference = _taken(names, column, source)
+    for place, mapping in mappings:
+        if column not in mapping:
+            raise ImageRLError(
+                f'{place}: no column "{column}", only {_shown(mapping)}; '
+                "add it, or name the right one in the prompt set's `column`"
+            )
+        if not isinstance(mapping[column], str) or not mapping[column].strip():
+            raise ImageRLError(f'{place}: "{column}" should be a text that is not empty')
+    names = [REFERENCE if name == reference else name for name in names if name != column]
+    for name in RESERVED_COLUMNS:
+        if name in names:
+            place = next(place for place, mapping in mappings if name in mapping)
+            raise ImageRLError(f'{place}: "{name}" is what rewards get from us; rename the column')
+    prompts = []
+    for index, (place, mapping) in enumerate(mappings):
+        columns = {name: mapping.get(reference if name == REFERENCE else name) for name in names}
+        if isinstance(given := columns.get(REFERENCE), list):
+            if len(given) > 1:
+                raise ImageRLError(
+                    f'{place}: "{reference}" names {len(given)} pictures; an edit starts from one'
+                )
+            columns[REFERENCE] = given[0] if given else None
+        columns = picture_paths(columns, Path(source).parent, place)
+        prompts.append(Prompt(index, mapping[column].strip(), columns, source, rows[index][0]))
+    return prompts
+
+
+def _taken(names: Sequence[str], column: str, source: str) -> tuple[str, str]:
+    """Which columns hold the prompt and the picture to edit, and a word about it where they have other names."""
+
+    def of(ours: str) -> str:
+        theirs = {name.lower(): name for name in reversed(names)}
+        wanted = () if ours in names else (ours, *SYNONYMS[ours])
+        return next((theirs[name] for name in wanted if name in theirs), ours)
+
+    prompt = of(PROMPT) if column == PROMPT else column
+    reference = of(REFERENCE)
+    renamed = [(prompt, column, "as the prompt"), (reference, REFERENCE, "as the picture to edit")]
+    said = [f'"{name}" {what}' for name, usual, what in renamed if name != usual]
+    if said:
+        _logger.warning("%s: took the column %s", source, " and ".join(said))
+    return prompt, reference
+
+
+def _shown(names: Iterable[str]) -> str:
+    text = ", ".join(names)
+    return text if len(text) <= 200 else text[:197] + "..."

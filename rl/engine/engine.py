@@ -1,0 +1,328 @@
+"""The one seam to Accelerate: plain torch or DeepSpeed ZeRO, on one process or many.
+
+Losses arrive already divided by a denominator that counts the whole batch, so gradients are *summed* over
+microbatches and ranks, never averaged, whatever lies underneath. Only the module that trains goes through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from imagerl.rl.engine import zero
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.files.environment import leave_to_the_recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from imagerl.rl.config.engine import EngineConfig, OptimConfig
+
+StateDict = dict[str, dict[str, Tensor]]  # group -> name -> whole tensor
+
+
+class Engine:
+    """Device, ranks and precision of a run; after `prepare` also its optimizer.
+
+    One update, with n microbatches (the same n on every rank)::
+
+        for i in range(n):
+            with engine.microbatch(last=i == n - 1):
+                with engine.autocast():
+                    loss = ...  # from engine.module(...)
+                engine.backward(loss)
+        grad_norm = engine.step()
+    """
+
+    def __init__(self, settings: EngineConfig) -> None:
+        """Raises:
+        ImageRLError: the device that the recipe asks for is not there.
+        """
+        if settings.device == "cuda" and not torch.cuda.is_available():
+            raise ImageRLError("engine.device is cuda but torch sees no GPU; set engine.device=cpu or auto")
+        use_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+        if settings.name == "deepspeed" and use_cpu and torch.cuda.is_available():
+            raise ImageRLError(
+                "DeepSpeed takes the GPU where one is; for engine.device=cpu set CUDA_VISIBLE_DEVICES=''"
+            )
+        self.zero_stage: int | None = settings.zero_stage if settings.name == "deepspeed" else None
+        self.precision: str = settings.precision
+        self.accelerator = self._accelerator(use_cpu)
+        if settings.threads:  # after Accelerate, which may choose for itself
+            torch.set_num_threads(settings.threads)
+        self.threads: int = torch.get_num_threads()
+        self.device: torch.device = self.accelerator.device
+        if self.device.type == "cuda":  # resuming must repeat a run bit for bit
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.is_main: bool = self.rank == 0
+        self.updates = 0  # optimizer updates made so far
+        self.lr = 0.0  # of the last update
+        self.share: float | None = None  # of the run that is over, where a budget and not steps tells
+        self._module: Any = None
+
+    def prepare(
+        self,
+        module: nn.Module,
+        optim: OptimConfig,
+        total_updates: int,
+        state: Mapping[str, Mapping[str, Tensor]] | None = None,
+        lr_factor: Callable[[str], float] = lambda name: 1.0,
+    ) -> None:
+        """Take over a module's trainable parameters, fresh or as `state_dict` once described them.
+
+        `lr_factor` maps a parameter's name to its share of the scheduled learning rate.
+
+        Trainable parameters become float32: at learning rates of RL an update is smaller than the spacing
+        of bfloat16 numbers and would be rounded away.
+
+        Raises:
+            ImageRLError: `state` belongs to other parameters than the module's.
+        """
+        if self.zero_stage is not None:
+            zero.fit_config(self.accelerator, module, optim.max_grad_norm)
+        module.to(self.device)
+        self.unwrapped = module
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not self._parameters:
+            raise ImageRLError("nothing to train: every parameter is frozen; check model.lora in the recipe")
+        for parameter in self._parameters.values():
+            parameter.data = parameter.data.float()
+        if state is not None:
+            self._load_weights(state["model"])
+        self._optim = optim
+        self._total_updates = total_updates
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self._parameters.items():
+            groups.setdefault(lr_factor(name), []).append(parameter)
+        self._lr_factors = list(groups)
+        self._base_optimizer = torch.optim.AdamW(
+            [{"params": parameters} for parameters in groups.values()],
+            lr=optim.lr,
+            betas=(optim.betas[0], optim.betas[1]),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+        )
+        self._module, self._optimizer = self.accelerator.prepare(module, self._base_optimizer)
+        if state is not None:
+            self._load_moments(state["optimizer"])
+
+    @property
+    def module(self) -> Any:
+        """The prepared module. Call this one, so that ranks cooperate; read attributes from `unwrapped`."""
+        if self._module is None:
+            raise RuntimeError("Engine.prepare must come before Engine.module")
+        return self._module
+
+    @contextlib.contextmanager
+    def microbatch(self, last: bool) -> Iterator[None]:
+        """Surrounds forward and backward of one microbatch; ranks exchange gradients in the last one only."""
+        if self.zero_stage is not None:
+            self.module.set_gradient_accumulation_boundary(last)
+            yield
+        elif last:
+            yield
+        else:
+            with self.accelerator.no_sync(self.module):
+                yield
+
+    def leave_cores(self, count: int) -> None:
+        """Use `count` CPU threads less than the run has, but one at least, while other processes compute.
+
+        A thread that shares its core with another process holds up the rest at every barrier. When a run leaves
+        cores depends on its recipe alone and never on the clock: rounding depends on the number of threads, and
+        a run must repeat bit for bit."""
+        torch.set_num_threads(max(1, self.threads - count))
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bfloat16 autocast where the recipe says so; for the forward pass, not for backward."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar that is already divided by its global denominator."""
+        loss = loss * self.world_size  # undoes the mean over ranks of DDP and DeepSpeed
+        if self.zero_stage is not None:
+            self.module.backward(loss, scale_wrt_gas=False)
+        else:
+            self.accelerator.backward(loss)
+
+    def step(self) -> float:
+        """Clip, update and clear the gradients. Returns the norm, over all ranks, that they had before.
+
+        Raises:
+            ImageRLError: the gradient is NaN or infinite; the weights are as before.
+        """
+        self.lr = learning_rate(self.updates, self._total_updates, self._optim, self.share)
+        for group, factor in zip(self._base_optimizer.param_groups, self._lr_factors, strict=True):
+            group["lr"] = self.lr * factor
+        if self.zero_stage:
+            self.module.step()  # clips, and skips the update if the norm is not finite
+            norm = float(self.module.get_global_grad_norm())
+        else:
+            max_norm = self._optim.max_grad_norm or math.inf
+            norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), max_norm))
+            if math.isfinite(norm):
+                self.module.step() if self.zero_stage == 0 else self._optimizer.step()
+            self._base_optimizer.zero_grad()
+        if not math.isfinite(norm):
+            raise ImageRLError(
+                f"the gradient norm is {norm} at update {self.updates + 1}; lower optim.lr or set "
+                "engine.precision=fp32 in a new run"
+            )
+        self.updates += 1
+        return norm
+
+    def gradient_norms(self, parts: Sequence[str]) -> dict[str, float]:
+        """Norm of the present gradient of each part of the module, named by its attribute; empty under ZeRO 1 and
+        above, where no rank holds whole gradients. To be called before `step`, after the last microbatch."""
+        if self.zero_stage:
+            return {}
+        norms = {}
+        for part in parts:
+            own = [
+                p.grad for n, p in self._parameters.items() if n.startswith(f"{part}.") and p.grad is not None
+            ]
+            norms[part] = float(nn.utils.get_total_norm(own))
+        return norms
+
+    @contextlib.contextmanager
+    def gathered_parameters(self) -> Iterator[None]:
+        """Within it `unwrapped` and its parts can be called directly (sampling, reference, export) even under
+        ZeRO-3, where each rank otherwise holds a slice of every weight. Collective; do not train inside."""
+        if self.zero_stage != 3:
+            yield
+            return
+        with zero.gathered(self.module, self.unwrapped):
+            yield
+
+    def state_dict(self) -> StateDict:
+        """A copy of the weights and optimizer state of all that trains, whole, by parameter name, on the CPU.
+
+        Collective: every rank calls it, rank 0 gets the tensors and the others empty groups.
+        """
+        model: dict[str, Tensor] = {}
+        optimizer: dict[str, Tensor] = {}
+        if self.zero_stage and self.updates:
+            zero.link_moments(self.module, self.zero_stage)
+        for name, parameter in self._parameters.items():
+            if self.zero_stage:
+                whole = zero.whole_state(parameter, self.updates)
+            else:
+                whole = {"weight": parameter.data, **self._base_optimizer.state.get(parameter, {})}
+            if self.is_main:
+                copies = {key: tensor.detach().to("cpu", copy=True) for key, tensor in whole.items()}
+                model[name] = copies.pop("weight")
+                optimizer |= {f"{key}/{name}": tensor for key, tensor in copies.items()}
+        if self.is_main:
+            optimizer["updates"] = torch.tensor(self.updates)
+        return {"model": model, "optimizer": optimizer}
+
+    def sum_over_ranks(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
+        """Add up scalars over ranks in float64. Collective, with the same keys everywhere."""
+        keys = sorted(values)
+        # one transfer from the device for all of them
+        scalars = [
+            torch.as_tensor(values[key], dtype=torch.float64, device=self.device).detach() for key in keys
+        ]
+        if not scalars:
+            return {}
+        total = torch.stack(scalars)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(total)
+        summed = dict(zip(keys, total.tolist(), strict=True))
+        return {key: summed[key] for key in values}
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in order of rank, on every rank. Collective; for small Python objects."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the other processes, if there are any. The last thing a process does with its engine.
+
+        A group of one is left alone: it binds nobody, and DeepSpeed, which made it, keeps handles to it that a
+        later engine of the same process would use."""
+        if self.world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        zero.stop_posing()
+
+    def _accelerator(self, use_cpu: bool) -> Accelerator:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, GradientState
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        # Accelerate keeps one configuration per process; an engine made later must not inherit it.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        leave_to_the_recipe()  # among them what an earlier engine with DeepSpeed has left behind
+        zero.stop_posing()
+        if self.zero_stage is not None:
+            return zero.create_accelerator(self.zero_stage, self.precision, use_cpu)
+        ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        return Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=[ddp])
+
+    def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        if weights.keys() != self._parameters.keys():
+            odd = sorted(weights.keys() ^ self._parameters.keys())
+            raise ImageRLError(
+                f"the checkpoint trains other parameters than this recipe ({len(odd)}, first {odd[0]}); "
+                "resume with the model and model.lora it was saved with"
+            )
+        for name, parameter in self._parameters.items():
+            if weights[name].shape != parameter.shape:
+                raise ImageRLError(
+                    f"{name} is {tuple(weights[name].shape)} in the checkpoint, {tuple(parameter.shape)} in "
+                    "the model; resume with the model and model.lora it was saved with"
+                )
+            parameter.data.copy_(weights[name])
+
+    def _load_moments(self, saved: Mapping[str, Tensor]) -> None:
+        self.updates = int(saved["updates"])
+        if self.zero_stage:
+            zero.make_moments(self.module, self.zero_stage, self.updates)
+        for name, parameter in self._parameters.items():
+            if f"step/{name}" not in saved:
+                continue  # never updated: it had no gradient so far
+            moments = {key: saved[f"{key}/{name}"].to(self.device, copy=True) for key in zero.MOMENTS}
+            if self.zero_stage:
+                zero.scatter_moments(parameter, moments)
+            else:
+                step = saved[f"step/{name}"].clone()
+                self._base_optimizer.state[parameter] = {"step": step, **moments}
+
+
+def learning_rate(update: int, total: int, optim: OptimConfig, share: float | None = None) -> float:
+    """The learning rate of 0-based `update` out of `total`, a pure function so that resuming needs no state.
+
+    Warm-up rises linearly and its first update is not wasted on zero; then constant, or constant up to the last
+    `decay_share` of the updates and from there down to `min_lr` along a line or half a cosine. Where the number of
+    updates is not known beforehand, `share` in [0, 1] says how much of the run is over, and the fall follows that.
+    """
+    warmup = optim.warmup_steps
+    if update < warmup:
+        return optim.lr * (update + 1) / (warmup + 1)
+    if share is None:
+        begin = max(float(warmup), (1.0 - optim.decay_share) * total)
+        progress = min(1.0, max(0.0, update - begin) / max(1.0, total - begin))
+    else:
+        progress = min(1.0, max(0.0, share - (1.0 - optim.decay_share)) / optim.decay_share)
+    if optim.schedule == "linear":
+        return optim.min_lr + (optim.lr - optim.min_lr) * (1.0 - progress)
+    if optim.schedule == "cosine":
+        return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return optim.lr

@@ -1,0 +1,376 @@
+"""What a run says while it runs: metrics.jsonl, TensorBoard events, progress, timings, picture grids."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+import platform
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from pydantic import BaseModel, ConfigDict, Field
+
+from imagerl.rl.errors import ImageRLError, one_line
+from imagerl.rl.files.reading import parse_json, validated
+from imagerl.rl.files.writing import write_atomic, write_error
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def is_timing(key: str) -> bool:
+    """Whether a metric depends on the clock. All others repeat bit for bit in a resumed run."""
+    return any(word in key for word in ("time", "per_s", "share"))
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every parser takes: NaN and infinities become null, numpy and 0-d tensors plain numbers.
+
+    Floats are written so that reading them back gives the same bits.
+    """
+    return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+class Record(BaseModel):
+    """One line of metrics.jsonl: a step and its numbers."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | bool | None]
+
+    step: int = Field(ge=0, strict=True)
+
+
+def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl in file order; a last line cut off by a crash is skipped.
+
+    Raises:
+        ImageRLError: a line before the last is not a JSON object with `step`.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty or torn
+        try:
+            record = parse_json(line.decode(), "it")
+            validated(Record, record, "it")
+        except (UnicodeDecodeError, ImageRLError) as error:
+            raise ImageRLError(f"{path} line {number} is damaged; delete that line and try again") from error
+        records.append(record)
+    return records
+
+
+class MetricsLog:
+    """Appends metrics to `metrics.jsonl` and to TensorBoard events in `tb/`.
+
+    A line is on the disk when `log` returns, so log a step *before* saving its checkpoint: a resumed run
+    then finds every step up to that checkpoint. `resume_step` is the step of the checkpoint that the run
+    continues from; lines of later steps are dropped. A run killed before its first checkpoint resumes
+    with −1, which drops all. None starts a new file.
+
+    Raises:
+        ImageRLError: a new run would write into a folder that already holds metrics; disk full.
+    """
+
+    def __init__(self, run_dir: Path | str, resume_step: int | None = None, tensorboard: bool = True) -> None:
+        self.path = Path(run_dir) / METRICS_FILE
+        records = read_metrics(run_dir)
+        if resume_step is None:
+            if records:
+                raise ImageRLError(
+                    f"{self.path.parent} already holds a run; add --resume or set another run.output_dir"
+                )
+            kept = []
+        else:
+            kept = [record for record in records if record["step"] <= resume_step]
+        write_atomic(self.path, "".join(to_json(record) + "\n" for record in kept))
+        self._file = _open_to_append(self.path)
+        self._events: io.FileIO | None = None
+        if tensorboard:
+            name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}.{time.time_ns()}"
+            self._events = _open_to_append(self.path.parent / "tb" / name)
+            first = None if resume_step is None else resume_step + 1
+            _append(self._events, _event_records({}, first, begins=True))
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one line. Values are numbers, booleans, None, or 0-d arrays and tensors.
+
+        Raises:
+            TypeError: a value is none of these.
+            ImageRLError: the disk is full.
+        """
+        record: dict[str, Any] = {"step": int(step)}
+        for key, value in metrics.items():
+            record[key] = _plain(value)
+            if not isinstance(record[key], int | float | None):
+                raise TypeError(f"metric {key} must be a number, got {type(value).__name__}")
+        _append(self._file, (to_json(record) + "\n").encode())
+        if self._events is not None:
+            shown = {key: value for key, value in record.items() if key != "step" and value is not None}
+            _append(self._events, _event_records(shown, record["step"]))
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _open_to_append(path: Path) -> io.FileIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("ab", buffering=0)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def _append(file: io.FileIO, data: bytes) -> None:
+    """Write `data` at the end of a file, durably. Raises ImageRLError when the disk is full."""
+    try:
+        if file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise write_error(Path(file.name), error) from error
+
+
+def _event_records(values: Mapping[str, float], step: int | None, begins: bool = False) -> bytes:
+    """Records of a TensorBoard event file. `begins` starts one; with a step it tells readers to forget what they
+    know of that step and later ones. TensorBoard's own writer would write in a thread of its own, in which a full
+    disk ends in a traceback."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    records = RecordWriter(buffer)
+    if begins:
+        records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        if step is not None:
+            session = SessionLog(status=SessionLog.START)
+            records.write(Event(wall_time=time.time(), step=step, session_log=session).SerializeToString())
+    for tag, value in values.items():
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=float(value))])
+        records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+    return buffer.getvalue()
+
+
+class PhaseTimer:
+    """Seconds and shares of the phases of a step: `with timer("rollout"): ...`.
+
+    `synchronise` is called at both ends of a phase; give `torch.cuda.synchronize` on a GPU, where kernels
+    return before they have run.
+    """
+
+    def __init__(
+        self,
+        synchronise: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._synchronise = synchronise or (lambda: None)
+        self._clock = clock
+        self._seconds: dict[str, float] = {}
+        self._start = clock()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self._synchronise()
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._synchronise()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
+
+    def start(self) -> None:
+        """Begin a step: forget the phases so far."""
+        self._start = self._clock()
+        self._seconds = {}
+
+    def metrics(self) -> dict[str, float]:
+        """`time/<phase>_s`, `share/<phase>` and `time/step_s` since `start`.
+
+        Shares are of that wall time, so what no phase covers shows as `share/other`.
+        """
+        total, seconds = self._clock() - self._start, self._seconds
+        result = {f"time/{phase}_s": value for phase, value in seconds.items()} | {"time/step_s": total}
+        seconds = seconds | {"other": max(0.0, total - sum(seconds.values()))}
+        return result | {f"share/{phase}": value / max(total, 1e-9) for phase, value in seconds.items()}
+
+
+class Progress:
+    """Live line with step, total reward, KL, exact match and time left; `with Progress(steps) as progress:`.
+
+    Where the output is not a terminal it prints one short line every `every` steps instead.
+    """
+
+    def __init__(
+        self, total_steps: int, start_step: int = 0, console: Console | None = None, every: int = 10
+    ) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._total, self._every = total_steps, every
+        self._console = console or Console()
+        self._times: deque[tuple[int, float]] = deque([(start_step, time.monotonic())], maxlen=20)
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            columns = (BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
+            self._bar = Progress(*columns, console=self._console)
+            text = f"step {start_step}/{total_steps}"
+            self._task = self._bar.add_task(text, total=total_steps, completed=start_step)
+
+    def update(self, step: int, metrics: Mapping[str, Any], expected: int | None = None) -> None:
+        """Show `step` (the number of steps done) with the metrics of that step; `expected` corrects the total."""
+        self._total = expected or self._total
+        self._times.append((step, time.monotonic()))
+        text = progress_line(step, self._total, metrics, self._seconds_left(step))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, total=self._total, description=text)
+        elif step == 1 or step == self._total or step % self._every == 0:
+            self._print(text)
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, above the bar. It may hold words of others, such as a reward's."""
+        self._print(one_line(text))
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _seconds_left(self, step: int) -> float:
+        (first_step, first), (_, last) = self._times[0], self._times[-1]
+        return (last - first) / max(1, step - first_step) * (self._total - step)
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def progress_line(step: int, total: int, metrics: Mapping[str, Any], seconds_left: float) -> str:
+    """`step 10/200  total 0.423  KL 0.0012  exact 41 %  3m12s left`, without what is not measured."""
+    parts = [f"step {step:>{len(str(total))}}/{total}"]
+    if (reward := metrics.get("reward/mean")) is not None:
+        parts.append(f"total {reward:.3f}")
+    if (kl := metrics.get("kl/k3")) is not None:
+        parts.append(f"KL {kl:.4f}")
+    if reward is None and (loss := metrics.get("loss")) is not None:
+        parts.append(f"loss {loss:.4f}")
+    exact = [v for k, v in metrics.items() if k.startswith("reward/") and k.endswith("exact_match/mean")]
+    if exact and exact[0] is not None:
+        parts.append(f"exact {100 * exact[0]:.0f} %")
+    minutes, seconds = divmod(round(seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    left = f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    return "  ".join([*parts, f"{left} left"])
+
+
+def image_grid(
+    images: Sequence[np.ndarray] | np.ndarray,
+    columns: int,
+    captions: Sequence[str] | None = None,
+    scale: int = 1,
+) -> Image.Image:
+    """Lay out pictures of one size in rows of `columns`, with a small caption under each.
+
+    Args:
+        images: [N, H, W, 3] uint8 RGB.
+        captions: one per picture; three lines at most, the rest is cut with an ellipsis.
+        scale: enlargement by whole pixels, so that single pixels stay visible.
+
+    Raises:
+        ValueError: no pictures, another dtype or shape, or not one caption per picture.
+    """
+    stack = np.asarray(images)
+    if stack.ndim != 4 or stack.shape[-1] != 3 or stack.dtype != np.uint8 or not len(stack):
+        raise ValueError(f"images must be [N, H, W, 3] uint8 with N >= 1, got {stack.dtype} {stack.shape}")
+    if captions is not None and len(captions) != len(stack):
+        raise ValueError(f"{len(stack)} images but {len(captions)} captions")
+    stack = stack.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, _ = stack.shape
+    columns = max(1, min(columns, count))
+    rows = -(-count // columns)
+    margin, line_height = 8, 13
+    blocks = [_fit(caption, width) for caption in captions] if captions else [[] for _ in range(count)]
+    caption_height = line_height * max(map(len, blocks)) + (3 if captions else 0)
+    size = margin + columns * (width + margin), margin + rows * (height + caption_height + margin)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (picture, lines) in enumerate(zip(stack, blocks, strict=True)):
+        x = margin + i % columns * (width + margin)
+        y = margin + i // columns * (height + caption_height + margin)
+        canvas.paste(Image.fromarray(picture), (x, y))
+        for number, line in enumerate(lines):
+            draw.text((x, y + height + 3 + number * line_height), line, fill=(70, 74, 82), font=_font())
+    return canvas
+
+
+def save_image(image: Image.Image, path: Path | str) -> Path:
+    """Write a PNG atomically.
+
+    Raises:
+        ImageRLError: the disk is full or the folder cannot be written.
+    """
+    path, buffer = Path(path), io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    write_atomic(path, buffer.getvalue())
+    return path
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    import matplotlib  # only for the path of DejaVu, which covers far more scripts than Pillow's own font
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
+
+
+def _fit(caption: str, width: int, max_lines: int = 3) -> list[str]:
+    """Break a caption into lines of at most `width` pixels, the last one cut with an ellipsis."""
+    font = _font()
+    lines = [""]
+    for word in caption.split():
+        joined = f"{lines[-1]} {word}".lstrip()
+        if lines[-1] and font.getlength(joined) > width:
+            lines.append(word)
+        else:
+            lines[-1] = joined
+    cut = len(lines) > max_lines
+    lines = lines[:max_lines]
+    for i, line in enumerate(lines):
+        mark = "…" if cut and i == max_lines - 1 else ""
+        while line and font.getlength(line + mark) > width:
+            line, mark = line[:-1].rstrip(), "…"
+        lines[i] = line + mark
+    return lines

@@ -1,0 +1,47 @@
+"""What is done to `RewardScores` as a whole. Both functions go by what a field holds, not by its name, so that none can
+be forgotten: an array has a row for each sample, a mapping of arrays has them by name, all else is of the request."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+
+from imagerl.rl.types import RewardScores
+
+
+def map_samples(scores: RewardScores, rows: Callable[[np.ndarray], np.ndarray]) -> RewardScores:
+    """The scores with `rows` applied to every array [B] of values by sample, to choose, order or reduce samples."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: mapped(entry) for name, entry in value.items()}
+        return rows(value) if isinstance(value, np.ndarray) else value
+
+    return replace(scores, **{field.name: mapped(getattr(scores, field.name)) for field in fields(scores)})
+
+
+def merge_scores(parts: Sequence[RewardScores]) -> RewardScores:
+    """Scores of consecutive requests as one: samples one after the other, NaN where a part lacks a component, as when
+    a reward failed there; failures added up, and of all else of a request the last."""
+    sizes = [len(part.totals) for part in parts]
+
+    def merged(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], Mapping):
+            names = dict.fromkeys(name for value in values for name in value)
+            return {name: merged([value.get(name) for value in values]) for name in names}
+        if any(isinstance(value, np.ndarray) for value in values):
+            lacking = [np.full(size, np.nan) for size in sizes]
+            return np.concatenate([gap if v is None else v for v, gap in zip(values, lacking, strict=True)])
+        return next(value for value in reversed(values) if value is not None)
+
+    failures: Counter[str] = Counter()
+    for part in parts:
+        failures.update(part.failures)
+    whole = {
+        field.name: merged([getattr(part, field.name) for part in parts]) for field in fields(RewardScores)
+    }
+    return RewardScores(**whole | {"failures": dict(failures)})

@@ -1,0 +1,292 @@
+"""A training run from its first step to its report: evaluation, pictures, checkpoints, resuming, stopping."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from imagerl.rl.config.train import Recipe
+from imagerl.rl.data.prompt_pictures import with_pictures
+from imagerl.rl.engine.checkpoint import Checkpoint, save_checkpoint
+from imagerl.rl.engine.engine import Engine, StateDict
+from imagerl.rl.evaluation.evaluate import evaluate, try_rewards
+from imagerl.rl.evaluation.stats import compare
+from imagerl.rl.files.metrics import MetricsLog, Progress
+from imagerl.rl.rollout.engine import RolloutEngine
+from imagerl.rl.run.budget import Budget
+from imagerl.rl.run.folder import PEAK, RunFolder
+from imagerl.rl.run.monitors import Watch, watched
+from imagerl.rl.run.report import write_report
+from imagerl.rl.run.signals import stop_signals
+from imagerl.rl.training.trainer import Trainer
+from imagerl.rl.types import Prompt
+
+
+def with_sources(
+    images: Sequence[np.ndarray], prompts: Sequence[Prompt]
+) -> tuple[list[np.ndarray], list[str]]:
+    """Pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
+    prompts = [with_pictures(prompt) for prompt in prompts]
+    shown: list[np.ndarray] = []
+    captions: list[str] = []
+    for image, prompt in zip(images, prompts, strict=True):
+        if prompt.reference is not None:
+            source = prompt.reference.convert("RGB").resize((image.shape[1], image.shape[0]))
+            shown.append(np.asarray(source))
+            captions.append("to edit")
+        shown.append(image)
+        captions.append(prompt.text)
+    return shown, captions
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C or SIGTERM only asks to stop; the yielded function tells whether one came. A
+    second one interrupts at once."""
+    asked = False
+
+    def ask(number: int, _: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        if os.environ.get("RANK", "0") == "0":  # not by print, which this may have interrupted
+            os.write(2, b"imagerl: stopping after this step; once more to stop at once\n")
+
+    with stop_signals(ask):
+        yield lambda: asked
+
+
+class Stepper(Protocol):
+    """What a loop drives: a `Trainer`."""
+
+    engine: Engine
+
+    def step(self, step: int) -> Mapping[str, Any]: ...
+
+
+class Loop:
+    """Drives a trainer over the steps of its recipe. Only the main process writes files."""
+
+    def __init__(
+        self,
+        recipe: Any,
+        folder: RunFolder,
+        trainer: Stepper,
+        checkpoint: Checkpoint | None,
+        progress_note: Callable[[str], None] = print,
+        budget: Budget | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.engine = trainer.engine
+        self._step = trainer.step
+        self.start_step = checkpoint.step if checkpoint else 0
+        self.first: list[dict[str, Any]] | None = checkpoint.state.get("first_eval") if checkpoint else None
+        self.last: list[dict[str, Any]] | None = checkpoint.state.get("last_eval") if checkpoint else None
+        self.note = progress_note if self.engine.is_main else lambda _: None
+        self.finished = False  # the last step is done, or there shall be no further one
+        self.budget = budget or Budget()
+        self.budget.restore(checkpoint.state.get("budget", {}) if checkpoint else {})
+        self.done = self.start_step  # steps
+
+    def execute(self, resumed: bool) -> dict[str, Any] | None:
+        """Run to the last step, or until asked to stop.
+
+        Returns the comparison of the last held-out evaluation with the first; None when stopped early, and on
+        all but the main process."""
+        total = self.recipe.run.steps
+        is_main = self.engine.is_main
+        log = None
+        if is_main:
+            log = MetricsLog(self.folder.path, (self.start_step or -1) if resumed else None)
+        with stop_on_signals() as asked_to_stop:
+            if self.first is None:
+                self._evaluate(0, log)
+            ended = self.budget.spent or self._ends_early()
+            with _progress(total, self.start_step, is_main) as progress:
+                for step in range(self.start_step + 1, total + 1):
+                    if ended:
+                        break
+                    self.engine.share = self.budget.share
+                    metrics = self._observe(step, self._step(step - 1))
+                    self.done = step
+                    self.budget.spend(self.engine.gather_objects(metrics)[0])  # clocks differ
+                    last = step == total or self.budget.spent
+                    if log:
+                        log.log(step, metrics)
+                    if progress:
+                        progress.update(step, metrics, self.budget.expected_steps())
+                    if self._due(step, self.recipe.eval.every) or last:
+                        self._evaluate(step, log)
+                    elif self._due(step, self.recipe.run.sample_every):
+                        self._draw_samples(step)
+                    stopping = any(self.engine.gather_objects(asked_to_stop()))
+                    ended = last or self._ends_early()
+                    if self._due(step, self.recipe.checkpoint.every) or ended or stopping:
+                        self._save(step)
+                    if stopping and not ended:
+                        self.note(f"stopped after step {step}; continue with --resume")
+                        self._finish(log, None)
+                        return None
+        self.finished = True
+        comparison = compare(self.first or [], self.last or []) if is_main else None
+        self._finish(log, comparison)
+        return comparison
+
+    @staticmethod
+    def _due(step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _save(self, step: int, place: Path | None = None, keep: int | None = None) -> None:
+        """Among the checkpoints of the run folder, or in a place of its own."""
+        tensors, state = self._tensors(), self._state()
+        if self.engine.is_main:
+            keep = keep or self.recipe.checkpoint.keep
+            save_checkpoint(place or self.folder.checkpoints, step, tensors, state, keep)
+        self.engine.barrier()
+
+    def _tensors(self) -> StateDict:
+        """The tensors of a checkpoint, whole, on the main process. Collective."""
+        return self.engine.state_dict()
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors. Called by all processes, what the main one returns counts."""
+        return {
+            "first_eval": self.first,
+            "last_eval": self.last,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "budget": self.budget.state(),
+        }
+
+    def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The metrics of a step with what the run makes of them."""
+        return metrics
+
+    def _ends_early(self) -> bool:
+        """Whether the step just done shall be the last. Collective."""
+        return False
+
+    def _evaluate(self, step: int, log: MetricsLog | None) -> None:
+        """Held-out evaluation: sets `first` (once) and `last` on the main process."""
+        raise NotImplementedError
+
+    def _draw_samples(self, step: int) -> None:
+        """A grid of the fixed prompts."""
+        raise NotImplementedError
+
+    def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
+        """At the end of the run, and with no comparison when it was stopped early."""
+        raise NotImplementedError
+
+
+class Run(Loop):
+    """A run of reinforcement learning."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        trainer: Trainer,
+        heldout: Sequence[Prompt],
+        eval_rollout: RolloutEngine,
+        checkpoint: Checkpoint | None,
+        progress_note: Callable[[str], None] = print,
+    ) -> None:
+        super().__init__(recipe, folder, trainer, checkpoint, progress_note, Budget.of(recipe))
+        self.trainer = trainer
+        self.heldout = heldout[: recipe.eval.size]
+        self.eval_rollout = eval_rollout
+        gold = [spec.label for spec in recipe.gold]
+        self.watch = Watch(recipe.monitors, watched(recipe.monitors, gold))
+        self.watch.restore(checkpoint.state.get("watch", {}) if checkpoint else {})
+
+    def _evaluate(self, step: int, log: MetricsLog | None) -> None:
+        self._measure(step, log)
+        best = self.engine.gather_objects(self.watch.best_step)[0] == step
+        if best and step and self.recipe.monitors.stop:
+            self._save(step, self.folder.path / PEAK, keep=1)
+
+    def _measure(self, step: int, log: MetricsLog | None) -> None:
+        """Held-out evaluation on the main process; the others wait at the next collective."""
+        with self.engine.gathered_parameters():
+            self.trainer.policy.refresh_sampler()
+        if not self.engine.is_main:
+            self.engine.barrier()
+            return
+        settings = self.recipe.eval
+        if step == 0:
+            try_rewards(settings.suite, self.heldout, self.eval_rollout, self.trainer.scorer)
+        evaluation = evaluate(
+            settings.suite, self.heldout, self.eval_rollout, self.trainer.scorer, settings.batch_size
+        )
+        self.folder.write_evaluation(evaluation, step, self.recipe.model.path, settings.seed)
+        self.first = self.first or evaluation.per_prompt
+        self.last = evaluation.per_prompt
+        watched_metrics, alarms = self.watch.after_evaluation(step, evaluation.per_prompt)
+        if log:
+            log.log(step, evaluation.flat() | watched_metrics)
+        shown = "  ".join(f"{n} {v.mean:.3f}" for n, v in evaluation.metrics.items())
+        self.note(f"held-out after step {step}: {shown}")
+        self._sound(alarms)
+        count = self.recipe.run.sample_prompts
+        self.folder.save_grid(step, *with_sources(list(evaluation.images[:count]), self.heldout[:count]))
+        self.engine.barrier()
+
+    def _draw_samples(self, step: int) -> None:
+        """The grid's prompts are the first of the held-out ones, with the random numbers of the evaluation."""
+        with self.engine.gathered_parameters():
+            self.trainer.policy.refresh_sampler()
+        if self.engine.is_main:
+            prompts = self.heldout[: self.recipe.run.sample_prompts]
+            occasion = f"eval {self.recipe.eval.suite}"
+            (groups,) = self.eval_rollout.generate(prompts, 1, occasion)
+            self.folder.save_grid(step, *with_sources([group.images[0] for group in groups], prompts))
+
+    def _tensors(self) -> StateDict:
+        return self.engine.state_dict() | self.trainer.tensors()
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "trainer": self.trainer.state(), "watch": self.watch.state()}
+
+    def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        found, alarms = self.watch.after_step(step, metrics)
+        self._sound(alarms)
+        return {**metrics, **found}
+
+    def _sound(self, alarms: Sequence[str]) -> None:
+        for alarm in alarms:
+            self.note(f"ALARM {alarm}")
+
+    def _ends_early(self) -> bool:
+        return bool(self.engine.gather_objects(self.watch.halts)[0])
+
+    def _where_best(self) -> str:
+        if not self.watch.best_step:
+            return "the watched metrics were best before training"
+        place = self.folder.path / PEAK / f"step_{self.watch.best_step:06d}"
+        return f"the watched metrics were best at step {self.watch.best_step}, kept in {place}"
+
+    def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
+        if log is None:
+            return
+        log.close()
+        if comparison is not None:
+            self.folder.write_comparison(comparison, self.recipe.eval.suite, self.done)
+            if self.watch.halts and self.done < self.recipe.run.steps:
+                self.note(f"ended after step {self.done} by monitors.stop; {self._where_best()}")
+        self.note(f"report: {write_report(self.folder.path)}")
+
+
+@contextmanager
+def _progress(total: int, start: int, show: bool) -> Iterator[Progress | None]:
+    if not show:
+        yield None
+        return
+    with Progress(total, start) as progress:
+        yield progress

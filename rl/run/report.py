@@ -1,0 +1,331 @@
+"""One page that tells a run: verdict, pictures, curves, settings. Made from the run folder alone."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import io
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from PIL import Image
+
+from imagerl.rl.config.monitors import MonitorsConfig
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.evaluation.against import read_evaluation
+from imagerl.rl.evaluation.stats import HEADLINES, TOTAL, Interval, compare, headline, number, span, verdict
+from imagerl.rl.files.metrics import is_timing, read_metrics
+from imagerl.rl.files.reading import read_json, read_text
+from imagerl.rl.files.writing import write_atomic
+from imagerl.rl.files.yaml_text import parse_yaml
+from imagerl.rl.run.charts import SMOOTH_FROM, Chart, Series, as_float, render, training_charts
+from imagerl.rl.run.monitors_report import alarms, monitor_charts
+
+MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
+MAX_PICTURE = 400_000  # bytes; larger grids are embedded as JPEG, 1400 px wide at most
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Build `report.html` in the run folder, from whatever the run has written so far.
+
+    A file that is missing is passed over; one that cannot be read is named at the foot of the page.
+
+    Raises:
+        ImageRLError: metrics.jsonl is damaged, or the page cannot be written.
+    """
+    path = Path(run_dir) / "report.html"
+    write_atomic(path, render_page("report.html.j2", _gather(Path(run_dir))))
+    return path
+
+
+def render_page(template: str, content: Mapping[str, Any]) -> str:
+    """A page from one of the templates beside this file."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"number": number, "span": span, "command": _command}
+    return templates.get_template(template).render(content)
+
+
+def _gather(run_dir: Path) -> dict[str, Any]:
+    problems: list[str] = []
+
+    def load(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
+        """The mapping in a file; empty, with a line in `problems`, when it cannot be read."""
+        if not path.exists():
+            return {}
+        try:
+            content = read(path)
+            if isinstance(content, dict):
+                return content
+        except ImageRLError:
+            pass
+        problems.append(f"{path.relative_to(run_dir)} could not be read")
+        return {}
+
+    records = read_metrics(run_dir)
+    recipe_file = run_dir / "recipe.yaml"
+    recipe = load(recipe_file, lambda path: parse_yaml(read_text(path), str(path)))
+    environment = load(run_dir / "environment.json", read_json)
+    training = [r for r in records if any(k.startswith("reward/") for k in r)]
+    done = max((r["step"] for r in training), default=0)
+    suites = _evaluations(run_dir, records, load)
+    comparison = load(run_dir / "eval" / "comparison.json", partial(read_evaluation, comparison=True))
+    # written when a run ends, which a budget or a monitor may decide before its last step
+    finished = done > 0 and comparison.get("after_step") == done
+    total = done if finished else _dig(recipe, "run", "steps") or done
+    rows = [row for suite, steps in suites.items() for row in _rows(suite, steps, comparison, recipe)]
+    _add_bars(rows)
+    suite = _dig(recipe, "eval", "suite") or next(iter(suites), "")
+    watch = monitor_charts(records, suite)
+    charts = [c for c in [*_heldout_charts(suites), *watch, *training_charts(training)] if c.series]
+    for place, chart in enumerate(charts):
+        chart.last_step = total
+        chart.svg = Markup(render(chart, f"chart{place}"))
+    return {
+        "name": run_dir.resolve().name,
+        "done": done,
+        "total": total,
+        "finished": done > 0 and done >= total,
+        "alarms": alarms(records, _dig(recipe, "monitors", "window") or MonitorsConfig().window),
+        "verdict": next((row for row in rows if row.metric in HEADLINES), rows[0] if rows else None),
+        "rows": rows,
+        "many_suites": len(suites) > 1,
+        "reward": _reward_trend(training),
+        "charts": charts,
+        "smoothed": len(training) >= SMOOTH_FROM,
+        "frames": _frames(run_dir, problems),
+        "recipe": recipe_file.read_text(encoding="utf-8") if recipe_file.exists() else None,
+        "facts": _facts(recipe, training),
+        "environment": environment,
+        "problems": problems,
+        "made": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
+    }
+
+
+@dataclass(slots=True)
+class Row:
+    """One held-out metric before and after."""
+
+    suite: str
+    metric: str
+    rate: bool  # a share of prompts, shown in per cent
+    gold: bool  # measured, never trained on
+    prompts: int | None
+    before_step: int
+    after_step: int
+    before: Interval
+    after: Interval | None = None
+    difference: Interval | None = None
+    bar: Mapping[str, float] | None = None  # the difference as positions between 0 and 150, no change at 75
+
+    @property
+    def change(self) -> str:
+        told = verdict(self.difference) if self.difference else "no difference shown"
+        return {"higher": "rose", "lower": "fell"}.get(told, told)
+
+
+def _evaluations(
+    run_dir: Path, records: Sequence[Mapping[str, Any]], load: Callable[[Path, Callable[[Path], Any]], Any]
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """suite -> step -> evaluation, from eval/*.json; means alone come from metrics.jsonl where a file is
+    missing."""
+    suites: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in sorted((run_dir / "eval").glob("*_step_*.json")):
+        found = re.fullmatch(r"(.+)_step_(\d+)", path.stem)
+        content = load(path, read_evaluation) if found else {}
+        if found and "metrics" in content:
+            suites.setdefault(found[1], {})[int(found[2])] = content
+    for record in records:
+        for key, value in record.items():
+            match key.split("/", 2):
+                case ["eval", suite, metric] if value is not None and not is_timing(key):
+                    content = suites.setdefault(suite, {}).setdefault(record["step"], {"metrics": {}})
+                    content["metrics"].setdefault(metric, {"mean": value})
+    return {suite: dict(sorted(steps.items())) for suite, steps in sorted(suites.items())}
+
+
+def _rows(
+    suite: str,
+    steps: Mapping[int, Mapping[str, Any]],
+    comparison: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+) -> list[Row]:
+    first, last = min(steps), max(steps)
+    gold = gold_metrics(recipe, suite, steps[first]["metrics"])
+    compared = comparison.get("before_step"), comparison.get("after_step")
+    if comparison.get("suite", suite) == suite and compared == (first, last):
+        told = comparison.get("metrics") or {}
+        differences = {name: Interval.read(row["difference"]) for name, row in told.items()}
+    else:
+        before, after = (steps[step].get("per_prompt") or [] for step in (first, last))
+        differences = {
+            name: result["difference"]
+            for name, result in (compare(before, after) if first != last else {}).items()
+        }
+    rows = []
+    for metric, before in steps[first]["metrics"].items():
+        values = {row.get(metric) for row in steps[first].get("per_prompt") or []} - {None}
+        row = Row(
+            suite,
+            metric,
+            rate=values <= {0, 1} if values else metric.endswith(HEADLINES),
+            gold=metric in gold,
+            prompts=steps[last].get("n"),
+            before_step=first,
+            after_step=last,
+            before=Interval.read(before),
+        )
+        if first != last and metric in steps[last]["metrics"]:
+            row.after = Interval.read(steps[last]["metrics"][metric])
+            means = {"mean": row.after.mean - row.before.mean}
+            row.difference = differences.get(metric) or Interval.read(means)
+        rows.append(row)
+    first_of_all = headline(row.metric for row in rows if not row.gold)
+    return sorted(rows, key=lambda row: (row.gold, row.metric != first_of_all))
+
+
+def _add_bars(rows: Sequence[Row]) -> None:
+    """Place the difference of every row; rates share one scale, because they share a unit."""
+    common = max((reach(row.difference) for row in rows if row.rate), default=0.0)
+    for row in rows:
+        row.bar = bar(row.difference, common if row.rate else reach(row.difference))
+
+
+def reach(interval: Interval | None) -> float:
+    """The larger bound, without its sign; 0 without bounds."""
+    return max(abs(interval.low), abs(interval.high)) if interval and interval.bounded else 0.0
+
+
+def bar(interval: Interval | None, scale: float) -> dict[str, float] | None:
+    """An interval as positions between 0 and 150, no difference at 75 and `scale` at 143; None without bounds."""
+    if interval is None or not interval.bounded or not scale:
+        return None
+    return {k: round(75 + 68 * getattr(interval, k) / scale, 1) for k in ("low", "mean", "high")}
+
+
+def _heldout_charts(suites: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Chart]:
+    charts = []
+    for suite, steps in suites.items():
+        rows = _rows(suite, steps, {}, {})
+        for rate in (True, False):
+            series = []
+            for row in (r for r in rows if r.rate == rate):
+                points = [
+                    (s, e["metrics"][row.metric]) for s, e in steps.items() if row.metric in e["metrics"]
+                ]
+                low, high, mean = (
+                    [as_float(p.get(k, p["mean"])) for _, p in points] for k in ("low", "high", "mean")
+                )
+                series.append(Series(row.metric, [s for s, _ in points], mean, low, high))
+            unit = "share of prompts" if rate else "mean score"
+            note = f"Suite {suite}, {unit} with 95 % intervals, on prompts never trained on."
+            title = "Held-out results" if rate else "Held-out scores"
+            charts.append(Chart(title, note, series, kind="points", percent=rate))
+    return charts
+
+
+def _reward_trend(training: Sequence[Mapping[str, Any]]) -> tuple[float, float, int] | None:
+    """Mean training reward of the first and of the last tenth of the steps, and how many steps that is."""
+    values = [r["reward/mean"] for r in training if r.get("reward/mean") is not None]
+    count = max(1, len(values) // 10)
+    return (sum(values[:count]) / count, sum(values[-count:]) / count, count) if values else None
+
+
+def _frames(run_dir: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Sample grids in step order as data URIs."""
+    paths = sorted((run_dir / "samples").glob("step_*.png"))
+    if len(paths) > MAX_FRAMES:
+        problems.append(f"{len(paths) - MAX_FRAMES} of {len(paths)} sample grids are left out of this page")
+        paths = [paths[round(i * (len(paths) - 1) / (MAX_FRAMES - 1))] for i in range(MAX_FRAMES)]
+    frames = []
+    for path in paths:
+        try:
+            frames.append(embedded_grid(path))
+        except OSError:
+            problems.append(f"samples/{path.name} could not be read")
+    return frames
+
+
+def embedded_grid(path: Path) -> dict[str, Any]:
+    """A sample grid as `uri`, a data URI, with `step`, `width` and `height`. Raises OSError for what is no picture."""
+    data, kind = path.read_bytes(), "png"
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    size = image.size
+    if len(data) > MAX_PICTURE:
+        image.thumbnail((1400, 100_000))
+        buffer, kind = io.BytesIO(), "jpeg"
+        image.save(buffer, format="JPEG", quality=88)
+        data = buffer.getvalue()
+    step = int(re.sub(r"\D", "", path.stem) or 0)
+    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return {"step": step, "uri": uri, "width": size[0], "height": size[1]}
+
+
+def _facts(recipe: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The few settings that identify a run at a glance."""
+    seconds = sum(r.get("time/step_s") or 0.0 for r in training)
+    prompts, group = _dig(recipe, "rollout", "prompts_per_step"), _dig(recipe, "rollout", "group_size")
+    facts = {
+        "Algorithm": _dig(recipe, "algorithm", "name"),
+        "Rewards": ", ".join(_labels(recipe)[0]),
+        "Model": _dig(recipe, "model", "path"),
+        "Samples a step": f"{prompts} prompts × {group}" if prompts and group else None,
+        "Seed": _dig(recipe, "run", "seed"),
+        "Training time": f"{seconds / 60:.1f} min" if seconds else None,
+    }
+    return {key: str(value) for key, value in facts.items() if value not in (None, "")}
+
+
+def gold_metrics(recipe: Mapping[str, Any], suite: str, metrics: Iterable[str]) -> list[str]:
+    """Those of an evaluation that are measured and never trained on. Names that begin with no label are parts of the
+    reward or gold metric that is named like the suite; the total is of rewards alone."""
+    trained, gold = _labels(recipe)
+    owners = {
+        m: next((n for n in [*trained, *gold] if f"{m}/".startswith(f"{n}/")), suite)
+        for m in metrics
+        if m != TOTAL
+    }
+    return [metric for metric, owner in owners.items() if owner in gold]
+
+
+def _labels(recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What metrics call the rewards, and the gold metrics."""
+    rewards = _dig(recipe, "rewards", "functions") or recipe.get("rewards")
+    trained, gold = (
+        [
+            s.get("name") or str(s.get("import_path")).rpartition(":")[2]
+            for s in specs or []
+            if isinstance(s, dict)
+        ]
+        for specs in (rewards, recipe.get("gold"))
+    )
+    return trained, gold
+
+
+def _dig(content: Any, *keys: str) -> Any:
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def _command(argv: Any) -> str:
+    """A command line to paste: the program by its bare name, `imagerl` where it was started as a module, arguments
+    quoted for a shell."""
+    words = [str(word) for word in argv] if isinstance(argv, list) else []
+    if not words:
+        return ""
+    program = Path(words[0]).name
+    return shlex.join(["imagerl" if program == "cli.py" else program, *words[1:]])

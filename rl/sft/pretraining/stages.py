@@ -1,0 +1,176 @@
+"""Supervised pretraining of a generator on rendered pictures: what all stages share, and those of a model that draws.
+
+Functions take modules and know nothing of how these are built. Every batch is a pure function of (seed, stage,
+step), so a stage can be repeated exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from imagerl.rl.data.seeding import derive_seed, generator
+from imagerl.rl.data.tiny.world import FONTS, Scene, pretraining_text, random_scene, render
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.sft.pretraining.config import GeneratorStage, StageConfig
+
+LogFn = Callable[[str, int, dict[str, float]], None]
+LossFn = Callable[[int], tuple[Tensor, dict[str, float]]]
+
+
+class ARHalf(Protocol):
+    """The part of `models.blip3o_next.ar.ARPolicy` that pretraining uses."""
+
+    lm: Any
+    vocabulary: Any
+
+    def hidden_states(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor) -> Tensor: ...
+
+
+def scenes(seed: int, stage: str, step: int, count: int, fonts: Sequence[str] = FONTS) -> list[Scene]:
+    rng = random.Random(derive_seed(seed, stage, step))
+    return [random_scene(rng, pretraining_text(rng), fonts) for _ in range(count)]
+
+
+def pictures(batch: Iterable[Scene]) -> Tensor:
+    """[B, 3, H, W] in [-1, 1]."""
+    pixels = np.stack([np.asarray(render(scene)) for scene in batch])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def learning_rate(step: int, stage: StageConfig) -> float:
+    """Linear warm-up, constant, then linear decay to zero over the last `decay_share` of the steps."""
+    warm = min(1.0, (step + 1) / max(1, stage.warmup_steps))
+    left = (stage.steps - step) / max(1.0, stage.decay_share * stage.steps)
+    return stage.lr * min(warm, left, 1.0)
+
+
+def fit(
+    name: str, module: nn.Module, loss_of: LossFn, stage: StageConfig, log: LogFn, every: int = 50
+) -> None:
+    """Minimise `loss_of(step)` over the module's trainable parameters with AdamW (arXiv 1711.05101)."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=stage.lr, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay, fused=True
+    )
+    module.train()
+    started = time.perf_counter()
+    for step in range(stage.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, stage)
+        loss, metrics = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm)
+        optimizer.step()
+        if step % every == 0 or step == stage.steps - 1:
+            if not math.isfinite(loss.item()):
+                raise ImageRLError(f"{name}: loss is {loss.item()} at step {step}; lower {name}.lr")
+            seconds = time.perf_counter() - started
+            rate = (step + 1) * stage.batch_size / seconds
+            values = {"loss": loss.item(), **metrics, "grad_norm": float(norm)}
+            log(name, step, {**values, "images_per_s": rate, "time_minutes": seconds / 60})
+    module.eval()
+
+
+def reconstruction_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
+    """L1 keeps edges sharp, L2 punishes the few pixels that are far off: strokes need both."""
+    difference = drawn.float() - wanted
+    return difference.abs().mean() + difference.square().mean()
+
+
+def fit_reconstruction(
+    name: str,
+    module: nn.Module,
+    reconstruct: Callable[[Tensor], Tensor],
+    stage: StageConfig,
+    seed: int,
+    device: torch.device,
+    log: LogFn,
+) -> None:
+    """Train a tokenizer or an autoencoder to draw its input again."""
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        wanted = pictures(scenes(seed, name, step, stage.batch_size, stage.fonts)).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=stage.bf16):
+            drawn = reconstruct(wanted)
+        return reconstruction_loss(drawn, wanted), {}
+
+    fit(name, module, loss_of, stage, log)
+
+
+@torch.no_grad()
+def latent_scale(encode: Callable[[Tensor], Tensor], seed: int, device: torch.device) -> float:
+    """1 / standard deviation of the latents over 512 pictures: flow matching wants data of the noise's size."""
+    latents = encode(pictures(scenes(seed, "latent scale", 0, 512)).to(device))
+    return 1.0 / latents.float().std().item()
+
+
+def token_loss(ar: ARHalf, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy over the whole vocabulary of the image tokens and of the closing `<im_end>`."""
+    ids = tokens + ar.vocabulary.image_start_token_id
+    end = torch.full_like(ids[:, :1], ar.vocabulary.image_end_tag_id)
+    logits = ar.lm.lm_head(hidden).float()
+    return F.cross_entropy(logits.flatten(0, 1), torch.cat([ids, end], dim=1).flatten())
+
+
+def fit_generator(
+    name: str,
+    policy: Any,
+    stage: GeneratorStage,
+    seed: int,
+    log: LogFn,
+    on_snapshot: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Cross-entropy on tokens plus flow loss, gradients of both into the language model (arXiv 2510.15857).
+
+    The decoder sees the hidden states that inference will give it: those of `<S0>` and of every token. The flow
+    loss is taken on the first `flow_share` of the batch, to spend the time where learning is slow."""
+    ar, decoder, tokenizer = policy.trainable, policy.decoder, policy.image_tokenizer
+    device = policy.device
+    for frozen in (decoder.vae, tokenizer):
+        frozen.requires_grad_(False).eval()
+    module = nn.ModuleList([ar, decoder])
+    flowing = max(1, round(stage.batch_size * stage.flow_share))
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        if step and step % stage.snapshot_every == 0:
+            module.eval()
+            on_snapshot(step)
+            module.train()
+        batch = scenes(seed, name, step, stage.batch_size, stage.fonts)
+        wanted = pictures(batch).to(device)
+        prompt_ids, prompt_mask = policy.encode_prompts([scene.caption for scene in batch])
+        random_numbers = generator(seed, "flow", step)
+        noise = torch.randn(flowing, *decoder.latent_shape, generator=random_numbers).to(device)
+        sigma = torch.rand(flowing, generator=random_numbers).to(device)
+        drop = (torch.rand(flowing, generator=random_numbers) < stage.condition_dropout).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=stage.bf16):
+            tokens = tokenizer.encode(wanted)
+            latents = decoder.encode(wanted[:flowing]).float()
+            hidden = ar.hidden_states(prompt_ids, prompt_mask, tokens)
+            flow = decoder.flow_loss(hidden[:flowing], latents, sigma, noise, drop)
+            cross_entropy = token_loss(ar, hidden, tokens)
+        loss = cross_entropy + stage.flow_weight * flow
+        return loss, {"cross_entropy": cross_entropy.item(), "flow": flow.item()}
+
+    fit(name, module, loss_of, stage, log)
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def captions(seed: int, count: int) -> list[str]:
+    """Captions to train a text tokenizer on."""
+    return [scene.caption for scene in scenes(seed, "captions", 0, count)]

@@ -1,0 +1,101 @@
+"""What the trainer asks of a half of the generator: an actor knows its actions and their loss, and nothing of when
+it is called, of ranks or of optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imagerl.rl.algorithms.advantages import AdvantageInputs, AdvantageOutput
+from imagerl.rl.config.train import Recipe
+from imagerl.rl.training.step_metrics import Metrics
+from imagerl.rl.types import RewardScores, RolloutGroup
+
+# A batch: actions of some samples, group-major, of a microbatch or of a step. A dataclass with `action_mask` [B, N]
+# bool (all False for a sample that must not train), `advantages` [B, 1] or [B, N], and `rows(slice)`.
+B = TypeVar("B", bound=Any)
+
+
+@dataclass(frozen=True, slots=True)
+class ActorLoss:
+    """Of one microbatch."""
+
+    loss: Tensor  # scalar with gradient, divided by the global denominator
+    sums: dict[str, Tensor]  # scalars to be added up over microbatches and ranks, `actions` among them
+    gap: Tensor  # the largest |trainer's log-prob before any update − rollout's|
+
+
+class Actor(Protocol[B]):
+    """One half. `B` is its batch, `scores` what its module returned for `arguments`."""
+
+    prefix: str  # of its metrics
+    needs_old: bool  # whether `frozen` wants the scores of the policy before the update
+
+    def assemble(self, groups: Sequence[RolloutGroup], step: int) -> B:
+        """The actions of some groups, without advantages yet."""
+        ...
+
+    def arguments(self, part: B) -> tuple[Any, ...]:
+        """What its module scores a microbatch by."""
+        ...
+
+    def frozen(self, part: B, old: Any | None) -> dict[str, Tensor]:
+        """Fields of the batch that need no gradient, such as the reference's scores."""
+        ...
+
+    def advantage_inputs(self, scores: RewardScores, batch: B) -> AdvantageInputs: ...
+
+    def denominator(self, batch: B) -> float:
+        """This rank's part of what the loss is divided by; 0 where nothing trains."""
+        ...
+
+    def loss(self, scores: Any, part: B, denominator: float) -> ActorLoss: ...
+
+    def refuse_gap(self, gap: float) -> None:
+        """Raises ImageRLError when rollout and replay disagree beyond rounding."""
+        ...
+
+    def after_step(self, step: int, updates: Sequence[Metrics]) -> None:
+        """What follows an update, such as adapting the KL's weight."""
+        ...
+
+    def metrics(self, updates: Sequence[Metrics]) -> Metrics:
+        """What to log of the sums of a step's updates."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """All but weights and optimizer that the next step depends on, as JSON takes it."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+def train_on(batch: B, advantages: AdvantageOutput) -> B:
+    """The batch with its advantages; samples without a usable reward lose all their actions."""
+    mask = batch.action_mask
+    values = advantages.advantages.to(mask.device)
+    return replace(
+        batch,
+        advantages=values[:, None] if values.dim() == 1 else values,
+        action_mask=mask & advantages.valid.to(mask.device)[:, None],
+    )
+
+
+def reward_inputs(
+    recipe: Recipe, scores: RewardScores, group_size: int, action_mask: Tensor
+) -> AdvantageInputs:
+    """Advantages' inputs without what only one half knows."""
+    labels = [reward.label for reward in recipe.rewards.functions]
+    components = [scores.gated[label] for label in labels]
+    return AdvantageInputs(
+        rewards=torch.from_numpy(scores.totals),
+        components=torch.from_numpy(np.stack(components, axis=1)),
+        weights=tuple(scores.weights[label] for label in labels),
+        group_size=group_size,
+        action_mask=action_mask.cpu(),
+    )

@@ -1,0 +1,86 @@
+"""Which parts of a generator a recipe trains, as the one module that the engine takes over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from imagerl.rl.config.train import Recipe
+from imagerl.rl.data.seeding import derive_seed
+from imagerl.rl.errors import ImageRLError
+
+TOKENS, FLOW = "tokens", "flow"
+
+
+class Halves(nn.Module):
+    """Both halves at once, so that one forward and one backward pass of an engine's module reach them: ranks
+    exchange the gradients of a module once."""
+
+    def __init__(self, tokens: nn.Module, flow: nn.Module) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.flow = flow
+
+    def forward(self, tokens: Sequence[Any], flow: Sequence[Any]) -> tuple[Any, Any]:
+        """What each half says to its own arguments."""
+        return self.tokens(*tokens), self.flow(*flow)
+
+
+def trained_halves(recipe: Recipe) -> tuple[str, ...]:
+    """Their names, in the order in which the trained module takes arguments."""
+    flow = recipe.algorithm.flow
+    if flow is None:
+        return (TOKENS,)
+    return (TOKENS, FLOW) if flow.joint else (FLOW,)
+
+
+def trained_module(policy: Any, recipe: Recipe) -> nn.Module:
+    """Give a `models.blip3o_next.policy.ImagePolicy` the adapters and frozen parts that the recipe asks for, and return
+    the module that the engine prepares, whose parameter names are those of checkpoints. With one half it is that
+    half itself; the other one is frozen. An adapter that the policy came with goes on training; under a new one, or
+    where tokens do not train, it is merged.
+
+    Raises ImageRLError when adapters cannot be had."""
+    halves = trained_halves(recipe)
+    if recipe.model.lora or TOKENS not in halves:
+        policy.trainable.merge_adapter()
+    elif policy.trainable.adapter is not None and recipe.algorithm.reference_every:
+        raise ImageRLError(
+            "algorithm.reference_every needs full weights, and model.path is an adapter; give its merged export "
+            "(without --adapter) as model.path"
+        )
+    if lora := recipe.model.lora:
+        torch.manual_seed(derive_seed(recipe.run.seed, "lora"))  # adapters begin at random
+        policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
+    policy.trainable.freeze(recipe.model.freeze)
+    flow = recipe.algorithm.flow
+    if flow is None:
+        return policy.trainable
+    half = policy.train_decoder()
+    if flow.lora:
+        torch.manual_seed(derive_seed(recipe.run.seed, "flow lora"))
+        half.add_lora(flow.lora.r, flow.lora.alpha, flow.lora.target_modules)
+    if TOKENS in halves:
+        return Halves(policy.trainable, half.trainable)
+    policy.trainable.requires_grad_(False)
+    return half.trainable
+
+
+def freeze_references(policy: Any, recipe: Recipe) -> None:
+    """Remember the present policy where a KL to it is asked for."""
+    halves, flow = trained_halves(recipe), recipe.algorithm.flow
+    if TOKENS in halves and recipe.algorithm.needs_reference:
+        policy.freeze_reference()
+    if flow is not None and flow.kl_coef:
+        policy.flow.freeze_reference()
+
+
+def lr_factor(recipe: Recipe, name: str) -> float:
+    """The share of the scheduled learning rate, optim.lr, that a parameter of `trained_module` gets."""
+    flow = recipe.algorithm.flow
+    if flow is None or flow.lr is None or (flow.joint and not name.startswith(f"{FLOW}.")):
+        return 1.0
+    return flow.lr / recipe.optim.lr

@@ -1,0 +1,97 @@
+"""What a training step says of itself: pure functions from sums and scores to the keys of docs/run-folder.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from imagerl.rl.algorithms.kl import masked
+from imagerl.rl.algorithms.policy_weights import truncated_importance
+from imagerl.rl.types import LossInputs, RewardScores, TokenScores, TrainBatch
+
+Metrics = dict[str, float]
+
+# name of a sum -> key of its mean per action
+PER_ACTION = {
+    "entropy": "policy/entropy",
+    "ratio": "policy/ratio_mean",
+    "ratio_deviation": "policy/ratio_deviation",
+    "clip_low": "policy/clip_low",
+    "clip_high": "policy/clip_high",
+    "old_kl": "policy/old_kl",
+    "policy_weight": "policy/weight_mean",
+    "selected": "policy/selected",
+    "importance_capped": "policy/importance_capped",
+    "kl_k1": "kl/k1",
+    "kl_k2": "kl/k2",
+    "kl_k3": "kl/k3",
+}
+KL_SUMS = ("kl_k1", "kl_k2", "kl_k3")
+OTHER_SUMS = ("actions", "loss", "grad_norm", "lr", "replay_gap", "replay_gap_max", "ratio_deviation_squared")
+
+
+def reward_metrics(scores: RewardScores) -> Metrics:
+    """Means and spreads of the totals and of each component, over all samples that have them."""
+    metrics: Metrics = {}
+    for name, values in {"": scores.totals, **scores.components}.items():
+        known, key = values[np.isfinite(values)], f"reward/{name}/" if name else "reward/"
+        metrics[f"{key}mean"] = float(known.mean()) if len(known) else math.nan
+        metrics[f"{key}std"] = float(known.std(ddof=1)) if len(known) > 1 else math.nan
+    metrics["reward/failed"] = float(len(scores.totals) - np.isfinite(scores.totals).sum())
+    return metrics | {f"reward/{label}/failed": float(count) for label, count in scores.failures.items()}
+
+
+def replay_gap(inputs: LossInputs, part: TrainBatch) -> Tensor:
+    """|trainer's log-prob before any update − sampler's| [B, N], 0 where masked."""
+    return masked((inputs.old_logprobs - part.rollout_logprobs).abs(), part.action_mask)
+
+
+def microbatch_sums(
+    inputs: LossInputs, part: TrainBatch, scores: TokenScores, importance_cap: float | None
+) -> dict[str, Tensor]:
+    """Sums over the actions of a microbatch that no loss needs to know of, to be added to its own."""
+    mask = part.action_mask
+    sums = {
+        "actions": mask.sum(),
+        "entropy": masked(scores.entropy.detach(), mask).sum(),
+        "replay_gap": replay_gap(inputs, part).sum(),
+    }
+    if part.selected is not None:
+        sums["selected"] = (part.selected & mask).sum()
+    if importance_cap is not None:
+        weight = truncated_importance(inputs.old_logprobs, part.rollout_logprobs, importance_cap)
+        sums["importance_capped"] = ((weight >= importance_cap) & mask).sum()
+    return sums
+
+
+def update_metrics(updates: Sequence[Metrics], on_policy: bool) -> Metrics:
+    """Means over the actions of the last update, where the policy has moved furthest from the rollout. The replay
+    gap and the KL to the reference are those of the first: actions tell the KL of the policy that drew them, not of
+    a later one. With one update the ratio is 1 by design, and the log says so. Sums of a user's own loss come as
+    `policy/<name>`."""
+    made = [update for update in updates if update]
+    metrics: Metrics = {"policy/updates": float(len(made)), "policy/ratio_is_one_expected": float(on_policy)}
+    if not made:
+        return metrics
+    first, last = made[0], made[-1]
+    actions = last["actions"]
+    kl_to_reference = {name: value for name, value in first.items() if name in KL_SUMS}
+    metrics |= {
+        PER_ACTION.get(name, f"policy/{name}"): value / actions
+        for name, value in {**last, **kl_to_reference}.items()
+        if name not in OTHER_SUMS
+    }
+    if "ratio_deviation_squared" in last:
+        mean, square = last["ratio"] / actions - 1, last["ratio_deviation_squared"] / actions
+        metrics["policy/ratio_std"] = math.sqrt(max(square - mean**2, 0.0))
+        metrics["policy/effective_actions"] = (1 + mean) ** 2 / (1 + 2 * mean + square)
+    return metrics | {
+        "loss": last["loss"],
+        "grad_norm": last["grad_norm"],
+        "lr": last["lr"],
+        "rollout/logprob_diff_mean": first["replay_gap"] / first["actions"],
+        "rollout/logprob_diff_max": first["replay_gap_max"],
+    }

@@ -1,0 +1,149 @@
+"""The autoregressive half of a training step: its actions are image tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imagerl.rl.algorithms.advantages import AdvantageInputs
+from imagerl.rl.algorithms.kl import adapted_coef, kl_penalty
+from imagerl.rl.algorithms.loading import load_loss, loss_settings
+from imagerl.rl.algorithms.losses import action_weights, loss_denominator
+from imagerl.rl.algorithms.policy_weights import entropy_threshold, highest_entropy, policy_weights
+from imagerl.rl.config.train import Recipe
+from imagerl.rl.rollout.decodes import average_decodes
+from imagerl.rl.rollout.engine import encode
+from imagerl.rl.training.half import ActorLoss, reward_inputs
+from imagerl.rl.training.step_checks import refuse_gap
+from imagerl.rl.training.step_metrics import Metrics, microbatch_sums, replay_gap, update_metrics
+from imagerl.rl.types import LossInputs, Policy, RewardScores, RolloutGroup, TokenScores, TrainBatch
+
+Gather = Callable[[Any], list[Any]]
+
+
+class TokenActor:
+    """Every algorithm of `rl.config.algorithm_table`."""
+
+    prefix = ""
+
+    def __init__(self, recipe: Recipe, policy: Policy, gather: Gather) -> None:
+        """`gather` returns every rank's value."""
+        self.recipe = recipe
+        self.algorithm = recipe.algorithm
+        self.policy = policy
+        self.gather = gather
+        self.policy_loss = load_loss(recipe.algorithm)
+        self.temperature = recipe.rollout.temperature
+        self.kl_coef = recipe.algorithm.kl_coef  # adapted where there is a target
+        self.several = recipe.algorithm.updates_per_rollout > 1
+        self.choosy = recipe.algorithm.top_entropy < 1
+        self.needs_old = self.several or self.choosy
+
+    def assemble(self, groups: Sequence[RolloutGroup], step: int) -> TrainBatch:
+        """The tokens of some groups, without advantages yet."""
+        encoded = encode(self.policy, [group.prompt for group in groups], to_draw=False)
+        size = len(groups[0].tokens)
+        return TrainBatch(
+            prompt_ids=encoded.ids.repeat_interleave(size, 0),
+            prompt_mask=encoded.mask.repeat_interleave(size, 0),
+            tokens=torch.cat([group.tokens for group in groups]),
+            action_mask=torch.cat([group.action_mask for group in groups]),
+            rollout_logprobs=torch.cat([group.rollout_logprobs for group in groups]),
+            old_logprobs=None,
+            ref_logprobs=None,
+            advantages=torch.zeros(len(groups) * size, 1, device=encoded.ids.device),
+        )
+
+    def arguments(self, part: TrainBatch) -> tuple[Tensor, Tensor, Tensor, float]:
+        """What the policy scores a microbatch by. One of whole groups names each prompt once."""
+        group = self.recipe.rollout.group_size
+        share = group if self.recipe.engine.micro_batch_size % group == 0 else 1
+        return part.prompt_ids[::share], part.prompt_mask[::share], part.tokens, self.temperature
+
+    def frozen(self, part: TrainBatch, old: TokenScores | None) -> dict[str, Tensor]:
+        """Log-probs that need no gradient: the reference's, and the trainer's own before several updates."""
+        fields = {}
+        if self.algorithm.needs_reference:
+            fields["ref_logprobs"] = self.policy.reference_scores(*self.arguments(part)).logprobs
+        if old is not None and self.several:
+            fields["old_logprobs"] = old.logprobs
+        if old is not None and self.choosy:
+            fields["entropy"] = old.entropy
+        return fields
+
+    def advantage_inputs(self, scores: RewardScores, batch: TrainBatch) -> AdvantageInputs:
+        """A token sequence's reward is the mean of its pictures'."""
+        rollout = self.recipe.rollout
+        inputs = reward_inputs(
+            self.recipe, average_decodes(scores, rollout.decodes), rollout.group_size, batch.action_mask
+        )
+        if self.algorithm.kl_in != "reward":
+            return inputs
+        assert batch.ref_logprobs is not None  # the recipe refuses kl_in=reward without kl_coef
+        penalty = kl_penalty(batch.rollout_logprobs, batch.ref_logprobs, batch.action_mask, self.kl_coef)
+        return replace(inputs, penalty=penalty.cpu())
+
+    def select(self, batch: TrainBatch) -> TrainBatch:
+        """With `top_entropy` the actions that the policy term trains; the threshold is that of all ranks."""
+        if batch.entropy is None:
+            return batch
+        entropies = batch.entropy[batch.action_mask].float().cpu().numpy()
+        threshold = entropy_threshold(np.concatenate(self.gather(entropies)), self.algorithm.top_entropy)
+        return replace(batch, selected=highest_entropy(batch.entropy, batch.action_mask, threshold))
+
+    def denominator(self, batch: TrainBatch) -> float:
+        """This rank's part of what the loss is divided by."""
+        return loss_denominator(batch.action_mask, self.algorithm.normaliser, batch.tokens.shape[1])
+
+    def loss(self, scores: TokenScores, part: TrainBatch, denominator: float) -> ActorLoss:
+        """The policy loss of a microbatch with its entropy bonus."""
+        algorithm, mask = self.algorithm, part.action_mask
+        old = scores.logprobs.detach() if part.old_logprobs is None else part.old_logprobs
+        cap = algorithm.importance_cap
+        inputs = LossInputs(
+            logprobs=scores.logprobs,
+            old_logprobs=old,
+            ref_logprobs=part.ref_logprobs,
+            advantages=part.advantages,
+            action_mask=mask,
+            denominator=denominator,
+            policy_weights=policy_weights(old, part.rollout_logprobs, mask, cap, part.selected),
+        )
+        output = self.policy_loss(inputs, **loss_settings(algorithm, self.kl_coef))
+        loss = output.loss
+        if algorithm.entropy_coef:  # else its gradient would be computed and multiplied by 0
+            weights = action_weights(mask, algorithm.normaliser).to(loss.dtype)
+            loss = loss - algorithm.entropy_coef * (weights * scores.entropy).sum() / denominator
+        sums = output.metrics | microbatch_sums(inputs, part, scores, cap) | {"loss": output.loss.detach()}
+        return ActorLoss(loss, sums, replay_gap(inputs, part).max())
+
+    def refuse_gap(self, gap: float) -> None:
+        """Raises ImageRLError when sampler and trainer disagree beyond rounding."""
+        refuse_gap(gap, self.recipe.logprob_limit)
+
+    def after_step(self, step: int, updates: Sequence[Metrics]) -> None:
+        """Adapt the KL's weight. The KL of the first update is that of the policy which drew the samples."""
+        target, first = self.algorithm.kl_target, updates[0]
+        if target is not None and first:
+            kl = first["kl_k3"] / first["actions"]
+            self.kl_coef = adapted_coef(self.kl_coef, kl, target, self.algorithm.kl_rate)
+
+    def metrics(self, updates: Sequence[Metrics]) -> Metrics:
+        """Means per token of the last update; see docs/run-folder.md."""
+        metrics = update_metrics(updates, on_policy=not self.several)
+        if self.algorithm.kl_target is not None:
+            metrics["kl/coef"] = self.kl_coef
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        """The adapted weight of the KL."""
+        return {"kl_coef": self.kl_coef}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.kl_coef = state.get("kl_coef", self.kl_coef)

@@ -1,0 +1,308 @@
+"""One training step: roll out, score, compare within groups, update.
+
+The trainer knows a `Policy` and a `RewardScorer` only by their Protocols, and the machinery below by `Engine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imagerl.rl.algorithms.advantages import AdvantageInputs, AdvantageOutput, moved_mean, shuffled
+from imagerl.rl.algorithms.loading import load_advantages
+from imagerl.rl.config.train import Recipe
+from imagerl.rl.data.prompt_sets import GroupedSampler
+from imagerl.rl.data.seeding import generator
+from imagerl.rl.engine.engine import Engine
+from imagerl.rl.files.metrics import PhaseTimer
+from imagerl.rl.rollout.decodes import average_decodes, variance_split
+from imagerl.rl.rollout.engine import RolloutEngine, reward_request
+from imagerl.rl.rollout.scores import merge_scores
+from imagerl.rl.training.flow_half import FlowActor
+from imagerl.rl.training.half import Actor, train_on
+from imagerl.rl.training.halves import FLOW, TOKENS, trained_halves
+from imagerl.rl.training.picture_stats import group_stats, mean_of_groups
+from imagerl.rl.training.resampling import Drawn, resample
+from imagerl.rl.training.reward_stats import mixing_metrics
+from imagerl.rl.training.step_checks import refuse_failures
+from imagerl.rl.training.step_metrics import Metrics, reward_metrics
+from imagerl.rl.training.token_half import TokenActor
+from imagerl.rl.types import FlowSampling, Policy, Prompt, RewardScorer, RewardScores, RolloutGroup
+
+Batches = list[Any]  # one per actor
+
+
+class Trainer:
+    """Every algorithm of `rl.config.algorithm_table` on the tokens of the autoregressive half, every one of
+    `rl.config.flow_table` on the denoising steps of the decoder, or both in one step from the same rewards."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        policy: Policy,
+        scorer: RewardScorer,
+        sampler: GroupedSampler,
+        rollout: RolloutEngine,
+        engine: Engine,
+    ) -> None:
+        self.recipe = recipe
+        self.algorithm = recipe.algorithm
+        self.policy = policy
+        self.scorer = scorer
+        self.sampler = sampler
+        self.rollout = rollout
+        self.engine = engine
+        self.halves = trained_halves(recipe)
+        self.tokens = TokenActor(recipe, policy, engine.gather_objects) if TOKENS in self.halves else None
+        self.flow = FlowActor(recipe, policy) if FLOW in self.halves else None
+        self.actors: list[Actor[Any]] = [actor for actor in (self.tokens, self.flow) if actor is not None]
+        self.advantages = load_advantages(recipe.algorithm)
+        self.moving_mean: float | None = None  # of the rewards so far, for that baseline
+        synchronise = torch.cuda.synchronize if engine.device.type == "cuda" else None
+        self.timer = PhaseTimer(synchronise)
+
+    def step(self, step: int) -> Metrics:
+        """Train on the prompts of `step` (counted from 0); returns what to log."""
+        self.timer.start()
+        groups, tickets = self._roll_out(self._own_share(self.sampler.step(step)), step)
+        if self.algorithm.max_resamples:
+            groups, scores, drawn = resample(
+                groups,
+                self._collect(tickets),
+                self.sampler.others(step),
+                self.algorithm.max_resamples,
+                draw=lambda prompts: self._draw(prompts, step),
+                gather=self.engine.gather_objects,
+                rank=self.engine.rank,
+            )
+            batches = self._score_frozen(self._assemble(groups, step))
+            looks = self._looks(groups)
+        else:
+            batches = self._score_frozen(self._assemble(groups, step))  # rewards are still being computed
+            looks = self._looks(groups)
+            scores = drawn = self._collect(tickets)
+        drawn = merge_scores(self.engine.gather_objects(drawn))
+        refuse_failures(drawn, self.recipe.rewards.max_failure_rate)
+        with self.timer("update"):
+            advantages = self._advantages(scores, batches, step)
+            batches = [train_on(batch, output) for batch, output in zip(batches, advantages, strict=True)]
+            if self.tokens is not None:
+                batches[0] = self.tokens.select(batches[0])
+            updates = [self._update(batches) for _ in range(self.algorithm.updates_per_rollout)]
+        metrics = self._metrics(drawn, advantages, updates) | looks
+        for actor, own in zip(self.actors, zip(*updates, strict=True), strict=True):
+            actor.after_step(step, own)
+        self._renew_reference(step)
+        return metrics
+
+    # ---- what outlives a step ------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All but weights and optimizer that the next step depends on, as JSON takes it."""
+        state: dict[str, Any] = {"moving_mean": self.moving_mean}
+        for actor in self.actors:
+            state |= actor.state()
+        return state
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The same in tensors: the reference, where it is no longer the model that the run began from."""
+        return {"reference": self.policy.reference_state()} if self.algorithm.reference_every else {}
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Continue from what `state` and `tensors` returned."""
+        self.moving_mean = state.get("moving_mean")
+        for actor in self.actors:
+            actor.restore(state)
+        if "reference" in tensors:
+            self.policy.load_reference(tensors["reference"])
+
+    def _renew_reference(self, step: int) -> None:
+        every = self.algorithm.reference_every
+        if every and (step + 1) % every == 0:
+            with self.engine.gathered_parameters():
+                self.policy.freeze_reference()
+
+    # ---- rollout and rewards -------------------------------------------------------------------------------
+
+    def _own_share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """The prompts of this rank: a contiguous part of the step's."""
+        size = len(prompts) // self.engine.world_size
+        return prompts[self.engine.rank * size : (self.engine.rank + 1) * size]
+
+    def _roll_out(self, prompts: Sequence[Prompt], step: int) -> tuple[list[RolloutGroup], list[int]]:
+        settings = self.recipe.rollout
+        flow: FlowSampling | None = self.flow.sampling(step) if self.flow is not None else None
+        groups, tickets = [], []
+        with self.timer("rollout"):
+            with self.engine.gathered_parameters():
+                self.policy.refresh_sampler()
+            for chunk in self.rollout.generate(
+                prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk, flow
+            ):
+                tickets.append(self.scorer.submit(reward_request(chunk, step)))
+                self.engine.leave_cores(self.recipe.rewards.workers)
+                groups += chunk
+        return groups, tickets
+
+    def _collect(self, tickets: Sequence[int]) -> RewardScores:
+        with self.timer("reward_wait"):
+            scores = merge_scores([self.scorer.collect(ticket) for ticket in tickets])
+        self.engine.leave_cores(0)
+        return scores
+
+    def _looks(self, groups: Sequence[RolloutGroup]) -> Metrics:
+        """What the pictures of all ranks look like, and how much those of a prompt differ."""
+        if not self.recipe.monitors.pictures:
+            return {}
+        with self.timer("monitors"):
+            rows = self.engine.gather_objects(group_stats(groups))
+        return mean_of_groups([row for rank in rows for row in rank])
+
+    def _draw(self, prompts: Sequence[Prompt], step: int) -> Drawn | None:
+        """More groups of this step with their scores."""
+        groups, tickets = self._roll_out(prompts, step)
+        return (groups, self._collect(tickets)) if groups else None
+
+    def _assemble(self, groups: Sequence[RolloutGroup], step: int) -> Batches:
+        return [actor.assemble(groups, step) for actor in self.actors]
+
+    def _microbatches(self, batches: Batches) -> list[Batches]:
+        """The same token sequences of every actor, `micro_batch_size` at a time; the decoder has `decodes`
+        samples of each."""
+        size = self.recipe.engine.micro_batch_size
+        sequences = min(len(batch.action_mask) for batch in batches)
+        if self.tokens is None:
+            sequences //= self.recipe.rollout.decodes
+
+        def part(batch: Any, start: int) -> Any:
+            each = len(batch.action_mask) // sequences
+            return batch.rows(slice(start * each, (start + size) * each))
+
+        return [[part(batch, start) for batch in batches] for start in range(0, sequences, size)]
+
+    def _scores(self, parts: Batches) -> Sequence[Any]:
+        """What the module says of a microbatch, one for every actor."""
+        arguments = [actor.arguments(part) for actor, part in zip(self.actors, parts, strict=True)]
+        with self.engine.autocast():
+            if len(self.actors) == 1:
+                return [self.engine.module(*arguments[0])]
+            return self.engine.module(*arguments)
+
+    @torch.no_grad()
+    def _score_frozen(self, batches: Batches) -> Batches:
+        """What needs no gradient: the references' scores, and the trainer's own before several updates."""
+        needs_old = any(actor.needs_old for actor in self.actors)
+        found: list[dict[str, list[Tensor]]] = [{} for _ in self.actors]
+        with self.timer("reference"), self.engine.autocast():
+            for parts in self._microbatches(batches):
+                olds = self._scores(parts) if needs_old else [None] * len(parts)
+                for actor, part, old, fields in zip(self.actors, parts, olds, found, strict=True):
+                    for name, value in actor.frozen(part, old).items():
+                        fields.setdefault(name, []).append(value)
+        return [
+            replace(batch, **{name: torch.cat(values) for name, values in fields.items()})
+            for batch, fields in zip(batches, found, strict=True)
+        ]
+
+    # ---- update --------------------------------------------------------------------------------------------
+
+    def _advantages(self, scores: RewardScores, batches: Batches, step: int) -> list[AdvantageOutput]:
+        """The advantages of this rank's samples, made from the rewards of all ranks; one for every actor."""
+        outputs, mean = [], self.moving_mean
+        for actor, batch in zip(self.actors, batches, strict=True):
+            inputs = AdvantageInputs.join(self.engine.gather_objects(actor.advantage_inputs(scores, batch)))
+            inputs = replace(inputs, moving_mean=mean)
+            if self.algorithm.shuffle_rewards:
+                seed = self.recipe.run.seed, "shuffle", step
+                inputs = replace(
+                    inputs,
+                    rewards=shuffled(inputs.rewards, generator(*seed)),
+                    components=shuffled(inputs.components, generator(*seed)),
+                )
+            if actor is self.actors[0]:
+                self.moving_mean = moved_mean(mean, inputs.rewards, self.algorithm.baseline_decay)
+            own = len(batch.action_mask)
+            mine = slice(self.engine.rank * own, (self.engine.rank + 1) * own)
+            outputs.append(self.advantages(inputs).rows(mine))
+        return outputs
+
+    def _update(self, batches: Batches) -> list[Metrics]:
+        """One optimizer step over all microbatches; returns for every actor sums over ranks, and the norm of
+        the gradient."""
+        denominators = [
+            self.engine.sum_over_ranks({"n": actor.denominator(batch)})["n"]
+            for actor, batch in zip(self.actors, batches, strict=True)
+        ]
+        if not all(denominators):
+            return [{} for _ in self.actors]
+        sums: list[dict[str, Tensor]] = [{} for _ in self.actors]
+        worst = [0.0 for _ in self.actors]
+        microbatches = self._microbatches(batches)
+        for number, parts in enumerate(microbatches, 1):
+            with self.engine.microbatch(last=number == len(microbatches)):
+                losses = [
+                    actor.loss(scores, part, denominator)
+                    for actor, scores, part, denominator in zip(
+                        self.actors, self._scores(parts), parts, denominators, strict=True
+                    )
+                ]
+                self.engine.backward(torch.stack([output.loss for output in losses]).sum())
+            for index, output in enumerate(losses):
+                worst[index] = max_or_nan(worst[index], float(output.gap))
+                for name, value in output.sums.items():
+                    total = sums[index].get(name, torch.zeros((), dtype=torch.float64))
+                    sums[index][name] = total + value.double().cpu()
+        gaps = [max_or_nan(*column) for column in zip(*self.engine.gather_objects(worst), strict=True)]
+        for actor, gap in zip(self.actors, gaps, strict=True):
+            actor.refuse_gap(gap)
+        parts_of_norm = self.engine.gradient_norms(self.halves) if len(self.actors) > 1 else {}
+        grad_norm = self.engine.step()
+        common = {"grad_norm": grad_norm, "lr": self.engine.lr}
+        return [
+            self.engine.sum_over_ranks(total)
+            | {"replay_gap_max": gap, **common}
+            | own_norm(half, parts_of_norm)
+            for half, total, gap in zip(self.halves, sums, gaps, strict=True)
+        ]
+
+    def _metrics(
+        self, drawn: RewardScores, advantages: list[AdvantageOutput], updates: list[list[Metrics]]
+    ) -> Metrics:
+        rollout = self.recipe.rollout
+        metrics = reward_metrics(drawn)
+        metrics |= mixing_metrics(
+            average_decodes(drawn, rollout.decodes),
+            rollout.group_size,
+            self.algorithm.scale_rewards,
+            self.algorithm.decouple_rewards,
+        )
+        split = variance_split(drawn.totals, rollout.group_size, rollout.decodes)
+        metrics |= {f"reward/variance/{name}": value for name, value in split.items()}
+        for actor, output, own in zip(self.actors, advantages, zip(*updates, strict=True), strict=True):
+            metrics |= {f"{actor.prefix}advantages/{k}": v for k, v in output.metrics.items()}
+            metrics |= actor.metrics(own)
+        if self.algorithm.max_resamples:
+            trained = sum(self.engine.gather_objects(len(advantages[-1].valid)))
+            replaced = (len(drawn.totals) - trained) / (rollout.group_size * rollout.decodes)
+            metrics["rollout/resampled_groups"] = replaced
+        timing = self.timer.metrics()
+        images = float(len(drawn.totals))
+        return metrics | timing | {"rollout/images": images, "images_per_s": images / timing["time/step_s"]}
+
+
+def max_or_nan(*values: float) -> float:
+    """The largest, or NaN where there is one."""
+    return float(np.max(values))
+
+
+def own_norm(half: str, norms: Mapping[str, float]) -> Metrics:
+    """A half's own gradient norm, and its part of the squared norm of both."""
+    if not norms:
+        return {}
+    total = sum(norm**2 for norm in norms.values())
+    return {"own_grad_norm": norms[half], "own_grad_part": norms[half] ** 2 / total if total else 0.0}

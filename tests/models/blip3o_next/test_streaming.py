@@ -1,0 +1,43 @@
+"""How much memory loading takes, measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from imagerl.models.common.shards import Shards
+from tests.micro import micro_folder
+
+ROOT = Path(__file__).parents[3]
+MEASURE = """
+import json, sys
+from pathlib import Path
+from imagerl.models.blip3o_next.loading import load_policy, load_state, read_weights
+from imagerl.models.blip3o_next.building import build_policy
+from tests.resident import grown
+warm, big = sys.argv[1:]
+load_policy(warm)  # imports everything that loading imports
+def naive():
+    policy, config = load_policy(big)
+    fresh = build_policy(config, policy.text_tokenizer)
+    load_state(fresh, read_weights(Path(big)), Path(big))
+print(json.dumps([grown(lambda: load_policy(big)), grown(naive)]))
+"""
+
+
+def test_loading_needs_little_more_memory_than_the_checkpoint_has_bytes(tmp_path: Path) -> None:
+    warm = micro_folder(tmp_path / "warm")
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "head_dim": 64}
+    big = micro_folder(tmp_path / "big", **sizes)
+    checkpoint = Shards(big).nbytes
+    assert checkpoint > 80e6
+    # freed blocks go back to the system at once, so that resident memory is memory in use
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MEASURE, str(warm), str(big)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    streamed, naive = json.loads(done.stdout.splitlines()[-1])
+    assert 0.9 * checkpoint < streamed < 1.3 * checkpoint
+    assert naive > 1.8 * checkpoint  # the measure sees what it should see

@@ -1,0 +1,217 @@
+"""The memory that `imagerl plan` foretells, beside the memory that a run takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from imagerl.models.blip3o_next.loading import save_policy
+from imagerl.rl.commands.cli import main
+from imagerl.rl.commands.plan import longest_prompt, model_config, plans
+from imagerl.rl.config.recipe import validate_recipe
+from imagerl.rl.config.train import PromptSetConfig, Recipe, load_recipe
+from imagerl.rl.data.prompt_sets import load_prompt_set
+from imagerl.rl.engine.plan import GIB, make_plan, step_shape, table
+from imagerl.rl.errors import ImageRLError
+from tests.micro import micro_folder
+from tests.models.helpers import edit_policy
+from tests.small_run import recipe_data
+
+ROOT = Path(__file__).parents[3]
+SIZES = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+OVERRIDES = (
+    "engine.micro_batch_size=4",
+    "eval.batch_size=4",
+    "rollout.flow_steps=2",
+    "rollout.prompts_per_step=4",
+)
+MEASURE = """
+import json, sys
+from imagerl.models.blip3o_next.loading import load_policy
+from tests.resident import grown
+from tests.small_run import small_trainer
+folder, *overrides = sys.argv[1:]
+trainer = small_trainer()
+trainer.step(0), trainer.step(1)  # whatever the libraries keep for themselves is there now
+def run():
+    trainer = small_trainer(*overrides, policy=load_policy(folder)[0])
+    trainer.step(0), trainer.step(1)
+    return trainer
+print(json.dumps(grown(run)))
+"""
+
+
+def recipe(*overrides: str, path: str = "tiny") -> Recipe:
+    return validate_recipe(Recipe, recipe_data(Path("x"), f"model.path={path}", *overrides), "test")
+
+
+def test_a_measured_run_takes_what_its_plan_says(tmp_path: Path) -> None:
+    """Resident memory of a process of its own: blocks of 64 KiB and more go back to the system as soon as they are
+    free, so what is resident is what is in use. Adam's state exists from the second step on, hence two."""
+    folder = micro_folder(tmp_path / "model", **SIZES)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MEASURE, str(folder), *OVERRIDES]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    measured = json.loads(done.stdout.splitlines()[-1])
+    (planned,) = plans(recipe(*OVERRIDES, path=str(folder)), [1])
+    assert measured > 300e6
+    assert planned.peak == pytest.approx(measured, rel=0.15)
+    assert planned.busiest == "forward and backward"
+
+
+LANGUAGE = {
+    **{"weights": 100.0, "trained": 100.0, "trained_base": 100.0, "largest": 30.0, "gradients": 400.0},
+    **{"sampler": 200.0, "laying_out": 210.0, "cache": 50.0, "sampling": 60.0, "hidden": 7.0},
+    **{"reference": 80.0, "update_first": 900.0, "update": 1000.0},
+}
+DECODER = {"vae": 10.0, "decoder": 20.0, "integrating": 300.0, "drawing": 500.0}
+
+
+def put_together(gpus: int, *overrides: str) -> tuple[dict[str, float], dict[str, float]]:
+    settings = recipe(
+        "rollout.prompts_per_step=8", "engine.micro_batch_size=4", "engine.device=auto", *overrides
+    )
+    plan = make_plan(settings, gpus, step_shape(settings, gpus, 20, 8), LANGUAGE, DECODER, 5.0)
+    assert plan.peak == sum(plan.parts.values()) + max(plan.phases.values())
+    return dict(plan.parts), dict(plan.phases)
+
+
+def test_one_gpu_by_hand() -> None:
+    parts, phases = put_together(1)
+    assert parts == {
+        "language model, trained": 400,
+        "KL reference": 400,
+        "sampler's copy of the weights": 200,
+        "connector and decoder": 80,
+        "autoencoder": 40,
+        "image tokenizer": 20,
+        "optimizer state": 800,
+    }
+    assert phases == {
+        "copying weights for sampling": 10,
+        "sampling tokens": 60,
+        "denoising": 307,
+        "drawing pixels": 507,
+        "scoring by the reference": 80,
+        "forward and backward": 1000,
+        "optimizer step": 800,  # gradients, and one more tensor for each parameter
+    }
+
+
+def test_zero_divides_what_it_says() -> None:
+    parts, phases = put_together(4, "engine.name=deepspeed", "engine.zero_stage=1")
+    assert parts["optimizer state"] == 200 and parts["ZeRO's own float32 copy"] == 100
+    assert parts["language model, trained"] == 400
+    assert phases["forward and backward"] == 1000 and phases["optimizer step"] == 400 + 100 + 100
+    parts, phases = put_together(4, "engine.name=deepspeed", "engine.zero_stage=2")
+    assert phases["forward and backward"] == 600 + 100 + 2 * 800  # two buckets, smaller than the model here
+    parts, phases = put_together(4, "engine.name=deepspeed", "engine.zero_stage=3")
+    assert parts["language model, trained"] == 100
+    assert phases["copying weights for sampling"] == 10 + 400  # whole on each rank for a moment
+
+
+def test_plain_data_parallelism_keeps_its_gradients() -> None:
+    parts, phases = put_together(2)
+    assert parts["gradients"] == 400 and phases["forward and backward"] == 600
+    assert parts["optimizer state"] == 800
+
+
+def test_lora_and_bfloat16_storage() -> None:
+    settings = recipe("model.lora={r: 4}", "model.dtype=bf16", "engine.precision=bf16")
+    language = LANGUAGE | {"trained": 6.0, "trained_base": 0.0, "gradients": 24.0}
+    plan = make_plan(settings, 1, step_shape(settings, 1, 20, 8), language, DECODER, 5.0)
+    assert "KL reference" not in plan.parts  # the base with its adapters off
+    assert plan.parts["language model, trained"] == 24
+    assert plan.parts["language model, frozen"] == 200
+    assert plan.parts["autoencoder"] == 20 and plan.parts["optimizer state"] == 48
+
+
+def test_a_single_microbatch_has_no_gradients_yet() -> None:
+    _, phases = put_together(1, "rollout.prompts_per_step=1")
+    assert phases["forward and backward"] == 900
+
+
+def test_step_shapes() -> None:
+    settings = recipe("rollout.prompts_per_step=8", "rollout.sample_chunk=4", "rollout.decode_chunk=2",
+                      "eval.batch_size=4", "engine.micro_batch_size=8")  # fmt: skip
+    one, four = (step_shape(settings, gpus, 20, 8) for gpus in (1, 4))
+    assert (one.sampled, one.pictures, one.micro_batch, one.share) == (4, 8, 8, 4)
+    assert (four.sampled, four.pictures) == (2, 8)
+    assert step_shape(recipe("eval.batch_size=64"), 1, 20, 8).pictures == 64
+    with pytest.raises(ImageRLError, match=r"prompts_per_step \(8\) must be divisible by the 3 GPUs"):
+        step_shape(settings, 3, 20, 8)
+
+
+def test_edits_cost_their_pictures(tmp_path: Path) -> None:
+    """Prompts hold a picture's tokens, denoising is twice as wide, and pictures are read."""
+    policy, config = edit_policy()
+    path = str(tmp_path / "model")
+    Path(path).mkdir()
+    save_policy(policy, Path(path), config)
+    prompts = load_prompt_set(PromptSetConfig(name="tiny_edits", split="train", size=8))
+    ids, _ = policy.encode_prompts([p.text for p in prompts], torch.zeros(8, 8, dtype=torch.long))
+    assert longest_prompt(path, prompts, 8) == ids.shape[1]
+    assert longest_prompt("BLIP3o/BLIP3o-NEXT-edit-VAE", prompts, 729) > 729 + 2 + 40
+    edits = ("data.train.name=tiny_edits", "data.heldout.name=tiny_edits")
+    (captioned,) = plans(recipe("eval.batch_size=4", path=path), [1], 60)
+    (edited,) = plans(recipe("eval.batch_size=4", *edits, path=path), [1], 60)
+    assert edited.phases["reading pictures to edit"] > 4 * 3 * 32 * 64 * 4
+    assert "reading pictures to edit" not in captioned.phases
+    assert edited.phases["denoising"] > 1.2 * captioned.phases["denoising"]
+    assert edited.parts == captioned.parts
+
+
+def test_published_names_need_no_files() -> None:
+    assert model_config("BLIP3o/BLIP3o-NEXT-SFT-3B")["qwen3"]["hidden_size"] == 2048
+    assert model_config("BLIP3o/BLIP3o-NEXT-edit-VAE")["edit"]
+    with pytest.raises(ImageRLError, match="no folder"):
+        model_config("./nowhere")
+
+
+def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    micro_folder(tmp_path / "model")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe_data(tmp_path)))
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(file), "eval.batch_size=4", "--gpu-memory", "1"])
+    assert not ended.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["MiB", "per", "GPU", "1", "GPU", "2", "GPUs"]  # 2 prompts cannot feed 4
+    assert lines[-1].split()[-2:] == ["fits", "fits"]
+    assert sum("*" in line for line in lines) >= 2  # the busiest phase, and the sum
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(file), "--gpus", "3"])
+    assert ended.value.code == 1
+    assert "must be divisible by the 3 GPUs" in capsys.readouterr().err
+
+
+def test_too_much_is_said() -> None:
+    settings = recipe()
+    plan = make_plan(settings, 1, step_shape(settings, 1, 20, 8), LANGUAGE, DECODER, 5e9)
+    assert "too much" in table([plan], plan.peak / GIB) and "too much" not in table(
+        [plan], plan.peak / GIB * 1.2
+    )
+
+
+@pytest.mark.parametrize("name", ["blip3o_next_ocr_grpo.yaml", "blip3o_next_edit_grpo.yaml"])
+def test_the_full_size_recipe_says_what_the_plan_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "recipes" / name
+    (line,) = re.findall(r"^# Memory by `imagerl plan`: .*$", path.read_text(), re.MULTILINE)
+    said = [float(number) for number in re.findall(r"\d+\.\d", line)]
+    assert said == [round(plan.peak / GIB, 1) for plan in plans(load_recipe(path), (1, 2, 4, 8))]

@@ -1,0 +1,262 @@
+import io
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.files import metrics as metrics_module
+from imagerl.rl.files.metrics import (
+    METRICS_FILE,
+    MetricsLog,
+    PhaseTimer,
+    Progress,
+    image_grid,
+    is_timing,
+    progress_line,
+    read_metrics,
+    save_image,
+    to_json,
+)
+
+
+def _log(run_dir, steps, resume_step=None, tensorboard=False):
+    with MetricsLog(run_dir, resume_step, tensorboard) as log:
+        for step in steps:
+            log.log(step, {"reward/mean": step / 3, "kl/k3": 1e-7 * step})
+
+
+def test_lines_are_valid_json_with_exact_floats(tmp_path):
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        log.log(
+            3,
+            {
+                "a": 0.1 + 0.2,
+                "b": np.float32(0.1),
+                "c": torch.tensor(2),
+                "d": math.nan,
+                "e": np.float64("inf"),
+                "f": np.True_,
+                "g": None,
+            },
+        )
+        line = (tmp_path / METRICS_FILE).read_text()  # before close: nothing waits in a buffer
+    assert line.endswith("\n") and "NaN" not in line and "Infinity" not in line
+    expected = {"step": 3, "a": 0.1 + 0.2, "b": float(np.float32(0.1)), "c": 2}
+    assert json.loads(line) == expected | {"d": None, "e": None, "f": True, "g": None}
+
+
+def test_every_line_is_synced(tmp_path, monkeypatch):
+    log, synced = MetricsLog(tmp_path, tensorboard=False), []
+    monkeypatch.setattr(metrics_module.os, "fsync", lambda fd: synced.append(log.path.stat().st_size))
+    log.log(1, {"a": 1})
+    log.log(2, {"a": 1})
+    log.close()
+    assert len(synced) == 2 and 0 < synced[0] < synced[1]
+
+
+@pytest.mark.parametrize("value", ["text", torch.zeros(2), [1.0]])
+def test_only_numbers_are_metrics(tmp_path, value):
+    with MetricsLog(tmp_path, tensorboard=False) as log, pytest.raises(TypeError, match="metric bad must be"):
+        log.log(1, {"bad": value})
+    assert (tmp_path / METRICS_FILE).read_bytes() == b""
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 8, "rew', b'{"step": 8, "reward/mean": 1.0}'])
+def test_resume_equals_a_run_that_never_stopped(tmp_path, torn):
+    _log(tmp_path / "whole", range(1, 11))
+    _log(tmp_path / "killed", range(1, 8))
+    path = tmp_path / "killed" / METRICS_FILE
+    path.write_bytes(path.read_bytes() + torn)
+    _log(tmp_path / "killed", range(6, 11), resume_step=5)
+    assert path.read_bytes() == (tmp_path / "whole" / METRICS_FILE).read_bytes()
+
+
+def test_resume_before_the_first_checkpoint_drops_all(tmp_path):
+    _log(tmp_path, [0, 1, 2])
+    _log(tmp_path, [0, 1], resume_step=-1)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1]
+
+
+def test_a_new_run_never_overwrites_another(tmp_path):
+    _log(tmp_path, [1])
+    with pytest.raises(ImageRLError, match="--resume"):
+        MetricsLog(tmp_path, tensorboard=False)
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_damage_in_the_middle_is_named(tmp_path):
+    _log(tmp_path, [1])
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('\0\0\n{"step": 2}\n')
+    with pytest.raises(ImageRLError, match="line 2"):
+        MetricsLog(tmp_path, resume_step=2, tensorboard=False)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_clear_line(tmp_path):
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        log._file.close()
+        log._file = io.FileIO("/dev/full", "ab")
+        with pytest.raises(ImageRLError, match=r"disk full.*--resume"):
+            log.log(1, {"a": 1})
+
+
+def test_tensorboard_forgets_the_steps_after_the_checkpoint(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(tmp_path) as log:
+        for step in range(1, 5):
+            log.log(step, {"x": step, "missing": math.nan})
+    with MetricsLog(tmp_path, resume_step=2) as log:
+        log.log(3, {"x": 30})
+    # Two files written within one second sort by a random part of their names; the reader wants time order.
+    events = sorted((tmp_path / "tb").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    for number, path in enumerate(events):
+        path.rename(path.with_name(f"events.out.tfevents.{number}"))
+    accumulator = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [(e.step, e.value) for e in accumulator.Scalars("x")] == [(1, 1), (2, 2), (3, 30)]
+    assert accumulator.Tags()["scalars"] == ["x"]
+
+
+def test_timing_keys():
+    assert all(map(is_timing, ["time/rollout_s", "share/other", "images_per_s"]))
+    assert not any(map(is_timing, ["reward/mean", "step", "kl/k3", "policy/ratio_mean", "eval/ocr/reward"]))
+
+
+def test_to_json_cleans_nested_values():
+    text = to_json({"a": [np.float64("nan"), (1, np.int64(2))], 3: {"b": -math.inf}})
+    assert json.loads(text) == {"a": [None, [1, 2]], "3": {"b": None}}
+
+
+def test_phase_timer_adds_up():
+    now = [100.0]
+    syncs = []
+    timer = PhaseTimer(synchronise=lambda: syncs.append(now[0]), clock=lambda: now[0])
+
+    def phase(name, seconds):
+        with timer(name):
+            now[0] += seconds
+
+    phase("rollout", 3.0)
+    phase("update", 1.0)
+    phase("rollout", 2.0)
+    now[0] += 2.0
+    assert timer.metrics() == {
+        "time/rollout_s": 5.0,
+        "time/update_s": 1.0,
+        "time/step_s": 8.0,
+        "share/rollout": 0.625,
+        "share/update": 0.125,
+        "share/other": 0.25,
+    }
+    assert len(syncs) == 6
+    now[0] += 50.0  # an evaluation between two steps belongs to neither
+    timer.start()
+    phase("update", 4.0)
+    assert timer.metrics()["share/update"] == 1.0
+
+
+def test_phase_timer_counts_a_phase_that_fails():
+    now = [0.0]
+    timer = PhaseTimer(clock=lambda: now[0])
+
+    def fail():
+        with timer("rewards"):
+            now[0] += 1.0
+            raise RuntimeError("broken reward")
+
+    with pytest.raises(RuntimeError, match="broken reward"):
+        fail()
+    assert timer.metrics()["time/rewards_s"] == 1.0
+
+
+def test_progress_line():
+    values = {"reward/mean": 0.4234, "kl/k3": 0.00119, "reward/ocr/exact_match/mean": 0.406}
+    assert (
+        progress_line(7, 200, values, 192) == "step   7/200  total 0.423  KL 0.0012  exact 41 %  3m12s left"
+    )
+    assert progress_line(7, 9, {"reward/mean": None}, 3725.2) == "step 7/9  1h02m left"
+
+
+def test_progress_is_a_few_plain_lines_without_a_terminal():
+    out = io.StringIO()
+    with Progress(30, console=Console(file=out, width=20)) as progress:
+        for step in range(1, 31):
+            progress.update(step, {"reward/mean": 0.5})
+        progress.note("saved [a/b]")
+    lines = out.getvalue().splitlines()
+    assert [line.split("/")[0] for line in lines[:-1]] == ["step  1", "step 10", "step 20", "step 30"]
+    assert lines[-1] == "saved [a/b]" and "\x1b" not in out.getvalue()
+
+
+def test_progress_is_live_on_a_terminal():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100)
+    with Progress(4, start_step=1, console=console) as progress:
+        progress.update(2, {"reward/mean": 0.5})
+    assert "step 2/4" in out.getvalue() and "total 0.500" in out.getvalue() and "\x1b[" in out.getvalue()
+
+
+def test_grid_keeps_every_pixel_in_its_place():
+    pictures = np.random.default_rng(0).integers(0, 256, size=(5, 4, 6, 3), dtype=np.uint8)
+    grid = np.asarray(image_grid(pictures, columns=2, scale=3))
+    assert grid.shape == (8 + 3 * (12 + 8), 8 + 2 * (18 + 8), 3)
+    for i, picture in enumerate(pictures):
+        y, x = 8 + i // 2 * 20, 8 + i % 2 * 26
+        assert np.array_equal(grid[y : y + 12 : 3, x : x + 18 : 3], picture)
+        assert np.array_equal(grid[y + 2 : y + 12 : 3, x + 2 : x + 18 : 3], picture)
+    assert (grid[48:, 34:] == 255).all()  # the empty sixth place
+
+
+def test_captions_stay_under_their_picture():
+    black = [np.zeros((20, 60, 3), np.uint8)] * 2
+    captions = ["a caption much too long for a picture of sixty pixels", "𝔲nbreakablyLongSingleWord"]
+    bare, grid = (np.asarray(image_grid(black, 2, text)) for text in (None, captions))
+    assert np.array_equal(grid[:28], bare[:28])
+    below = grid[28:]
+    assert below.shape[0] > 30 and below.min() < 120
+    assert (below[:, 68:76] == 255).all() and (below[:, :8] == 255).all() and (below[:, -8:] == 255).all()
+    assert np.array_equal(grid, np.asarray(image_grid(black, 2, captions)))
+
+
+@pytest.mark.parametrize(
+    ("images", "captions"),
+    [
+        (np.zeros((0, 2, 2, 3), np.uint8), None),
+        (np.zeros((1, 2, 2, 3), np.float32), None),
+        (np.zeros((2, 2, 2, 3), np.uint8), ["one"]),
+    ],
+)
+def test_grid_refuses_what_it_cannot_draw(images, captions):
+    with pytest.raises(ValueError, match=r"images must be|2 images but 1 captions"):
+        image_grid(images, 2, captions)
+
+
+def test_saved_picture_reads_back(tmp_path):
+    picture = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    path = save_image(Image.fromarray(picture), tmp_path / "samples" / "step_000001.png")
+    assert np.array_equal(np.asarray(Image.open(path)), picture)
+    assert os.listdir(path.parent) == ["step_000001.png"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]",
+        '{"step": "1"}',
+        '{"step": -1}',
+        '{"step": 1, "kl/k3": [1]}',
+        '{"step": 1, "a": 1e999}',
+        "[" * 9999,
+    ],
+)
+def test_a_line_that_no_run_wrote_is_named(tmp_path, line):
+    (tmp_path / METRICS_FILE).write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(ImageRLError, match="line 2 is damaged; delete that line"):
+        read_metrics(tmp_path)
