@@ -280,7 +280,7 @@ class RewardScorer(Protocol):
     def close(self) -> None: ...
 
 
-class FlowHalf(Protocol):
+class DecoderPolicy(Protocol):
     """The decoder as a policy over denoising steps. See `models.blip3o_next.flow_policy`."""
 
     @property
@@ -310,7 +310,7 @@ class Policy(Protocol):
         ...
 
     @property
-    def flow(self) -> FlowHalf | None:
+    def flow(self) -> DecoderPolicy | None:
         """The decoder as a policy; None where it does not train."""
         ...
 

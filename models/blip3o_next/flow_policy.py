@@ -44,7 +44,7 @@ class FlowNetwork(nn.Module):
 
 
 class FlowPolicy:
-    """Implements `rl.types.FlowHalf` around a decoder."""
+    """Implements `rl.types.DecoderPolicy` around a decoder."""
 
     def __init__(self, decoder: FlowDecoder) -> None:
         """Only the network gets gradients; what it stands in stays frozen."""

@@ -19,7 +19,7 @@ from imagerl.rl.config.flow import FlowConfig
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.training.half import ActorLoss, reward_inputs
+from imagerl.rl.training.half import HalfLoss, reward_inputs
 from imagerl.rl.training.step_metrics import Metrics
 from imagerl.rl.types import (
     FlowLossInputs,
@@ -103,9 +103,10 @@ def window_at(settings: FlowConfig, steps: int, step: int, seed: int) -> range:
     return range(start, start + settings.window_size)
 
 
-class FlowActor:
+class FlowHalf:
     """Every algorithm of `rl.config.flow_table`."""
 
+    name = "flow"
     prefix = "flow/"
 
     def __init__(self, recipe: Recipe, policy: Policy) -> None:
@@ -115,6 +116,7 @@ class FlowActor:
         self.settings: FlowConfig = settings
         self.half = policy.flow
         self.needs_old = recipe.algorithm.updates_per_rollout > 1
+        self.per_sequence = rollout.decodes
         self.guidance = rollout.guidance if settings.guidance is None else settings.guidance
         self.steps = settings.steps or rollout.flow_steps
 
@@ -183,18 +185,22 @@ class FlowActor:
         size = batch.decodes if batch.decodes > 1 else self.recipe.rollout.group_size
         return reward_inputs(self.recipe, scores, size, batch.action_mask)
 
+    def select(self, batch: FlowBatch) -> FlowBatch:
+        """All denoising steps of the batch train."""
+        return batch
+
     def denominator(self, batch: FlowBatch) -> float:
         """This rank's part of what the loss is divided by: its pictures that train."""
         return loss_denominator(batch.action_mask, "sequence", batch.action_mask.shape[1])
 
-    def loss(self, velocity: Tensor, part: FlowBatch, denominator: float) -> ActorLoss:
+    def loss(self, velocity: Tensor, part: FlowBatch, denominator: float) -> HalfLoss:
         """The loss of a microbatch, from velocities [B, N, C, h, w] at its points."""
         if part.noise is not None:
             output, gap = self._matching_loss(velocity, part, denominator), torch.zeros(1)
         else:
             output, gap = self._step_loss(velocity, part, denominator)
         sums = output.metrics | {"loss": output.loss.detach(), "replay_gap": gap.sum()}
-        return ActorLoss(output.loss, sums, gap.max())
+        return HalfLoss(output.loss, sums, gap.max())
 
     def _step_loss(self, velocity: Tensor, part: FlowBatch, denominator: float) -> tuple[LossOutput, Tensor]:
         """The loss, and |replayed − rollout's log-prob| [B, S] of the policy before any update."""

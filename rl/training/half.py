@@ -1,5 +1,5 @@
-"""What the trainer asks of a half of the generator: an actor knows its actions and their loss, and nothing of when
-it is called, of ranks or of optimizers."""
+"""What the trainer asks of a half of the generator: it knows its actions and their loss, and nothing of when it is
+called, of ranks or of optimizers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from imagerl.rl.algorithms.advantages import AdvantageInputs, AdvantageOutput
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.training.step_metrics import Metrics
-from imagerl.rl.types import RewardScores, RolloutGroup
+from imagerl.rl.types import FlowSampling, RewardScores, RolloutGroup
 
 # A batch: actions of some samples, group-major, of a microbatch or of a step. A dataclass with `action_mask` [B, N]
 # bool (all False for a sample that must not train), `advantages` [B, 1] or [B, N], and `rows(slice)`.
@@ -22,19 +22,25 @@ B = TypeVar("B", bound=Any)
 
 
 @dataclass(frozen=True, slots=True)
-class ActorLoss:
-    """Of one microbatch."""
+class HalfLoss:
+    """The loss of one microbatch and what to log of it."""
 
     loss: Tensor  # scalar with gradient, divided by the global denominator
     sums: dict[str, Tensor]  # scalars to be added up over microbatches and ranks, `actions` among them
     gap: Tensor  # the largest |trainer's log-prob before any update − rollout's|
 
 
-class Actor(Protocol[B]):
-    """One half. `B` is its batch, `scores` what its module returned for `arguments`."""
+class Half(Protocol[B]):
+    """One half of a generator in training. `B` is its batch, `scores` what its module returned for `arguments`."""
 
+    name: str  # as in `rl.training.halves`
     prefix: str  # of its metrics
     needs_old: bool  # whether `frozen` wants the scores of the policy before the update
+    per_sequence: int  # its samples of each token sequence: 1 for the tokens, M decodes for the decoder
+
+    def sampling(self, step: int) -> FlowSampling | None:
+        """How the decoder must draw in the rollout of training step `step`; None: as the recipe's rollout says."""
+        ...
 
     def assemble(self, groups: Sequence[RolloutGroup], step: int) -> B:
         """The actions of some groups, without advantages yet."""
@@ -48,13 +54,17 @@ class Actor(Protocol[B]):
         """Fields of the batch that need no gradient, such as the reference's scores."""
         ...
 
+    def select(self, batch: B) -> B:
+        """The batch with the actions chosen that the policy term trains, now that all ranks' are known."""
+        ...
+
     def advantage_inputs(self, scores: RewardScores, batch: B) -> AdvantageInputs: ...
 
     def denominator(self, batch: B) -> float:
         """This rank's part of what the loss is divided by; 0 where nothing trains."""
         ...
 
-    def loss(self, scores: Any, part: B, denominator: float) -> ActorLoss: ...
+    def loss(self, scores: Any, part: B, denominator: float) -> HalfLoss: ...
 
     def refuse_gap(self, gap: float) -> None:
         """Raises ImageRLError when rollout and replay disagree beyond rounding."""

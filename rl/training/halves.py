@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,10 @@ from torch import nn
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.data.seeding import derive_seed
 from imagerl.rl.errors import ImageRLError
+from imagerl.rl.training.flow_half import FlowHalf
+from imagerl.rl.training.half import Half
+from imagerl.rl.training.token_half import Gather, TokenHalf
+from imagerl.rl.types import Policy
 
 TOKENS, FLOW = "tokens", "flow"
 
@@ -35,6 +39,15 @@ def trained_halves(recipe: Recipe) -> tuple[str, ...]:
     if flow is None:
         return (TOKENS,)
     return (TOKENS, FLOW) if flow.joint else (FLOW,)
+
+
+def halves_in_training(recipe: Recipe, policy: Policy, gather: Gather) -> list[Half[Any]]:
+    """What the trainer drives, in the order of `trained_halves`. `gather` returns every rank's value."""
+    make: dict[str, Callable[[], Half[Any]]] = {
+        TOKENS: lambda: TokenHalf(recipe, policy, gather),
+        FLOW: lambda: FlowHalf(recipe, policy),
+    }
+    return [make[name]() for name in trained_halves(recipe)]
 
 
 def trained_module(policy: Any, recipe: Recipe) -> nn.Module:

@@ -18,7 +18,7 @@ from imagerl.rl.algorithms.policy_weights import entropy_threshold, highest_entr
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.rollout.decodes import average_decodes
 from imagerl.rl.rollout.engine import encode
-from imagerl.rl.training.half import ActorLoss, reward_inputs
+from imagerl.rl.training.half import HalfLoss, reward_inputs
 from imagerl.rl.training.step_checks import refuse_gap
 from imagerl.rl.training.step_metrics import Metrics, microbatch_sums, replay_gap, update_metrics
 from imagerl.rl.types import LossInputs, Policy, RewardScores, RolloutGroup, TokenScores, TrainBatch
@@ -26,10 +26,12 @@ from imagerl.rl.types import LossInputs, Policy, RewardScores, RolloutGroup, Tok
 Gather = Callable[[Any], list[Any]]
 
 
-class TokenActor:
+class TokenHalf:
     """Every algorithm of `rl.config.algorithm_table`."""
 
+    name = "tokens"
     prefix = ""
+    per_sequence = 1
 
     def __init__(self, recipe: Recipe, policy: Policy, gather: Gather) -> None:
         """`gather` returns every rank's value."""
@@ -43,6 +45,9 @@ class TokenActor:
         self.several = recipe.algorithm.updates_per_rollout > 1
         self.choosy = recipe.algorithm.top_entropy < 1
         self.needs_old = self.several or self.choosy
+
+    def sampling(self, step: int) -> None:
+        """Tokens do not care how the decoder draws."""
 
     def assemble(self, groups: Sequence[RolloutGroup], step: int) -> TrainBatch:
         """The tokens of some groups, without advantages yet."""
@@ -100,7 +105,7 @@ class TokenActor:
         """This rank's part of what the loss is divided by."""
         return loss_denominator(batch.action_mask, self.algorithm.normaliser, batch.tokens.shape[1])
 
-    def loss(self, scores: TokenScores, part: TrainBatch, denominator: float) -> ActorLoss:
+    def loss(self, scores: TokenScores, part: TrainBatch, denominator: float) -> HalfLoss:
         """The policy loss of a microbatch with its entropy bonus."""
         algorithm, mask = self.algorithm, part.action_mask
         old = scores.logprobs.detach() if part.old_logprobs is None else part.old_logprobs
@@ -120,7 +125,7 @@ class TokenActor:
             weights = action_weights(mask, algorithm.normaliser).to(loss.dtype)
             loss = loss - algorithm.entropy_coef * (weights * scores.entropy).sum() / denominator
         sums = output.metrics | microbatch_sums(inputs, part, scores, cap) | {"loss": output.loss.detach()}
-        return ActorLoss(loss, sums, replay_gap(inputs, part).max())
+        return HalfLoss(loss, sums, replay_gap(inputs, part).max())
 
     def refuse_gap(self, gap: float) -> None:
         """Raises ImageRLError when sampler and trainer disagree beyond rounding."""

@@ -23,18 +23,16 @@ from imagerl.rl.files.metrics import PhaseTimer
 from imagerl.rl.rollout.decodes import average_decodes, variance_split
 from imagerl.rl.rollout.engine import RolloutEngine, reward_request
 from imagerl.rl.rollout.scores import merge_scores
-from imagerl.rl.training.flow_half import FlowActor
-from imagerl.rl.training.half import Actor, train_on
-from imagerl.rl.training.halves import FLOW, TOKENS, trained_halves
+from imagerl.rl.training.half import train_on
+from imagerl.rl.training.halves import halves_in_training
 from imagerl.rl.training.picture_stats import group_stats, mean_of_groups
 from imagerl.rl.training.resampling import Drawn, resample
 from imagerl.rl.training.reward_stats import mixing_metrics
 from imagerl.rl.training.step_checks import refuse_failures
 from imagerl.rl.training.step_metrics import Metrics, reward_metrics
-from imagerl.rl.training.token_half import TokenActor
-from imagerl.rl.types import FlowSampling, Policy, Prompt, RewardScorer, RewardScores, RolloutGroup
+from imagerl.rl.types import Policy, Prompt, RewardScorer, RewardScores, RolloutGroup
 
-Batches = list[Any]  # one per actor
+Batches = list[Any]  # one per half
 
 
 class Trainer:
@@ -57,10 +55,7 @@ class Trainer:
         self.sampler = sampler
         self.rollout = rollout
         self.engine = engine
-        self.halves = trained_halves(recipe)
-        self.tokens = TokenActor(recipe, policy, engine.gather_objects) if TOKENS in self.halves else None
-        self.flow = FlowActor(recipe, policy) if FLOW in self.halves else None
-        self.actors: list[Actor[Any]] = [actor for actor in (self.tokens, self.flow) if actor is not None]
+        self.halves = halves_in_training(recipe, policy, engine.gather_objects)
         self.advantages = load_advantages(recipe.algorithm)
         self.moving_mean: float | None = None  # of the rewards so far, for that baseline
         synchronise = torch.cuda.synchronize if engine.device.type == "cuda" else None
@@ -91,12 +86,11 @@ class Trainer:
         with self.timer("update"):
             advantages = self._advantages(scores, batches, step)
             batches = [train_on(batch, output) for batch, output in zip(batches, advantages, strict=True)]
-            if self.tokens is not None:
-                batches[0] = self.tokens.select(batches[0])
+            batches = [half.select(batch) for half, batch in zip(self.halves, batches, strict=True)]
             updates = [self._update(batches) for _ in range(self.algorithm.updates_per_rollout)]
         metrics = self._metrics(drawn, advantages, updates) | looks
-        for actor, own in zip(self.actors, zip(*updates, strict=True), strict=True):
-            actor.after_step(step, own)
+        for half, own in zip(self.halves, zip(*updates, strict=True), strict=True):
+            half.after_step(step, own)
         self._renew_reference(step)
         return metrics
 
@@ -105,8 +99,8 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """All but weights and optimizer that the next step depends on, as JSON takes it."""
         state: dict[str, Any] = {"moving_mean": self.moving_mean}
-        for actor in self.actors:
-            state |= actor.state()
+        for half in self.halves:
+            state |= half.state()
         return state
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -116,8 +110,8 @@ class Trainer:
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Continue from what `state` and `tensors` returned."""
         self.moving_mean = state.get("moving_mean")
-        for actor in self.actors:
-            actor.restore(state)
+        for half in self.halves:
+            half.restore(state)
         if "reference" in tensors:
             self.policy.load_reference(tensors["reference"])
 
@@ -136,7 +130,7 @@ class Trainer:
 
     def _roll_out(self, prompts: Sequence[Prompt], step: int) -> tuple[list[RolloutGroup], list[int]]:
         settings = self.recipe.rollout
-        flow: FlowSampling | None = self.flow.sampling(step) if self.flow is not None else None
+        flow = next(filter(None, (half.sampling(step) for half in self.halves)), None)
         groups, tickets = [], []
         with self.timer("rollout"):
             with self.engine.gathered_parameters():
@@ -169,40 +163,36 @@ class Trainer:
         return (groups, self._collect(tickets)) if groups else None
 
     def _assemble(self, groups: Sequence[RolloutGroup], step: int) -> Batches:
-        return [actor.assemble(groups, step) for actor in self.actors]
+        return [half.assemble(groups, step) for half in self.halves]
 
     def _microbatches(self, batches: Batches) -> list[Batches]:
-        """The same token sequences of every actor, `micro_batch_size` at a time; the decoder has `decodes`
-        samples of each."""
+        """The same token sequences of every half, `micro_batch_size` at a time."""
         size = self.recipe.engine.micro_batch_size
-        sequences = min(len(batch.action_mask) for batch in batches)
-        if self.tokens is None:
-            sequences //= self.recipe.rollout.decodes
-
-        def part(batch: Any, start: int) -> Any:
-            each = len(batch.action_mask) // sequences
-            return batch.rows(slice(start * each, (start + size) * each))
-
-        return [[part(batch, start) for batch in batches] for start in range(0, sequences, size)]
+        each = [half.per_sequence for half in self.halves]
+        sequences = len(batches[0].action_mask) // each[0]
+        return [
+            [batch.rows(slice(start * m, (start + size) * m)) for batch, m in zip(batches, each, strict=True)]
+            for start in range(0, sequences, size)
+        ]
 
     def _scores(self, parts: Batches) -> Sequence[Any]:
-        """What the module says of a microbatch, one for every actor."""
-        arguments = [actor.arguments(part) for actor, part in zip(self.actors, parts, strict=True)]
+        """What the module says of a microbatch, one for every half."""
+        arguments = [half.arguments(part) for half, part in zip(self.halves, parts, strict=True)]
         with self.engine.autocast():
-            if len(self.actors) == 1:
+            if len(self.halves) == 1:
                 return [self.engine.module(*arguments[0])]
             return self.engine.module(*arguments)
 
     @torch.no_grad()
     def _score_frozen(self, batches: Batches) -> Batches:
         """What needs no gradient: the references' scores, and the trainer's own before several updates."""
-        needs_old = any(actor.needs_old for actor in self.actors)
-        found: list[dict[str, list[Tensor]]] = [{} for _ in self.actors]
+        needs_old = any(half.needs_old for half in self.halves)
+        found: list[dict[str, list[Tensor]]] = [{} for _ in self.halves]
         with self.timer("reference"), self.engine.autocast():
             for parts in self._microbatches(batches):
                 olds = self._scores(parts) if needs_old else [None] * len(parts)
-                for actor, part, old, fields in zip(self.actors, parts, olds, found, strict=True):
-                    for name, value in actor.frozen(part, old).items():
+                for half, part, old, fields in zip(self.halves, parts, olds, found, strict=True):
+                    for name, value in half.frozen(part, old).items():
                         fields.setdefault(name, []).append(value)
         return [
             replace(batch, **{name: torch.cat(values) for name, values in fields.items()})
@@ -212,10 +202,10 @@ class Trainer:
     # ---- update --------------------------------------------------------------------------------------------
 
     def _advantages(self, scores: RewardScores, batches: Batches, step: int) -> list[AdvantageOutput]:
-        """The advantages of this rank's samples, made from the rewards of all ranks; one for every actor."""
+        """The advantages of this rank's samples, made from the rewards of all ranks; one for every half."""
         outputs, mean = [], self.moving_mean
-        for actor, batch in zip(self.actors, batches, strict=True):
-            inputs = AdvantageInputs.join(self.engine.gather_objects(actor.advantage_inputs(scores, batch)))
+        for half, batch in zip(self.halves, batches, strict=True):
+            inputs = AdvantageInputs.join(self.engine.gather_objects(half.advantage_inputs(scores, batch)))
             inputs = replace(inputs, moving_mean=mean)
             if self.algorithm.shuffle_rewards:
                 seed = self.recipe.run.seed, "shuffle", step
@@ -224,7 +214,7 @@ class Trainer:
                     rewards=shuffled(inputs.rewards, generator(*seed)),
                     components=shuffled(inputs.components, generator(*seed)),
                 )
-            if actor is self.actors[0]:
+            if half is self.halves[0]:
                 self.moving_mean = moved_mean(mean, inputs.rewards, self.algorithm.baseline_decay)
             own = len(batch.action_mask)
             mine = slice(self.engine.rank * own, (self.engine.rank + 1) * own)
@@ -232,23 +222,23 @@ class Trainer:
         return outputs
 
     def _update(self, batches: Batches) -> list[Metrics]:
-        """One optimizer step over all microbatches; returns for every actor sums over ranks, and the norm of
+        """One optimizer step over all microbatches; returns for every half sums over ranks, and the norm of
         the gradient."""
         denominators = [
-            self.engine.sum_over_ranks({"n": actor.denominator(batch)})["n"]
-            for actor, batch in zip(self.actors, batches, strict=True)
+            self.engine.sum_over_ranks({"n": half.denominator(batch)})["n"]
+            for half, batch in zip(self.halves, batches, strict=True)
         ]
         if not all(denominators):
-            return [{} for _ in self.actors]
-        sums: list[dict[str, Tensor]] = [{} for _ in self.actors]
-        worst = [0.0 for _ in self.actors]
+            return [{} for _ in self.halves]
+        sums: list[dict[str, Tensor]] = [{} for _ in self.halves]
+        worst = [0.0 for _ in self.halves]
         microbatches = self._microbatches(batches)
         for number, parts in enumerate(microbatches, 1):
             with self.engine.microbatch(last=number == len(microbatches)):
                 losses = [
-                    actor.loss(scores, part, denominator)
-                    for actor, scores, part, denominator in zip(
-                        self.actors, self._scores(parts), parts, denominators, strict=True
+                    half.loss(scores, part, denominator)
+                    for half, scores, part, denominator in zip(
+                        self.halves, self._scores(parts), parts, denominators, strict=True
                     )
                 ]
                 self.engine.backward(torch.stack([output.loss for output in losses]).sum())
@@ -258,16 +248,17 @@ class Trainer:
                     total = sums[index].get(name, torch.zeros((), dtype=torch.float64))
                     sums[index][name] = total + value.double().cpu()
         gaps = [max_or_nan(*column) for column in zip(*self.engine.gather_objects(worst), strict=True)]
-        for actor, gap in zip(self.actors, gaps, strict=True):
-            actor.refuse_gap(gap)
-        parts_of_norm = self.engine.gradient_norms(self.halves) if len(self.actors) > 1 else {}
+        for half, gap in zip(self.halves, gaps, strict=True):
+            half.refuse_gap(gap)
+        names = [half.name for half in self.halves]
+        parts_of_norm = self.engine.gradient_norms(names) if len(names) > 1 else {}
         grad_norm = self.engine.step()
         common = {"grad_norm": grad_norm, "lr": self.engine.lr}
         return [
             self.engine.sum_over_ranks(total)
             | {"replay_gap_max": gap, **common}
-            | own_norm(half, parts_of_norm)
-            for half, total, gap in zip(self.halves, sums, gaps, strict=True)
+            | own_norm(name, parts_of_norm)
+            for name, total, gap in zip(names, sums, gaps, strict=True)
         ]
 
     def _metrics(
@@ -283,9 +274,9 @@ class Trainer:
         )
         split = variance_split(drawn.totals, rollout.group_size, rollout.decodes)
         metrics |= {f"reward/variance/{name}": value for name, value in split.items()}
-        for actor, output, own in zip(self.actors, advantages, zip(*updates, strict=True), strict=True):
-            metrics |= {f"{actor.prefix}advantages/{k}": v for k, v in output.metrics.items()}
-            metrics |= actor.metrics(own)
+        for half, output, own in zip(self.halves, advantages, zip(*updates, strict=True), strict=True):
+            metrics |= {f"{half.prefix}advantages/{k}": v for k, v in output.metrics.items()}
+            metrics |= half.metrics(own)
         if self.algorithm.max_resamples:
             trained = sum(self.engine.gather_objects(len(advantages[-1].valid)))
             replaced = (len(drawn.totals) - trained) / (rollout.group_size * rollout.decodes)

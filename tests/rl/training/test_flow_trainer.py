@@ -184,7 +184,7 @@ def test_joint_gradients_are_those_of_the_halves_alone() -> None:
 
         trainer.engine.step = watched  # type: ignore[method-assign]
         if not overrides:  # the same stochastic pictures, without training on them
-            sampling = flow_trainer(JOINT).flow.sampling(0)  # type: ignore[union-attr]
+            sampling = flow_trainer(JOINT).halves[1].sampling(0)
             policy.train_decoder().trainable.requires_grad_(False)
             generate = trainer.rollout.generate
             trainer.rollout.generate = lambda *a, g=generate, s=sampling: g(*a[:-1], s)  # type: ignore[method-assign]

@@ -15,6 +15,7 @@ from torch import Tensor
 from imagerl.rl.algorithms.advantages import group_advantages
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import is_timing
+from imagerl.rl.training.token_half import TokenHalf
 from imagerl.rl.training.trainer import Trainer
 from imagerl.rl.types import LossInputs, TokenTrajectory
 from tests.micro import micro_policy
@@ -32,14 +33,15 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
 def watch_loss(trainer: Trainer) -> list[tuple[LossInputs, dict[str, Any]]]:
     """Everything that the loss is called with from now on."""
     calls: list[tuple[LossInputs, dict[str, Any]]] = []
-    assert trainer.tokens is not None
-    loss = trainer.tokens.policy_loss
+    (tokens,) = trainer.halves
+    assert isinstance(tokens, TokenHalf)
+    loss = tokens.policy_loss
 
     def watched(inputs: LossInputs, **settings: Any) -> Any:
         calls.append((replace(inputs, logprobs=inputs.logprobs.detach().clone()), settings))
         return loss(inputs, **settings)
 
-    trainer.tokens.policy_loss = watched
+    tokens.policy_loss = watched
     return calls
 
 
