@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet --quiet
 LOCKS := requirements.lock requirements-last.lock requirements-clip.lock
-SOURCES := imagerl rl models rewards tests
+SOURCES := imagerl rl models rewards benchmarks tools tests recipes
 STAMP := $(VENV)/installed
 
 # Settings of the caller's shell that would send packages or imports somewhere else.

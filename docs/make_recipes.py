@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from imagerl.rl.config.recipe import RecipeModel
+from imagerl.rl.config.sft import SFTRecipe
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.files.mistakes import iter_fields
 from imagerl.rl.sft.pretraining.clip_config import ClipRecipe
 from imagerl.rl.sft.pretraining.config import PretrainRecipe
-from imagerl.rl.config.recipe import RecipeModel
-from imagerl.rl.config.sft import SFTRecipe
 
 PAGE = Path(__file__).with_name("recipes.md")
 SCHEMAS: dict[str, type[RecipeModel]] = {

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from imagerl.rl.files.metrics import read_metrics
 from imagerl.rl.evaluation.stats import Interval, number, span
+from imagerl.rl.files.metrics import read_metrics
 
 COLUMNS = (
     "run",

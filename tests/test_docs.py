@@ -209,3 +209,15 @@ def test_make_wants_the_python_of_the_locked_packages(tmp_path: Path) -> None:
     assert ended.returncode != 0
     assert "is Python 3.9.2; the locked packages are for Python 3.11" in ended.stdout
     assert not (tmp_path / ".venv").exists()
+
+
+def test_one_step_names_what_exists() -> None:
+    """Each function that docs/one-step.md sends a reader to stands in the file that it names."""
+    page = (ROOT / "docs" / "one-step.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\]\(\.\./([\w/]+\.py)\)((?:,? `[\w.]+`)+)", page)
+    assert len(rows) > 15
+    for path, names in rows:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        for name in re.findall(r"`([\w.]+)`", names):
+            defined = re.search(rf"^\s*(def|class) {name.split('.')[-1]}\b", source, re.MULTILINE)
+            assert defined, f"{path} has no {name}"

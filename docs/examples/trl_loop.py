@@ -50,8 +50,8 @@ def train_with_trl(recipe: Any, folder: Path) -> tuple[Any, list[float], list[fl
     from imagerl.rewards.workers.scoring import to_pil_images
     from imagerl.rl.data.prompt_sets import GroupedSampler, load_prompt_set
     from imagerl.rl.engine.engine import Engine
-    from imagerl.rl.training.halves import trained_module
     from imagerl.rl.rollout.engine import RolloutEngine, reward_request, training_sampling
+    from imagerl.rl.training.halves import trained_module
 
     rollout, optim, steps = recipe.rollout, recipe.optim, recipe.run.steps
     engine = Engine(recipe.engine)
@@ -155,8 +155,8 @@ def train_with_imagerl(recipe: Any) -> tuple[Any, list[float], list[float]]:
     from imagerl.rewards.workers.pool import RewardWorkers
     from imagerl.rl.data.prompt_sets import GroupedSampler, load_prompt_set
     from imagerl.rl.engine.engine import Engine
-    from imagerl.rl.training.halves import lr_factor, trained_module
     from imagerl.rl.rollout.engine import RolloutEngine, training_sampling
+    from imagerl.rl.training.halves import lr_factor, trained_module
     from imagerl.rl.training.trainer import Trainer
 
     engine = Engine(recipe.engine)

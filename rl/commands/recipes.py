@@ -57,10 +57,5 @@ def _whole(path: Path) -> str:
 
 
 def _purpose(path: Path) -> str:
-    """The first sentence of a recipe's header."""
-    words: list[str] = []
-    for line in read_text(path).splitlines():
-        if not line.startswith("# "):
-            break
-        words.append(line[2:].strip())
-    return " ".join(words).split(". ")[0].split(": ")[0].rstrip(".:")
+    """What the first line of a recipe's header says."""
+    return read_text(path).partition("\n")[0].lstrip("# ").rstrip(":.")
