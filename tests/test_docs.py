@@ -68,7 +68,7 @@ def check_command(words: Sequence[str]) -> None:
     Raises ImageRLError, or one of typer's own."""
     command, rest = typer.main.get_command(app), list(words)
     context = command.make_context("imagerl", list(rest))
-    while hasattr(command, "resolve_command"):  # `imagerl` itself, or a group of commands such as `bench`
+    while hasattr(command, "resolve_command") and rest:  # `imagerl` itself, or a group such as `reward`
         name, command, rest = command.resolve_command(context, rest)
         context = command.make_context(name, list(rest), parent=context)
     values = context.params
@@ -147,10 +147,9 @@ def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> No
         ("eval --modle tiny", "--modle"),
         ("trian recipes/tiny_ocr_grpo.yaml", "trian"),
         ("export runs/x", "target"),
-        ("bench rolout", "rolout"),
+        ("reward chekc my.py:f", "chekc"),
         ("compare recipes/compare/grpo.yaml --budget images=9", "seeds"),
         ("compare recipes/compare/grpo.yaml --seeds 1 --budget images=9 optim.lrr=1", "optim.lr"),
-        ("bench step recipes/tiny_ocr_grpo.yaml run.sed=1", "run.seed"),
     ],
 )
 def test_mistaken_commands_do_not_parse(line: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:

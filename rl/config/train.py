@@ -130,7 +130,7 @@ class EvalConfig(RecipeModel):
     every: Every = Field(0, description="steps between evaluations; 0: only before and after")
     size: Steps = Field(256, description="held-out prompts evaluated, one sample each")
     batch_size: Count = Field(64, description="samples drawn at a time")
-    guidance: Guidance | None = Field(None, description="of the decoder; null: as in rollout")
+    guidance: Guidance | None = Field(None, description="of the decoder; null: as in training")
     flow_steps: FlowSteps | None = Field(None, description="of the decoder; null: as in rollout")
     seed: Seed = Field(0, description="seed of the samples, the same at every evaluation")
 

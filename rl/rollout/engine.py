@@ -46,11 +46,12 @@ def training_sampling(recipe: Recipe) -> SamplingParams:
 
 def evaluation_sampling(recipe: Recipe) -> SamplingParams:
     """How a recipe draws what it is judged by: as in training where `eval` does not say otherwise, one picture of
-    each token sequence."""
-    training, settings = training_sampling(recipe), recipe.eval
+    each token sequence. A decoder that trains at a guidance of its own is judged at that one."""
+    training, settings, flow = training_sampling(recipe), recipe.eval, recipe.algorithm.flow
+    wanted = (settings.guidance, flow and flow.guidance, training.guidance)
     return replace(
         training,
-        guidance=training.guidance if settings.guidance is None else settings.guidance,
+        guidance=next(value for value in wanted if value is not None),
         flow_steps=settings.flow_steps or training.flow_steps,
         decodes=1,
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,14 @@ import pytest
 import torch
 
 from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.rl.config.recipe import validate_recipe
+from imagerl.rl.config.train import Recipe
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.data.tiny.world import prompt_set
-from imagerl.rl.rollout.engine import RolloutEngine, reward_request, to_uint8
+from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling, reward_request, to_uint8
 from imagerl.rl.types import Prompt, RolloutGroup, SamplingParams
 from tests.models.helpers import lively_policy, stir
+from tests.small_run import recipe_data
 
 PROMPTS = [
     *prompt_set("train", 3),
@@ -211,3 +215,20 @@ def test_rewards_get_one_entry_per_sample(policy: ImagePolicy) -> None:
     assert request.columns == {"target": [f"T{prompt.index}" for prompt in PROMPTS for _ in range(GROUP)]}
     assert request.completions == tokens_of(groups).tolist()
     assert np.array_equal(request.images, images_of(groups))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "guidance"),
+    [
+        ((), 2.0),
+        (("rollout.guidance=1.5",), 1.5),
+        (("rollout.guidance=1.5", "algorithm.flow={name: flow_grpo, guidance: 1.0}"), 1.0),
+        (("algorithm.flow={name: nft}",), 1.0),
+        (("algorithm.flow={name: flow_grpo, guidance: 1.0}", "eval.guidance=3.0"), 3.0),
+    ],
+)
+def test_a_run_is_judged_and_exported_as_its_decoder_trains(
+    overrides: tuple[str, ...], guidance: float
+) -> None:
+    recipe = validate_recipe(Recipe, recipe_data(Path("unused"), "rollout.flow_steps=2", *overrides), "test")
+    assert evaluation_sampling(recipe).guidance == guidance
