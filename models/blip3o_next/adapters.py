@@ -13,7 +13,8 @@ from imagerl.models.blip3o_next.ar import ADAPTER
 from imagerl.models.blip3o_next.config import Dropout, SamplingSettings, Settings
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.common.shards import Shards, require_finite
-from imagerl.rl.files.reading import is_regular, read_json, validated
+from imagerl.rl.files.mistakes import validated
+from imagerl.rl.files.reading import is_regular, read_json
 from imagerl.rl.types import ImageRLError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

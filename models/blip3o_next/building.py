@@ -7,11 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from imagerl.models.blip3o_next.ar import ARPolicy, ImageVocabulary
+from imagerl.models.blip3o_next.config import FsqSettings, check_config
 from imagerl.models.blip3o_next.flow_decoder import FlowDecoder
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.prompts import PICTURE_END, PICTURE_START, REQUEST, SYSTEM, TURN_END
 from imagerl.models.blip3o_next.ta_tok import TATokenizer
 from imagerl.models.common.image_tokenizer import FSQTokenizer, FSQTokenizerConfig, ImageTokenizer
+from imagerl.rl.files.mistakes import validated
+from imagerl.rl.types import ImageRLError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -106,7 +109,13 @@ def new_policy(
 ) -> tuple[ImagePolicy, dict[str, Any]]:
     """An untrained policy and its complete config from a pretraining recipe's `model` section.
 
-    `captions` are what the text tokenizer is trained on, in the prompt template."""
+    `captions` are what the text tokenizer is trained on, in the prompt template. Raises ImageRLError with the first key
+    that is wrong."""
+    place = "model"
+    absent = [key for key in ("qwen3", "image_tokenizer") if not isinstance(model.get(key), dict)]
+    if absent:
+        raise ImageRLError(f"{place}.{absent[0]} should be a mapping, as in the recipe tiny_pretrain")
+    validated(FsqSettings, model["image_tokenizer"], f"{place}.image_tokenizer")
     tokenizer_config = FSQTokenizerConfig.from_dict(model["image_tokenizer"])
     codes = math.prod(tokenizer_config.levels)
     turns = [f"system\n{SYSTEM}", "assistant\n"]
@@ -120,4 +129,5 @@ def new_policy(
         **vocabulary_of(tokenizer, codes).to_config(),
         "num_image_positions": rows * columns,
     }
+    check_config(config, place)
     return build_policy(config, tokenizer), config

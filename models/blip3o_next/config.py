@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
-from imagerl.rl.files.reading import MAX_PIXELS, validated
+from imagerl.rl.files.mistakes import validated
+from imagerl.rl.files.reading import MAX_PIXELS
 
 Width = Annotated[int, Field(ge=1, le=1 << 17)]
 Heads = Annotated[int, Field(ge=1, le=1 << 10)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from imagerl.models.blip3o_next.ar import ImageVocabulary
 from imagerl.models.blip3o_next.config import PublishedSettings, check_config
-from imagerl.rl.files.reading import validated
+from imagerl.rl.files.mistakes import validated
 from imagerl.rl.types import ImageRLError
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -18,7 +18,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from imagerl.rl.files.reading import is_regular, parse_json, read_text, validated
+from imagerl.rl.files.mistakes import validated
+from imagerl.rl.files.reading import is_regular, parse_json, read_text
 from imagerl.rl.types import ImageRLError
 
 WEIGHTS = "model.safetensors"

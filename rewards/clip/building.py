@@ -11,6 +11,7 @@ from imagerl.rewards.clip.packages import import_open_clip
 from imagerl.rl.types import ImageRLError
 
 PAD, END = "<pad>", "<end>"
+LARGEST_SIZE = 1 << 13
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 
@@ -46,6 +47,7 @@ def new_model(config: Mapping[str, Any], tokenizer: Any) -> tuple[Any, dict[str,
 
     Raises ImageRLError when open_clip does not take the configuration."""
     open_clip = import_open_clip()
+    refuse_sizes(config, "model")
     text = {
         **config["text_cfg"],
         "vocab_size": len(tokenizer),
@@ -57,10 +59,19 @@ def new_model(config: Mapping[str, Any], tokenizer: Any) -> tuple[Any, dict[str,
     complete = {**config, "text_cfg": text}
     try:
         return open_clip.model.CLIP(**complete), complete
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # open_clip checks nothing: sizes that do not fit raise anything
         raise ImageRLError(
             f"model: open_clip does not take it ({' '.join(str(error).split())[:200]})"
         ) from error
+
+
+def refuse_sizes(config: Mapping[str, Any], place: str) -> None:
+    """Raises ImageRLError for a number of the configuration, at any depth, that is no size of a small model."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            refuse_sizes(value, f"{place}.{key}")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value <= LARGEST_SIZE:
+            raise ImageRLError(f"{place}.{key} should lie between 0 and {LARGEST_SIZE}, not {value}")
 
 
 def preprocessing(config: Mapping[str, Any]) -> Callable[[Any], Any]:

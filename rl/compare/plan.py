@@ -11,7 +11,8 @@ from typing import Any, Literal
 from imagerl.rl.config.train import Recipe, load_recipe
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import to_json
-from imagerl.rl.files.reading import read_json, validated
+from imagerl.rl.files.mistakes import validated
+from imagerl.rl.files.reading import read_json
 from imagerl.rl.files.writing import write_atomic
 from imagerl.rl.rollout.engine import evaluation_sampling
 from imagerl.rl.run.folder import RECIPE_FILE, differing_keys, read_stored_recipe

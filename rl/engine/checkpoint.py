@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.files.reading import validated
+from imagerl.rl.files.mistakes import validated
 from imagerl.rl.files.writing import atomic_folder, clean_leftovers, remove_folder, write_error
 
 FORMAT = 1

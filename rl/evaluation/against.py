@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from imagerl.rl.evaluation.stats import compare, verdict
-from imagerl.rl.files.reading import read_json, validated
+from imagerl.rl.files.mistakes import validated
+from imagerl.rl.files.reading import read_json
 
 DRAWN = ("temperature", "guidance", "flow_steps")
 KEPT = ("model", "model_sha256", *DRAWN, "versions")

@@ -20,7 +20,8 @@ from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.evaluate import Source
 from imagerl.rl.evaluation.kept_pictures import refuse_filled
 from imagerl.rl.files.metrics import save_image, to_json
-from imagerl.rl.files.reading import parse_json, read_json, read_picture, read_text, validated
+from imagerl.rl.files.mistakes import validated
+from imagerl.rl.files.reading import parse_json, read_json, read_picture, read_text
 from imagerl.rl.files.writing import write_atomic
 from imagerl.rl.types import Prompt
 

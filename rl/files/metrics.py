@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, ConfigDict, Field
 
 from imagerl.rl.errors import ImageRLError, one_line
-from imagerl.rl.files.reading import parse_json, validated
+from imagerl.rl.files.mistakes import validated
+from imagerl.rl.files.reading import parse_json
 from imagerl.rl.files.writing import write_atomic, write_error
 
 if TYPE_CHECKING:

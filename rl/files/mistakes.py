@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, get_args
+from functools import lru_cache
+from typing import Any, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from imagerl.rl.errors import one_line
+from imagerl.rl.errors import ImageRLError, one_line
 from imagerl.rl.files.yaml_text import Dumper
+
+T = TypeVar("T")
 
 
 def iter_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -57,6 +60,32 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     here = [e for e in here if not e["type"].endswith(("_type", "literal_error"))] or here
     wants = dict.fromkeys(map(_wanted, here))
     return f'"{key}" should be {" or ".join(wants)}, not {shown(here[0]["input"])}'
+
+
+def validated(schema: type[T], value: Any, place: str) -> T:
+    """Plain data as what a pydantic schema makes of it. Raises ImageRLError with the first mistake: `place`, the
+    dotted key, and what should stand there."""
+    kind: Any = schema
+    try:
+        return cast(T, _adapter(kind).validate_python(value))
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        key = ".".join(str(part) for part in first["loc"])
+        named = f'"{key}" ' if key else ""
+        if first["type"] == "extra_forbidden":
+            what = f"{named}is no setting that is known here"
+        elif first["type"] == "missing":
+            what = f"{named}is missing"
+        elif first["type"] == "value_error":
+            what = named.replace('" ', '": ') + one_line(first["ctx"]["error"])
+        else:
+            what = f"{named}should be {_wanted(first)}, not {shown(first['input'])}"
+        raise ImageRLError(f"{place}: {what}") from None
+
+
+@lru_cache(maxsize=64)
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
 
 
 def nearest(word: str, names: Iterable[str], alike: float = 0.0) -> str | None:

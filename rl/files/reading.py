@@ -15,9 +15,8 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from imagerl.rl.errors import ImageRLError
 
@@ -149,37 +148,6 @@ def require_plain(value: T, place: str) -> T:
         if count + len(pending) > MAX_VALUES:
             raise ImageRLError(f"{place}: holds more than {MAX_VALUES} values")
     return value
-
-
-def validated(schema: type[T], value: Any, place: str) -> T:
-    """Plain data as what a pydantic schema makes of it. Raises ImageRLError with the first mistake: `place`, the
-    dotted key, and what should stand there."""
-    from pydantic import ValidationError
-
-    kind: Any = schema
-    try:
-        return cast(T, _adapter(kind).validate_python(value))
-    except ValidationError as error:
-        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-        key = ".".join(str(part) for part in first["loc"])
-        named = f'"{key}" ' if key else ""
-        if first["type"] == "extra_forbidden":
-            what = f"{named}is no setting that is known here"
-        elif first["type"] == "missing":
-            what = f"{named}is missing"
-        elif first["type"] == "value_error":
-            what = named.replace('" ', '": ') + _one_line(first["ctx"]["error"])
-        else:
-            wanted = _one_line(first["msg"]).replace("Input should", "should")
-            what = f"{named}{wanted}, not {_one_line(repr(first['input']))[:60]}"
-        raise ImageRLError(f"{place}: {what}") from None
-
-
-@lru_cache(maxsize=64)
-def _adapter(schema: Any) -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(schema)
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def evaluation_sampling(recipe: Recipe) -> SamplingParams:
     """How a recipe draws what it is judged by: as in training where `eval` does not say otherwise, one picture of
     each token sequence. A decoder that trains at a guidance of its own is judged at that one."""
     training, settings, flow = training_sampling(recipe), recipe.eval, recipe.algorithm.flow
-    wanted = (settings.guidance, flow and flow.guidance, training.guidance)
+    wanted = (settings.guidance, flow.guidance if flow else None, training.guidance)
     return replace(
         training,
         guidance=next(value for value in wanted if value is not None),

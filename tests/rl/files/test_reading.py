@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files import reading
-from imagerl.rl.files.reading import is_regular, read_json, read_text, require_plain, validated
+from imagerl.rl.files.mistakes import validated
+from imagerl.rl.files.reading import is_regular, read_json, read_text, require_plain
 
 
 class Part(BaseModel):
@@ -32,7 +33,7 @@ class Whole(BaseModel):
         ),
         ({"parts": [{"size": 0, "sise": 1}]}, 'a: "parts.0.sise" is no setting that is known here'),
         ({"parts": [{}]}, 'a: "parts.0.size" is missing'),
-        ({"parts": [{"size": "x" * 500}]}, 'a: "parts.0.size" should be a valid integer'),
+        ({"parts": [{"size": "x" * 500}]}, 'a: "parts.0.size" should be an integer'),
         (None, "a: should be a valid dictionary"),
     ],
 )
