@@ -42,7 +42,7 @@ def main(action: str, *names: str) -> None:
         data = Path(scratch)
         for split, count in (("train", 96), ("heldout", 16)):
             place = [str(data / split), "--split", split, "--count", str(count), "--font", "DejaVuSerif-Bold.ttf"]
-            render = [sys.executable, "-m", "rl.tiny.render_folder", *place]
+            render = [sys.executable, "-m", "imagerl.rl.data.tiny.render_folder", *place]
             subprocess.run(render, cwd=ROOT, check=True, stdout=sys.stderr)
         found = {}
         for name in names or RUNS:
@@ -65,7 +65,7 @@ def run(command: tuple[str, ...], folder: Path, data: Path) -> dict[str, Any]:
     arguments = [part.replace("{data}", str(data)) for part in command]
     arguments += [f"run.output_dir={folder}"] + (["checkpoint.every=3"] if command[0] != "pretrain" else [])
     print("golden:", *arguments, file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "rl.cli", *arguments], cwd=ROOT, check=True, stdout=sys.stderr)
+    subprocess.run([sys.executable, "-m", "imagerl", *arguments], cwd=ROOT, check=True, stdout=sys.stderr)
     lines = [json.loads(line) for line in _text(folder / "metrics.jsonl").splitlines()]
     evaluations = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("eval/*.json"))}
     return {
