@@ -14,7 +14,7 @@ STAMP := $(VENV)/installed
 # Settings of the caller's shell that would send packages or imports somewhere else.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PIP_CONSTRAINT PIP_REQUIRE_HASHES
 
-.PHONY: help install lint format test train results docs pretrain clean
+.PHONY: help install lint format test slow train results docs pretrain clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -48,8 +48,11 @@ format: $(STAMP) ## let ruff format and mend what it can
 	@$(BIN)/ruff format $(SOURCES)
 	@$(BIN)/ruff check --fix $(SOURCES)
 
-test: $(STAMP) ## the whole test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile
+test: $(STAMP) ## the test suite, but for what is slow
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile -m "not slow"
+
+slow: $(STAMP) ## the slow tests: kills, full disks, fuzzing, several processes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile -m slow
 
 train: $(STAMP) ## post-train the shipped tiny model to spell: recipes/tiny_ocr_grpo.yaml
 	@$(BIN)/imagerl train recipes/tiny_ocr_grpo.yaml --overwrite

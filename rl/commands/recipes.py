@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from imagerl.rl.config.recipe import read_recipe, shipped_recipes
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.reading import read_text
 
@@ -17,6 +16,8 @@ recipes = typer.Typer(help="List the recipes that come with ImageRL, or copy one
 @recipes.callback(invoke_without_command=True)
 def listing(context: typer.Context) -> None:
     """List the recipes that come with ImageRL: the name to give to a command, and what each is for."""
+    from imagerl.rl.config.recipe import shipped_recipes
+
     if context.invoked_subcommand is not None:
         return
     found = shipped_recipes()
@@ -32,6 +33,8 @@ def copy(
     to: Annotated[Path | None, typer.Argument(help="file to write; NAME.yaml here unless given")] = None,
 ) -> None:
     """Write a recipe into a file of your own, whole: what it extends is laid under it."""
+    from imagerl.rl.config.recipe import shipped_recipes
+
     path = shipped_recipes().get(name.removesuffix(".yaml"))
     if path is None:
         raise ImageRLError(f'no recipe is named "{name}"; see: imagerl recipes')
@@ -48,6 +51,8 @@ def copy(
 def _whole(path: Path) -> str:
     """A recipe's text as it is, or, where it extends another, its header over both in one."""
     import yaml
+
+    from imagerl.rl.config.recipe import read_recipe
 
     text = read_text(path)
     if "\nextends:" not in text:

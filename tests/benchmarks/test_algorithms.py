@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from benchmarks.__main__ import bench
 from benchmarks.algorithms import EXTRAS, bench_algorithms
 from imagerl.rl.commands.cli import main
 from imagerl.rl.config.algorithm_table import ALGORITHMS
@@ -20,5 +21,5 @@ def test_every_algorithm_is_compared_with_grpo() -> None:
 
 def test_groups_must_be_whole(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["bench", "algorithms", "--samples", "5", "--group-size", "2"])
+        main(["algorithms", "--samples", "5", "--group-size", "2"], bench)
     assert "--group-size 2 must divide --samples 5" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import bench
 from benchmarks.measuring import bench_rollout, bench_step, interleaved, operator_shares, show, table
 from benchmarks.rewards import bench_rewards
 from imagerl.rl.commands.cli import main
@@ -131,7 +132,6 @@ def test_the_rewards_of_a_recipe_are_measured(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         main(
             [
-                "bench",
                 "rewards",
                 str(recipe),
                 "--steps",
@@ -140,7 +140,8 @@ def test_the_rewards_of_a_recipe_are_measured(tmp_path: Path) -> None:
                 "1",
                 "--json",
                 f"{tmp_path}/b.json",
-            ]
+            ],
+            bench,
         )
     assert ended.value.code == 0
     report = json.loads((tmp_path / "b.json").read_text())

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import model as bench_model
+from benchmarks.__main__ import bench
 from benchmarks.model import bandwidth, bytes_per_token, require_memory
 from imagerl.models.blip3o_next.weights import empty_policy, fill_randomly, full_state
 from imagerl.rl.commands.cli import main
@@ -16,7 +17,7 @@ from tests.micro import micro_folder, micro_policy
 
 def call(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
-        main(arguments)
+        main(arguments, bench)
     return int(ended.value.code or 0)
 
 
@@ -24,7 +25,7 @@ def test_without_a_gpu_the_full_size_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert call("bench", "model") == 1
+    assert call("model") == 1
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "needs a GPU with about" in message and "try --size tiny" in message
@@ -45,7 +46,7 @@ def test_a_small_model_runs_the_same_code(tmp_path: Path, capsys: pytest.Capture
     folder = micro_folder(tmp_path / "model")
     arguments = ("--samples", "4", "--micro-batch", "2", "--flow-steps", "1", "--repeats", "1")
     written = tmp_path / "bench.json"
-    assert call("bench", "model", "--size", str(folder), *arguments, "--json", str(written)) == 0
+    assert call("model", "--size", str(folder), *arguments, "--json", str(written)) == 0
     report = json.loads(written.read_text())
     policy, _ = micro_policy()
     assert report["sampled_tokens_per_s"] == pytest.approx(4 * policy.num_actions / report["time/sample_s"])

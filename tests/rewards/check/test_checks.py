@@ -120,7 +120,7 @@ def _zero_division(images: list[Any], **_: Any) -> list[float]:
         (_silent, {"empty rows"}, "earned 0 without a word"),
         (_brightness, {"ranking"}, '"blank" earns more than an honest picture'),
         (_some_nan, {"values"}, "NaN or infinite (the first: faint, 'a sign that says"),
-        (_zero_division, {"answer"}, "the call failed: ZeroDivisionError: division by zero (test_check.py:"),
+        (_zero_division, {"answer"}, "the call failed: ZeroDivisionError: division by zero (test_checks.py:"),
         (lambda images, **_: [0.5] * len(images), {"values", "ranking"}, "every picture earned 0.5"),
         (lambda images, **_: [None] * len(images), {"values", "applies"}, "None for every picture"),
         (lambda images, **_: [1.0], {"answer"}, "returned 1 values for"),

@@ -375,7 +375,9 @@ def test_a_dead_judge_is_told_in_the_process_that_is_looked_at(
 ) -> None:
     """What an actor says of it while it tries is not seen."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("rewards.workers.start_ray", lambda _: pytest.fail("Ray was started for nothing"))
+    monkeypatch.setattr(
+        "imagerl.rewards.workers.pool.start_ray", lambda _: pytest.fail("Ray was started for nothing")
+    )
     with socket.create_server(("127.0.0.1", 0)) as free:
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     judge = {"name": "judge", "endpoint": endpoint, "model": "m"}

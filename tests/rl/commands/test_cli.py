@@ -209,7 +209,7 @@ def test_usage_errors_are_one_line_too(
     assert ended.err.startswith("imagerl: ") and ended.err.count("\n") == 1 and ended.out == ""
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("reward", "check"), ("bench", "step")])
+@pytest.mark.parametrize("command", [(), ("train",), ("reward", "check"), ("recipes", "copy")])
 def test_help_has_a_short_name(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
     short, long = imagerl(capsys, *command, "-h"), imagerl(capsys, *command, "--help")
     assert short.code == long.code == 0
@@ -233,7 +233,7 @@ def run_module(code: str, environment: dict[str, str] | None = None) -> subproce
 
 
 def test_the_package_runs_as_a_module() -> None:
-    assert run_module("-m rl --version").stdout == f"imagerl {version('imagerl')}\n"
+    assert run_module("-m imagerl --version").stdout == f"imagerl {version('imagerl')}\n"
 
 
 def test_a_shell_completes_commands_and_options() -> None:
@@ -243,7 +243,7 @@ def test_a_shell_completes_commands_and_options() -> None:
             "COMP_CWORD": str(words.count(" ")),
             "_IMAGERL_COMPLETE": "complete_bash",
         }
-        return run_module("-m rl", asked).stdout.split()
+        return run_module("-m imagerl", asked).stdout.split()
 
     assert completed("imagerl tr") == ["train"]
     assert completed("imagerl train --re") == ["--resume"]
