@@ -34,7 +34,7 @@ class Whole(BaseModel):
         ({"parts": [{"size": 0, "sise": 1}]}, 'a: "parts.0.sise" is no setting that is known here'),
         ({"parts": [{}]}, 'a: "parts.0.size" is missing'),
         ({"parts": [{"size": "x" * 500}]}, 'a: "parts.0.size" should be an integer'),
-        (None, "a: should be a valid dictionary"),
+        (None, "a: should be a mapping"),
     ],
 )
 def test_the_first_mistake_is_named_by_its_key(value: Any, message: str) -> None:
