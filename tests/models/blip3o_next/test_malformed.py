@@ -321,7 +321,7 @@ NORM, OTHER = "model.norm.weight", "model.layers.0.input_layernorm.weight"
         (config_with("vae.scaling_factor", math.nan), "a number is not finite"),
         (config_with("vae.scaling_factor", 0.0), '"vae.scaling_factor" should be greater'),
         (config_with("qwen3.attn_implementation", "hub/kernel"), '"qwen3.attn_implementation" is no setting'),
-        (config_with("qwen3.attention_bias", True), '"qwen3.attention_bias" should be False'),
+        (config_with("qwen3.attention_bias", True), '"qwen3.attention_bias" should be false'),
         (config_with("sana.timestep_scale", 0.5), '"sana.timestep_scale" should be'),
         (config_with("image_end_token_id", 10**6), "is beyond qwen3.vocab_size"),
         (config_with("latent_size", [4096, 4096]), "pictures of more than"),
