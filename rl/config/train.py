@@ -61,7 +61,10 @@ class ModelConfig(RecipeModel):
 
 
 class PromptSetConfig(RecipeModel):
-    name: str | None = Field(None, description="a named set: tiny_world, tiny_edits or tiny_text_edits")
+    name: str | None = Field(
+        None,
+        description="a named set: tiny_world, tiny_composition, tiny_edits, tiny_text_edits, ocr_signs or edits",
+    )
     path: str | None = Field(None, description="a prompt file: .jsonl, .csv, .txt or .yaml")
     split: Literal["train", "heldout"] | None = Field(None, description="which part of a named set")
     size: Steps | None = Field(None, description="take only the first this many prompts; null: all")
