@@ -26,7 +26,7 @@ def bench_rollout(
     repeats: Annotated[int, typer.Option(min=1, help="rounds; the median counts")] = 5,
     json: ReportFile = None,
 ) -> None:
-    """Sampling and decoding, beside transformers' generate with the same weights and lengths."""
+    """Time sampling and decoding, beside transformers' generate with the same weights and lengths."""
     from benchmarks import measuring as benchmarks
     from imagerl.rl.data.tiny.world import prompt_set
 
@@ -42,7 +42,7 @@ def bench_step(
     steps: Annotated[int, typer.Option(min=2, help="training steps; the first is warm-up")] = 4,
     json: ReportFile = None,
 ) -> None:
-    """Whole training steps of a recipe: tokens trained, share of each phase, reward time that nothing hides."""
+    """Time whole training steps of a recipe: tokens trained, share of each phase, reward time that nothing hides."""
     from benchmarks import measuring as benchmarks
 
     benchmarks.show(trained_steps(recipe, overrides or [], steps), json)
@@ -56,7 +56,7 @@ def bench_rewards(
     repeats: Annotated[int, typer.Option(min=1, help="rounds; the median counts")] = 3,
     json: ReportFile = None,
 ) -> None:
-    """Each reward of a recipe on the pictures of one step, and how much of the scoring training waits for."""
+    """Time each reward of a recipe on the pictures of one step, and how much of the scoring training waits for."""
     from benchmarks import measuring as benchmarks
     from benchmarks.rewards import bench_rewards as measure
     from imagerl.rewards.base import RewardSpec, load_rewards
@@ -81,7 +81,7 @@ def bench_rewards(
 
 
 def trained_steps(recipe: str, overrides: list[str], steps: int) -> dict[str, float]:
-    """The report on a few training steps of a recipe, in a folder that is then removed."""
+    """Report on a few training steps of a recipe, in a folder that is then removed."""
     import tempfile
 
     from benchmarks import measuring as benchmarks
@@ -108,7 +108,7 @@ def bench_variance(
     repeats: Annotated[int, typer.Option(min=1, help="rounds of timing; the median counts")] = 5,
     json: ReportFile = None,
 ) -> None:
-    """What rollout.shared_noise and rollout.decodes buy for the tokens' gradient at equal cost."""
+    """Measure what rollout.shared_noise and rollout.decodes buy for the tokens' gradient at equal cost."""
     from contextlib import nullcontext
 
     import torch
@@ -145,7 +145,7 @@ def bench_algorithms(
     repeats: Annotated[int, typer.Option(min=1, help="rounds; the median counts")] = 20,
     json: ReportFile = None,
 ) -> None:
-    """What each algorithm's update costs over plain GRPO's, on the same tensors."""
+    """Measure what each algorithm's update costs over plain GRPO's, on the same tensors."""
     import torch
 
     from benchmarks import measuring as benchmarks
@@ -168,7 +168,7 @@ def bench_model(
     repeats: Annotated[int, typer.Option(min=1, help="rounds; the median counts")] = 3,
     json: ReportFile = None,
 ) -> None:
-    """Loading, sampling, drawing and one update of a model with random weights, and the memory they take."""
+    """Time loading, sampling, drawing and one update of a model with random weights, and the memory they take."""
     import tempfile
 
     import torch

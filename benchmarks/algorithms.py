@@ -1,4 +1,4 @@
-"""What each algorithm costs over plain GRPO, on the same tensors: ratios within one run, medians, taken in turns.
+"""Cost of each algorithm over plain GRPO, on the same tensors: ratios within one run, medians, taken in turns.
 
 Two prices are told apart. `loss` is the loss function and its backward pass to the log-probs alone. `update` adds
 what an update of a policy cannot do without, the forward pass that gives these log-probs and the backward pass to the
@@ -34,7 +34,7 @@ def bench_algorithms(
     repeats: int = 20,
     device: str = "cpu",
 ) -> Report:
-    """Cost over GRPO of every row of the table and of the options that weigh single actions.
+    """Measure the cost over GRPO of every row of the table and of the options that weigh single actions.
 
     `ratio/<algorithm>/update`, `ratio/<algorithm>/loss` and `ratio/<algorithm>/advantages` are times GRPO's own;
     `time/grpo/<part>_s` and `share/grpo/loss` say how much that is. All with a KL term, so that the rows
@@ -62,7 +62,7 @@ def bench_algorithms(
 
 
 def repeated(task: Callable[[], Any], times: int) -> Callable[[], None]:
-    """The task several times over: one of microseconds would measure the clock and the scheduler."""
+    """Repeat the task several times: one of microseconds would measure the clock and the scheduler."""
 
     def run() -> None:
         for _ in range(times):
@@ -72,7 +72,7 @@ def repeated(task: Callable[[], Any], times: int) -> Callable[[], None]:
 
 
 class _Tensors:
-    """The same samples for all: log-probs a little off the old ones, rewards in [0, 1], the reference near."""
+    """Samples that all algorithms share: log-probs a little off the old ones, rewards in [0, 1], the reference near."""
 
     def __init__(self, samples: int, actions: int, group_size: int, vocabulary: int, device: str) -> None:
         generator = torch.Generator().manual_seed(0)

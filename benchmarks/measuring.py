@@ -24,7 +24,7 @@ PHASES = ("rollout", "reference", "reward_wait", "update", "other")
 def interleaved(
     tasks: Mapping[str, Callable[[], Any]], repeats: int, synchronise: Callable[[], None]
 ) -> dict[str, float]:
-    """Median seconds of each task. All tasks run once to warm up, then take turns, so that a machine which slows
+    """Return median seconds of each task. All tasks run once to warm up, then take turns, so that a machine which slows
     down slows all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_number in range(repeats + 1):
@@ -39,7 +39,7 @@ def interleaved(
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process has held: on the GPU where one is in use, else resident in RAM."""
+    """Return the most memory that this process has held: on the GPU where one is in use, else resident in RAM."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     import resource
@@ -48,7 +48,7 @@ def peak_memory_mb() -> float:
 
 
 def operator_shares(task: Callable[[], Any], count: int = 8) -> Report:
-    """Where a task's time goes: `share/op/<operator>` of the operators that take most, and `share/op/other`."""
+    """Measure where a task's time goes: `share/op/<operator>` of the operators that take most, and `share/op/other`."""
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = torch.cuda.is_initialized()
@@ -142,7 +142,7 @@ def bench_rollout(
 
 
 def bench_step(run_folder: Path, tokens_per_step: int) -> Report:
-    """Medians over the training steps that a run has logged, the first one left out as warm-up.
+    """Return medians over the training steps that a run has logged, the first one left out as warm-up.
 
     `share/reward_wait` is reward time that nothing else hides."""
     steps = [row for row in read_metrics(run_folder) if "time/step_s" in row][1:]
@@ -163,7 +163,7 @@ def bench_step(run_folder: Path, tokens_per_step: int) -> Report:
 
 
 def table(report: Report) -> str:
-    """Two aligned columns; shares in per cent."""
+    """Write two aligned columns; shares in per cent."""
     width = max(map(len, report))
 
     def shown(name: str, value: float) -> str:

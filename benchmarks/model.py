@@ -30,7 +30,7 @@ def require_memory(needed_gb: float, what: str, smaller: str) -> None:
 
 
 def bandwidth(device: torch.device, megabytes: int) -> float:
-    """Bytes a second that the device's memory moves: a large copy, read and write counted."""
+    """Measure the bytes a second that the device's memory moves: a large copy, read and write counted."""
     source = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = []
@@ -40,7 +40,7 @@ def bandwidth(device: torch.device, megabytes: int) -> float:
 
 
 def bytes_per_token(sampler: Any) -> int:
-    """Bytes of weights that one decoding step reads, for however many samples: all layers and the image head."""
+    """Count bytes of weights that one decoding step reads, for however many samples: all layers and the image head."""
     tensors = [getattr(layer, name) for layer in sampler.layers for name in type(layer).__slots__]
     return sum(t.numel() * t.element_size() for t in (*tensors, sampler.head))
 
@@ -110,7 +110,7 @@ def bench_model(
 def _update(
     policy: Any, ids: Tensor, mask: Tensor, tokens: Tensor, repeats: int, synchronise: Callable[[], None]
 ) -> float:
-    """Median seconds of forward, backward and optimizer step of one microbatch, full weights."""
+    """Return median seconds of forward, backward and optimizer step of one microbatch, full weights."""
     on_gpu = policy.device.type == "cuda"
     engine = Engine(EngineConfig(precision="bf16" if on_gpu else "fp32", device="auto" if on_gpu else "cpu"))
     policy.trainable.requires_grad_(True)

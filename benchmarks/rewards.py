@@ -1,4 +1,4 @@
-"""How fast rewards score, and how much of it a training step waits for."""
+"""The speed at which rewards score, and how much of it a training step waits for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Score = Callable[[], Any]
 def bench_rewards(
     scores: Mapping[str, Score], pictures: int, repeats: int, workers: int, step: Report
 ) -> Report:
-    """`images_per_s/<reward>` and `share/scoring/<reward>` of each reward by itself, scoring the same `pictures`.
+    """Return `images_per_s/<reward>` and `share/scoring/<reward>` of each reward alone, scoring the same `pictures`.
 
     `step` is a report of `bench_step` of the same recipe. `share/exposed` is the part of the scoring of a step's
     `pictures` that nothing hid: the wait for rewards over the time that `workers` processes need at this speed. It is

@@ -1,4 +1,4 @@
-"""What taking the decoder's luck out of the tokens' advantage buys, at equal cost."""
+"""The gain of taking the decoder's luck out of the tokens' advantage, at equal cost."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def measure(
     group_size: int,
     repeats: int,
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Rewards [P, G, M] of token sequences, the m-th picture of all of a prompt from one noise, and the seconds that
-    each part of a step takes: `tokens` and `update` for a sequence, `decode` and `score` for a picture.
+    """Return rewards [P, G, M] of token sequences, the m-th picture of all of a prompt from one noise, and the seconds
+    that each part of a step takes: `tokens` and `update` for a sequence, `decode` and `score` for a picture.
 
     `policy` is a `models.blip3o_next.policy.ImagePolicy`, whose gradients are left behind; `rollout` has shared
     noise."""
@@ -68,7 +68,7 @@ def measure(
 
 
 def gains(rewards: np.ndarray, seconds: Mapping[str, float], seed: int = 0) -> Report:
-    """What each way of drawing buys over a picture a sequence with noise of its own.
+    """Return what each way of drawing buys over a picture a sequence with noise of its own.
 
     A sequence's advantage is its merit, of variance `tokens`, and luck. The squared signal-to-noise ratio of a
     gradient that is a sum over sequences grows with the merit's part of the advantage's variance, `signal/…`, and with
@@ -103,6 +103,6 @@ def gains(rewards: np.ndarray, seconds: Mapping[str, float], seed: int = 0) -> R
 
 
 def _signal(split: Mapping[str, Any], noise: str, decodes: int) -> Any:
-    """The merit's part of the variance of a sequence's reward within its group."""
+    """Return the merit's part of the variance of a sequence's reward within its group."""
     luck = split["both"] + (split["noise"] if noise == "own" else 0.0)
     return split["tokens"] / (split["tokens"] + luck / decodes)

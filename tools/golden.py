@@ -1,4 +1,4 @@
-"""The numbers of short seeded runs, bit for bit: what a change of structure must leave as they are.
+"""Numbers of short seeded runs, bit for bit, which a change of structure must leave as they are.
 
     python tools/golden.py write     # before the change: tests/golden.json
     python tools/golden.py check     # after it; exits with 1 and names each number that moved
@@ -31,7 +31,14 @@ RUNS: dict[str, tuple[str, ...]] = {
     "tiny_flow_grpo": ("train", "recipes/tiny_flow_grpo.yaml", *SHORT),
     "joint": ("train", "recipes/compare/joint.yaml", *SHORT),
     "hacking_demo": ("train", "recipes/hacking_demo.yaml", *SHORT),
-    "tiny_sft": ("sft", "recipes/tiny_sft.yaml", *SHORT, "optim.warmup_steps=1", "data.train=[{data}/train]", "data.heldout=[{data}/heldout]"),
+    "tiny_sft": (
+        "sft",
+        "recipes/tiny_sft.yaml",
+        *SHORT,
+        "optim.warmup_steps=1",
+        "data.train=[{data}/train]",
+        "data.heldout=[{data}/heldout]",
+    ),
     "tiny_pretrain": ("pretrain", "recipes/tiny_pretrain.yaml", *STAGES, "decoder.pictures=64"),
 }
 
@@ -41,7 +48,15 @@ def main(action: str, *names: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch)
         for split, count in (("train", 96), ("heldout", 16)):
-            place = [str(data / split), "--split", split, "--count", str(count), "--font", "DejaVuSerif-Bold.ttf"]
+            place = [
+                str(data / split),
+                "--split",
+                split,
+                "--count",
+                str(count),
+                "--font",
+                "DejaVuSerif-Bold.ttf",
+            ]
             render = [sys.executable, "-m", "imagerl.rl.data.tiny.render_folder", *place]
             subprocess.run(render, cwd=ROOT, check=True, stdout=sys.stderr)
         found = {}
@@ -49,7 +64,9 @@ def main(action: str, *names: str) -> None:
             found[name] = run(RUNS[name], data / name, data)
             if action == "write":
                 kept = json.loads(GOLDEN.read_text())["runs"] if GOLDEN.exists() else {}
-                GOLDEN.write_text(json.dumps({"processor": processor(), "runs": kept | found}, indent=1) + "\n")
+                GOLDEN.write_text(
+                    json.dumps({"processor": processor(), "runs": kept | found}, indent=1) + "\n"
+                )
     if action == "write":
         return
     golden = json.loads(GOLDEN.read_text())
@@ -61,7 +78,7 @@ def main(action: str, *names: str) -> None:
 
 
 def run(command: tuple[str, ...], folder: Path, data: Path) -> dict[str, Any]:
-    """Metrics of every step, held-out results and a hash of the trained weights of one command."""
+    """Return metrics of every step, held-out results and a hash of the trained weights of one command."""
     arguments = [part.replace("{data}", str(data)) for part in command]
     arguments += [f"run.output_dir={folder}"] + (["checkpoint.every=3"] if command[0] != "pretrain" else [])
     print("golden:", *arguments, file=sys.stderr)
@@ -69,14 +86,16 @@ def run(command: tuple[str, ...], folder: Path, data: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in _text(folder / "metrics.jsonl").splitlines()]
     evaluations = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("eval/*.json"))}
     return {
-        "metrics": [{k: v for k, v in line.items() if not any(word in k for word in CLOCK)} for line in lines],
+        "metrics": [
+            {k: v for k, v in line.items() if not any(word in k for word in CLOCK)} for line in lines
+        ],
         "heldout": {name: evaluation.get("per_prompt") for name, evaluation in evaluations.items()},
         "weights": weights_hash(folder),
     }
 
 
 def weights_hash(folder: Path) -> str:
-    """One hash over names and bytes of all tensors of the last checkpoint or the finished model."""
+    """Hash names and bytes of all tensors of the last checkpoint or the finished model."""
     from safetensors import safe_open
 
     newest = sorted(folder.glob("checkpoints/step_*")) or [folder / "model"]
@@ -90,7 +109,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def differences(place: str, old: Any, new: Any) -> Iterator[str]:
-    """A line for each number that is not what it was."""
+    """Yield a line for each number that is not what it was."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*old, *new]):
             yield from differences(f"{place} {key}", old.get(key), new.get(key))
@@ -102,9 +121,11 @@ def differences(place: str, old: Any, new: Any) -> Iterator[str]:
 
 
 def processor() -> str:
-    """The model name of the first processor."""
+    """Return the model name of the first processor."""
     lines = _text(Path("/proc/cpuinfo")).splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
 
 
 def _bytes() -> Any:

@@ -40,7 +40,7 @@ class RequestError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ChatQuestion:
-    """What one request asks."""
+    """The question of one request."""
 
     picture: bytes  # a file of one of FORMATS, within MOST_PIXELS; not unpacked while it waits
     text: str
@@ -48,7 +48,7 @@ class ChatQuestion:
 
 
 def parse_chat(body: Any, model: str) -> ChatQuestion:
-    """The question of a chat completion request: one picture as a data URL, and all texts in their order.
+    """Parse the question of a chat completion request: one picture as a data URL, and all texts in their order.
 
     Raises RequestError for what this server cannot do, and for what is no such request."""
     if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
@@ -84,7 +84,7 @@ def parse_chat(body: Any, model: str) -> ChatQuestion:
 
 
 def _parts(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """The contents of all messages, one behind the other."""
+    """List the contents of all messages, one behind the other."""
     parts: list[dict[str, Any]] = []
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user"):
@@ -100,7 +100,7 @@ def _parts(messages: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def _picture_file(url: Any) -> bytes:
-    """The file in a data URL, its size looked up. Addresses are not fetched: who does that can be sent anywhere."""
+    """Return the file in a data URL, its size checked. No address is fetched: who does that can be sent anywhere."""
     if not isinstance(url, str) or not url.startswith("data:image/") or ";base64," not in url[:64]:
         raise RequestError(
             "the picture must be a data URL, data:image/png;base64,...; addresses are not fetched"
@@ -114,7 +114,7 @@ def _picture_file(url: Any) -> bytes:
 
 
 def _picture(data: bytes, unpack: bool = True) -> Image.Image:
-    """The picture in a file. Raises RequestError when it is too large, or broken as far as it was read."""
+    """Read the picture in a file. Raises RequestError when it is too large, or broken as far as it was read."""
     from PIL import Image
 
     try:
@@ -141,8 +141,8 @@ def chat_app(
     batch: int = 16,
     refuse: Callable[[str], object] = lambda text: None,
 ) -> web.Application:
-    """`POST /v1/chat/completions` and `GET /v1/models`. `answers` is called by one thread with the questions that have
-    come in meanwhile, at most `batch`; when it fails with several, it is called with each alone. `refuse` raises
+    """Build `POST /v1/chat/completions` and `GET /v1/models`. `answers` is called by one thread with the questions that
+    have come in meanwhile, at most `batch`; when it fails with several, it is called with each alone. `refuse` raises
     ImageRLError for a text that the model cannot read: its own request is answered 400, no other's."""
     from aiohttp import web
 

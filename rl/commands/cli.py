@@ -69,8 +69,8 @@ app.add_typer(reward, name="reward")
 
 
 def main(arguments: Sequence[str] | None = None, program: typer.Typer = app, called: str = "imagerl") -> None:
-    """The `imagerl` command, or another program `called` so. What the user can mend is one line on stderr; the exit
-    code is then 1, or 2 when the command itself was misspelt."""
+    """Run the `imagerl` command, or another program `called` so. What the user can mend is one line on stderr; the
+    exit code is then 1, or 2 when the command itself was misspelt."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     given = sys.argv[1:] if arguments is None else list(arguments)
     rank = os.environ.get("RANK", "0")

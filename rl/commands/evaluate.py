@@ -159,7 +159,7 @@ def draw_for_scorer(
     pictures: Path | None,
     how: Drawing,
 ) -> None:
-    """Everything that a benchmark's own scorer needs of the model, in one folder."""
+    """Draw what a benchmark's own scorer needs of the model, in one folder."""
     import sys
     from dataclasses import asdict
 

@@ -57,7 +57,7 @@ LAYOUTS = {
 
 
 def checkpoint_of(source: Path) -> Path:
-    """The checkpoint that a run folder or a checkpoint folder means.
+    """Return the checkpoint that a run folder or a checkpoint folder means.
 
     Raises ImageRLError when `source` is neither, or the run has no checkpoint yet."""
     source = source.resolve()  # the run is found above its checkpoint, wherever we are
@@ -76,8 +76,8 @@ def checkpoint_of(source: Path) -> Path:
 
 
 def trained_policy(source: Path) -> tuple[ImagePolicy, dict[str, Any], AnyRecipe, Path]:
-    """The policy as it was at a checkpoint, its model config, the run's recipe and the checkpoint's folder. The config
-    says to draw as the run drew what it was judged by; supervised training leaves that as the model had it."""
+    """Load the policy as it was at a checkpoint, its model config, the run's recipe and the checkpoint's folder. The
+    config says to draw as the run drew what it was judged by; supervised training leaves that as the model had it."""
     folder = checkpoint_of(source)
     checkpoint = load_checkpoint(folder)
     stored = dict(checkpoint.state["recipe"])
@@ -112,7 +112,7 @@ def load_trained(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _proof_noise(policy: ImagePolicy) -> tuple[Tensor, Tensor]:
-    """The uniforms [P, T] and the decoder noise [P, C, h, w] of the proof."""
+    """Return the uniforms [P, T] and the decoder noise [P, C, h, w] of the proof."""
     draws = generator(PROOF_SEED, "proof")
     count = len(PROOF_PROMPTS)
     uniforms = torch.rand(count, policy.num_actions, generator=draws, dtype=torch.float64)
@@ -121,7 +121,7 @@ def _proof_noise(policy: ImagePolicy) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def proof_samples(policy: ImagePolicy, config: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [P, T] and pixels [P, 3, H, W] of fixed prompts and random numbers: what an export must repeat."""
+    """Return tokens [P, T] and pixels [P, 3, H, W] of fixed prompts and random numbers: what an export must repeat."""
     sampling = SamplingParams(**config["sampling"])
     ids, mask = policy.encode_prompts(PROOF_PROMPTS)
     uniforms, noise = _proof_noise(policy)
@@ -135,7 +135,7 @@ def proof_samples(policy: ImagePolicy, config: Mapping[str, Any]) -> tuple[np.nd
 def repeated(
     policy: ImagePolicy, config: Mapping[str, Any], folder: Path, layout: str
 ) -> tuple[Proof, Proof]:
-    """The same quantities from a policy and from what was written of it, loaded as its users will load it."""
+    """Return the same quantities from a policy and from its written form, loaded as its users will load it."""
     if layout == "qwen3":
         ids, mask = policy.encode_prompts(PROOF_PROMPTS)
         ours = policy.trainable.lm(input_ids=ids, attention_mask=mask).logits
@@ -222,7 +222,7 @@ def export(
 
 
 def describe(recipe: AnyRecipe, checkpoint: Path, folder: Path, layout: str, proof: Proof) -> dict[str, Any]:
-    """Where a model came from: recipe, step, last metrics, versions, hashes of every file."""
+    """Tell where a model came from: recipe, step, last metrics, versions, hashes of every file."""
     step = step_of(checkpoint)
     metrics: dict[str, Any] = {}
     for record in read_metrics(checkpoint.parent.parent):

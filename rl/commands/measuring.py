@@ -22,7 +22,7 @@ SAME = ("suite_sha256", "seed", "samples")  # what two results must share to be 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """How pictures are drawn; None: as the model's own settings or the suite say."""
+    """The way pictures are drawn; None: as the model's own settings or the suite say."""
 
     seed: int
     samples: int | None
@@ -38,7 +38,7 @@ class Drawing:
 
 
 def facts_of(suite: Suite, prompts: Sequence[Prompt], how: Drawing) -> dict[str, Any]:
-    """What results say of the measurement itself, whatever was measured.
+    """Return what results say of the measurement itself, whatever was measured.
 
     Raises ImageRLError for a reward that cannot be imported, or asks for what the prompts do not have."""
     from imagerl.rewards.base import check_entries
@@ -60,7 +60,7 @@ def facts_of(suite: Suite, prompts: Sequence[Prompt], how: Drawing) -> dict[str,
 def measure(
     suite: Suite, prompts: Sequence[Prompt], measured: str, how: Drawing, pictures: Path | None
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Results of a model, or of one of STAND_INS, and what is to be known of it."""
+    """Measure a model, or one of STAND_INS; also return what is to be known of it."""
     from imagerl.models.blip3o_next.fingerprint import model_fingerprint
 
     if suite.reads:
@@ -123,7 +123,7 @@ def _unchanged(suite: Suite, prompts: Sequence[Prompt]) -> Source:
 
 
 def earlier_results(file: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Results that `--json` wrote. Raises ImageRLError when they are not of the same prompts and random numbers."""
+    """Read results that `--json` wrote. Raises ImageRLError when not of the same prompts and random numbers."""
     from imagerl.rl.evaluation.against import read_evaluation
 
     try:

@@ -45,7 +45,7 @@ def refuse_both(resume: bool, overwrite: bool) -> None:
 def loaded_rollout(
     model: str, seed: int, temperature: float | None, guidance: float | None, flow_steps: int | None
 ) -> tuple[ImagePolicy, RolloutEngine]:
-    """A policy for inference, on the GPU where there is one; None: as the model's own settings say."""
+    """Load a policy for inference, on the GPU where there is one; None: as the model's own settings say."""
     from contextlib import nullcontext
 
     import torch
@@ -62,7 +62,7 @@ def loaded_rollout(
 
 
 def picture_for(policy: ImagePolicy, path: Path) -> Image.Image:
-    """A picture file as RGB. Says on stderr when the model will not see it as it is.
+    """Read a picture file as RGB. Says on stderr when the model will not see it as it is.
 
     Raises ImageRLError when it cannot be read."""
     from imagerl.models.common.pictures import crop_note

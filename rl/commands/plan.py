@@ -33,7 +33,7 @@ def plan(
 
 
 def plans(recipe: Recipe, gpu_counts: Sequence[int], prompt_tokens: int | None = None) -> list[Plan]:
-    """A plan for each number of GPUs that can share a step's prompts. Raises ImageRLError when none can."""
+    """Make a plan for each number of GPUs that can share a step's prompts. Raises ImageRLError when none can."""
     from imagerl.rl.data.prompt_sets import load_prompt_set
     from imagerl.rl.engine.memory import Bytes, StepShape, at_depth, decoder_bytes, language_model_bytes
     from imagerl.rl.engine.plan import make_plan, step_shape
@@ -82,7 +82,7 @@ def plans(recipe: Recipe, gpu_counts: Sequence[int], prompt_tokens: int | None =
 
 
 def with_starting_adapter(recipe: Recipe) -> Recipe:
-    """The recipe, `model.lora` filled in where training goes on with the adapter in `model.path`."""
+    """Return the recipe, `model.lora` filled in where training goes on with the adapter in `model.path`."""
     from pathlib import Path
 
     from imagerl.models.blip3o_next.adapters import ADAPTER_CONFIG, adapter_settings
@@ -99,7 +99,7 @@ def with_starting_adapter(recipe: Recipe) -> Recipe:
 
 
 def model_config(path: str) -> dict[str, Any]:
-    """The config behind `model.path`. Of published checkpoints that are not here the sizes are known."""
+    """Return the config behind `model.path`. Of published checkpoints that are not here the sizes are known."""
     from imagerl.models.blip3o_next.adapters import ADAPTER_CONFIG, adapter_base
     from imagerl.models.blip3o_next.loading import model_folder, read_config
     from imagerl.models.blip3o_next.published import HUB_NAMES, from_published, full_size_config, is_published
@@ -116,8 +116,8 @@ def model_config(path: str) -> dict[str, Any]:
 
 
 def longest_prompt(path: str, prompts: PromptSet, picture_tokens: int = 0) -> int:
-    """Tokens of the longest prompt, template included, and of the picture that it edits; estimated for a model that
-    is not here."""
+    """Count tokens of the longest prompt, template included, and of the picture that it edits; estimated for a model
+    that is not here."""
     from pathlib import Path
 
     import torch
@@ -137,7 +137,7 @@ def longest_prompt(path: str, prompts: PromptSet, picture_tokens: int = 0) -> in
 
 
 def _without_weights(config: Mapping[str, Any], layers: int, decoder_layers: int) -> Any:
-    """The policy without its image tokenizer, of any depth."""
+    """Return the policy without its image tokenizer, of any depth."""
     from imagerl.models.blip3o_next.weights import empty_policy
 
     parts = {key: value for key, value in config.items() if key not in ("ta_tok", "image_tokenizer")}

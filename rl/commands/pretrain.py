@@ -52,7 +52,7 @@ def pretrain(
 
 
 def starting_policy(recipe: PretrainRecipe) -> tuple[ImagePolicy, dict[str, Any]]:
-    """An untrained policy, or `init`, for `tasks` made able to learn editing and reading."""
+    """Return an untrained policy, or `init`, for `tasks` made able to learn editing and reading."""
     from imagerl.models.blip3o_next.building import new_policy
     from imagerl.models.blip3o_next.growing import grow, turns
     from imagerl.models.blip3o_next.loading import load_policy

@@ -49,7 +49,7 @@ def copy(
 
 
 def _whole(path: Path) -> str:
-    """A recipe's text as it is, or, where it extends another, its header over both in one."""
+    """Return a recipe's text as it is, or, where it extends another, its header over both in one."""
     import yaml
 
     from imagerl.rl.config.recipe import read_recipe
@@ -62,5 +62,5 @@ def _whole(path: Path) -> str:
 
 
 def _purpose(path: Path) -> str:
-    """What the first line of a recipe's header says."""
+    """Return what the first line of a recipe's header says."""
     return read_text(path).partition("\n")[0].lstrip("# ").rstrip(":.")

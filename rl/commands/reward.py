@@ -1,4 +1,4 @@
-"""`imagerl reward`: is a function fit to be a reward, and serving one to other machines."""
+"""`imagerl reward`: checks whether a function is fit to be a reward, and serves one to other machines."""
 
 from __future__ import annotations
 
@@ -124,14 +124,14 @@ def serve_reward(
 
 
 def parameters_of(spec: RewardSpec, function: Any) -> list[str]:
-    """Names that a reward takes; a reward in another process says them itself."""
+    """List the names that a reward takes; a reward in another process says them itself."""
     from imagerl.rewards.base import takes
 
     return list(function.parameters) if spec.is_isolated or spec.is_remote else takes(spec)
 
 
 def parse_settings(entries: Sequence[str]) -> dict[str, Any]:
-    """`key=value` with values in YAML. Raises ImageRLError for an entry without a key."""
+    """Parse `key=value` with values in YAML. Raises ImageRLError for an entry without a key."""
     from imagerl.rl.files.yaml_text import parse_yaml
 
     settings = {}
@@ -144,7 +144,7 @@ def parse_settings(entries: Sequence[str]) -> dict[str, Any]:
 
 
 def _shipped(but: str) -> list[LoadedReward]:
-    """The rewards that ship, without the one that is checked, and those that lack packages or settings here."""
+    """Load the rewards that ship, without the one that is checked, and those that lack packages or settings here."""
     from imagerl.rewards.base import REWARDS, LoadedReward, load_reward
 
     loaded = []
@@ -156,7 +156,7 @@ def _shipped(but: str) -> list[LoadedReward]:
 
 
 def table(report: CheckReport) -> list[str]:
-    """The report as lines of text."""
+    """Write the report as lines of text."""
     from imagerl.rewards.check.page import number
 
     lines = [f"{f.verdict:>4}  {f.check:<12} {one_line(f.sentence)}" for f in report.findings]

@@ -1,4 +1,4 @@
-"""What every command that makes a run does with its folder, on any number of processes."""
+"""The folder of a run as every command that makes one handles it, on any number of processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 def open_run(
     engine: Engine, folder: RunFolder, recipe: Any, resume: bool, overwrite: bool
 ) -> Checkpoint | None:
-    """The checkpoint to continue from, None for a run from its start. The folder is locked, until
+    """Return the checkpoint to continue from, None for a run from its start. The folder is locked, until
     `folder.release()`, and else as it was.
 
     Raises ImageRLError, on all processes alike, when the folder is in use, cannot be written to, or holds what the

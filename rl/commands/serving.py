@@ -25,7 +25,7 @@ READ_BYTES = 2**22
 
 
 def token_from(variable: str) -> str:
-    """The token in an environment variable: not in an option, where every user of the machine could read it.
+    """Read the token from an environment variable: not in an option, where every user of the machine could read it.
 
     Raises ImageRLError when there is none, or a poor one."""
     token = os.environ.get(variable, "").strip()
@@ -65,7 +65,7 @@ def guard(app: web.Application, token: str, waiting: int = WAITING, body_s: floa
         return True
 
     async def body_refusal(request: web.Request) -> web.Response | None:
-        """Reads the body. What to answer where that fails."""
+        """Reads the body; returns the answer where that fails."""
         most = request.client_max_size
         if (request.content_length or 0) > most:
             return refused(413, f"the request has {request.content_length} bytes; at most {most} are taken")

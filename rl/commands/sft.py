@@ -36,7 +36,7 @@ def sft(
 
 
 def closing_line(comparison: Mapping[str, Any]) -> str:
-    """Held-out losses before → after."""
+    """Tell held-out losses before → after."""
     from imagerl.rl.evaluation.stats import change
 
     parts = [

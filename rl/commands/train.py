@@ -35,7 +35,7 @@ def train(
 
 
 def closing_line(comparison: Mapping[str, Any]) -> str:
-    """What the run is judged by, before → after; see `rl.evaluation.stats.headline`."""
+    """Tell what the run is judged by, before → after; see `rl.evaluation.stats.headline`."""
     from imagerl.rl.evaluation.stats import HEADLINES, change, headline, number
 
     metric = headline(comparison)
@@ -47,7 +47,7 @@ def closing_line(comparison: Mapping[str, Any]) -> str:
 
 
 def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
-    """The prompts to train on and the held-out ones. No weights are read.
+    """Read the prompts to train on and the held-out ones. No weights are read.
 
     Raises ImageRLError when they overlap, or for one that the model cannot read."""
     from imagerl.models.blip3o_next.loading import load_prompts

@@ -24,7 +24,7 @@ Outcome = Literal["finished", "stopped", "failed", "elsewhere"]
 
 
 class Process(Protocol):
-    """What is needed of `subprocess.Popen`."""
+    """The part of `subprocess.Popen` that is needed."""
 
     def poll(self) -> int | None: ...
     def send_signal(self, sig: int, /) -> None: ...
@@ -34,13 +34,13 @@ Start = Callable[[PlannedRun, Mapping[str, str], IO[bytes]], Process]
 
 
 def arguments(run: PlannedRun) -> list[str]:
-    """What `imagerl` is called with: to begin a run, or to continue what its folder holds of it."""
+    """Return the arguments of `imagerl` to begin a run, or to continue what its folder holds of it."""
     resume = ["--resume"] if RunFolder(run.folder).begun else []
     return ["train", run.path, *run.overrides, *resume]
 
 
 def start_training(run: PlannedRun, environment: Mapping[str, str], lock: IO[bytes]) -> Process:
-    """`imagerl train`. It inherits the lock, so that a run whose comparison
+    """Start `imagerl train`. It inherits the lock, so that a run whose comparison
     was killed is not started a second time; and a session of its own, so that Ctrl-C reaches it once, through us."""
     command = [sys.executable, "-m", "imagerl", *arguments(run)]
     with log_path(run).open("ab") as log:
@@ -60,7 +60,7 @@ def log_path(run: PlannedRun) -> Path:
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs that this process may give away, as CUDA_VISIBLE_DEVICES takes them."""
+    """Name the GPUs that this process may give away, as CUDA_VISIBLE_DEVICES takes them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name for name in named.split(",") if name and name != "-1"]
@@ -70,7 +70,7 @@ def visible_gpus() -> list[str]:
 
 
 def job_environments(jobs: int, runs: Sequence[PlannedRun]) -> list[dict[str, str]]:
-    """The environment of each of `jobs` places: a GPU of its own where there are any.
+    """Return the environment of each of `jobs` places: a GPU of its own where there are any.
 
     Raises ImageRLError for more jobs than GPUs."""
     gpus = [] if all(run.recipe.engine.device == "cpu" for run in runs) else visible_gpus()
@@ -150,7 +150,7 @@ def _outcome(run: PlannedRun, code: int) -> Outcome:
 
 
 def _told(run: PlannedRun, outcome: Outcome, code: int) -> str:
-    """The outcome, of a failure with the last line of its log."""
+    """Tell the outcome, of a failure with the last line of its log."""
     if outcome != "failed":
         return outcome
     path = log_path(run)

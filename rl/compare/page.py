@@ -67,7 +67,7 @@ def _content(results: Results, folder: Path) -> dict[str, Any]:
 
 
 def sentence(one: Contrast, rate: bool) -> str:
-    """A contrast in plain words, for the page and the terminal."""
+    """Put a contrast into plain words, for the page and the terminal."""
     what = "after training" if one.kind == "final" else "on average over the budget"
     other = "its start" if one.baseline == "untrained" else one.baseline
     seeds = f"{len(one.seeds)} seed{'s' if len(one.seeds) > 1 else ''}"
@@ -81,7 +81,7 @@ def sentence(one: Contrast, rate: bool) -> str:
 
 
 def is_rate(results: Results, metric: str | None) -> bool:
-    """Whether every value is 0 or 1, so that means are shares of prompts."""
+    """Tell whether every value is 0 or 1, so that means are shares of prompts."""
     if metric is None:
         return False
     values = [run.evaluations[-1].values[metric] for run in results.runs if run.finished]
@@ -89,7 +89,7 @@ def is_rate(results: Results, metric: str | None) -> bool:
 
 
 def comparison_charts(results: Results) -> list[Chart]:
-    """Medians over seeds with the band of all seeds, over what was spent; the baseline is in every chart."""
+    """Chart medians over seeds with the band of all seeds, over what was spent; the baseline is in every chart."""
     plan = results.plan
     others = [label for label in results.labels if label != plan.baseline]
     first = [label for label in results.labels if label == plan.baseline]
@@ -139,7 +139,7 @@ def _training(results: Results, label: str, key: str) -> Series:
 
 
 def _places(results: Results, label: str) -> list[float] | None:
-    """Where all runs of an algorithm were evaluated; None when they differ."""
+    """Return where all runs of an algorithm were evaluated; None when they differ."""
     unit = results.plan.budget.unit
     found = {tuple(getattr(e, unit) for e in run.evaluations) for run in results.finished(label).values()}
     return list(found.pop()) if len(found) == 1 else None
@@ -151,7 +151,7 @@ def _median(
     curve: Callable[[RunResult], tuple[list[float], list[float]]],
     places: Sequence[float] | None,
 ) -> Series:
-    """Median and range of curves, on common places along their common range."""
+    """Return median and range of curves, on common places along their common range."""
     if not runs:
         return Series(label, [], [])
     curves = [curve(run) for run in runs]
@@ -167,7 +167,7 @@ def _of(results: Results, metric: str, kind: Kind) -> dict[str, Standing]:
 
 
 def _row(results: Results, label: str) -> dict[str, Any]:
-    """A line of the main table."""
+    """Build a line of the main table."""
     headline = results.metrics[0]
     runs = list(results.finished(label).values())
     shown = [c for c in results.contrasts if c.metric == headline and c.kind == "final"]
@@ -187,13 +187,13 @@ def _row(results: Results, label: str) -> dict[str, Any]:
 
 
 def _spread(values: Sequence[float], form: str) -> str:
-    """One number, or the range where runs differ."""
+    """Write one number, or the range where runs differ."""
     low, high = form.format(min(values)), form.format(max(values))
     return low if low == high else f"{low}–{high}"
 
 
 def _grids(results: Results) -> list[dict[str, Any]]:
-    """The fixed prompts before training and after each algorithm's, of the first seed that all have."""
+    """Show the fixed prompts before training and after each algorithm's, of the first seed that all have."""
     labels = results.labels
     common = set.intersection(*(set(results.finished(label)) for label in labels)) if labels else set()
     if not common:
@@ -209,7 +209,7 @@ def _grids(results: Results) -> list[dict[str, Any]]:
 
 
 def differing_settings(results: Results) -> dict[str, dict[str, str]]:
-    """Dotted recipe key -> label -> value, for keys in which the algorithms differ; where a run is kept, its seed
+    """Map dotted recipe key -> label -> value, for keys in which the algorithms differ; where a run is kept, its seed
     and what follows from the budget are left out."""
 
     def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

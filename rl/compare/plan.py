@@ -1,4 +1,4 @@
-"""What a comparison runs: every recipe with every seed, at one budget, and only if their results can be compared."""
+"""The runs of a comparison: every recipe with every seed, at one budget, and only if their results can be compared."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNITS = ("images", "minutes")
 
 @dataclass(frozen=True, slots=True)
 class BudgetSpec:
-    """What each run may spend: pictures drawn in training, or minutes of it."""
+    """The budget of each run: pictures drawn in training, or minutes of it."""
 
     unit: Literal["images", "minutes"]
     amount: float
@@ -66,7 +66,7 @@ class PlannedRun:
 
 @dataclass(slots=True)
 class Plan:
-    """What the folder of a comparison is for; kept there as comparison.json."""
+    """The plan of a comparison, kept in its folder as comparison.json."""
 
     budget: BudgetSpec
     seeds: list[int]
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def command(self) -> list[str]:
-        """The one call that makes all of it, whatever calls it was made by. Its folder is left out."""
+        """Return the one call that makes all of it, whatever calls it was made by. Its folder is left out."""
         return [
             *("imagerl", "compare", *self.recipes.values()),
             *(
@@ -91,7 +91,7 @@ class Plan:
         ]
 
     def joined_to(self, folder: Path, resume: bool, keep_baseline: bool) -> Plan:
-        """This plan together with that which the folder already holds: more recipes and more seeds.
+        """Return this plan together with that which the folder already holds: more recipes and more seeds.
 
         Raises ImageRLError when there is one and `resume` is false, or it asks for something else."""
         if not (folder / PLAN_FILE).exists():
@@ -130,7 +130,7 @@ class Plan:
 
     @classmethod
     def read(cls, folder: Path) -> Plan:
-        """Raises ImageRLError when the folder holds no comparison."""
+        """Read a folder's plan. Raises ImageRLError when it holds no comparison."""
         path = folder / PLAN_FILE
         if not path.exists():
             raise ImageRLError(f"{folder} holds no comparison: there is no {PLAN_FILE}")
@@ -141,7 +141,7 @@ class Plan:
 
 
 def parse_budget(text: str) -> BudgetSpec:
-    """`images=3000` or `minutes=5`. Raises ImageRLError for anything else."""
+    """Parse `images=3000` or `minutes=5`. Raises ImageRLError for anything else."""
     found = re.fullmatch(r"(images|minutes)=([0-9]+(?:\.[0-9]+)?)", text)
     amount = float(found[2]) if found else 0.0
     if not found or not 0 < amount <= MOST or (found[1] == "images" and amount != int(amount)):
@@ -150,7 +150,7 @@ def parse_budget(text: str) -> BudgetSpec:
 
 
 def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Recipes and `key=value` overrides, which may stand in any order."""
+    """Return recipes and `key=value` overrides, which may stand in any order."""
     overrides = [word for word in words if re.match(r"[A-Za-z_][\w.]*=", word)]
     recipes = [word for word in words if word not in overrides]
     for override in overrides:
@@ -165,7 +165,7 @@ def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def label_recipes(paths: Sequence[str]) -> dict[str, str]:
-    """Each recipe under the name of its file. Raises ImageRLError when two have the same."""
+    """Return each recipe under the name of its file. Raises ImageRLError when two have the same."""
     labels: dict[str, str] = {}
     for path in paths:
         label = Path(path).stem
@@ -176,7 +176,7 @@ def label_recipes(paths: Sequence[str]) -> dict[str, str]:
 
 
 def plan_runs(plan: Plan, folder: Path) -> list[PlannedRun]:
-    """All runs, first all recipes with the first seed, so that an unfinished comparison is one of fewer seeds.
+    """Plan all runs, first all recipes with the first seed, so that an unfinished comparison is one of fewer seeds.
 
     Raises ImageRLError for a mistake in a recipe, a budget below one step, or recipes that cannot be compared."""
     runs = []
@@ -192,7 +192,7 @@ def plan_runs(plan: Plan, folder: Path) -> list[PlannedRun]:
 
 
 def spending(recipe: Recipe, budget: BudgetSpec, evals: int | None, label: str) -> list[str]:
-    """Overrides that make a recipe spend the budget. Where a step always draws the same number of pictures the
+    """Return overrides that make a recipe spend the budget. Where a step always draws the same number of pictures the
     budget is a number of steps, and the run an ordinary one; else it is counted while running."""
     if budget.unit == "minutes":
         return [f"run.steps={ENDLESS}", f"run.minutes={float(budget.amount)}"]
@@ -224,7 +224,7 @@ def refuse_incomparable(recipes: Mapping[str, Recipe]) -> None:
 
 
 def measured(recipe: Recipe) -> dict[str, Any]:
-    """What decides where a run begins and how it is judged, by the key that sets it."""
+    """Return what decides where a run begins and how it is judged, by the key that sets it."""
     sampling = evaluation_sampling(recipe)
     rewards = [*recipe.rewards.functions, *recipe.gold]
     return {

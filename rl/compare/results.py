@@ -1,4 +1,4 @@
-"""What the runs of a comparison measured, read from their folders, and what follows from it."""
+"""Results of a comparison's runs, read from their folders, and what follows from them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RunResult:
     recipe: dict[str, Any]
 
     def at(self, metric: str, kind: Kind, unit: str) -> np.ndarray:
-        """[P] of a metric, after training or as the mean over the budget."""
+        """Return [P] of a metric, after training or as the mean over the budget."""
         if kind == "final":
             return self.evaluations[-1].values[metric]
         xs = [getattr(evaluated, unit) for evaluated in self.evaluations]
@@ -119,7 +119,7 @@ class Results:
 
     @property
     def labels(self) -> list[str]:
-        """Those with a finished run, the baseline first."""
+        """List those with a finished run, the baseline first."""
         done = {run.label for run in self.runs if run.finished}
         return sorted(
             (label for label in self.plan.recipes if label in done), key=lambda x: x != self.plan.baseline
@@ -157,7 +157,7 @@ def collect(folder: Path) -> Results:
 
 
 def read_run(label: str, seed: int, folder: Path) -> RunResult | None:
-    """A run's folder; None when it has not begun."""
+    """Read a run's folder; None when it has not begun."""
     if not (folder / "recipe.yaml").exists():
         return None
     merged: dict[int, dict[str, Any]] = {}
@@ -227,7 +227,7 @@ def _compare(results: Results, metric: str, kind: Kind) -> None:
 def contrast(
     ours: Mapping[int, np.ndarray], theirs: Mapping[int, np.ndarray], count: int
 ) -> dict[str, Any] | None:
-    """The numbers of a `Contrast` from [P] values of each seed; None without a common seed. `count`: how many
+    """Compute the numbers of a `Contrast` from [P] values of each seed; None without a common seed. `count`: how many
     contrasts the corrected interval is to allow for."""
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
@@ -251,7 +251,7 @@ def contrast(
 
 
 def _common_metrics(runs: Sequence[RunResult]) -> list[str]:
-    """Metrics that every finished run has at every evaluation; the headline leads."""
+    """List the metrics that every finished run has at every evaluation; the headline leads."""
     if not runs:
         return []
     names = [
@@ -272,7 +272,7 @@ def _gold(runs: Sequence[RunResult], metrics: Sequence[str]) -> list[str]:
 
 
 def _notes(results: Results) -> list[str]:
-    """What a reader should know before believing the table."""
+    """List what a reader should know before believing the table."""
     notes = []
     for label in results.plan.recipes:
         missing = [seed for seed in results.plan.seeds if seed not in results.finished(label)]

@@ -27,7 +27,8 @@ def write_tables(results: Results, folder: Path) -> None:
 
 
 def run_rows(results: Results) -> list[dict[str, Any]]:
-    """`start/`, `final/` and `mean/` are held-out metrics before and after training and over the budget."""
+    """Build a row a run: `start/`, `final/` and `mean/` are held-out metrics before and after training and over the
+    budget."""
     rows = []
     for run in results.runs:
         row: dict[str, Any] = {
@@ -51,7 +52,7 @@ def run_rows(results: Results) -> list[dict[str, Any]]:
 
 
 def step_rows(results: Results) -> list[dict[str, Any]]:
-    """Every metric of every step; `images` and `minutes` are those spent up to its end."""
+    """Return every metric of every step; `images` and `minutes` are those spent up to its end."""
     first = ("recipe", "seed", "step", "images", "minutes")
     rows = []
     for run in results.runs:
@@ -66,7 +67,7 @@ def contrast_rows(results: Results) -> list[dict[str, Any]]:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows under the union of their keys, in order of appearance."""
+    """Write rows under the union of their keys, in order of appearance."""
     names = list(dict.fromkeys(key for row in rows for key in row))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, names, lineterminator="\n")

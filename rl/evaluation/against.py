@@ -35,7 +35,7 @@ class StoredRow(BaseModel):
 
 
 class StoredEvaluation(BaseModel):
-    """What is read back of an evaluation's JSON."""
+    """The part of an evaluation's JSON that is read back."""
 
     suite: str = ""
     n: int | None = Field(None, ge=0)
@@ -48,7 +48,7 @@ class StoredDifference(BaseModel):
 
 
 class StoredComparison(BaseModel):
-    """What is read back of a run's eval/comparison.json."""
+    """The part of a run's eval/comparison.json that is read back."""
 
     suite: str = ""
     before_step: int
@@ -57,14 +57,14 @@ class StoredComparison(BaseModel):
 
 
 def read_evaluation(path: str | Path, comparison: bool = False) -> dict[str, Any]:
-    """The JSON document of an evaluation, or of a run's comparison of two. Raises ImageRLError when it is none."""
+    """Read the JSON of an evaluation, or of a run's comparison of two. Raises ImageRLError when it is none."""
     document: dict[str, Any] = read_json(path)
     validated(StoredComparison if comparison else StoredEvaluation, document, str(path))
     return document
 
 
 def compared(other: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What an evaluation's JSON says `against` the document of another one: who that is, and of each metric both
+    """Return an evaluation's `against`, from the document of another one: who that is, and of each metric both
     means, the paired difference (this one minus the other) with its interval, and a verdict in words."""
     theirs = other["per_prompt"]
     metrics = {
@@ -80,6 +80,6 @@ def compared(other: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dic
 
 
 def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """How the pictures of two evaluations were drawn, where that is not alike: "guidance 1.0 and 2.0"."""
+    """List the settings in which two evaluations drew unlike pictures: "guidance 1.0 and 2.0"."""
     known = [key for key in DRAWN if key in one and key in other]
     return [f"{key} {one[key]} and {other[key]}" for key in known if one[key] != other[key]]

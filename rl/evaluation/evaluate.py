@@ -31,11 +31,11 @@ class Evaluation:
     images: np.ndarray  # [N, H, W, 3] uint8, in the order of `per_prompt`; empty when they were not kept
 
     def flat(self) -> dict[str, float]:
-        """For metrics.jsonl: `eval/<suite>/<metric>`."""
+        """Return the means for metrics.jsonl: `eval/<suite>/<metric>`."""
         return {f"eval/{self.suite}/{name}": interval.mean for name, interval in self.metrics.items()}
 
     def to_dict(self, **facts: Any) -> dict[str, Any]:
-        """The JSON document of an evaluation; see docs/run-folder.md."""
+        """Return the JSON document of an evaluation; see docs/run-folder.md."""
         return {
             "suite": self.suite,
             **facts,
@@ -46,7 +46,7 @@ class Evaluation:
 
 
 class Source(Protocol):
-    """Where pictures come from: a `RolloutEngine`, or `GroundTruth`."""
+    """The source of pictures: a `RolloutEngine`, or `GroundTruth`."""
 
     def generate(
         self,
@@ -144,7 +144,7 @@ def evaluate(
 
 
 def _metric_names(components: Iterable[str], suite: str) -> dict[str, str]:
-    """What each component is called in a row, no two alike."""
+    """Return the name of each component in a row, no two alike."""
     names: dict[str, str] = {}
     taken = {"index", "prompt", "sample", TOTAL}
     for component in components:

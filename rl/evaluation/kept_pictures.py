@@ -12,7 +12,7 @@ from imagerl.rl.types import RolloutGroup
 
 
 def save_group(folder: Path, group: RolloutGroup) -> None:
-    """The pictures of one prompt, named by its index and the sample: `00012_00.png`."""
+    """Save the pictures of one prompt, named by its index and the sample: `00012_00.png`."""
     for sample, picture in enumerate(group.images):
         save_image(Image.fromarray(picture), folder / f"{group.prompt.index:05d}_{sample:02d}.png")
 

@@ -39,7 +39,7 @@ class Entry:
     source: Path | None = None  # ImgEdit: the picture to edit
 
     def prompt(self) -> Prompt:
-        """Raises ImageRLError when the picture to edit cannot be read."""
+        """Make a `Prompt`. Raises ImageRLError when the picture to edit cannot be read."""
         if self.source is None:
             return Prompt(self.index, self.text)
         return Prompt(self.index, self.text, {"reference": read_picture(self.source, self.name)})
@@ -47,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a benchmark is read and written."""
+    """The way a benchmark is read and written."""
 
     read: Callable[
         [Path, Path | None], list[Entry]
@@ -58,7 +58,7 @@ class Layout:
 
 
 def read_geneval(file: Path, sources: Path | None) -> list[Entry]:
-    """Of evaluation_metadata.jsonl. Raises ImageRLError for a line that the scorer could not use."""
+    """Read evaluation_metadata.jsonl. Raises ImageRLError for a line that the scorer could not use."""
     entries = []
     for line, text in enumerate(_lines(file), 1):
         record = _mapping(
@@ -69,14 +69,14 @@ def read_geneval(file: Path, sources: Path | None) -> list[Entry]:
 
 
 def write_geneval(folder: Path, entry: Entry, pictures: np.ndarray) -> None:
-    """`00000/metadata.jsonl` and `00000/samples/0000.png`, ..."""
+    """Write `00000/metadata.jsonl` and `00000/samples/0000.png`, ..."""
     write_atomic(folder / entry.name / "metadata.jsonl", entry.record + "\n")
     for number, picture in enumerate(pictures):
         save_image(Image.fromarray(picture), folder / entry.name / "samples" / f"{number:04d}.png")
 
 
 def read_dpg(folder: Path, sources: Path | None) -> list[Entry]:
-    """Of the folder `dpg_bench/prompts`: one text file a prompt, whose name the picture bears."""
+    """Read the folder `dpg_bench/prompts`: one text file a prompt, whose name the picture bears."""
     if not folder.is_dir():
         raise ImageRLError(f"{folder} is no folder; give DPG-Bench's dpg_bench/prompts")
     files = sorted(folder.glob("*.txt"))
@@ -88,8 +88,8 @@ def read_dpg(folder: Path, sources: Path | None) -> list[Entry]:
 
 
 def write_dpg(folder: Path, entry: Entry, pictures: np.ndarray) -> None:
-    """`<name>.png`: the picture, or a seamless grid of 2×2. The scorer cuts squares: raises ImageRLError for other
-    pictures."""
+    """Write `<name>.png`: the picture, or a seamless grid of 2×2. The scorer cuts squares: raises ImageRLError for
+    other pictures."""
     _, height, width, _ = pictures.shape
     if height != width:
         raise ImageRLError(
@@ -102,7 +102,7 @@ def write_dpg(folder: Path, entry: Entry, pictures: np.ndarray) -> None:
 
 
 def read_imgedit(file: Path, sources: Path | None) -> list[Entry]:
-    """Of basic_edit.json or UGE_edit.json: `{key: {id, prompt, ...}}`, `id` a path below the folder of sources."""
+    """Read basic_edit.json or UGE_edit.json: `{key: {id, prompt, ...}}`, `id` a path below the folder of sources."""
     if sources is None:
         raise ImageRLError(
             "ImgEdit edits pictures; give --sources, the folder that holds the benchmark's originals"
@@ -125,7 +125,7 @@ def read_imgedit(file: Path, sources: Path | None) -> list[Entry]:
 
 
 def write_imgedit(folder: Path, entry: Entry, pictures: np.ndarray) -> None:
-    """`<key>.png`."""
+    """Write `<key>.png`."""
     save_image(Image.fromarray(pictures[0]), folder / f"{entry.name}.png")
 
 
@@ -140,7 +140,7 @@ GENEVAL_SAMPLES = 4
 
 
 def entries_of(layout: str, prompts: Path, sources: Path | None) -> list[Entry]:
-    """The prompts of a benchmark.
+    """Read the prompts of a benchmark.
 
     Raises ImageRLError: no such layout or file, no prompts, or one that is not as the benchmark has it."""
     if layout not in LAYOUTS:
@@ -154,13 +154,13 @@ def entries_of(layout: str, prompts: Path, sources: Path | None) -> list[Entry]:
 
 
 def prompts_sha256(entries: Sequence[Entry]) -> str:
-    """Of names and texts in their order: other prompts must not go on in a folder that was begun with these."""
+    """Hash names and texts in their order: other prompts must not go on in a folder that was begun with these."""
     return hashlib.sha256(json.dumps([(entry.name, entry.text) for entry in entries]).encode()).hexdigest()
 
 
 def samples_of(layout: str, samples: int | None) -> int:
-    """Pictures of each prompt: the official number when none is given. Raises ImageRLError for another than the
-    scorer takes."""
+    """Return the number of pictures a prompt: the official one when none is given. Raises ImageRLError for another than
+    the scorer takes."""
     allowed = LAYOUTS[layout].samples or (GENEVAL_SAMPLES,)
     if samples is None:
         return allowed[0]

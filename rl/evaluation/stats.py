@@ -1,4 +1,4 @@
-"""What measured numbers may claim: means with calibrated intervals or none, and one verdict for all who judge.
+"""The claims that measured numbers allow: means with calibrated intervals or none, and one verdict for all who judge.
 
 Pure functions; nothing is drawn at random. Three intervals: `wilson_interval` of shares, `mean_interval` over prompts
 (of *these* models), `crossed_interval` over seeds and prompts (of other runs, on other prompts). An interval without
@@ -29,7 +29,7 @@ Verdict = Literal["higher", "lower", "no difference shown"]
 
 
 def headline(metrics: Iterable[str]) -> str | None:
-    """The metric to name first: one of HEADLINES, else the first; None where nothing was measured."""
+    """Pick the metric to name first: one of HEADLINES, else the first; None where nothing was measured."""
     names = list(metrics)
     return next((name for name in HEADLINES if name in names), names[0] if names else None)
 
@@ -46,18 +46,18 @@ class Interval:
 
     @property
     def bounded(self) -> bool:
-        """Whether it says anything: a point is no interval either."""
+        """Tell whether it says anything: a point is no interval either."""
         return self.low < self.high
 
     @staticmethod
     def read(told: Mapping[str, Any]) -> Interval:
-        """From a JSON object, where a number that does not exist is null or missing."""
+        """Read it from a JSON object, where a number that does not exist is null or missing."""
         mean, low, high = (math.nan if (v := told.get(k)) is None else v for k in ("mean", "low", "high"))
         return Interval(mean, low, high, told.get("n") or 0)
 
 
 def verdict(difference: Interval) -> Verdict:
-    """What the interval of a difference shows: a sign, or nothing where it holds 0 or has no bounds."""
+    """Tell what the interval of a difference shows: a sign, or nothing where it holds 0 or has no bounds."""
     if not difference.bounded or difference.low <= 0 <= difference.high:
         return "no difference shown"
     return "higher" if difference.low > 0 else "lower"
@@ -67,15 +67,15 @@ def verdict(difference: Interval) -> Verdict:
 
 
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> Interval:
-    """Wilson score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953), which stays within
-    [0, 1] and keeps its coverage near 0 and 1. Raises ValueError for n < 1, successes outside [0, n], or such a
+    """Return the Wilson score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953), which stays
+    within [0, 1] and keeps its coverage near 0 and 1. Raises ValueError for n < 1, successes outside [0, n], or such a
     level."""
     told = binomtest(successes, n).proportion_ci(_checked(level), "wilson")
     return Interval(successes / n, float(told.low), float(told.high), n)
 
 
 def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
-    """Student's t interval of the mean of values, or of paired differences.
+    """Return Student's t interval of the mean of values, or of paired differences.
 
     It has no bounds where so few values are not 0 that even a sign test could not reach the level (fewer than six at
     95 %). Where all are alike they have no spread to learn from; then the share of values that are so is a proportion
@@ -98,7 +98,7 @@ def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> 
 
 
 def crossed_interval(scores: np.ndarray, level: float = 0.95) -> Interval:
-    """Mean of runs × prompts [S, P], or of their paired differences, for other seeds *and* other prompts; n = S.
+    """Average runs × prompts [S, P], or their paired differences, for other seeds *and* other prompts; n = S.
 
     The mean squares of a two-way table without repeats give the variance of the mean, (M_seeds + B) / SP, with
     B = max(M_prompts − M_rest, 0) the part of the prompts (Cornfield & Tukey 1956, doi:10.1214/aoms/1177728067). The
@@ -132,8 +132,8 @@ def crossed_interval(scores: np.ndarray, level: float = 0.95) -> Interval:
 
 
 def paired_scores(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """ours − theirs, both [S, P] with the same seeds and prompts in the same order, prompts that any run could not
-    score (NaN) left out. Raises ValueError when none is left."""
+    """Return ours − theirs, both [S, P] with the same seeds and prompts in the same order, prompts that any run could
+    not score (NaN) left out. Raises ValueError when none is left."""
     gaps = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     known = gaps[:, np.isfinite(gaps).all(axis=0)]
     if not known.size:
@@ -142,13 +142,13 @@ def paired_scores(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 
 def improvement_probability(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """How often a run of ours beats one of theirs: share of all pairs, ties count half (arXiv 2108.13264, section 4.3;
-    Mann-Whitney's U / nm). A count, without an interval: of three runs each, none says 95 % and means it."""
+    """Tell how often a run of ours beats one of theirs: share of all pairs, ties count half (arXiv 2108.13264, section
+    4.3; Mann-Whitney's U / nm). A count, without an interval: of three runs each, none says 95 % and means it."""
     return float(mannwhitneyu(ours, theirs).statistic) / (len(ours) * len(theirs))
 
 
 def area_under_curve(xs: Sequence[float], values: np.ndarray) -> np.ndarray:
-    """Mean height of curves over their whole range of x, by trapezoids, in the unit of the values.
+    """Return the mean height of curves over their whole range of x, by trapezoids, in the unit of the values.
 
     Args:
         xs: [K] increasing, such as images drawn when each evaluation was made.
@@ -169,7 +169,7 @@ def area_under_curve(xs: Sequence[float], values: np.ndarray) -> np.ndarray:
 def paired_difference(
     before: Mapping[Any, float], after: Mapping[Any, float], level: float = 0.95
 ) -> Interval:
-    """`mean_interval` of after − before over the prompts that both have a finite value for.
+    """Return `mean_interval` of after − before over the prompts that both have a finite value for.
 
     Arguments map a prompt's identity to its value. Easy and hard prompts cancel out of the difference, so that the
     interval is narrower than that of two separate means.
@@ -184,7 +184,7 @@ def paired_difference(
 
 
 def by_prompt(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[Hashable, float]:
-    """The metric of each prompt: rows of one `index` are averaged, rows without a finite value left out.
+    """Return the metric of each prompt: rows of one `index` are averaged, rows without a finite value left out.
 
     Without an `index` every row is a prompt of its own.
     """
@@ -196,7 +196,7 @@ def by_prompt(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[Hashable, 
 
 
 def summarise(per_prompt: Sequence[Mapping[str, Any]], level: float = 0.95) -> dict[str, Interval]:
-    """Interval of every numeric key but `index` and `sample`: Wilson where the values are all 0 or 1, else t.
+    """Return an interval of each numeric key but `index` and `sample`: Wilson where the values are all 0 or 1, else t.
 
     Several rows of one prompt count as one value, their mean, because they are not independent.
     None and NaN (samples that could not be scored) are left out; `Interval.n` tells how many remained.
@@ -214,7 +214,7 @@ def summarise(per_prompt: Sequence[Mapping[str, Any]], level: float = 0.95) -> d
 def compare(
     before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """`{"before": mean, "after": mean, "difference": Interval}` of every metric that both sides have.
+    """Return `{"before": mean, "after": mean, "difference": Interval}` of every metric that both sides have.
 
     All three are over the common prompts, so that after − before is exactly the difference shown.
     """
@@ -235,7 +235,7 @@ def compare(
 
 
 def number(value: float | None, rate: bool = False, sign: bool = False, digits: int = 3) -> str:
-    """A mean or a bound: of a `rate` in per cent, of a signed one (a difference) in points, "–" for what is none."""
+    """Write a mean or a bound: of a `rate` in per cent, of a signed one (a difference) in points, "–" for none."""
     if value is None or not math.isfinite(value):
         return "–"
     scaled = f"{100 * value if rate else value:{'+' if sign else ''}.{1 if rate else digits}f}"
@@ -243,31 +243,31 @@ def number(value: float | None, rate: bool = False, sign: bool = False, digits: 
 
 
 def span(interval: Interval, rate: bool = False, sign: bool = False, digits: int = 3) -> str:
-    """The bounds, `low to high`, or that there are none."""
+    """Write the bounds, `low to high`, or that there are none."""
     if not interval.bounded:
         return TOO_FEW
     return f"{number(interval.low, rate, sign, digits)} to {number(interval.high, rate, sign, digits)}"
 
 
 def change(difference: Interval, rate: bool = False, digits: int = 3) -> str:
-    """A difference with its interval and verdict, as closing lines and tables print it."""
+    """Write a difference with its interval and verdict, as closing lines and tables print it."""
     shown = number(difference.mean, rate, True, digits) + (" points" if rate else "")
     bounds = ("95 % interval " if difference.bounded else "") + span(difference, rate, True, digits)
     return f"{shown}, {bounds}, n={difference.n}: {verdict(difference)}"
 
 
 def _fewest(level: float) -> int:
-    """Of so many differences with one sign, chance alone makes as many in less than 1 − level: 2 / 2^n."""
+    """Return the least n for which chance gives n differences one sign in less than 1 − level: 2 / 2^n."""
     return math.ceil(math.log2(2 / (1 - _checked(level))))
 
 
 def _critical(freedom: float, level: float) -> float:
-    """The two-sided bound of Student's t."""
+    """Return the two-sided bound of Student's t."""
     return float(stdtrit(freedom, 0.5 + level / 2))
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys with a finite value in some row, in order of appearance."""
+    """List the keys with a finite value in some row, in order of appearance."""
     return list(dict.fromkeys(k for row in rows for k, v in row.items() if k not in PLACES and _finite(v)))
 
 

@@ -26,7 +26,7 @@ RECOGNISE = {"name": "ocr", "mode": "recognise"}  # the tiny world shows one lin
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """What one evaluation measures. `rewards` and `gold` are entries as in a recipe; gold ones are never trained on,
+    """The subject of one evaluation. `rewards` and `gold` are entries as in a recipe; gold ones are never trained on,
     and told apart in the results. Without rewards the prompts are questions about pictures."""
 
     name: str
@@ -39,7 +39,7 @@ class Suite:
 
     @property
     def reads(self) -> bool:
-        """Whether the model answers questions instead of drawing."""
+        """Tell whether the model answers questions instead of drawing."""
         return not self.rewards
 
 
@@ -117,7 +117,7 @@ SUITES: dict[str, Suite] = {
 
 
 def find_suite(name: str) -> Suite:
-    """A suite by name, or from a YAML file.
+    """Find a suite by name, or from a YAML file.
 
     Raises ImageRLError: no such suite or file, or a mistake in the file, in one line."""
     if name in SUITES:
@@ -129,7 +129,7 @@ def find_suite(name: str) -> Suite:
 
 
 def load_suite(path: str) -> Suite:
-    """A suite from a file of the schema `SuiteFile`. Prompts are read when they are asked for.
+    """Load a suite from a file of the schema `SuiteFile`. Prompts are read when they are asked for.
 
     Raises ImageRLError with one line on a mistake."""
     file = load_yaml_recipe(SuiteFile, path)
@@ -167,8 +167,8 @@ def load_suite(path: str) -> Suite:
 
 
 def fingerprint(suite: Suite, prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of what is asked and how it is judged: prompts with their columns and pictures, reward entries, and the
-    files of one's own rewards. Equal fingerprints mean comparable results."""
+    """Return SHA-256 of what is asked and how it is judged: prompts with their columns and pictures, reward entries,
+    and the files of one's own rewards. Equal fingerprints mean comparable results."""
     entries = [*suite.rewards, *suite.gold]
     files = {
         entry["import_path"]: _file_hash(entry["import_path"])
@@ -182,7 +182,7 @@ def fingerprint(suite: Suite, prompts: Sequence[Prompt]) -> str:
 
 
 def _told(value: Any) -> Any:
-    """What stands for a value that JSON does not hold: pictures by their pixels, picture files by their bytes."""
+    """Replace a value that JSON does not hold: pictures by their pixels, picture files by their bytes."""
     if isinstance(value, Path):
         return hashlib.sha256(value.read_bytes()).hexdigest()
     if hasattr(value, "tobytes"):

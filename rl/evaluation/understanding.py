@@ -19,7 +19,7 @@ MAX_ANSWER = 16  # tokens
 
 
 class Reader(Protocol):
-    """What answers questions; see `models.blip3o_next.policy.ImagePolicy`."""
+    """A model that answers questions; see `models.blip3o_next.policy.ImagePolicy`."""
 
     def picture_tokens(self, pictures: Sequence[Image.Image]) -> Tensor: ...
 
@@ -27,7 +27,7 @@ class Reader(Protocol):
 
 
 def same_answer(given: str, wanted: str) -> bool:
-    """Equal but for case and white space."""
+    """Tell whether answers are equal but for case and white space."""
     return "".join(given.split()).lower() == "".join(wanted.split()).lower()
 
 

@@ -88,13 +88,13 @@ def write_environment(run_dir: Path | str, argv: Sequence[str], files: Sequence[
 
 
 def recorded_files(run_dir: Path | str) -> list[str]:
-    """The patterns of a run's files by its own record; empty where there is none."""
+    """Return the patterns of a run's files by its own record; empty where there is none."""
     files = (_read(Path(run_dir) / ENVIRONMENT_FILE) or {}).get("files")
     return [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """An environment.json; None where it is missing or damaged."""
+    """Read an environment.json; None where it is missing or damaged."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -103,7 +103,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _without_secrets(word: str) -> str:
-    """A word of a command; of an override that sets environment variables of rewards only the key."""
+    """Return a word of a command; of an override that sets environment variables of rewards only the key."""
     key, equals, _ = word.partition("=")
     return f"{key}={HIDDEN}" if equals and "env_vars" in word else word
 
@@ -121,7 +121,7 @@ def _gpus() -> list[str]:
 
 
 def _git_commit() -> str | None:
-    """Commit of this code, with `+changes` when tracked files differ; None for an installed copy, even
+    """Return the commit of this code, with `+changes` when tracked files differ; None for an installed copy, even
     one that lies inside somebody else's repository."""
 
     def git(*arguments: str) -> str:

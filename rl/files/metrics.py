@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, TensorBoard events, progress, timings, picture grids."""
+"""The output of a run while it runs: metrics.jsonl, TensorBoard events, progress, timings, picture grids."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def is_timing(key: str) -> bool:
-    """Whether a metric depends on the clock. All others repeat bit for bit in a resumed run."""
+    """Tell whether a metric depends on the clock. All others repeat bit for bit in a resumed run."""
     return any(word in key for word in ("time", "per_s", "share"))
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON that every parser takes: NaN and infinities become null, numpy and 0-d tensors plain numbers.
+    """Write JSON that every parser takes: NaN and infinities become null, numpy and 0-d tensors plain numbers.
 
     Floats are written so that reading them back gives the same bits.
     """
@@ -66,7 +66,7 @@ class Record(BaseModel):
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl in file order; a last line cut off by a crash is skipped.
+    """Read the lines of metrics.jsonl in file order; a last line cut off by a crash is skipped.
 
     Raises:
         ImageRLError: a line before the last is not a JSON object with `step`.
@@ -164,7 +164,7 @@ def _append(file: io.FileIO, data: bytes) -> None:
 
 
 def _event_records(values: Mapping[str, float], step: int | None, begins: bool = False) -> bytes:
-    """Records of a TensorBoard event file. `begins` starts one; with a step it tells readers to forget what they
+    """Build records of a TensorBoard event file. `begins` starts one; with a step it tells readers to forget what they
     know of that step and later ones. TensorBoard's own writer would write in a thread of its own, in which a full
     disk ends in a traceback."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -217,7 +217,7 @@ class PhaseTimer:
         self._seconds = {}
 
     def metrics(self) -> dict[str, float]:
-        """`time/<phase>_s`, `share/<phase>` and `time/step_s` since `start`.
+        """Return `time/<phase>_s`, `share/<phase>` and `time/step_s` since `start`.
 
         Shares are of that wall time, so what no phase covers shows as `share/other`.
         """
@@ -281,7 +281,7 @@ class Progress:
 
 
 def progress_line(step: int, total: int, metrics: Mapping[str, Any], seconds_left: float) -> str:
-    """`step 10/200  total 0.423  KL 0.0012  exact 41 %  3m12s left`, without what is not measured."""
+    """Return `step 10/200  total 0.423  KL 0.0012  exact 41 %  3m12s left`, without what is not measured."""
     parts = [f"step {step:>{len(str(total))}}/{total}"]
     if (reward := metrics.get("reward/mean")) is not None:
         parts.append(f"total {reward:.3f}")

@@ -1,4 +1,4 @@
-"""What pydantic found wrong, in one line that names the key, what should stand there and what does. Knows no schema."""
+"""Mistakes that pydantic found, in a line with the key, what should stand there and what does. Knows no schema."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def iter_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every dotted key of a schema with what pydantic knows of it, sections included. List entries: `0`."""
+    """Yield every dotted key of a schema with what pydantic knows of it, sections included. List entries: `0`."""
     for name, info in cls.model_fields.items():
         key = f"{prefix}{name}"
         yield key, info
@@ -30,12 +30,12 @@ def iter_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
 
 
 def iter_keys(cls: type[BaseModel]) -> Iterator[tuple[str, str]]:
-    """Every dotted key of a schema with its one-line description."""
+    """Yield every dotted key of a schema with its one-line description."""
     return ((key, info.description or "") for key, info in iter_fields(cls))
 
 
 def explain(error: ValidationError, cls: type[BaseModel]) -> str:
-    """The first mistake in one line. A value refused by each member of a union is one mistake."""
+    """Tell the first mistake in one line. A value refused by each member of a union is one mistake."""
     errors = error.errors()
     # An unknown key often explains the missing one, so it goes first.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
@@ -63,7 +63,7 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
 
 
 def validated(schema: type[T], value: Any, place: str) -> T:
-    """Plain data as what a pydantic schema makes of it. Raises ImageRLError with the first mistake: `place`, the
+    """Turn plain data into what a pydantic schema makes of it. Raises ImageRLError with the first mistake: `place`, the
     dotted key, and what should stand there."""
     kind: Any = schema
     try:
@@ -89,8 +89,8 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
 
 
 def nearest(word: str, names: Iterable[str], alike: float = 0.0) -> str | None:
-    """The name that a word is a slip of the pen for: case aside it begins alike or has most letters in common, a share
-    of `alike` at least."""
+    """Find the name that a word is a slip of the pen for: case aside it begins alike or has most letters in common, a
+    share of `alike` at least."""
     known = {name.lower(): name for name in names}
     word = word[:80].lower()
     near = difflib.get_close_matches(word, known, 1, max(alike, 0.66 if len(word) <= 4 else 0.75))
@@ -102,7 +102,7 @@ def nearest(word: str, names: Iterable[str], alike: float = 0.0) -> str | None:
 
 
 def _locate(cls: type[BaseModel], error: ErrorDetails) -> tuple[str, type[BaseModel] | None]:
-    """The dotted key of an error and the section it lies in. Pydantic also puts the names of union members
+    """Return the dotted key of an error and the section it lies in. Pydantic also puts the names of union members
     and validators into the location; they are no keys."""
     section: type[BaseModel] | None = cls
     parent: type[BaseModel] | None = cls
@@ -160,7 +160,7 @@ WANTED = {
 
 
 def _wanted(error: ErrorDetails) -> str:
-    """What pydantic asks for, without its account of what it got."""
+    """Say what pydantic asks for, without its account of what it got."""
     if error["type"] in WANTED:
         return WANTED[error["type"]].format(**error.get("ctx", {}))
     message = error["msg"].removeprefix("Input should be ").split(", got ")[0]
@@ -168,7 +168,7 @@ def _wanted(error: ErrorDetails) -> str:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section class within an annotation such as `Lora | None` or `list[RewardSpec]`."""
+    """Return the section class within an annotation such as `Lora | None` or `list[RewardSpec]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((s for s in map(_section, get_args(annotation)) if s is not None), None)
@@ -179,7 +179,7 @@ def _holds_list(annotation: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML has it, shortened."""
+    """Write a value as YAML has it, shortened."""
     if value is None:
         return "null"
     if isinstance(value, str):

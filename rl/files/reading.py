@@ -44,7 +44,7 @@ def _at_once(path: str, flags: int) -> int:
 
 @contextmanager
 def open_regular(path: str | Path, most: int = MAX_BYTES) -> Iterator[BinaryIO]:
-    """A file for reading. Raises ImageRLError when it is missing, no regular file, or of more than `most` bytes."""
+    """Open a file to read. Raises ImageRLError when it is missing, no regular file, or of more than `most` bytes."""
     try:
         file = open(path, "rb", opener=_at_once)  # noqa: SIM115  closed below
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def open_regular(path: str | Path, most: int = MAX_BYTES) -> Iterator[BinaryIO]:
 
 
 def read_bytes(path: str | Path, most: int = MAX_BYTES) -> bytes:
-    """A whole file. Raises ImageRLError like `open_regular`."""
+    """Read a whole file. Raises ImageRLError like `open_regular`."""
     with open_regular(path, most) as file:
         try:
             return file.read(most)
@@ -71,7 +71,7 @@ def read_bytes(path: str | Path, most: int = MAX_BYTES) -> bytes:
 
 
 def read_text(path: str | Path, most: int = MAX_BYTES) -> str:
-    """A text file, line ends as "\\n". Raises ImageRLError like `open_regular`, and when it is not UTF-8."""
+    """Read a text file, line ends as "\\n". Raises ImageRLError like `open_regular`, and when it is not UTF-8."""
     try:
         text = read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -80,7 +80,7 @@ def read_text(path: str | Path, most: int = MAX_BYTES) -> str:
 
 
 def is_regular(path: str | Path) -> bool:
-    """Whether there is such a file. False for every name that the system refuses, such as one of 5,000 letters."""
+    """Tell whether there is such a file. False for every name that the system refuses, such as one of 5,000 letters."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):
@@ -99,8 +99,8 @@ def _similar_name(path: Path) -> str:
 
 
 def parse_json(text: str, place: str) -> Any:
-    """One JSON document as plain data. Raises ImageRLError, beginning with `place`, for what is no JSON, names a key
-    twice, or does not pass `require_plain`."""
+    """Parse one JSON document as plain data. Raises ImageRLError, beginning with `place`, for what is no JSON, names a
+    key twice, or does not pass `require_plain`."""
     try:
         value = json.loads(text, object_pairs_hook=_without_doubles)
     except json.JSONDecodeError as error:
@@ -113,12 +113,12 @@ def parse_json(text: str, place: str) -> Any:
 
 
 def read_json(path: str | Path, most: int = MAX_BYTES) -> Any:
-    """The JSON document in a file. Raises ImageRLError like `read_text` and `parse_json`."""
+    """Read the JSON document in a file. Raises ImageRLError like `read_text` and `parse_json`."""
     return parse_json(read_text(path, most), str(path))
 
 
 def require_plain(value: T, place: str) -> T:
-    """The value itself, of any format that is parsed into lists, mappings and scalars.
+    """Return the value itself, of any format that is parsed into lists, mappings and scalars.
 
     Raises ImageRLError, beginning with `place`: nested too deeply (or in itself), too many values, a number that is
     not finite or beyond 64 bits, text that is no Unicode, or a value that JSON does not have, such as a date."""
@@ -162,7 +162,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def open_undecoded(file: BinaryIO, max_pixels: float | None = None) -> Image.Image:
-    """A picture of which only the header was read. Raises what Pillow raises, and ValueError for one of more than
+    """Open a picture, reading only its header. Raises what Pillow raises, and ValueError for one of more than
     `max_pixels` (None: MAX_PIXELS) or of another format than PICTURE_FORMATS."""
     from PIL import Image, UnidentifiedImageError
 
@@ -178,14 +178,14 @@ def open_undecoded(file: BinaryIO, max_pixels: float | None = None) -> Image.Ima
 
 
 def check_picture(path: Path, place: str = "") -> None:
-    """Whether a file begins as a picture that is not too large; nothing is decoded. Raises ImageRLError, beginning
+    """Check that a file begins as a picture that is not too large; nothing is decoded. Raises ImageRLError, beginning
     with `place`."""
     with _as_picture(path, place), open_regular(path) as file:
         open_undecoded(file)
 
 
 def read_picture(source: Image.Image | Path | str, place: str = "") -> Image.Image:
-    """A picture, or the one in a file, as upright 8-bit RGB.
+    """Read a picture, or the one in a file, as upright 8-bit RGB.
 
     Raises ImageRLError, beginning with `place`, when the file is missing, damaged, no picture, of more than MAX_PIXELS,
     or of a mode without a known range."""
@@ -211,8 +211,8 @@ def _as_picture(name: object, place: str) -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, upright: EXIF turns applied, 16-bit greys scaled (Pillow would clip them), transparency laid on
-    white; the first frame. Raises what Pillow raises, and ValueError for floats, whose range nobody agrees on."""
+    """Turn into 8-bit RGB, upright: EXIF turns applied, 16-bit greys scaled (Pillow would clip them), transparency laid
+    on white; the first frame. Raises what Pillow raises, and ValueError for floats, whose range nobody agrees on."""
     import numpy as np
     from PIL import Image, ImageOps
 

@@ -118,13 +118,13 @@ def clean_leftovers(folder: Path) -> None:
 
 
 def temporary_name(path: Path, kind: str = "tmp") -> Path:
-    """The hidden name, beside `path`, under which this process prepares it, or keeps what it replaces ("old")."""
+    """Return the hidden name beside `path`, under which this process prepares it, or keeps what it replaces ("old")."""
     return path.with_name(f".{path.name}.{kind}-{os.getpid()}@{process_place()}")
 
 
 @cache
 def process_place() -> str:
-    """The place in which this process's number is its own: the host, and in it the namespace of a container."""
+    """Name the place in which this process's number is its own: the host, and in it the namespace of a container."""
     namespace = 0
     with contextlib.suppress(OSError):
         namespace = os.stat("/proc/self/ns/pid").st_ino
@@ -132,7 +132,7 @@ def process_place() -> str:
 
 
 def lock_file(path: Path) -> IO[bytes] | None:
-    """An open file that holds the lock of this name until it is closed here and in all processes that inherit it;
+    """Open a file that holds the lock of this name until it is closed here and in all processes that inherit it;
     None when somebody else holds it. The kernel frees it when its holder dies, however that comes about.
 
     On a network file system it holds between hosts where that file system locks (NFS does); where a file system
@@ -163,7 +163,7 @@ def sync(path: Path) -> None:
 
 
 def write_error(path: Path, error: Exception) -> ImageRLError:
-    """The one-line message for a failed write of `path`."""
+    """Return the one-line message for a failed write of `path`."""
     # safetensors reports a full disk in words only
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
         free = 0.0
@@ -178,7 +178,7 @@ def write_error(path: Path, error: Exception) -> ImageRLError:
 
 
 def _abandoned(leftover: Path, process: int, place: str) -> bool:
-    """Whether the process that named `leftover` is gone (or is this one, which is not writing now). One that is
+    """Tell whether the process that named `leftover` is gone (or is this one, not writing now). One that is
     counted elsewhere cannot be asked; its work counts as abandoned when it has not changed for long."""
     if place != process_place():
         try:

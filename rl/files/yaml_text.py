@@ -82,7 +82,7 @@ Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
 
 
 def parse_yaml(text: str, source: str, most: int = MAX_RECIPE_VALUES) -> Any:
-    """One YAML document as plain data, a tree in which nothing is shared.
+    """Parse one YAML document as plain data, a tree in which nothing is shared.
 
     Raises ImageRLError with line and column: a syntax error, a double key, a tag, more than `most` values, deep
     nesting, a number beyond computing, or a text that cannot be written to a file."""
@@ -90,7 +90,7 @@ def parse_yaml(text: str, source: str, most: int = MAX_RECIPE_VALUES) -> Any:
 
 
 def parse_yaml_lines(text: str, source: str, most: int = MAX_VALUES) -> tuple[Any, list[int]]:
-    """Like `parse_yaml`, with the line numbers of the entries when the document is a list."""
+    """Parse like `parse_yaml`, and return the line numbers of the entries when the document is a list."""
     try:
         loader = _Loader(text, most)
         node = loader.get_single_node()
@@ -157,7 +157,7 @@ def _float(text: str) -> float:
 
 
 def _unshared(value: Any) -> Any:
-    """The same data with a copy of its own wherever an alias stood, so that a change is one change."""
+    """Return the data with a copy of its own wherever an alias stood, so that a change is one change."""
     if isinstance(value, dict):
         return {key: _unshared(entry) for key, entry in value.items()}
     return [_unshared(entry) for entry in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""What a run may spend, where that and not a number of steps decides when it ends."""
+"""Budgets of pictures or minutes, for runs that these and not a number of steps end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Budget:
 
     @property
     def share(self) -> float | None:
-        """The part that is spent, at most 1, which schedules follow; None where steps decide."""
+        """Return the part that is spent, at most 1, which schedules follow; None where steps decide."""
         if self.images is not None:
             return min(1.0, self.drawn / self.images)
         if self.minutes is not None:
@@ -37,7 +37,7 @@ class Budget:
 
     @property
     def spent(self) -> bool:
-        """No room is left: for the pictures of another step, or for half the time of one."""
+        """Tell whether no room is left: for the pictures of another step, or for half the time of one."""
         if self.images is not None:
             return self.drawn + self.step_images > self.images
         if self.minutes is not None:
@@ -51,7 +51,7 @@ class Budget:
         self.seconds += metrics.get("time/step_s", 0.0)
 
     def expected_steps(self) -> int | None:
-        """Of the whole run, judged by those so far; None where nothing tells."""
+        """Estimate the steps of the whole run from those so far; None where nothing tells."""
         share = self.share
         return max(self.steps, round(self.steps / share)) if share else None
 

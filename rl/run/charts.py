@@ -37,7 +37,7 @@ class Series:
 
 @dataclass(slots=True)
 class Chart:
-    """`note` says in one sentence what the curve means and what is healthy."""
+    """A chart of curves. `note` says in one sentence what the curve means and what is healthy."""
 
     title: str
     note: str
@@ -53,12 +53,12 @@ class Chart:
 
     @property
     def labelled(self) -> bool:
-        """Whether the curves need a legend: a single plain line is named by the title."""
+        """Tell whether the curves need a legend: a single plain line is named by the title."""
         return len(self.series) > 1 or self.kind == "points" or self.series[0].low is not None
 
     @property
     def description(self) -> str:
-        """The chart in words, for those who cannot see it."""
+        """Describe the chart in words, for those who cannot see it."""
         parts = []
         for series in self.series:
             points = [(s, v) for s, v in zip(series.steps, series.values, strict=True) if math.isfinite(v)]
@@ -70,7 +70,7 @@ class Chart:
 
 
 def training_charts(training: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Every curve of a training from its metrics; a chart without data has no series."""
+    """Make every chart of a training from its metrics; a chart without data has no series."""
     steps = [record["step"] for record in training]
 
     def column(key: str) -> list[float]:
@@ -167,12 +167,12 @@ def training_charts(training: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 
 def as_float(value: Any) -> float:
-    """The number, or NaN for what is missing."""
+    """Return the number, or NaN for what is missing."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 
 def smooth(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Trailing mean over a twentieth of the curve (at least 5 points), gaps left out; raw if it is short."""
+    """Take the trailing mean over a twentieth of the curve (at least 5 points), gaps left out; raw if it is short."""
     raw = np.asarray(values, dtype=np.float64)
     if len(raw) < SMOOTH_FROM:
         return raw
@@ -186,7 +186,7 @@ def smooth(values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def render(chart: Chart, prefix: str) -> str:
-    """The chart as an `<svg>` element. `prefix` keeps its ids apart from those of other charts."""
+    """Render the chart as an `<svg>` element. `prefix` keeps its ids apart from those of other charts."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator

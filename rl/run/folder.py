@@ -56,7 +56,7 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether it holds a run, or what is left of one."""
+        """Tell whether it holds a run, or what is left of one."""
         names = (RECIPE_FILE, METRICS_FILE, CHECKPOINTS, ENVIRONMENT_FILE)
         return any((self.path / name).exists() for name in names)
 
@@ -127,7 +127,7 @@ class RunFolder:
                 )
 
     def _recorded(self) -> set[Path]:
-        """The files of the run that made the folder, by its own record."""
+        """Find the files of the run that made the folder, by its own record."""
         patterns = [PurePath(name) for name in recorded_files(self.path)]
         return self._found(str(p) for p in patterns if not p.is_absolute() and ".." not in p.parts)
 
@@ -135,7 +135,7 @@ class RunFolder:
         return {path for pattern in patterns for path in self.path.glob(pattern)}
 
     def resumable(self, recipe: AnyRecipe) -> Checkpoint | None:
-        """The newest sound checkpoint; None when the run was stopped before its first. Damaged ones are told of.
+        """Return the newest sound checkpoint; None when the run was stopped before its first. Damaged ones are told of.
 
         Raises ImageRLError when there is no run, or it is one of another recipe, or longer."""
         if not self.begun:
@@ -208,7 +208,7 @@ class RunFolder:
 
 
 def contents(recipe: RecipeModel) -> tuple[str, ...]:
-    """All that a run of this recipe writes into its folder, as patterns of names."""
+    """List the files that a run of this recipe writes into its folder, as patterns of names."""
     suite = getattr(getattr(recipe, "eval", None), "suite", "heldout")
     step = "step_[0-9]*"
     saved = [
@@ -227,7 +227,7 @@ def read_stored_recipe(path: Path, schema: type[AnyRecipe]) -> AnyRecipe:
 
 
 def differing_keys(stored: RecipeModel, given: RecipeModel) -> list[str]:
-    """Dotted keys in which two recipes differ, those that may change left out."""
+    """List the dotted keys in which two recipes differ, those that may change left out."""
 
     def flat(
         values: Mapping[str, Any], prefix: tuple[str, ...] = ()

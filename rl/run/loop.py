@@ -30,7 +30,7 @@ from imagerl.rl.types import Prompt
 def with_sources(
     images: Sequence[np.ndarray], prompts: Sequence[Prompt]
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
+    """Return pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
     prompts = [with_pictures(prompt) for prompt in prompts]
     shown: list[np.ndarray] = []
     captions: list[str] = []
@@ -63,7 +63,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
 
 
 class Stepper(Protocol):
-    """What a loop drives: a `Trainer`."""
+    """The object that a loop drives: a `Trainer`."""
 
     engine: Engine
 
@@ -144,7 +144,7 @@ class Loop:
         return every > 0 and step % every == 0
 
     def _save(self, step: int, place: Path | None = None, keep: int | None = None) -> None:
-        """Among the checkpoints of the run folder, or in a place of its own."""
+        """Save a checkpoint among those of the run folder, or in `place`."""
         tensors, state = self._tensors(), self._state()
         if self.engine.is_main:
             keep = keep or self.recipe.checkpoint.keep
@@ -152,11 +152,11 @@ class Loop:
         self.engine.barrier()
 
     def _tensors(self) -> StateDict:
-        """The tensors of a checkpoint, whole, on the main process. Collective."""
+        """Gather the tensors of a checkpoint, whole, on the main process. Collective."""
         return self.engine.state_dict()
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors. Called by all processes, what the main one returns counts."""
+        """Return the rest of a checkpoint beside tensors. All processes call it; the main one's result counts."""
         return {
             "first_eval": self.first,
             "last_eval": self.last,
@@ -165,23 +165,23 @@ class Loop:
         }
 
     def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The metrics of a step with what the run makes of them."""
+        """Return the metrics of a step with what the run makes of them."""
         return metrics
 
     def _ends_early(self) -> bool:
-        """Whether the step just done shall be the last. Collective."""
+        """Tell whether the step just done is to be the last. Collective."""
         return False
 
     def _evaluate(self, step: int, log: MetricsLog | None) -> None:
-        """Held-out evaluation: sets `first` (once) and `last` on the main process."""
+        """Evaluate on held-out samples; sets `first` (once) and `last` on the main process."""
         raise NotImplementedError
 
     def _draw_samples(self, step: int) -> None:
-        """A grid of the fixed prompts."""
+        """Draw a grid of the fixed prompts."""
         raise NotImplementedError
 
     def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
-        """At the end of the run, and with no comparison when it was stopped early."""
+        """Finish the run; `comparison` is None when it was stopped early."""
         raise NotImplementedError
 
 
@@ -213,7 +213,7 @@ class Run(Loop):
             self._save(step, self.folder.path / PEAK, keep=1)
 
     def _measure(self, step: int, log: MetricsLog | None) -> None:
-        """Held-out evaluation on the main process; the others wait at the next collective."""
+        """Evaluate on the main process; the others wait at the next collective."""
         with self.engine.gathered_parameters():
             self.trainer.policy.refresh_sampler()
         if not self.engine.is_main:
@@ -239,7 +239,7 @@ class Run(Loop):
         self.engine.barrier()
 
     def _draw_samples(self, step: int) -> None:
-        """The grid's prompts are the first of the held-out ones, with the random numbers of the evaluation."""
+        """Draw a grid of the first held-out prompts, with the random numbers of the evaluation."""
         with self.engine.gathered_parameters():
             self.trainer.policy.refresh_sampler()
         if self.engine.is_main:

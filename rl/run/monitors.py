@@ -35,7 +35,7 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """What an evaluation says of one watched metric: its values and those of the total reward, by prompt index."""
+    """One watched metric in an evaluation: its values and those of the total reward, by prompt index."""
 
     step: int
     total: Mapping[int, float]
@@ -43,27 +43,27 @@ class HeldOut:
 
     @property
     def means(self) -> tuple[float, float]:
-        """Of the total and of the metric, over the prompts that have a value."""
+        """Return the means of total and metric, over the prompts that have a value."""
         return _mean(self.total.values()), _mean(self.gold.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Since the peak of a watched metric."""
+    """The change since the peak of a watched metric."""
 
     peak_step: int
     gold: Interval
     total: Interval
 
     def hacked(self, max_fall: float) -> bool:
-        """The metric fell by more than `max_fall` and the total rose, with intervals clear of no change."""
+        """Tell whether the metric fell by over `max_fall` and the total rose, with intervals clear of no change."""
         moved = verdict(self.gold), verdict(self.total)
         return self.gold.mean < -max_fall and moved == ("lower", "higher")
 
 
 def comparison_level(level: float, earlier: int, watched: int) -> float:
-    """Confidence of the interval for one comparison with the best of `earlier` evaluations, such that a run in which
-    none of the `watched` metrics falls while the total rises raises no alarm with probability `level` or more,
+    """Return the confidence of the interval for one comparison with the best of `earlier` evaluations, such that a run
+    in which none of the `watched` metrics falls while the total rises raises no alarm with probability `level` or more,
     however many evaluations it has.
 
     Of α = 1 − level, α / k(k + 1) is spent on the evaluation that has k earlier ones; that is α over all k = 1, 2, …
@@ -75,7 +75,7 @@ def comparison_level(level: float, earlier: int, watched: int) -> float:
 
 
 def change_since(peak: HeldOut, now: HeldOut, level: float) -> Change | None:
-    """Paired differences over the prompts that both could score; None where there are none."""
+    """Return paired differences over the prompts that both could score; None where there are none."""
     try:
         gold = paired_difference(peak.gold, now.gold, level=level)
         total = paired_difference(peak.total, now.total, level=level)
@@ -88,7 +88,7 @@ def change_since(peak: HeldOut, now: HeldOut, level: float) -> Change | None:
 
 
 def lost_diversity(start: Metrics, recent: Metrics, min_diversity: float) -> bool:
-    """Whether tokens or pixels of a group differ by less than that part of what they did at first."""
+    """Tell whether tokens or pixels of a group differ by less than that part of the difference at first."""
     return any(recent[key] < min_diversity * start[key] for key in DIVERSITY)
 
 
@@ -97,7 +97,7 @@ def gone_blank(start: Metrics, recent: Metrics, max_blank: float) -> bool:
 
 
 def sentence(kind: str, step: int, detail: str) -> str:
-    """An alarm in one line, for the log and the report."""
+    """Put an alarm into one line, for the log and the report."""
     meaning = {
         "hacking": "the reward is being gamed",
         "diversity": "samples of a prompt have become alike",
@@ -128,7 +128,7 @@ def step_detail(kind: str, start: Mapping[str, float], recent: Mapping[str, floa
 
 @dataclass(slots=True)
 class Watch:
-    """What has been seen so far. `state` and `restore` make a resumed run's watch that of one never stopped."""
+    """The watch's memory of a run. `state` and `restore` make a resumed run's watch that of one never stopped."""
 
     settings: MonitorsConfig
     names: list[str]  # of the watched metrics, as evaluations call them
@@ -144,11 +144,11 @@ class Watch:
 
     @property
     def halts(self) -> bool:
-        """Whether the run is to end here."""
+        """Tell whether the run is to end here."""
         return self.settings.stop and self.hacked
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> tuple[Metrics, list[str]]:
-        """What a training step adds to the metrics, and the alarms that it sets off."""
+        """Return the metrics that a training step adds, and the alarms that it sets off."""
         keys = (*DIVERSITY, BLANK)
         if not all(key in metrics for key in keys):
             return {}, []
@@ -169,7 +169,7 @@ class Watch:
         return {f"alarm/{kind}": float(is_on) for kind, is_on in on.items()}, alarms
 
     def after_evaluation(self, step: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Metrics, list[str]]:
-        """The same of a held-out evaluation, of its rows with the watched metrics and the total.
+        """Return the same for a held-out evaluation, from its rows with the watched metrics and the total.
 
         Raises:
             ImageRLError: a watched metric is not among those measured.
@@ -223,7 +223,7 @@ class Watch:
     # ---- what outlives a step ------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """Return the state as JSON takes it."""
         peaks = {
             name: {"step": peak.step, "total": _pairs(peak.total), "gold": _pairs(peak.gold)}
             for name, peak in self.peaks.items()
@@ -242,12 +242,12 @@ class Watch:
 
 
 def watched(settings: MonitorsConfig, gold: Sequence[str]) -> list[str]:
-    """Names of the watched metrics."""
+    """Name the watched metrics."""
     return list(gold) if settings.watch is None else settings.watch
 
 
 def held_out(step: int, rows: Sequence[Mapping[str, Any]], name: str) -> HeldOut:
-    """One metric of an evaluation's rows, values that could not be scored left out.
+    """Pick one metric of an evaluation's rows, values that could not be scored left out.
 
     Raises:
         ImageRLError: no row has it.
@@ -263,7 +263,7 @@ def held_out(step: int, rows: Sequence[Mapping[str, Any]], name: str) -> HeldOut
 
 
 def average(records: Sequence[Mapping[str, float]]) -> Metrics:
-    """Mean of each number over records that have the same keys."""
+    """Average each number over records that have the same keys."""
     return {key: _mean([record[key] for record in records]) for key in records[0]}
 
 

@@ -1,4 +1,4 @@
-"""What a run's monitors add to its page: alarms in words, and curves. Made from metrics.jsonl and the recipe."""
+"""The monitors' part of a run's page: alarms in words, and curves. Made from metrics.jsonl and the recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def alarms(records: Records, window: int = MonitorsConfig().window) -> list[str]:
-    """Every alarm in one line, at the step at which it began, in order of time."""
+    """List every alarm in one line, at the step at which it began, in order of time."""
     lines: list[str] = []
     sounding: set[tuple[str, str]] = set()
     steps = [record for record in records if BLANK in record]
@@ -38,13 +38,13 @@ def alarms(records: Records, window: int = MonitorsConfig().window) -> list[str]
 
 
 def watched_names(records: Records) -> list[str]:
-    """Names of the watched metrics, as the keys `monitor/<name>/peak_step` have them."""
+    """Name the watched metrics, as the keys `monitor/<name>/peak_step` have them."""
     keys = dict.fromkeys(key for record in records for key in record)
     return [found[1] for key in keys if (found := re.fullmatch(r"monitor/(.+)/peak_step", key))]
 
 
 def monitor_charts(records: Records, suite: str) -> list[Chart]:
-    """Total and watched metrics over time and against KL, variety, colours; a chart without data has no series."""
+    """Draw total and watched metrics over time and against KL, variety, colours; a chart without data has no series."""
     training = [record for record in records if "reward/mean" in record]
     total = f"eval/{suite}/{TOTAL}"
     evaluations = [record for record in records if total in record]
@@ -102,7 +102,7 @@ def monitor_charts(records: Records, suite: str) -> list[Chart]:
 
 
 def _raised(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(kind, watched metric or "") of the alarms that a record says are on."""
+    """List (kind, watched metric or "") of the alarms that a record says are on."""
     steps = [(kind, "") for kind in ALARMS if kind != "hacking" and record.get(f"alarm/{kind}")]
     return steps + [
         ("hacking", name) for name in watched_names([record]) if record.get(f"monitor/{name}/alarm")

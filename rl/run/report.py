@@ -45,7 +45,7 @@ def write_report(run_dir: Path | str) -> Path:
 
 
 def render_page(template: str, content: Mapping[str, Any]) -> str:
-    """A page from one of the templates beside this file."""
+    """Render a page from one of the templates beside this file."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     templates = Environment(
@@ -63,7 +63,7 @@ def _gather(run_dir: Path) -> dict[str, Any]:
     problems: list[str] = []
 
     def load(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
-        """The mapping in a file; empty, with a line in `problems`, when it cannot be read."""
+        """Load the mapping in a file; empty, with a line in `problems`, when it cannot be read."""
         if not path.exists():
             return {}
         try:
@@ -140,7 +140,7 @@ class Row:
 def _evaluations(
     run_dir: Path, records: Sequence[Mapping[str, Any]], load: Callable[[Path, Callable[[Path], Any]], Any]
 ) -> dict[str, dict[int, dict[str, Any]]]:
-    """suite -> step -> evaluation, from eval/*.json; means alone come from metrics.jsonl where a file is
+    """Return suite -> step -> evaluation, from eval/*.json; means alone come from metrics.jsonl where a file is
     missing."""
     suites: dict[str, dict[int, dict[str, Any]]] = {}
     for path in sorted((run_dir / "eval").glob("*_step_*.json")):
@@ -205,12 +205,12 @@ def _add_bars(rows: Sequence[Row]) -> None:
 
 
 def reach(interval: Interval | None) -> float:
-    """The larger bound, without its sign; 0 without bounds."""
+    """Return the larger bound, without its sign; 0 without bounds."""
     return max(abs(interval.low), abs(interval.high)) if interval and interval.bounded else 0.0
 
 
 def bar(interval: Interval | None, scale: float) -> dict[str, float] | None:
-    """An interval as positions between 0 and 150, no difference at 75 and `scale` at 143; None without bounds."""
+    """Place an interval as positions between 0 and 150, no difference at 75 and `scale` at 143; None without bounds."""
     if interval is None or not interval.bounded or not scale:
         return None
     return {k: round(75 + 68 * getattr(interval, k) / scale, 1) for k in ("low", "mean", "high")}
@@ -238,14 +238,14 @@ def _heldout_charts(suites: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> li
 
 
 def _reward_trend(training: Sequence[Mapping[str, Any]]) -> tuple[float, float, int] | None:
-    """Mean training reward of the first and of the last tenth of the steps, and how many steps that is."""
+    """Return the mean training reward of the first and of the last tenth of the steps, and how many steps that is."""
     values = [r["reward/mean"] for r in training if r.get("reward/mean") is not None]
     count = max(1, len(values) // 10)
     return (sum(values[:count]) / count, sum(values[-count:]) / count, count) if values else None
 
 
 def _frames(run_dir: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Sample grids in step order as data URIs."""
+    """Read the sample grids in step order as data URIs."""
     paths = sorted((run_dir / "samples").glob("step_*.png"))
     if len(paths) > MAX_FRAMES:
         problems.append(f"{len(paths) - MAX_FRAMES} of {len(paths)} sample grids are left out of this page")
@@ -260,7 +260,7 @@ def _frames(run_dir: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def embedded_grid(path: Path) -> dict[str, Any]:
-    """A sample grid as `uri`, a data URI, with `step`, `width` and `height`. Raises OSError for what is no picture."""
+    """Read a sample grid as `uri`, a data URI, with `step`, `width` and `height`. Raises OSError for no picture."""
     data, kind = path.read_bytes(), "png"
     image = Image.open(io.BytesIO(data)).convert("RGB")
     size = image.size
@@ -275,7 +275,7 @@ def embedded_grid(path: Path) -> dict[str, Any]:
 
 
 def _facts(recipe: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The few settings that identify a run at a glance."""
+    """Pick the few settings that identify a run at a glance."""
     seconds = sum(r.get("time/step_s") or 0.0 for r in training)
     prompts, group = _dig(recipe, "rollout", "prompts_per_step"), _dig(recipe, "rollout", "group_size")
     facts = {
@@ -290,8 +290,8 @@ def _facts(recipe: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> 
 
 
 def gold_metrics(recipe: Mapping[str, Any], suite: str, metrics: Iterable[str]) -> list[str]:
-    """Those of an evaluation that are measured and never trained on. Names that begin with no label are parts of the
-    reward or gold metric that is named like the suite; the total is of rewards alone."""
+    """List the metrics of an evaluation that are measured and never trained on. Names that begin with no label are
+    parts of the reward or gold metric that is named like the suite; the total is of rewards alone."""
     trained, gold = _labels(recipe)
     owners = {
         m: next((n for n in [*trained, *gold] if f"{m}/".startswith(f"{n}/")), suite)
@@ -302,7 +302,7 @@ def gold_metrics(recipe: Mapping[str, Any], suite: str, metrics: Iterable[str]) 
 
 
 def _labels(recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What metrics call the rewards, and the gold metrics."""
+    """Name the rewards, and the gold metrics, as metrics do."""
     rewards = _dig(recipe, "rewards", "functions") or recipe.get("rewards")
     trained, gold = (
         [
@@ -322,8 +322,8 @@ def _dig(content: Any, *keys: str) -> Any:
 
 
 def _command(argv: Any) -> str:
-    """A command line to paste: the program by its bare name, `imagerl` where it was started as a module, arguments
-    quoted for a shell."""
+    """Return a command line to paste: the program by its bare name, `imagerl` where it was started as a module,
+    arguments quoted for a shell."""
     words = [str(word) for word in argv] if isinstance(argv, list) else []
     if not words:
         return ""

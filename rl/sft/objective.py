@@ -31,7 +31,7 @@ class SFTScores(NamedTuple):
 
 @dataclass(slots=True)
 class SFTBatch:
-    """What the losses of B samples are computed from."""
+    """The inputs of the losses of B samples."""
 
     prompt_ids: Tensor  # [B, L] left-padded, ending in <im_start><S0>
     prompt_mask: Tensor  # [B, L] bool
@@ -58,8 +58,8 @@ class SFTBatch:
 
 
 def token_nll(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """−log p of ids `targets` [N] after hidden states [N, D] under the whole vocabulary of `head` [V, D], in float32.
-    Memory is one chunk of logits; chunks are recomputed in the backward pass."""
+    """Return −log p of ids `targets` [N] after hidden states [N, D] under the whole vocabulary of `head` [V, D], in
+    float32. Memory is one chunk of logits; chunks are recomputed in the backward pass."""
 
     def chunk(rows: Tensor, ids: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(rows, head).float(), ids, reduction="none")
@@ -72,7 +72,7 @@ def token_nll(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 def prompt_targets(prompt_ids: Tensor, prompt_mask: Tensor, image_columns: slice) -> tuple[Tensor, Tensor]:
-    """What positions 0..L−2 of a prompt should predict, and which of them count: [B, L − 1] ids and bools. Padding does
+    """Return what positions 0..L−2 of a prompt should predict, and which count: [B, L − 1] ids and bools. Padding does
     not count, nor do image tokens: in a prompt they are those of a reference picture, given and not drawn."""
     following = prompt_ids[:, 1:]
     given = (following >= image_columns.start) & (following < image_columns.stop)
@@ -80,12 +80,12 @@ def prompt_targets(prompt_ids: Tensor, prompt_mask: Tensor, image_columns: slice
 
 
 def noise_levels(uniform: Tensor, shift: float) -> Tensor:
-    """Uniform numbers in [0, 1) to σ, shifted as the scheduler's own schedule is (arXiv 2403.03206, eq. 23)."""
+    """Turn uniform numbers in [0, 1) into σ, shifted as the scheduler's own schedule is (arXiv 2403.03206, eq. 23)."""
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
 class SFTModule(nn.Module):
-    """All that can train, in one module for the engine: language model, connector, flow transformer. The autoencoder
+    """Every trainable part, in one module for the engine: language model, connector, flow transformer. The autoencoder
     stays outside."""
 
     def __init__(self, policy: Any, on_prompt: bool, with_flow: bool) -> None:
@@ -149,7 +149,7 @@ class SFTModule(nn.Module):
         return SFTScores(image, prompt, flow)
 
     def _idle(self) -> Tensor | float:
-        """0 by way of the parameters that only edits use: processes that exchange gradients wait for all of them."""
+        """Return 0 by way of parameters that only edits use: processes that exchange gradients wait for all of them."""
         idle = [
             parameter.sum()
             for name, parameter in self.decoder.named_parameters()
@@ -159,14 +159,14 @@ class SFTModule(nn.Module):
 
 
 def sft_module(policy: Any, recipe: SFTRecipe) -> SFTModule:
-    """The module that the engine prepares, whose parameter names are those of checkpoints."""
+    """Return the module that the engine prepares, whose parameter names are those of checkpoints."""
     module = SFTModule(policy, recipe.objective.on_prompt, recipe.objective.flow_weight > 0)
     module.choose(recipe)
     return module
 
 
 def part_of(name: str) -> str:
-    """Which of ar, connector and decoder a parameter of `SFTModule` belongs to."""
+    """Tell which of ar, connector and decoder a parameter of `SFTModule` belongs to."""
     if name.startswith("ar."):
         return "ar"
     return "decoder" if name.startswith("decoder.sana.") else "connector"

@@ -50,7 +50,7 @@ class SFTRun(Loop):
         self._batches = self._own_batches(heldout)
 
     def _own_batches(self, heldout: Sequence[Example]) -> list[tuple[list[int], SFTBatch]]:
-        """This process's held-out samples with their numbers, encoded once; the same noise at every evaluation."""
+        """Encode this process's held-out samples once, with their numbers; the same noise at every evaluation."""
         own = list(range(self.engine.rank, len(heldout), self.engine.world_size))
         batches = []
         for places in of_one_kind([heldout[n] for n in own], self.recipe.engine.micro_batch_size):
@@ -105,7 +105,7 @@ class SFTRun(Loop):
             self.engine.barrier()
 
     def _draw(self, step: int) -> None:
-        """A grid of the first held-out captions, on the main process, parameters gathered."""
+        """Draw a grid of the first held-out captions, on the main process, parameters gathered."""
         if not self.drawn:
             return
         self.trainer.module.eval()
@@ -118,7 +118,7 @@ class SFTRun(Loop):
 
     @torch.no_grad()
     def _pictures(self, places: list[int]) -> np.ndarray:
-        """[B, H, W, 3] uint8 of some held-out captions, or of edits, with random numbers of their own."""
+        """Draw [B, H, W, 3] uint8 of some held-out captions, or of edits, with random numbers of their own."""
         policy, sampling = self.rollout.policy, self.rollout.sampling
         examples = [self.drawn[place] for place in places]
         prompts = [Prompt(place, example.caption) for place, example in zip(places, examples, strict=True)]

@@ -19,7 +19,7 @@ from imagerl.rl.sft.objective import SFTBatch, SFTModule, SFTScores, noise_level
 
 
 class Collator:
-    """Samples to batches: prompts, tokens and latents by the frozen parts, and random numbers."""
+    """Turns samples into batches: prompts, tokens and latents by the frozen parts, and random numbers."""
 
     def __init__(self, policy: Any, engine: Engine) -> None:
         self.policy = policy
@@ -29,7 +29,7 @@ class Collator:
     def __call__(
         self, examples: Sequence[Example], randomness: Sequence[torch.Generator], dropout: float = 0.0
     ) -> SFTBatch:
-        """A batch whose random numbers come from one generator a sample: σ, then dropping, then noise."""
+        """Return a batch whose random numbers come from one generator a sample: σ, then dropping, then noise."""
         policy, decoder = self.policy, self.policy.decoder
         captions = [example.caption for example in examples]
         pictures = to_pixels([example.picture for example in examples]).to(policy.device)
@@ -51,7 +51,7 @@ class Collator:
 
     @torch.no_grad()
     def reference_of(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor] | None:
-        """Tokens [B, T] and latents [B, C, h, w] of what edits start from; None when the examples are none."""
+        """Return tokens [B, T] and latents [B, C, h, w] of what edits start from; None when the examples are none."""
         pictures = [example.reference for example in examples if example.reference is not None]
         if not pictures:
             return None
@@ -60,7 +60,7 @@ class Collator:
 
 
 def of_one_kind(examples: Sequence[Example], size: int) -> list[list[int]]:
-    """Places of the examples in parts of at most `size`, captions and edits apart: their prompts and conditions have
+    """Return places of the examples in parts of at most `size`, captions and edits apart: prompts and conditions have
     other lengths."""
     kinds: tuple[list[int], list[int]] = ([], [])
     for place, example in enumerate(examples):
@@ -69,12 +69,12 @@ def of_one_kind(examples: Sequence[Example], size: int) -> list[list[int]]:
 
 
 def to_pixels(pictures: Sequence[np.ndarray]) -> Tensor:
-    """[H, W, 3] uint8 each -> [B, 3, H, W] in [-1, 1]."""
+    """Turn [H, W, 3] uint8 each into [B, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class SFTTrainer:
-    """One optimizer step at a time over a stream of samples."""
+    """Takes one optimizer step at a time over a stream of samples."""
 
     def __init__(
         self, recipe: SFTRecipe, module: SFTModule, stream: ImageStream, collate: Collator, engine: Engine
@@ -100,7 +100,7 @@ class SFTTrainer:
         return metrics | self._data_metrics() | timing | {"images_per_s": rate}
 
     def _batches(self, drawn: Sequence[Drawn]) -> list[SFTBatch]:
-        """This process's samples in microbatches."""
+        """Split this process's samples into microbatches."""
         seed, dropout = self.recipe.run.seed, self.recipe.objective.condition_dropout
         batches = []
         for places in of_one_kind([one.example for one in drawn], self.recipe.engine.micro_batch_size):
@@ -144,7 +144,7 @@ class SFTTrainer:
         return metrics | {"grad_norm": grad_norm, "lr": self.engine.lr}
 
     def _loss(self, scores: SFTScores, positions: float, samples: float) -> Tensor:
-        """Share of some samples in the loss of a batch: means over its predicted tokens and over its pictures."""
+        """Return the share of samples in the loss of a batch: means over its predicted tokens and over its pictures."""
         weights = self.recipe.objective
         nll = (scores.image_nll + scores.prompt_nll).sum() / positions
         return weights.cross_entropy_weight * nll + weights.flow_weight * scores.flow.sum() / samples
@@ -160,7 +160,7 @@ class SFTTrainer:
 
     @torch.no_grad()
     def measure(self, batch: SFTBatch) -> list[dict[str, float]]:
-        """Losses of each sample of a batch. Within `engine.gathered_parameters`."""
+        """Return the losses of each sample of a batch. Within `engine.gathered_parameters`."""
         self.module.eval()
         with self.engine.autocast():
             scores = self.module(*batch.inputs())
@@ -181,7 +181,7 @@ class SFTTrainer:
 
 
 def counts(module: SFTModule, batch: SFTBatch, row: int | None = None) -> Mapping[str, int]:
-    """Predicted positions of a batch, or of one of its rows: of the image (with its end) and of the prompt."""
+    """Count predicted positions of a batch, or of one of its rows: of the image (with its end) and of the prompt."""
     rows = slice(None) if row is None else slice(row, row + 1)
     tokens = batch.tokens[rows]
     prompt = 0

@@ -42,7 +42,7 @@ Tokenize = Callable[[list[str]], Tensor]
 
 
 def altered(scene: Scene, part: str, rng: random.Random) -> Scene:
-    """The scene with one thing wrong: one letter or digit, the ink, or the background."""
+    """Return the scene with one thing wrong: one letter or digit, the ink, or the background."""
     if part != "text":
         choices = [name for name in (INKS if part == "ink" else BACKGROUNDS) if name != getattr(scene, part)]
         return replace(scene, **{part: rng.choice(choices)})
@@ -53,7 +53,7 @@ def altered(scene: Scene, part: str, rng: random.Random) -> Scene:
 
 
 def trainable(scene: Scene, part: str, rng: random.Random) -> Scene:
-    """`altered`, but never with a held-out text, not even as a wrong one."""
+    """Return `altered`, but never with a held-out text, not even as a wrong one."""
     while True:
         other = altered(scene, part, rng)
         if split_of(other.text) == "train":
@@ -61,7 +61,7 @@ def trainable(scene: Scene, part: str, rng: random.Random) -> Scene:
 
 
 def contrastive_loss(pictures: Tensor, captions: Tensor, count: int, scale: Tensor) -> Tensor:
-    """Symmetric cross-entropy (arXiv 2103.00020) of B = `count` captions with their pictures.
+    """Return the symmetric cross-entropy (arXiv 2103.00020) of B = `count` captions with their pictures.
 
     `pictures` [B + P, D] and `captions` [B + W, D] are normalised, and the first B of each belong together. The others
     answer nothing: P pictures that no caption may choose, W captions that no picture may."""
@@ -94,7 +94,7 @@ def fit_clip(model: Any, encode: Encode, tokenize: Tokenize, stage: ClipStage, s
 
 
 def measure(encode_pictures: Encode, encode_captions: Tokenize, count: int, seed: int) -> dict[str, Interval]:
-    """What a model makes of `count` held-out pictures, whole BLOCKs of them: shares with their 95 % intervals.
+    """Measure a model on `count` held-out pictures, whole BLOCKs of them: shares with their 95 % intervals.
 
     `caption_of_64` and `picture_of_64`: the right one is nearest among those of 64 held-out texts. `caption/<part>` and
     `picture/<part>`: the right one is nearer than the same with one thing wrong: a letter, the ink, the background.

@@ -16,7 +16,7 @@ from imagerl.rl.sft.pretraining.tasks import edits
 
 @dataclass(frozen=True, slots=True)
 class KeptStates:
-    """What the decoder learns from, of N pictures."""
+    """The decoder's training data, of N pictures."""
 
     hidden: Tensor  # [N, T + 1, D]
     latents: Tensor  # [N, C, h, w] of the picture to draw
@@ -36,7 +36,7 @@ def join(parts: list[KeptStates]) -> KeptStates:
 
 @torch.no_grad()
 def kept_states(policy: Any, stage: DecoderStage) -> KeptStates:
-    """Of the stage's pictures, drawn from captions."""
+    """Compute states of the stage's pictures, drawn from captions."""
     parts = []
     for start in range(0, stage.pictures, 64):
         batch = scenes(stage.pictures_seed, "cache", start, 64, stage.fonts)
@@ -50,7 +50,7 @@ def kept_states(policy: Any, stage: DecoderStage) -> KeptStates:
 
 @torch.no_grad()
 def kept_edits(policy: Any, stage: DecoderStage) -> KeptStates:
-    """Of as many edits."""
+    """Compute states of as many edits."""
     parts = []
     for start in range(0, stage.pictures, 64):
         batch = edits(stage.pictures_seed, "cache", start, 64, 1 / 3, stage.fonts)

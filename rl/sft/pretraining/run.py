@@ -28,7 +28,7 @@ STAGES = ("tokenizer", "autoencoder", "generator", "tasks")  # whose weights are
 def pretrain(
     policy: Any, recipe: PretrainRecipe, save: Callable[[Path], None], load: Callable[[Path], None]
 ) -> None:
-    """All stages of a recipe, in place. `save` writes the policy as a model folder, `load` fills it from one.
+    """Run all stages of a recipe, in place. `save` writes the policy as a model folder, `load` fills it from one.
 
     What a finished stage has made is kept in the output folder and reused, so that an interrupted run continues
     with the stage it was in. Raises ImageRLError when that was made with other settings."""
@@ -92,7 +92,7 @@ def refuse_foreign_stages(out: Path, recipe: PretrainRecipe) -> None:
 def fit_reconstructions(
     policy: Any, recipe: PretrainRecipe, out: Path, log: Callable[[str, int, dict[str, float]], None]
 ) -> None:
-    """The two parts that learn to draw their input again; what an earlier run has finished is kept."""
+    """Fit the two parts that learn to draw their input again; what an earlier run has finished is kept."""
     from safetensors.torch import load_file, save
 
     vae, tokenizer = policy.decoder.vae, policy.image_tokenizer
@@ -120,7 +120,7 @@ def fit_reconstructions(
 
 
 def write_record(out: Path, recipe: PretrainRecipe) -> None:
-    """`pretraining.json` beside the weights: recipe, hardware, minutes and last losses of every stage, and under
+    """Write `pretraining.json` beside the weights: recipe, hardware, minutes and last losses of every stage, and under
     `init` the same of the model that it began with, where its folder has it."""
     last: dict[str, dict[str, Any]] = {}
     for line in (out / "pretrain.jsonl").read_text(encoding="utf-8").splitlines():

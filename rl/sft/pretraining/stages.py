@@ -41,13 +41,13 @@ def scenes(seed: int, stage: str, step: int, count: int, fonts: Sequence[str] = 
 
 
 def pictures(batch: Iterable[Scene]) -> Tensor:
-    """[B, 3, H, W] in [-1, 1]."""
+    """Render scenes as [B, 3, H, W] in [-1, 1]."""
     pixels = np.stack([np.asarray(render(scene)) for scene in batch])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def learning_rate(step: int, stage: StageConfig) -> float:
-    """Linear warm-up, constant, then linear decay to zero over the last `decay_share` of the steps."""
+    """Return the rate: linear warm-up, constant, then linear decay to zero over the last `decay_share` of the steps."""
     warm = min(1.0, (step + 1) / max(1, stage.warmup_steps))
     left = (stage.steps - step) / max(1.0, stage.decay_share * stage.steps)
     return stage.lr * min(warm, left, 1.0)
@@ -82,7 +82,7 @@ def fit(
 
 
 def reconstruction_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
-    """L1 keeps edges sharp, L2 punishes the few pixels that are far off: strokes need both."""
+    """Add L1, which keeps edges sharp, and L2, which punishes the few pixels far off: strokes need both."""
     difference = drawn.float() - wanted
     return difference.abs().mean() + difference.square().mean()
 
@@ -109,13 +109,13 @@ def fit_reconstruction(
 
 @torch.no_grad()
 def latent_scale(encode: Callable[[Tensor], Tensor], seed: int, device: torch.device) -> float:
-    """1 / standard deviation of the latents over 512 pictures: flow matching wants data of the noise's size."""
+    """Return 1 / standard deviation of the latents over 512 pictures: flow matching wants data of the noise's size."""
     latents = encode(pictures(scenes(seed, "latent scale", 0, 512)).to(device))
     return 1.0 / latents.float().std().item()
 
 
 def token_loss(ar: ARHalf, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy over the whole vocabulary of the image tokens and of the closing `<im_end>`."""
+    """Return the cross-entropy over the whole vocabulary of the image tokens and of the closing `<im_end>`."""
     ids = tokens + ar.vocabulary.image_start_token_id
     end = torch.full_like(ids[:, :1], ar.vocabulary.image_end_tag_id)
     logits = ar.lm.lm_head(hidden).float()
@@ -130,7 +130,7 @@ def fit_generator(
     log: LogFn,
     on_snapshot: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Cross-entropy on tokens plus flow loss, gradients of both into the language model (arXiv 2510.15857).
+    """Train by cross-entropy on tokens plus flow loss, gradients of both into the language model (arXiv 2510.15857).
 
     The decoder sees the hidden states that inference will give it: those of `<S0>` and of every token. The flow
     loss is taken on the first `flow_share` of the batch, to spend the time where learning is slow."""
@@ -172,5 +172,5 @@ def resolve_device(name: str) -> torch.device:
 
 
 def captions(seed: int, count: int) -> list[str]:
-    """Captions to train a text tokenizer on."""
+    """Return captions to train a text tokenizer on."""
     return [scene.caption for scene in scenes(seed, "captions", 0, count)]

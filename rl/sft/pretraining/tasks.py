@@ -34,7 +34,7 @@ def questions(
 
 
 def answer_rows(text_tokenizer: Any, answers: Sequence[str]) -> Tensor:
-    """[B, A] ids of the answers, each closed by the end of the turn, then IGNORED."""
+    """Return [B, A] ids of the answers, each closed by the end of the turn, then IGNORED."""
     rows = [
         [*text_tokenizer(answer, add_special_tokens=False)["input_ids"], text_tokenizer.eos_token_id]
         for answer in answers
@@ -44,7 +44,7 @@ def answer_rows(text_tokenizer: Any, answers: Sequence[str]) -> Tensor:
 
 
 def answer_loss(lm: Any, prompt_ids: Tensor, prompt_mask: Tensor, answers: Tensor) -> Tensor:
-    """Cross-entropy of the answers [B, A] alone, over the whole vocabulary, after left-padded prompts [B, L].
+    """Return cross-entropy of the answers [B, A] alone, over the whole vocabulary, after left-padded prompts [B, L].
 
     What is IGNORED stands after an answer, where causal attention keeps it from mattering."""
     ids = torch.cat([prompt_ids, answers.clamp(min=0)], dim=1)
@@ -79,7 +79,7 @@ def reading_loss(policy: Any, stage: TasksStage, seed: int, step: int, count: in
 
 
 def task_sizes(stage: TasksStage) -> dict[str, int]:
-    """How many samples of a batch each task gets."""
+    """Return how many samples of a batch each task gets."""
     edit, question = (round(stage.batch_size * share) for share in (stage.edit_share, stage.question_share))
     return {"draw": stage.batch_size - edit - question, "edit": edit, "read": question}
 
