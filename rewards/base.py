@@ -1,4 +1,4 @@
-"""Rewards by name or import path.
+"""Load rewards by name or import path.
 
 A reward is a function, or a class with `__call__`, called by keyword with one list entry per sample:
 `prompts`, `completions` (image-token ids; `completion_ids` is the same list under TRL's name), `images`
@@ -63,7 +63,7 @@ class RewardSpec:
 
     @classmethod
     def from_mapping(cls, entry: Mapping[str, Any]) -> RewardSpec:
-        """From `{name | import_path | url, weight, gate, python, runtime_env, **settings}`; a None stands for an
+        """Read `{name | import_path | url, weight, gate, python, runtime_env, **settings}`; a None stands for an
         absent key."""
         settings = dict(entry)
         weight, gate = settings.pop("weight", None), settings.pop("gate", None)
@@ -87,16 +87,16 @@ class RewardSpec:
 
     @property
     def asks_server(self) -> bool:
-        """It needs somebody who answers."""
+        """Tell whether a server must answer."""
         return self.is_remote or self.target == "judge"
 
     @property
     def is_isolated(self) -> bool:
-        """It may need what this process cannot import."""
+        """Tell whether it may need what this process cannot import."""
         return self.python is not None or self.runtime_env is not None
 
     def absolute(self) -> RewardSpec:
-        """The same spec with paths made absolute, so that another process finds the same files. The interpreter's is
+        """Return the spec with absolute paths, so that another process finds the same files. The interpreter's is
         not resolved: a virtual environment is known by its link."""
         spec, (path, colon, attribute) = self, self.target.rpartition(":")
         if path.endswith(".py"):
@@ -117,7 +117,7 @@ class LoadedReward:
 
 
 def _resolve(spec: RewardSpec) -> tuple[str, Any]:
-    """The label and the function or class of a spec, signature and settings checked, nothing constructed."""
+    """Return the label and the function or class of a spec, signature and settings checked, nothing constructed."""
     if spec.is_remote:
         label, found = _label_of_address(spec.target), import_target(REMOTE)
     elif ":" in spec.target or spec.target.endswith(".py"):
@@ -149,8 +149,8 @@ def _check_types(label: str, found: type, settings: Mapping[str, Any]) -> None:
 
 
 def _label_of_address(url: str) -> str:
-    """The last part of an address. Raises ImageRLError for one that is not http(s)://host[:port]/…/name; a user
-    name or query would carry secrets into recipes and logs."""
+    """Return the last part of an address. Raises ImageRLError for one that is not http(s)://host[:port]/…/name;
+    a user name or query would carry secrets into recipes and logs."""
     found = re.fullmatch(r"https?://[\w.\-\[\]:]+(?:/[\w.\-~]+)*/([A-Za-z_]\w*)", url)
     if found is None:
         raise ImageRLError(
@@ -165,7 +165,7 @@ def _all_settings(spec: RewardSpec) -> dict[str, Any]:
 
 
 def _check_isolated(spec: RewardSpec) -> str:
-    """The label of a reward that this process must not import."""
+    """Return the label of a reward that this process must not import."""
     place, label = split_target(spec.target)
     if place.endswith(".py") and not Path(place).is_file():
         raise ImageRLError(f"reward file {place} does not exist; correct its import_path")
@@ -178,7 +178,7 @@ def _check_isolated(spec: RewardSpec) -> str:
 
 
 def check_reward(spec: RewardSpec, columns: Iterable[str] | None = None) -> str:
-    """The label of a reward that can be imported and takes its settings; nothing heavy is constructed.
+    """Return the label of a reward that can be imported and takes its settings; nothing heavy is constructed.
 
     With `columns` (names in the prompt set) every argument without a default must be among them. A reward with an
     environment of its own is checked there, when it is loaded. Raises ImageRLError in one line otherwise."""
@@ -191,25 +191,25 @@ def check_reward(spec: RewardSpec, columns: Iterable[str] | None = None) -> str:
 
 
 def check_entries(entries: Iterable[Mapping[str, Any]], columns: Iterable[str] | None = None) -> list[str]:
-    """Labels of a recipe's rewards. Raises ImageRLError like `check_reward`, for the first that cannot be used."""
+    """Return labels of a recipe's rewards. Raises ImageRLError like `check_reward`, for the first unusable one."""
     names = None if columns is None else list(columns)
     return [check_reward(RewardSpec.from_mapping(entry), names) for entry in entries]
 
 
 def takes(spec: RewardSpec) -> list[str]:
-    """Names of a reward's arguments. Raises ImageRLError like `check_reward`."""
+    """Return the names of a reward's arguments. Raises ImageRLError like `check_reward`."""
     return [parameter.name for parameter in call_parameters(_resolve(spec)[1])]
 
 
 def columns_needed(spec: RewardSpec) -> list[str]:
-    """Columns without which a reward cannot be called; empty where it checks them itself, in another process."""
+    """Return the columns that calling a reward needs; empty where it checks them itself, in another process."""
     if spec.is_isolated or spec.is_remote:
         return []
     return needed_columns(_resolve(spec)[1], spec.settings)
 
 
 def secrets_of(spec: RewardSpec) -> list[str]:
-    """Environment variables that a reward's settings ending in `_env` name, defaults included."""
+    """Return the environment variables that a reward's settings ending in `_env` name, defaults included."""
     named = {name: value for name, value in spec.settings.items() if name.endswith("_env")}
     if not spec.is_isolated:
         label, found = _resolve(spec)
@@ -220,7 +220,7 @@ def secrets_of(spec: RewardSpec) -> list[str]:
 
 
 def load_reward(target: str, /, **settings: Any) -> tuple[str, RewardFn]:
-    """Label and callable of a reward by name, import path or address (see RewardSpec).
+    """Return label and callable of a reward by name, import path or address (see RewardSpec).
 
     Raises ImageRLError: unknown name, missing file or function, an error while importing or constructing."""
     return load_spec(RewardSpec(target, settings=settings))
@@ -229,8 +229,8 @@ def load_reward(target: str, /, **settings: Any) -> tuple[str, RewardFn]:
 def load_spec(
     spec: RewardSpec, patience_s: float | None = None, columns: Sequence[str] | None = None
 ) -> tuple[str, RewardFn]:
-    """Label and callable of a reward. `patience_s` is the time that one call has, for rewards that wait for others;
-    it goes to a setting of that name. `columns` are checked where only loading can.
+    """Return label and callable of a reward. `patience_s` is the time that one call has, for rewards that wait for
+    others; it goes to a setting of that name. `columns` are checked where only loading can.
 
     Raises ImageRLError like `load_reward`."""
     if spec.python is not None:
@@ -251,7 +251,7 @@ def load_spec(
 
 
 def unique_labels(labels: Sequence[str]) -> list[str]:
-    """Labels with a number added to repeated ones: ocr, ocr_2, ..."""
+    """Return labels with a number added to repeated ones: ocr, ocr_2, ..."""
     counts = [labels[: index + 1].count(label) for index, label in enumerate(labels)]
     return [label if n == 1 else f"{label}_{n}" for label, n in zip(labels, counts, strict=True)]
 
@@ -259,7 +259,7 @@ def unique_labels(labels: Sequence[str]) -> list[str]:
 def load_rewards(
     specs: Sequence[RewardSpec], patience_s: float | None = None, columns: Sequence[str] | None = None
 ) -> list[LoadedReward]:
-    """All rewards of a recipe, under distinct labels. Arguments and errors are those of `load_spec`."""
+    """Load all rewards of a recipe, under distinct labels. Arguments and errors are those of `load_spec`."""
     loaded = [load_spec(spec, patience_s, columns) for spec in specs]
     labels = unique_labels([label for label, _ in loaded])
     return [
@@ -269,7 +269,7 @@ def load_rewards(
 
 
 def _prompt_text(prompt: Any) -> str:
-    """The text of a plain or a chat prompt; TRL splits the content into blocks where there are pictures."""
+    """Return the text of a plain or a chat prompt; TRL splits the content into blocks where there are pictures."""
     content = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     if isinstance(content, str):
         return content
@@ -277,9 +277,9 @@ def _prompt_text(prompt: Any) -> str:
 
 
 def as_trl_reward(reward: Callable[..., Any], label: str | None = None) -> Callable[..., list[float | None]]:
-    """A reward of ours as a function for TRL's `GRPOTrainer(reward_funcs=[...])`, which wants a `__name__`
-    and a plain list. Pictures come from the dataset column `images` (or `image`); a list of one picture is
-    unwrapped, and a chat prompt stands for the text of its last message."""
+    """Wrap a reward of ours as a function for TRL's `GRPOTrainer(reward_funcs=[...])`, which wants a
+    `__name__` and a plain list. Pictures come from the dataset column `images` (or `image`); a list of one
+    picture is unwrapped, and a chat prompt stands for the text of its last message."""
 
     def trl_reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         images = columns.pop("images", None) or columns.pop("image", None) or []

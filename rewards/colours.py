@@ -1,4 +1,4 @@
-"""Are ink and background the colours the prompt asked for? A gold metric: measured, not trained on.
+"""Tell whether ink and background have the colours asked for. A gold metric: measured, not trained on.
 
 Works for one ink on one ground, as in the tiny world. Distances are Euclidean in 8-bit sRGB, because that is
 where renderers and decoders blend letters into the ground."""
@@ -21,14 +21,14 @@ INK_STRENGTH = (0.5, 1.4)  # how far along that line the ink may lie; thin blurr
 
 
 def estimate_background(image: np.ndarray) -> np.ndarray:
-    """Median colour [3] float64 of the rim of a picture [H, W, 3]."""
+    """Return the median colour [3] float64 of the rim of a picture [H, W, 3]."""
     inner = np.zeros(image.shape[:2], dtype=bool)
     inner[FRAME:-FRAME, FRAME:-FRAME] = True
     return np.median(image[~inner].astype(np.float64), axis=0)
 
 
 def estimate_ink(image: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Median colour [3] float64 of the pixels of [H, W, 3] farthest from the ground [3]."""
+    """Return the median colour [3] float64 of the pixels of [H, W, 3] farthest from the ground [3]."""
     pixels = image.reshape(-1, 3).astype(np.float64)
     distances = np.linalg.norm(pixels - background, axis=1)
     count = max(1, int(INK_SHARE * len(pixels)))
@@ -38,7 +38,7 @@ def estimate_ink(image: np.ndarray, background: np.ndarray) -> np.ndarray:
 def score_colours(
     image: np.ndarray, ink_rgb: Sequence[float], background_rgb: Sequence[float]
 ) -> tuple[float, float]:
-    """(ink right, background right), each 0.0 or 1.0, of a picture [H, W, 3] uint8.
+    """Return (ink right, background right), each 0.0 or 1.0, of a picture [H, W, 3] uint8.
 
     The ground is right within BACKGROUND_TOLERANCE. A stroke's pixels are mixtures ground + a·(ink − ground),
     so the ink is right when its estimate lies near the line from the *measured* ground to the wanted ink, far

@@ -1,4 +1,4 @@
-"""Chat completions of OpenAI-compatible endpoints: what goes in, what comes out, and what was asked before."""
+"""Handle chat completions of OpenAI-compatible endpoints: requests, answers, and a cache of both."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Said:
 
 
 def picture_part(picture: Any) -> dict[str, Any]:
-    """A PIL picture as a part of a message. Raises ValueError for what is no picture."""
+    """Make a PIL picture a part of a message. Raises ValueError for anything else."""
     png = to_png(picture)
     if png is None:
         raise ValueError(f"{type(picture).__name__} is no picture")
@@ -45,7 +45,7 @@ def text_part(text: str) -> dict[str, Any]:
 
 
 def read_completion(body: bytes, time_s: float, retries: int) -> Said:
-    """The answer in a chat completion. Raises ValueError with what is wrong with it."""
+    """Return the answer in a chat completion. Raises ValueError with what is wrong with it."""
     try:
         told = json.loads(body)
         choice = told["choices"][0]

@@ -1,4 +1,4 @@
-"""How rewards enter the total: weights that may change over the run, and gates. Pure functions."""
+"""Set how rewards enter the total: weights that may change over the run, and gates. Pure functions."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class Gate:
 
     @classmethod
     def from_mapping(cls, entry: Mapping[str, Any]) -> Gate:
-        """From `{by, at_least | at_most}`; a None stands for an absent key."""
+        """Read `{by, at_least | at_most}`; a None stands for an absent key."""
         bounds = [name for name in ("at_least", "at_most") if entry.get(name) is not None]
         if not entry.get("by") or len(bounds) != 1:
             raise ImageRLError(f"a gate needs by and one of at_least and at_most, got {dict(entry)}")
         return cls(str(entry["by"]), float(entry[bounds[0]]), bounds[0] == "at_least")
 
     def opening(self, values: np.ndarray) -> np.ndarray:
-        """1.0 where a value [B] passes, 0.0 where it does not, NaN where it is missing."""
+        """Return 1.0 where a value [B] passes, 0.0 where it does not, NaN where it is missing."""
         passes = values >= self.threshold if self.at_least else values <= self.threshold
         return np.where(np.isnan(values), np.nan, passes.astype(np.float64))
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """How one reward enters the total."""
+    """The way in which one reward enters the total."""
 
     label: str
     weight: Weight = 1.0
@@ -45,8 +45,8 @@ class Mix:
 
 
 def weight_at(weight: Weight, step: int) -> float:
-    """A weight at a step counted from 0. A schedule {step: weight} is linear between its steps and constant
-    before and after them."""
+    """Return a weight at a step counted from 0. A schedule {step: weight} is linear between its steps and
+    constant before and after them."""
     if not isinstance(weight, Mapping):
         return float(weight)
     steps = sorted(weight)

@@ -1,4 +1,4 @@
-"""Pictures as PNG files, for rewards that live in another process."""
+"""Write and read pictures as PNG files, for rewards that live in another process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def to_png(picture: Any) -> bytes | None:
-    """A PIL picture as a small PNG file, lossless; modes that PNG has not become RGB. None for what is no picture."""
+    """Write a PIL picture as a small, lossless PNG; modes that PNG has not become RGB. None for what is no picture."""
     if not isinstance(picture, Image.Image):
         return None
     if picture.mode not in PNG_MODES:
@@ -25,7 +25,7 @@ def to_png(picture: Any) -> bytes | None:
 
 
 def to_quick_png(picture: Any) -> bytes | None:
-    """The same, not compressed: a third to a half larger, and many times faster to write and read."""
+    """Write PNG like `to_png`, not compressed: a third to a half larger, and many times faster to write and read."""
     if not isinstance(picture, Image.Image) or picture.mode != "RGB":
         return to_png(picture)
     width, height = picture.size
@@ -45,8 +45,8 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def open_png(data: bytes) -> Image.Image:
-    """A picture with all its pixels read. Raises what Pillow raises for a broken file, and ValueError for one that
-    gives its size twice: Pillow believes the last, limits were held against the first."""
+    """Return a picture with all its pixels read. Raises what Pillow raises for a broken file, and ValueError for
+    one that gives its size twice: Pillow believes the last, limits were held against the first."""
     picture = Image.open(io.BytesIO(data), formats=["PNG"])
     if picture.size != struct.unpack(">II", data[16:24]):
         raise ValueError("it has two headers")

@@ -19,7 +19,9 @@ from imagerl.rl.errors import ImageRLError as ImageRLError
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row of a prompt set. `index` is its stable identity there and part of every random seed."""
+    """One row of a prompt set: Prompt(0, 'a sign that says "RIVER" in red', {"target": "RIVER"}).
+
+    `index` is its stable identity there and part of every random seed."""
 
     index: int
     text: str
@@ -29,7 +31,7 @@ class Prompt:
 
     @property
     def place(self) -> str:
-        """Where it stands, as a message begins."""
+        """The place where it stands, as a message begins."""
         return f"{self.source}, line {self.line}" if self.line else self.source or f"prompt {self.index + 1}"
 
     @property
@@ -42,7 +44,9 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How samples are drawn. Log-probs are those of exactly this distribution."""
+    """The settings that samples are drawn with: SamplingParams(1.0, 2.0, 4) for tiny pictures at temperature 1.
+
+    Log-probs are those of exactly this distribution."""
 
     temperature: float = 1.0
     guidance: float = 2.0
@@ -53,7 +57,9 @@ class SamplingParams:
 
 @dataclass(slots=True)
 class TokenTrajectory:
-    """Sampled image tokens of B samples, in group-major order (sample b belongs to prompt b // G)."""
+    """The sampled image tokens of B samples, in group-major order (sample b belongs to prompt b // G).
+
+    The tiny recipe has P = 6, G = 16, T = 64, so tokens [96, 64]; with D = 256 hidden is [96, 65, 256]."""
 
     tokens: Tensor  # [B, T] int64, 0-based within the image vocabulary
     rollout_logprobs: Tensor  # [B, T] float32, of the sampling distribution
@@ -62,7 +68,7 @@ class TokenTrajectory:
 
 
 class TokenScores(NamedTuple):
-    """What the policy says of given tokens. Differentiable when called with gradients on.
+    """The policy's scores of given tokens, [96, 64] in the tiny recipe. Differentiable when gradients are on.
 
     A tuple, because DeepSpeed looks for a module's output tensors in tuples and lists only."""
 
@@ -72,7 +78,7 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FlowSampling:
-    """How the decoder draws where its denoising steps are actions."""
+    """The decoder's sampling where denoising steps are actions: FlowSampling("sde", 0.7, range(0, 3), 1.0, 4)."""
 
     sampler: str  # kind of the stochastic steps: sde, dance, cps; ode: there are none
     noise_level: float
@@ -82,7 +88,8 @@ class FlowSampling:
 
 
 class FlowSchedule(NamedTuple):
-    """The stochastic steps of a `FlowSampling`, on the CPU. A step is N(latents·x + velocity·v, std^2)."""
+    """The stochastic steps of a `FlowSampling`, on the CPU; S = 3 for range(0, 3). A step is N(latents·x +
+    velocity·v, std^2)."""
 
     sigma: Tensor  # [S] noise level that the step begins at
     dt: Tensor  # [S] change of the noise level, negative
@@ -93,22 +100,22 @@ class FlowSchedule(NamedTuple):
 
 @dataclass(slots=True)
 class FlowTrajectory:
-    """What a replay of B pictures needs: where each stochastic step began and ended, and what it was
-    conditioned on. No pixels, and nothing of the deterministic steps."""
+    """The data to replay B pictures: where each stochastic step began and ended, and what it was conditioned on.
+    No pixels, and nothing of the deterministic steps. Tiny decoder, S = 3: latents [96, 4, 24, 4, 8]."""
 
     hidden: Tensor  # [B / M, R, D] of the token sequences
     latents: Tensor  # [B, S + 1, C, h, w] before each step and after the last; S = 0: the finished ones
     rollout_logprobs: Tensor  # [B, S] float32, nats per dimension
 
     def part(self, number: int, parts: int) -> FlowTrajectory:
-        """The `number`-th of equal parts."""
+        """Return the `number`-th of equal parts."""
         return FlowTrajectory(
             *(getattr(self, name).chunk(parts)[number] for name in ("hidden", "latents", "rollout_logprobs"))
         )
 
 
 class FlowScores(NamedTuple):
-    """What a velocity makes of given steps. Differentiable."""
+    """The scores of given steps under a velocity, [96, 3] for 96 pictures of S = 3 steps. Differentiable."""
 
     logprobs: Tensor  # [B, S] float32, nats per dimension
     means: Tensor  # [B, S, C, h, w] float32, of the transitions
@@ -116,7 +123,7 @@ class FlowScores(NamedTuple):
 
 @dataclass(slots=True)
 class RolloutGroup:
-    """G samples of one prompt."""
+    """A group of G samples of one prompt; tiny: tokens [16, 64], images [16, 32, 64, 3]."""
 
     prompt: Prompt
     tokens: Tensor  # [G, T]
@@ -128,7 +135,7 @@ class RolloutGroup:
 
 @dataclass(slots=True)
 class TrainBatch:
-    """Everything the update needs; B samples, group-major. Tensors of one microbatch or of a step."""
+    """The inputs of an update: B samples, group-major, of one microbatch or of a step. Tiny: 48 or 96 rows, N = 64."""
 
     prompt_ids: Tensor  # [B, L] int64, left-padded
     prompt_mask: Tensor  # [B, L] bool
@@ -142,7 +149,7 @@ class TrainBatch:
     selected: Tensor | None = None  # [B, N] bool, actions that the policy term trains; None: all
 
     def rows(self, which: slice) -> TrainBatch:
-        """Some of the samples, as views."""
+        """Select some of the samples, as views."""
 
         def part(name: str) -> Any:
             tensor = getattr(self, name)
@@ -153,8 +160,8 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """Arguments of every loss. `denominator` is the global count the sum is divided by: gradient
-    accumulation and data parallelism stay exact because no loss averages on its own."""
+    """The arguments of every loss. `denominator` is the global count the sum is divided by: gradient
+    accumulation and data parallelism stay exact because no loss averages on its own. Tiny: 96.0 samples."""
 
     logprobs: Tensor  # [B, N] with gradient
     old_logprobs: Tensor  # [B, N]
@@ -167,8 +174,8 @@ class LossInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowLossInputs(LossInputs):
-    """Arguments of a policy loss over denoising steps, N = S. What tokens can only estimate is exact here: the
-    KL of a step is known from the two means. `*_kl` are nats per latent dimension, [B, S], with gradient."""
+    """The arguments of a policy loss over denoising steps, N = S. What tokens can only estimate is exact here: the
+    KL of a step is known from the two means. `*_kl` are nats per latent dimension, [B, S] as [96, 3], with gradient."""
 
     std: Tensor  # [S] or [B, S] standard deviation of the transition, sqrt(|dt|) included
     dt: Tensor  # the same shape, change of sigma of the step
@@ -178,8 +185,9 @@ class FlowLossInputs(LossInputs):
 
 @dataclass(frozen=True, slots=True)
 class MatchingInputs:
-    """Arguments of a loss on the forward process: an action is a noise level with a noise, at which the network
-    is asked for the velocity of a finished sample. M of them per sample; velocities are [B, M, C, h, w]."""
+    """The arguments of a loss on the forward process: an action is a noise level with a noise, at which the network
+    is asked for the velocity of a finished sample. M of them per sample; velocities are [B, M, C, h, w]: [96, 4, 24,
+    4, 8]."""
 
     velocity: Tensor  # with gradient
     old_velocity: Tensor | None  # of the policy that drew the samples; None: the present one
@@ -194,8 +202,8 @@ class MatchingInputs:
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """`loss` to call backward on; `metrics` are sums over the given actions, to be divided by
-    `metrics["actions"]` once all microbatches and ranks are added up."""
+    """The result of a loss: `loss` to call backward on, and `metrics`, sums over the given actions, to be divided by
+    `metrics["actions"]` (tiny: 96 * 64 = 6144) once all microbatches and ranks are added up."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -203,8 +211,9 @@ class LossOutput:
 
 @dataclass(slots=True)
 class RewardOutput:
-    """What a reward may return instead of a bare list. None or NaN marks a sample without a value, and `reason`
-    says in one line why one of them has none."""
+    """A reward's answer in place of a bare list: RewardOutput([0.8, None], reason="timed out").
+
+    None or NaN marks a sample without a value, and `reason` says in one line why one of them has none."""
 
     rewards: Sequence[float | None]
     breakdown: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
@@ -231,7 +240,8 @@ class RewardFn(Protocol):
 
 @dataclass(slots=True)
 class RewardRequest:
-    """Samples of whole groups to be scored; every sequence has one entry per sample."""
+    """The samples of whole groups to be scored, such as 2 groups of 16: B = 32, images [32, 32, 64, 3]; every
+    sequence has one entry per sample."""
 
     prompts: list[str]
     completions: list[list[int]]
@@ -243,8 +253,8 @@ class RewardRequest:
 
 @dataclass(slots=True)
 class RewardScores:
-    """Scores of one request. NaN marks a sample without a usable value. See `rl.rollout.scores` for what is done to
-    all."""
+    """The scores of one request, such as totals [0.8, NaN]: NaN marks a sample without a usable value. Functions of
+    all are in `rl.rollout.scores`."""
 
     totals: np.ndarray  # [B] float64, weighted sum; NaN: leave this sample out
     components: dict[str, np.ndarray]  # raw values by "<reward>" and "<reward>/<part>", [B] float64
@@ -258,7 +268,7 @@ class RewardScores:
 
 @dataclass(frozen=True, slots=True)
 class CheckPicture:
-    """A picture whose worth is known, for checking rewards: what it answers and how.
+    """A picture of known worth, for checking rewards: CheckPicture("one letter wrong", "graded", prompt, image).
 
     `role` says what a good reward makes of it: `honest` answers the prompt; `graded` does so with a fault;
     `degenerate` shows nothing, or leaves undone what was asked for; `hack` aims at the reward instead of the
@@ -323,11 +333,11 @@ class Policy(Protocol):
     def refresh_sampler(self) -> None: ...
 
     def picture_tokens(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """[P, T] of pictures to edit: what the autoregressive half sees of them."""
+        """Return [P, T] of pictures to edit: what the autoregressive half sees of them."""
         ...
 
     def picture_latents(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """[P, C, h, w] of pictures to edit: what the decoder sees of them."""
+        """Return [P, C, h, w] of pictures to edit: what the decoder sees of them."""
         ...
 
     def encode_prompts(

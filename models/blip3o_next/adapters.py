@@ -1,4 +1,4 @@
-"""LoRA adapters in and out, in PEFT's own layout."""
+"""Save and load LoRA adapters, in PEFT's own layout."""
 
 from __future__ import annotations
 
@@ -99,14 +99,14 @@ def load_adapter(policy: ImagePolicy, folder: Path) -> None:
 
 
 def adapter_sampling(folder: Path) -> dict[str, Any]:
-    """How the policy with the adapter in a folder draws, where that is not as its base says."""
+    """Return how the policy with a folder's adapter draws, where its base says otherwise."""
     file = folder / SAMPLING
     return validated(SamplingSettings, read_json(file), str(file)).model_dump() if file.exists() else {}
 
 
 def adapter_base(folder: Path) -> str:
-    """What the adapter in a folder stands on: a path or a name. Raises ImageRLError when the settings beside it are
-    none of ours, or it stands, by way of others, on itself."""
+    """Return the path or name of what a folder's adapter stands on. Raises ImageRLError when the settings beside
+    it are none of ours, or it stands, by way of others, on itself."""
     base = first = adapter_settings(folder).base_model_name_or_path
     seen = {folder.resolve()}
     while is_regular((here := Path(base).expanduser().resolve()) / ADAPTER_CONFIG):
@@ -120,7 +120,7 @@ def adapter_base(folder: Path) -> str:
 
 
 def adapter_settings(folder: Path) -> AdapterSettings:
-    """The settings beside an adapter. Raises ImageRLError for one that is more than low-rank differences of weights."""
+    """Read an adapter's settings. Raises ImageRLError for one that is more than low-rank differences of weights."""
     file = folder / ADAPTER_CONFIG
     content = read_json(file)
     if isinstance(content, dict):
@@ -135,5 +135,5 @@ def adapter_settings(folder: Path) -> AdapterSettings:
 
 
 def _is_off(value: object) -> bool:
-    """Whether this is how PEFT writes a setting that is not used."""
+    """Tell whether PEFT writes an unused setting this way."""
     return value is None or value is False or value in ({}, [])

@@ -30,7 +30,7 @@ MAX_LOGITS_PER_CHUNK = 1 << 25  # float32 logits alive at once while scoring: 12
 
 @dataclass(frozen=True, slots=True)
 class ImageVocabulary:
-    """Where the image lives in the text vocabulary; the fields of the published config.json."""
+    """The image's place in the text vocabulary; the fields of the published config.json."""
 
     image_start_tag_id: int
     image_end_tag_id: int
@@ -65,14 +65,14 @@ class ImageVocabulary:
 
 
 def positions_of(mask: Tensor) -> Tensor:
-    """Position ids [B, L] of left-padded sequences: the first real token stands at 0."""
+    """Return position ids [B, L] of left-padded sequences: the first real token stands at 0."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def score_tokens(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float) -> TokenScores:
-    """Log-probs and entropies of `tokens` [B, T] given hidden states [B, T, D] and the head's image columns
-    [V, D]. The softmax is in float32: in bfloat16 its log-probs carry errors of 1e-2. Peak memory is one chunk
-    of logits, whatever B, T and V; chunks are recomputed in the backward pass."""
+    """Return log-probs and entropies of `tokens` [B, T] given hidden states [B, T, D] and the head's image
+    columns [V, D]. The softmax is in float32: in bfloat16 its log-probs carry errors of 1e-2. Peak memory is
+    one chunk of logits, whatever B, T and V; chunks are recomputed in the backward pass."""
 
     def score(chunk_hidden: Tensor, chunk_tokens: Tensor) -> tuple[Tensor, Tensor]:
         logits = F.linear(chunk_hidden, head).float() / temperature
@@ -103,11 +103,11 @@ class ARPolicy(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """[V, D] the image columns of the language model's head."""
+        """The image columns [V, D] of the language model's head."""
         return self.lm.lm_head.weight[self.vocabulary.columns]
 
     def hidden_states(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor) -> Tensor:
-        """Final-norm hidden states [B, T + 1, D] of `<S0>` (the prompt's last id) and of T image tokens.
+        """Return final-norm hidden states [B, T + 1, D] of `<S0>` (the prompt's last id) and of T image tokens.
 
         `prompt_ids`, `prompt_mask` [P, L] left-padded; `tokens` [B, T] 0-based image tokens, B = P·G in
         group-major order. With G > 1 a prompt is read once for its whole group, gradients included."""
@@ -117,7 +117,7 @@ class ARPolicy(nn.Module):
         return self.sequence_states(prompt_ids, prompt_mask, tokens)[:, prompt_ids.shape[1] - 1 :]
 
     def sequence_states(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor) -> Tensor:
-        """Final-norm hidden states [B, L + T, D] of whole sequences: prompts [B, L], then image tokens [B, T]."""
+        """Return final-norm hidden states [B, L + T, D] of sequences: prompts [B, L], then image tokens [B, T]."""
         ids = torch.cat([prompt_ids, tokens + self.vocabulary.image_start_token_id], dim=1)
         mask = torch.cat([prompt_mask.bool(), torch.ones_like(tokens, dtype=torch.bool)], dim=1)
         out = self.lm.model(
@@ -151,7 +151,7 @@ class ARPolicy(nn.Module):
     def forward(
         self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, temperature: float
     ) -> TokenScores:
-        """Scores of `tokens` [B, T] after the prompt. The last token is predicted, never fed."""
+        """Score `tokens` [B, T] after the prompt. The last token is predicted, never fed."""
         hidden = self.hidden_states(prompt_ids, prompt_mask, tokens[:, :-1])
         return score_tokens(hidden, self.head, tokens, temperature)
 
@@ -222,7 +222,7 @@ class ARPolicy(nn.Module):
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
-        """A context in which the adapter is what it was before training: the one that was kept, or none."""
+        """Make the adapter what it was before training, in a context: the one that was kept, or none."""
         assert self.adapter is not None
         if REFERENCE not in self.adapter.peft_config:
             with self.base_weights():
@@ -243,5 +243,5 @@ class ARPolicy(nn.Module):
         return self._adapter[0] if self._adapter else None
 
     def base_weights(self) -> AbstractContextManager[Any]:
-        """A context in which adapters are off."""
+        """Turn adapters off in a context."""
         return self.adapter.disable_adapter() if self.adapter is not None else nullcontext()

@@ -1,4 +1,4 @@
-"""Drawing image tokens: one prefill per prompt, then one small step per token for all samples at once.
+"""Draw image tokens: one prefill per prompt, then one small step per token for all samples at once.
 
 transformers' `generate` spends most of a small model's time outside the matrix products, prefills a shared
 prompt once per sample and forgets the hidden states. Here the weights are laid out once per rollout (fused
@@ -20,7 +20,7 @@ from imagerl.rl.types import TokenTrajectory
 
 
 def effective_weight(linear: Any) -> Tensor:
-    """The weight a linear layer acts with now: LoRA deltas included unless adapters are off."""
+    """Return the weight a linear layer acts with now: LoRA deltas included unless adapters are off."""
     if not hasattr(linear, "base_layer"):
         return linear.weight.detach()
     weight: Tensor = linear.base_layer.weight.detach()
@@ -140,11 +140,11 @@ class TokenSampler:
         )
 
     def _normed(self, x: Tensor) -> Tensor:
-        """RMS norm without its scale, which is folded into the next projection."""
+        """Apply RMS norm without its scale, which is folded into the next projection."""
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(self.dtype)
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [..., 1, d] of the rotary embedding; the sign of its half turn is in sin."""
+        """Return cos and sin [..., 1, d] of the rotary embedding; the sign of its half turn is in sin."""
         angles = positions[..., None].float() * self.inv_freq
         sin = angles.sin()
         cos = angles.cos()
@@ -153,7 +153,7 @@ class TokenSampler:
     def _queries_keys_values(
         self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [..., D] -> queries [..., Hq, d], keys and values [..., Hkv, d], rotated."""
+        """Map x [..., D] to queries [..., Hq, d], keys and values [..., Hkv, d], rotated."""
         qkv = F.linear(self._normed(x), layer.qkv).unflatten(-1, (-1, self.head_dim))
         qk, values = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=-2)
         qk = F.rms_norm(qk.float(), (self.head_dim,), eps=self.eps).to(self.dtype) * layer.qk_scale
@@ -201,8 +201,9 @@ class TokenSampler:
         padding: Tensor | None,
         step: int,
     ) -> Tensor:
-        """One token through one layer: x [B, D] -> [B, D]. Scores against the prompt are one product per prompt
-        for its whole group; scores against the sample's own tokens are one per sample; one softmax joins them."""
+        """Pass one token through one layer: x [B, D] -> [B, D]. Scores against the prompt are one product per
+        prompt for its whole group; scores against the sample's own tokens are one per sample; one softmax joins
+        them."""
         queries, keys, values = self._queries_keys_values(layer, x, *turn)
         cache.keys[:, :, :, step] = keys
         cache.values[:, :, step] = values

@@ -1,4 +1,4 @@
-"""New, untrained models from a configuration: the text tokenizer, the vocabulary, and all parts together."""
+"""Build new, untrained models from a configuration: the text tokenizer, the vocabulary, and all parts together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 def build_text_tokenizer(
     corpus: Iterable[str], text_vocabulary: int, image_tokens: int
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with the image tokens appended in the published order.
+    """Train a byte-level BPE tokenizer with the image tokens appended in the published order.
 
     Capitals and digits are always tokens of their own, so that spelling is in the ids. Any text can be encoded:
     all 256 bytes are in the vocabulary."""
@@ -78,7 +78,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast, image_tokens: int) -> Imag
 
 
 def build_policy(config: Mapping[str, Any], text_tokenizer: PreTrainedTokenizerFast) -> ImagePolicy:
-    """All parts with fresh weights from a model folder's config.json. Draws from torch's global generator."""
+    """Build all parts with fresh weights from a model folder's config.json. Draws from torch's global generator."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     ar = ARPolicy(Qwen3ForCausalLM(Qwen3Config(**config["qwen3"])), ImageVocabulary.from_config(config))
@@ -96,7 +96,7 @@ def build_policy(config: Mapping[str, Any], text_tokenizer: PreTrainedTokenizerF
 
 
 def build_image_tokenizer(config: Mapping[str, Any]) -> ImageTokenizer | None:
-    """The tokenizer a config describes: `ta_tok`, `image_tokenizer`, or none."""
+    """Build the tokenizer a config describes: `ta_tok`, `image_tokenizer`, or none."""
     if config.get("ta_tok"):
         return TATokenizer(config["ta_tok"])
     if config.get("image_tokenizer"):
@@ -107,7 +107,7 @@ def build_image_tokenizer(config: Mapping[str, Any]) -> ImageTokenizer | None:
 def new_policy(
     model: Mapping[str, Any], captions: Iterable[str], text_vocabulary: int
 ) -> tuple[ImagePolicy, dict[str, Any]]:
-    """An untrained policy and its complete config from a pretraining recipe's `model` section.
+    """Build an untrained policy and its complete config from a pretraining recipe's `model` section.
 
     `captions` are what the text tokenizer is trained on, in the prompt template. Raises ImageRLError with the first key
     that is wrong."""

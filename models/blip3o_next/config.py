@@ -1,4 +1,4 @@
-"""What a model folder's config.json may say: every size with bounds, and no setting that this code would not honour.
+"""Check a model folder's config.json: every size has bounds, and no setting is one that this code would not honour.
 
 Whatever is not listed is refused, not handed on: transformers would fetch and run a kernel of the hub that
 `attn_implementation` names, and settings that only half of the code knows would draw other pictures in silence."""
@@ -38,7 +38,7 @@ class Settings(BaseModel):
 
 
 class DiffusersSettings(Settings):
-    """Those of a diffusers class, which may stand beside its name."""
+    """Settings of a diffusers class, which may stand beside its name."""
 
     @model_validator(mode="before")
     @classmethod
@@ -233,7 +233,7 @@ class SiglipSettings(Settings):
 
 
 class SimVQArguments(Settings):
-    """The two that reading depends on; published ones hold more, of their training."""
+    """The two arguments that reading depends on; published ones hold more, of their training."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -318,7 +318,7 @@ class ModelSettings(Settings):
 
 
 class PublishedSettings(Settings):
-    """What is looked at of a flat, published config.json before it is brought into our form."""
+    """The fields of a flat, published config.json that are read before it is brought into our form."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -329,7 +329,7 @@ class PublishedSettings(Settings):
 
 
 def check_config(config: Mapping[str, Any], place: str) -> None:
-    """Whether a config in our form describes a model that can be built and can draw.
+    """Refuse a config in our form that describes no model that can be built and can draw.
 
     Raises ImageRLError, beginning with `place`, with the first key that is wrong and what should stand there."""
     validated(ModelSettings, dict(config), place)

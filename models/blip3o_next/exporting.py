@@ -1,4 +1,4 @@
-"""Policies in the layouts of others: the published BLIP3o-NEXT one, a plain Qwen3, a diffusers pipeline."""
+"""Export policies in the layouts of others: the published BLIP3o-NEXT one, a plain Qwen3, a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def save_published(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """The published layout: flat config.json, all parts under the published keys, a tokenizer.
+    """Write the published layout: flat config.json, all parts under the published keys, a tokenizer.
 
     `base` is the folder that training began from. If that is a published checkpoint, its tokenizer files are copied
     as they are, and so are tensors that no part of ours holds."""
@@ -63,7 +63,7 @@ def save_language_model(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """The autoregressive half alone as a `Qwen3ForCausalLM`, for vLLM, SGLang and transformers."""
+    """Write the autoregressive half alone as a `Qwen3ForCausalLM`, for vLLM, SGLang and transformers."""
     qwen3 = _present(policy, config)["qwen3"]
     theta = (qwen3.get("rope_parameters") or qwen3).get("rope_theta", 10000.0)
     flat = {
@@ -81,8 +81,8 @@ def save_language_model(
 
 
 def save_generation(policy: ImagePolicy, config: Config, folder: Path) -> None:
-    """generation_config.json, by which others sample unless told otherwise: from the whole distribution, at the model's
-    temperature. What else stands in one that is there already stays."""
+    """Write generation_config.json, by which others sample unless told otherwise: from the whole distribution, at the
+    model's temperature. What else stands in one that is there already stays."""
     file = folder / "generation_config.json"
     theirs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     whole = {
@@ -95,9 +95,9 @@ def save_generation(policy: ImagePolicy, config: Config, folder: Path) -> None:
 
 
 def save_diffusers(policy: ImagePolicy, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """The decoder as a `SanaPipeline` folder without a text encoder: its captions are what connector.safetensors, with
-    keys 0, 2 and 3 of the public code, makes of hidden states. The public code takes such a folder as its
-    `diffusion_name_or_path`."""
+    """Write the decoder as a `SanaPipeline` folder without a text encoder: its captions are what
+    connector.safetensors, with keys 0, 2 and 3 of the public code, makes of hidden states. The public code takes such
+    a folder as its `diffusion_name_or_path`."""
     import diffusers
 
     decoder = policy.decoder
@@ -122,7 +122,7 @@ def save_diffusers(policy: ImagePolicy, folder: Path, dtype: torch.dtype | None 
 
 
 def load_diffusers(folder: Path, hidden_size: int, latent_size: tuple[int, int]) -> FlowDecoder:
-    """A decoder from such a folder, each part by diffusers' own `from_pretrained`."""
+    """Load a decoder from such a folder, each part by diffusers' own `from_pretrained`."""
     from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
     from safetensors.torch import load_file
 
@@ -150,7 +150,8 @@ def align(module: nn.Module) -> None:
 
 
 def load_language_model(folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
-    """ids, mask [B, L] -> logits [B, L, vocabulary], by transformers' `AutoModelForCausalLM`, in float32."""
+    """Load a map from ids, mask [B, L] to logits [B, L, vocabulary]: transformers' `AutoModelForCausalLM` in
+    float32."""
     from transformers import AutoModelForCausalLM
 
     lm = AutoModelForCausalLM.from_pretrained(
@@ -163,8 +164,8 @@ def load_language_model(folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def save_tokenizer(policy: ImagePolicy, folder: Path) -> None:
-    """The text tokenizer, readable by transformers 4 and 5: 4 knows neither version 5's name for a tokenizer that
-    is one tokenizer.json, nor its list of special tokens, and looks for the chat template here."""
+    """Write the text tokenizer, readable by transformers 4 and 5: 4 knows neither version 5's name for a
+    tokenizer that is one tokenizer.json, nor its list of special tokens, and looks for the chat template here."""
     policy.text_tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -178,7 +179,7 @@ def save_tokenizer(policy: ImagePolicy, folder: Path) -> None:
 
 
 def _present(policy: ImagePolicy, config: Config) -> dict[str, Any]:
-    """The config with what training may have changed."""
+    """Return the config with what training may have changed."""
     return {
         **config,
         "qwen3": {**config["qwen3"], "tie_word_embeddings": is_tied(policy)},

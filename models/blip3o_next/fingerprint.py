@@ -1,4 +1,4 @@
-"""Which model is it? One number for everything in its folder that decides what it draws."""
+"""Identify a model by one number for everything in its folder that decides what it draws."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ABOUT = ("provenance.json", "pretraining.json")  # how it came to be: says nothi
 
 
 def model_fingerprint(path: str) -> str:
-    """SHA-256 over the names and contents of a model's files; for an adapter, over those of its base too.
+    """Return SHA-256 over the names and contents of a model's files; for an adapter, over those of its base too.
 
     Raises ImageRLError when there is no such model."""
     folder = model_folder(path)

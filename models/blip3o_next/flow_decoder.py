@@ -22,7 +22,7 @@ MAX_ENCODED = 1 << 21  # pixels encoded at once: two pictures of 1024x1024, what
 
 
 def build_connector(hidden_size: int, caption_channels: int) -> nn.Sequential:
-    """hidden states -> caption features; the published layout, keys 0, 2 and 3."""
+    """Build the map from hidden states to caption features; the published layout, keys 0, 2 and 3."""
     return nn.Sequential(
         nn.Linear(hidden_size, caption_channels),
         nn.GELU(approximate="tanh"),
@@ -32,12 +32,12 @@ def build_connector(hidden_size: int, caption_channels: int) -> nn.Sequential:
 
 
 def build_unused_connector(channels: int) -> nn.Sequential:
-    """A layer that published edit checkpoints hold and their code never calls; kept so that they round-trip."""
+    """Build a layer that published edit checkpoints hold and their code never calls; kept so that they round-trip."""
     return nn.Sequential(nn.Conv2d(2 * channels, channels, 1))
 
 
 def beside(latents: Tensor, reference: Tensor | None) -> Tensor:
-    """Latents [B, C, h, w] with a reference's to their right, [B, C, h, 2w]; without a reference the latents."""
+    """Put a reference's latents right of latents [B, C, h, w]: [B, C, h, 2w]; without one return the latents."""
     return latents if reference is None else torch.cat([latents, reference.to(latents.dtype)], dim=-1)
 
 
@@ -80,23 +80,23 @@ class FlowDecoder(nn.Module):
         return rows * self.vae.spatial_compression_ratio, columns * self.vae.spatial_compression_ratio
 
     def sigmas(self, steps: int) -> Tensor:
-        """[steps + 1] noise levels from 1 to 0 on the CPU: linspace(1, 1/steps, steps), shifted as the scheduler
-        says, then 0."""
+        """Return [steps + 1] noise levels from 1 to 0 on the CPU: linspace(1, 1/steps, steps), shifted as the
+        scheduler says, then 0."""
         scheduler = self._scheduler_class.from_config(self.scheduler_config)
         scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1.0 / steps, steps).tolist())
         return scheduler.sigmas.float()
 
     def condition(self, hidden: Tensor, reference: Tensor | None = None) -> Tensor:
-        """Hidden states [B, T + 1, D] -> projected caption [B, T + 1, inner], once per image, not per step. For an
-        edit the reference latents [B, C, h, w] follow, h·w rows more."""
+        """Map hidden states [B, T + 1, D] to the projected caption [B, T + 1, inner], once per image, not per
+        step. For an edit the reference latents [B, C, h, w] follow, h·w rows more."""
         features = self.connector(hidden.to(self.sana.dtype))
         if reference is not None:
             features = torch.cat([features, self.reference_features(reference)], dim=1)
         return self._project(features)
 
     def unconditional(self, hidden_size: int, edit: bool = False) -> Tensor:
-        """The condition of the unguided branch [1, 1, inner]: the connector applied to zeros. All rows and pictures
-        have the same, and softmax over equal keys is their mean, so one row stands for them all.
+        """Return the condition of the unguided branch [1, 1, inner]: the connector applied to zeros. All rows and
+        pictures have the same, and softmax over equal keys is their mean, so one row stands for them all.
 
         With `edit` [1, 2, inner]: a second row stands for the reference's, which are zeros after their connector."""
         weight = next(self.connector.parameters())
@@ -104,7 +104,7 @@ class FlowDecoder(nn.Module):
         return self._project(torch.cat([rows, torch.zeros_like(rows)], dim=1) if edit else rows)
 
     def reference_features(self, reference: Tensor) -> Tensor:
-        """Reference latents [B, C, h, w] -> caption features [B, h·w, caption_channels]."""
+        """Map reference latents [B, C, h, w] to caption features [B, h·w, caption_channels]."""
         connector = self.require_edit()
         return connector(reference.to(next(connector.parameters()).dtype).flatten(2).transpose(1, 2))
 
@@ -112,12 +112,12 @@ class FlowDecoder(nn.Module):
         return self.sana.caption_norm(self.sana.caption_projection(features))
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
-        """Velocity [B, C, h, w] at noise levels `sigma` [B], given a projected condition [B, R, inner]."""
+        """Return the velocity [B, C, h, w] at noise levels `sigma` [B], given a projected condition [B, R, inner]."""
         return velocity(self.sana, latents, sigma, [caption_keys(self.sana, condition)])
 
     def branches(self, hidden: Tensor, guidance: float, reference: Tensor | None = None) -> list[CaptionKeys]:
-        """What the cross-attentions see of a picture's hidden states [B, R, D] and of an edit's reference latents,
-        once for all its steps: the caption's branch, and unless guidance is 1 the unconditional one before it."""
+        """Return the cross-attentions' view of hidden states [B, R, D] and an edit's reference latents, once
+        for all steps: the caption's branch, and unless guidance is 1 the unconditional one before it."""
         given = caption_keys(self.sana, self.condition(hidden, reference))
         return [given] if guidance == 1.0 else [self._unconditional_keys(hidden, reference), given]
 
@@ -129,7 +129,7 @@ class FlowDecoder(nn.Module):
         guidance: float,
         reference: Tensor | None = None,
     ) -> Tensor:
-        """Velocity [B, C, h, w] at noise levels `sigma` [B] under classifier-free guidance (arXiv 2207.12598)."""
+        """Return the velocity [B, C, h, w] at noise `sigma` [B] under classifier-free guidance (arXiv 2207.12598)."""
         seen = torch.cat([beside(x, reference)] * len(branches))
         v = velocity(self.sana, seen, sigma.repeat(len(branches)), branches)[..., : x.shape[-1]]
         if len(branches) == 1:
@@ -161,7 +161,7 @@ class FlowDecoder(nn.Module):
 
     @torch.no_grad()
     def draw(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] -> pictures [B, 3, H, W] in [0, 1].
+        """Draw latents [B, C, h, w] as pictures [B, 3, H, W] in [0, 1].
 
         Raises ImageRLError for pixels that are not finite, which would be black ones in silence."""
         pictures = self.vae.decode((latents / self.scaling_factor).to(self.vae.dtype)).sample.float()
@@ -174,8 +174,8 @@ class FlowDecoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] at the transformer's scale. Memory is that of a few
-        pictures, whatever B."""
+        """Encode pictures [B, 3, H, W] in [-1, 1] as latents [B, C, h, w] at the transformer's scale. Memory is that
+        of a few pictures, whatever B."""
         height, width = pictures.shape[-2:]
         few = pictures.to(self.vae.dtype).split(max(1, MAX_ENCODED // (height * width)))
         return torch.cat([self.vae.encode(part).latent for part in few]) * self.scaling_factor
@@ -189,7 +189,7 @@ class FlowDecoder(nn.Module):
         drop: Tensor,
         reference: Tensor | None = None,
     ) -> Tensor:
-        """Mean of ‖v − (noise − x)‖² over all numbers: the flow-matching objective."""
+        """Return the mean of ‖v − (noise − x)‖² over all numbers: the flow-matching objective."""
         return self.flow_residual(hidden, latents, sigma, noise, drop, reference).square().mean()
 
     def flow_residual(
@@ -201,7 +201,7 @@ class FlowDecoder(nn.Module):
         drop: Tensor,
         reference: Tensor | None = None,
     ) -> Tensor:
-        """v − (noise − x) [B, C, h, w] in float32.
+        """Return v − (noise − x) [B, C, h, w] in float32.
 
         `sigma` [B] in (0, 1); `drop` [B] bool, where the condition is replaced by the unconditional one. With
         `reference` [B, C, h, w] the objective of an edit: the velocity of the reference's own half is free."""
@@ -216,7 +216,7 @@ class FlowDecoder(nn.Module):
         return v.float() - (noise - latents)
 
     def require_edit(self) -> nn.Sequential:
-        """The reference connector. Raises ImageRLError when the model has none."""
+        """Return the reference connector. Raises ImageRLError when the model has none."""
         if self.reference_connector is None:
             raise ImageRLError("this model draws from captions only; give a model trained to edit pictures")
         return self.reference_connector

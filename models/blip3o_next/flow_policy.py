@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 class FlowNetwork(nn.Module):
-    """What trains of a decoder: connector and transformer, never the autoencoder. It says velocities; all that
-    follows from them is arithmetic."""
+    """The part of a decoder that trains: connector and transformer, never the autoencoder. It gives
+    velocities; all else is arithmetic."""
 
     def __init__(self, decoder: FlowDecoder) -> None:
         super().__init__()
@@ -33,8 +33,8 @@ class FlowNetwork(nn.Module):
         self._decoder = (decoder,)  # in a tuple, so that the autoencoder is not registered
 
     def forward(self, hidden: Tensor, latents: Tensor, sigma: Tensor, guidance: float) -> Tensor:
-        """Guided velocities [B, N, C, h, w] in float32 at N points of each sample: latents [B, N, C, h, w] at
-        noise levels sigma [B, N], all given the same hidden states [B, R, D].
+        """Return guided velocities [B, N, C, h, w] in float32 at N points of each sample: latents
+        [B, N, C, h, w] at noise levels sigma [B, N], all given the same hidden states [B, R, D].
 
         What depends on the hidden states alone is computed once for the N points, gradients included."""
         (decoder,) = self._decoder
@@ -47,7 +47,7 @@ class FlowPolicy:
     """Implements `rl.types.DecoderPolicy` around a decoder."""
 
     def __init__(self, decoder: FlowDecoder) -> None:
-        """Only the network gets gradients; what it stands in stays frozen."""
+        """Give gradients to the network only; the rest stays frozen."""
         self.decoder = decoder
         self.trainable = FlowNetwork(decoder)
         self.trainable.requires_grad_(True)
@@ -84,15 +84,15 @@ class FlowPolicy:
         return x, FlowTrajectory(hidden, torch.stack(visited or [x], 1), rollout_logprobs)
 
     def schedule(self, sampling: FlowSampling) -> FlowSchedule:
-        """The stochastic steps of a rollout."""
+        """Return the stochastic steps of a rollout."""
         sigmas = self.decoder.sigmas(sampling.steps)
         drawing = step_coefficients(sampling.sampler, sigmas, sampling.noise_level)  # type: ignore[arg-type]
         rows = slice(sampling.window.start, sampling.window.stop)
         return FlowSchedule(sigmas[:-1][rows], sigmas.diff()[rows], *(value[rows] for value in drawing))
 
     def score(self, velocity: Tensor, latents: Tensor, schedule: FlowSchedule) -> FlowScores:
-        """Log-probs of the steps through latents [B, S + 1, C, h, w], given the velocities [B, S, C, h, w] at
-        their beginnings. No network and no autoencoder is run."""
+        """Return log-probs of the steps through latents [B, S + 1, C, h, w], given the velocities
+        [B, S, C, h, w] at their beginnings. No network and no autoencoder is run."""
         coefficients = StepCoefficients(schedule.latents, schedule.velocity, schedule.std)
         means, logprobs = [], []
         for step, std in enumerate(schedule.std.tolist()):
@@ -112,7 +112,7 @@ class FlowPolicy:
 
     @torch.no_grad()
     def reference_velocity(self, hidden: Tensor, latents: Tensor, sigma: Tensor, guidance: float) -> Tensor:
-        """`FlowNetwork.forward` of the frozen reference."""
+        """Return `FlowNetwork.forward` of the frozen reference."""
         if self._reference is not None:
             return self._reference(hidden, latents, sigma, guidance)
         if self._adapter is None:
@@ -138,5 +138,5 @@ class FlowPolicy:
             self._adapter = None
 
     def base_weights(self) -> AbstractContextManager[Any]:
-        """A context in which adapters are off."""
+        """Turn adapters off in a context."""
         return self._adapter.disable_adapter() if self._adapter is not None else nullcontext()

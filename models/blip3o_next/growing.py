@@ -1,4 +1,4 @@
-"""A model that draws pictures becomes one that can also be taught to edit and to read them."""
+"""Turn a model that draws pictures into one that can also be taught to edit and to read them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from imagerl.rl.types import ImageRLError
 def turns(
     captions: Iterable[str], instructions: Iterable[str], questions: Iterable[str], answers: Iterable[str]
 ) -> list[str]:
-    """Chat turns of all three tasks, to train a text tokenizer on."""
+    """Return chat turns of all three tasks, to train a text tokenizer on."""
     return [
         f"system\n{SYSTEM}",
         *(f"user\n{REQUEST.format(caption=caption)}" for caption in captions),
@@ -30,8 +30,8 @@ def turns(
 def grow(
     old: ImagePolicy, old_config: Mapping[str, Any], corpus: Iterable[str], text_vocabulary: int
 ) -> tuple[ImagePolicy, dict[str, Any]]:
-    """An edit-capable policy and its config, with every weight of `old` and a text tokenizer of its own that is
-    trained on `corpus`. Only the decoder's reference connector is fresh, from torch's global generator.
+    """Build an edit-capable policy and its config, with every weight of `old` and a text tokenizer of its own
+    that is trained on `corpus`. Only the decoder's reference connector is fresh, from torch's global generator.
 
     A token keeps the embedding that `old` has for its name; a new piece of text begins as the mean of the tokens
     that `old` spells it with. Raises ImageRLError when `old` has no image tokenizer to read pictures with."""
@@ -60,8 +60,8 @@ def grow(
 
 
 def carried_rows(old_tokenizer: Any, new_tokenizer: Any, old_rows: Tensor, fresh: Tensor) -> Tensor:
-    """Rows [V, D] for the new tokenizer's ids out of the old one's; `fresh` [V, D] where there is nothing to carry:
-    named tokens that the old one lacks."""
+    """Return rows [V, D] for the new tokenizer's ids out of the old one's; `fresh` [V, D] where there is nothing to
+    carry: named tokens that the old one lacks."""
     known, named = old_tokenizer.get_vocab(), new_tokenizer.get_added_vocab()
     rows = fresh.clone()
     for token, id_ in new_tokenizer.get_vocab().items():

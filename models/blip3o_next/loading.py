@@ -1,4 +1,4 @@
-"""Model folders in and out: ours, the published BLIP3o-NEXT ones, and those of the hub.
+"""Read and write model folders: ours, the published BLIP3o-NEXT ones, and those of the hub.
 
 A folder holds config.json, safetensors and a Hugging Face tokenizer. Nothing is unpickled, no code from a folder is
 run, and no other model is fetched first."""
@@ -36,7 +36,7 @@ _logger = logging.getLogger(__name__)
 
 
 def model_folder(path: str) -> Path:
-    """The folder a recipe's `model.path` means: a shipped model, a path, or a model of the hub as
+    """Return the folder a recipe's `model.path` means: a shipped model, a path, or a model of the hub as
     `owner/name` or `owner/name@revision`, which is downloaded once."""
     try:
         folder = Path(__file__).parents[1] / path if path in SHIPPED else Path(path).expanduser()
@@ -54,13 +54,13 @@ def model_folder(path: str) -> Path:
 
 
 def base_folder(path: str) -> Path:
-    """The same, for an adapter folder that of the whole model underneath."""
+    """Return `model_folder`; for an adapter, that of its whole base model."""
     folder = model_folder(path)
     return base_folder(adapter_base(folder)) if (folder / ADAPTER_CONFIG).is_file() else folder
 
 
 def _way_to_a_model(folder: Path) -> str:
-    """What to do instead when a folder is no model."""
+    """Say what to do when a folder is no model."""
     if (folder / "model" / "config.json").is_file():
         return f"the model is in {folder / 'model'}"
     if any((folder / name).exists() for name in ("checkpoints", "optimizer.safetensors")):
@@ -69,7 +69,7 @@ def _way_to_a_model(folder: Path) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it is, of either layout. One of ours describes a model that can be built; see
+    """Read config.json as it is, of either layout. One of ours describes a model that can be built; see
     `models.blip3o_next.config`."""
     file = folder / "config.json"
     if not file.is_file():
@@ -106,7 +106,7 @@ def save_policy(
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, floating-point numbers as float32."""
+    """Read all tensors of a folder, floating-point numbers as float32."""
     shards = Shards(folder)
     read = ((name, shards.read(name)) for name in shards.in_order())
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in read}
@@ -152,7 +152,7 @@ def _require_image_tokens(text_tokenizer: Any, config: Mapping[str, Any], folder
 
 
 def load_prompts(path: str) -> PromptEncoder:
-    """How the model at `path`, as `load_policy` takes it, reads prompts; its weights stay on disk."""
+    """Load the prompt encoder of the model at `path`, as `load_policy` takes it; no weights are read."""
     from transformers import Qwen3Config
 
     config, text_tokenizer, _, _ = _open(base_folder(path))
@@ -162,7 +162,7 @@ def load_prompts(path: str) -> PromptEncoder:
 
 
 def _open(folder: Path) -> tuple[dict[str, Any], Any, Shards, dict[str, Any] | None]:
-    """The config in our form, the text tokenizer, the tensors yet to be read, and a published config.json as it is."""
+    """Return our config, the text tokenizer, the tensors yet to be read, and a published config.json as it is."""
     config, shards = read_config(folder), Shards(folder)
     published = config if is_published(config) else None
     if published is not None:
@@ -175,7 +175,7 @@ def _open(folder: Path) -> tuple[dict[str, Any], Any, Shards, dict[str, Any] | N
 def load_policy(
     path: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[ImagePolicy, dict[str, Any]]:
-    """A policy with all its parts in `dtype`, and its config in our form.
+    """Load a policy with all its parts in `dtype`, and its config in our form.
 
     `path` is "tiny", a model folder of ours or of the published layout, a folder with a LoRA adapter, whose base is
     then loaded under it, adapters of its own merged, or a name of the hub. Beside the policy one tensor at a time is in

@@ -94,8 +94,8 @@ class ImagePolicy:
     def encode_prompts(
         self, texts: Sequence[str], reference_tokens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Captions -> ids and mask [P, L], left-padded, each ending in `<im_start><S0>`. With the tokens [P, T] of
-        reference pictures the texts are instructions that edit these.
+        """Encode captions as ids and mask [P, L], left-padded, each ending in `<im_start><S0>`. With the tokens
+        [P, T] of reference pictures the texts are instructions that edit these.
 
         Raises ImageRLError for an empty text, and for references when the model cannot read pictures."""
         if reference_tokens is None:
@@ -103,11 +103,11 @@ class ImagePolicy:
         return self._padded(self.prompts.edits(texts, reference_tokens))
 
     def encode_questions(self, texts: Sequence[str], picture_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Questions about pictures of tokens [P, T] -> ids and mask [P, L], left-padded; the answer follows."""
+        """Encode questions about pictures of tokens [P, T] as ids and mask [P, L], left-padded; the answer follows."""
         return self._padded(self.prompts.questions(texts, picture_tokens))
 
     def answer(self, picture_tokens: Tensor, questions: Sequence[str], max_new_tokens: int = 64) -> list[str]:
-        """The model's own words about pictures of tokens [P, T]: greedy decoding up to the end of its turn."""
+        """Return the model's own words about pictures of tokens [P, T]: greedy decoding up to the end of its turn."""
         ids, mask = self.encode_questions(questions, picture_tokens)
         stop = {
             self.prompts.id_of(TURN_END),
@@ -118,7 +118,7 @@ class ImagePolicy:
         return [self.text_tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
     def reference_of(self, pictures: Sequence[Image.Image] | Tensor) -> tuple[Tensor, Tensor]:
-        """What an edit needs of its reference pictures: tokens [P, T] and latents [P, C, h, w].
+        """Return the parts of reference pictures that an edit needs: tokens [P, T] and latents [P, C, h, w].
 
         `pictures` are PIL pictures of any size and mode, or a tensor [P, 3, H, W] in [-1, 1] of the decoder's size.
         Raises ImageRLError when the model cannot edit or a picture cannot be read."""
@@ -128,21 +128,21 @@ class ImagePolicy:
         return self.picture_tokens(pictures), self.picture_latents(pictures)
 
     def picture_tokens(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Tokens [P, T] of PIL pictures of any size and mode. Raises ImageRLError like `reference_of`."""
+        """Return tokens [P, T] of PIL pictures of any size and mode. Raises ImageRLError like `reference_of`."""
         tokenizer = self.require_tokenizer()
         self.decoder.require_edit()
         small = torch.stack([prepare_picture(picture, tokenizer.picture_size) for picture in pictures])
         return tokenizer.encode(small.to(self.device))
 
     def picture_latents(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Latents [P, C, h, w] of PIL pictures of any size and mode. Raises ImageRLError like `reference_of`."""
+        """Return latents [P, C, h, w] of PIL pictures of any size and mode. Raises ImageRLError like `reference_of`."""
         self.decoder.require_edit()
         size = self.decoder.picture_size
         large = torch.stack([prepare_picture(p, size, Image.Resampling.BILINEAR) for p in pictures])
         return self.decoder.encode(large.to(self.device))
 
     def tokens_of(self, pictures: Tensor) -> Tensor:
-        """Image tokens [P, T] of pictures [P, 3, H, W] in [-1, 1] of the decoder's size."""
+        """Return image tokens [P, T] of pictures [P, 3, H, W] in [-1, 1] of the decoder's size."""
         tokenizer = self.require_tokenizer()
         if tokenizer.picture_size != self.decoder.picture_size:
             small = F.interpolate(pictures, tokenizer.picture_size, mode="bicubic", antialias=True)
@@ -173,7 +173,7 @@ class ImagePolicy:
     def decode(
         self, hidden: Tensor, noise: Tensor, guidance: float, steps: int, reference: Tensor | None = None
     ) -> Tensor:
-        """Hidden states [B, T + 1, D] and noise [B, C, h, w] -> pictures [B, 3, H, W] in [0, 1].
+        """Decode hidden states [B, T + 1, D] and noise [B, C, h, w] to pictures [B, 3, H, W] in [0, 1].
 
         `reference` [P, C, h, w] are the latents of the pictures that an edit starts from, B = P·G group-major."""
         self.decoder.require_shape(noise)
@@ -190,7 +190,7 @@ class ImagePolicy:
     def decode_steps(
         self, hidden: Tensor, noise: Tensor, step_noise: Tensor, sampling: FlowSampling
     ) -> tuple[Tensor, FlowTrajectory]:
-        """`decode` by stochastic steps: pictures [B, 3, H, W] in [0, 1], and what replaying the steps needs.
+        """Decode by stochastic steps: pictures [B, 3, H, W] in [0, 1], and what replaying the steps needs.
 
         `step_noise` [B, S, C, h, w] is the noise of the steps in `sampling.window`."""
         if self.flow is None:
@@ -211,7 +211,7 @@ class ImagePolicy:
             self.load_reference({n: p.data for n, p in self.trainable.named_parameters()})
 
     def reference_state(self) -> dict[str, Tensor]:
-        """The weights of the frozen copy by name; empty where there is none."""
+        """Return the weights of the frozen copy by name; empty where there is none."""
         return {} if self._reference is None else {n: p.data for n, p in self._reference.named_parameters()}
 
     @torch.no_grad()
@@ -230,7 +230,7 @@ class ImagePolicy:
     def reference_scores(
         self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, temperature: float
     ) -> TokenScores:
-        """Scores of tokens [B, T] under the frozen reference."""
+        """Score tokens [B, T] under the frozen reference."""
         if self._reference is not None:
             return self._reference(prompt_ids, prompt_mask, tokens, temperature)
         if self.trainable.adapter is None:

@@ -1,4 +1,4 @@
-"""What the language model reads: the published chat prompts around a user's words and a picture's tokens."""
+"""Encode what the language model reads: the published chat prompts around a user's words and a picture's tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PromptTooLong(ImageRLError):
 
 
 def pad_left(rows: Rows, pad: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, L] int64 and bool."""
+    """Pad to ids and mask [B, L] int64 and bool."""
     longest = max(map(len, rows))
     ids = [[pad] * (longest - len(row)) + row for row in rows]
     mask = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
@@ -49,7 +49,7 @@ class PromptEncoder:
         positions: int,
         image_tokens: int,
     ) -> None:
-        """`positions` are the language model's, for prompt and answer together; a picture is `image_tokens` of them."""
+        """Take the language model's `positions`, for prompt and answer together, `image_tokens` of them a picture."""
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.positions = positions
@@ -68,13 +68,13 @@ class PromptEncoder:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def _named_spans(self, text: str) -> list[tuple[int, int]]:
-        """Where the tokenizer would see one of its named tokens in a text."""
+        """Find where the tokenizer would see a named token in a text."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [span for id_, span in pairs if id_ in self._named]
 
     def plain(self, text: str) -> list[int]:
-        """Ids of a text in which names of tokens are mere letters; those of any other text are the tokenizer's own."""
+        """Return ids of a text in which names of tokens are mere letters; other texts' are the tokenizer's own."""
         ids = self._ids(text)
         if self._named.isdisjoint(ids):
             return ids
@@ -97,14 +97,15 @@ class PromptEncoder:
                 raise type(error)(f"{prompt.place}: {error}") from None
 
     def encode(self, text: str, kind: Kind) -> list[int]:
-        """One prompt, with tokens of no particular picture. Raises ImageRLError for what the model cannot read."""
+        """Encode one prompt, with no particular picture's tokens. Raises ImageRLError for what the model cannot
+        read."""
         if kind == "caption":
             return self.captions([text])[0]
         picture = torch.zeros(1, self.image_tokens, dtype=torch.long)
         return (self.edits if kind == "edit" else self.questions)([text], picture)[0]
 
     def captions(self, texts: Sequence[str]) -> Rows:
-        """Text-to-image prompts, each ending in `<im_start><S0>`."""
+        """Encode text-to-image prompts, each ending in `<im_start><S0>`."""
         require_words(texts, "prompt", "a caption")
         rows = [
             self._head
@@ -116,7 +117,7 @@ class PromptEncoder:
         return self._fitting(rows, texts, self.image_tokens)
 
     def edits(self, texts: Sequence[str], reference_tokens: Tensor) -> Rows:
-        """Edit prompts around the references' tokens [P, T], each ending in `<im_start><S0>`."""
+        """Encode edit prompts around the references' tokens [P, T], each ending in `<im_start><S0>`."""
         require_words(texts, "prompt", "an instruction")
         rows = [
             self._head
@@ -129,8 +130,8 @@ class PromptEncoder:
         return self._fitting(rows, texts, self.image_tokens)
 
     def questions(self, texts: Sequence[str], picture_tokens: Tensor) -> Rows:
-        """Questions about pictures of tokens [P, T], each ending where the answer starts. The picture stands before
-        the words."""
+        """Encode questions about pictures of tokens [P, T], each ending where the answer starts. The picture stands
+        before the words."""
         require_words(texts, "question", "words")
         rows = [
             self._head + self.plain(self._lead) + picture + self.plain(f"\n{text}{self._trail}") + self._tail
@@ -139,7 +140,7 @@ class PromptEncoder:
         return self._fitting(rows, texts, 0)
 
     def _fitting(self, rows: Rows, texts: Sequence[str], drawn: int) -> Rows:
-        """The rows. Raises PromptTooLong when one leaves no positions for the `drawn` tokens of a picture."""
+        """Return the rows. Raises PromptTooLong when one leaves no positions for the `drawn` tokens of a picture."""
         limit = self.positions - drawn
         for row, text in zip(rows, texts, strict=True):
             if len(row) > limit:
@@ -151,7 +152,7 @@ class PromptEncoder:
         return rows
 
     def answers(self, texts: Sequence[str]) -> Rows:
-        """What the model should say: the words and the end of its turn."""
+        """Encode the model's answers: the words and the end of its turn."""
         return [[*self.plain(text), self.id_of(TURN_END)] for text in texts]
 
     @property
@@ -177,7 +178,7 @@ class PromptEncoder:
 
 
 def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What the chat template puts before and after the user's words, up to where the model goes on.
+    """Return the chat template's text before and after the user's words, up to where the model goes on.
 
     Raises ImageRLError when there is no template, or it does not show the user's words exactly once."""
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": MARK}]

@@ -130,21 +130,21 @@ _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attenti
 
 
 def full_size_config(edit: bool = False, vision_tower: bool = True) -> dict[str, Any]:
-    """The config of the published 3B model, as a model folder of ours would hold it."""
+    """Return the config of the published 3B model, as a model folder of ours would hold it."""
     config = {"qwen3": dict(QWEN3), **STOCK, **IMAGE_TOKENS.to_config()}
     return config | ({"ta_tok": TA_TOK} if vision_tower else {}) | ({"edit": True} if edit else {})
 
 
 def is_published(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of the published layout, not of ours."""
+    """Tell whether a config.json is of the published layout, not of ours."""
     names = config.get("architectures")
     first = str(names[0]) if isinstance(names, list) and names else ""
     return "qwen3" not in config and ("diffusion_name_or_path" in config or first.startswith("blip3o"))
 
 
 def from_published(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """Our config for a published one and the shapes of its tensors. The original stays under `published`, so that
-    an export has the same fields again.
+    """Return our config for a published one and the shapes of its tensors. The original stays under `published`,
+    so that an export has the same fields again.
 
     Raises ImageRLError when a field is missing, or is none that a model can be built with."""
     missing = [key for key in _NEEDED if key not in config]
@@ -170,8 +170,8 @@ def from_published(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
 
 
 def to_published(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The flat config.json for one of ours; `dtype` is "float32" or "bfloat16". Sizes that are not the stock models'
-    go under the key `imagerl`, which the public code does not read."""
+    """Return the flat config.json for one of ours; `dtype` is "float32" or "bfloat16". Sizes that are not the stock
+    models' go under the key `imagerl`, which the public code does not read."""
     qwen3 = config["qwen3"]
     rope = qwen3.get("rope_parameters") or {}
     flat: dict[str, Any] = {
@@ -228,7 +228,7 @@ _EDIT_FIELDS: dict[str, Any] = {
 
 
 def _ta_tok_of(shapes: Shapes) -> dict[str, Any]:
-    """The tokenizer's sizes from its tensors; heads and picture size, which shapes do not tell, are the stock ones."""
+    """Read the tokenizer's sizes off its tensors; heads and picture size, which shapes do not tell, are stock."""
 
     def shape(name: str) -> tuple[int, ...]:
         if VISION_TOWER + name not in shapes:

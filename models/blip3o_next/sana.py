@@ -1,5 +1,5 @@
-"""The velocity of a diffusers SANA transformer (arXiv 2410.10629), with all that depends on the caption alone
-computed once per picture instead of once per denoising step.
+"""Compute the velocity of a diffusers SANA transformer (arXiv 2410.10629), with all that depends on the
+caption alone computed once per picture instead of once per denoising step.
 
 The modules and their arithmetic are diffusers'; only the cross-attention is spelt out here, because its keys and
 values must outlive one call."""
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True, slots=True)
 class CaptionKeys:
-    """What the cross-attentions of all layers see of one branch's condition."""
+    """Keys and values of one branch's condition for the cross-attentions of all layers."""
 
     keys: list[Tensor]  # per layer [B or 1, heads, R, d]
     values: list[Tensor]  # per layer [B or 1, heads, R, d]
@@ -26,7 +26,7 @@ class CaptionKeys:
 
 
 def caption_keys(sana: Any, condition: Tensor, counts: Tensor | None = None) -> CaptionKeys:
-    """Keys and values of a projected condition [B, R, inner].
+    """Compute keys and values of a projected condition [B, R, inner].
 
     With `counts` [R], row r stands for that many equal rows: softmax over n equal scores s is softmax over the
     one score s + log n."""
@@ -42,8 +42,8 @@ def caption_keys(sana: Any, condition: Tensor, counts: Tensor | None = None) -> 
 
 
 def velocity(sana: Any, latents: Tensor, sigma: Tensor, branches: Sequence[CaptionKeys]) -> Tensor:
-    """Velocity [B, C, h, w] of latents [B, C, h, w] at noise levels `sigma` [B]. The batch is as many equal parts
-    as there are branches, one after the other.
+    """Return the velocity [B, C, h, w] of latents [B, C, h, w] at noise levels `sigma` [B]. The batch is as many
+    equal parts as there are branches, one after the other.
 
     After `sana.enable_gradient_checkpointing()` only the inputs of the blocks are kept for the backward pass."""
     batch, _, height, width = latents.shape
@@ -71,7 +71,7 @@ def _block(
     rows: int,
     columns: int,
 ) -> Tensor:
-    """One transformer block on x [B, rows·columns, D]."""
+    """Apply one transformer block to x [B, rows·columns, D]."""
     modulation = block.scale_shift_table[None] + timestep
     shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)
     normed = block.norm1(x) * (1 + scale_sa) + shift_sa
@@ -95,5 +95,5 @@ def _cross_attention(attention: Any, x: Tensor, branches: Sequence[CaptionKeys],
 
 
 def _heads(attention: Any, x: Tensor) -> Tensor:
-    """[B, R, heads·d] -> [B, heads, R, d]."""
+    """Reshape [B, R, heads·d] to [B, heads, R, d]."""
     return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)

@@ -30,13 +30,13 @@ class SimVQ(nn.Module):
         self.embedding_proj = nn.Linear(width, width)
 
     def codes(self) -> Tensor:
-        """[codes, width], of length 1 when normalised."""
+        """Return the codes [codes, width], of length 1 when normalised."""
         codes = self.embedding_proj(self.embedding.weight)
         return F.normalize(codes, dim=-1) if self.l2_normalized else codes
 
     def nearest(self, z: Tensor) -> Tensor:
-        """[..., width] -> [...] int64: the code of the largest cosine, or of the smallest distance when codes are not
-        normalised. In float32: bfloat16 cosines of neighbouring codes are often equal."""
+        """Map [..., width] to [...] int64: the code of the largest cosine, or of the smallest distance when codes are
+        not normalised. In float32: bfloat16 cosines of neighbouring codes are often equal."""
         codes = self.codes().float()
         # argmin |z − c|² = argmax z·c − |c|²/2; the second term is constant for codes of length 1
         offset = 0.0 if self.l2_normalized else codes.square().sum(-1) / 2
@@ -112,7 +112,7 @@ class TATokenizer(ImageTokenizer):
 
     @torch.no_grad()
     def features(self, pictures: Tensor, scale: int = 1) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> features [B, T, C] in [-1, 1], before they are quantised.
+        """Map pictures [B, 3, H, W] in [-1, 1] to features [B, T, C] in [-1, 1], before they are quantised.
 
         Scale 2 and 3 average windows of 2×2 and 3×3 patches: 27×27 becomes 13×13 and 9×9."""
         self.require_size(pictures)
@@ -128,12 +128,12 @@ class TATokenizer(ImageTokenizer):
 
     @torch.no_grad()
     def encode(self, pictures: Tensor, scale: int = 1) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> tokens [B, T] int64, row by row."""
+        """Encode pictures [B, 3, H, W] in [-1, 1] as tokens [B, T] int64, row by row."""
         return self.bottleneck.regularizer.nearest(self.bottleneck.in_linear(self.features(pictures, scale)))
 
     @torch.no_grad()
     def features_of(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, T] of a square grid -> features [B, T, C] rebuilt from the codes alone."""
+        """Map tokens [B, T] of a square grid to features [B, T, C] rebuilt from the codes alone."""
         batch, count = tokens.shape
         side = math.isqrt(count)
         z = self.bottleneck.out_linear(F.embedding(tokens, self.bottleneck.regularizer.codes()))
@@ -145,7 +145,7 @@ class TATokenizer(ImageTokenizer):
 def load_ta_tok(
     path: Path, heads: int = PUBLISHED_HEADS, image_size: int = PUBLISHED_IMAGE_SIZE
 ) -> TATokenizer:
-    """A tokenizer from the published `ta_tok.pth` or from a safetensors file, with bare keys or those of a checkpoint.
+    """Load a tokenizer from the published `ta_tok.pth` or a safetensors file, with bare keys or a checkpoint's.
 
     Sizes are read off the weights; `heads` and `image_size` (pixels) cannot be. Nothing but tensors and plain
     containers is unpickled. Raises ImageRLError when the file is damaged or no TA-Tok."""

@@ -11,7 +11,7 @@ from imagerl.models.blip3o_next.ar import ARPolicy, ImageVocabulary, positions_o
 
 
 def text_columns(vocabulary: ImageVocabulary, size: int) -> Tensor:
-    """[size] bool: the columns of the head that are text, neither image nor scale tokens nor image tags."""
+    """Mark, as [size] bool, the columns of the head that are text, neither image nor scale tokens nor image tags."""
     allowed = torch.ones(size, dtype=torch.bool)
     allowed[vocabulary.columns] = False
     allowed[vocabulary.scale_start_token_id : vocabulary.scale_end_token_id + 1] = False
@@ -23,7 +23,7 @@ def text_columns(vocabulary: ImageVocabulary, size: int) -> Tensor:
 def greedy_text(
     ar: ARPolicy, prompt_ids: Tensor, prompt_mask: Tensor, stop: Collection[int], max_new_tokens: int
 ) -> list[list[int]]:
-    """The most likely text after each of left-padded prompts [P, L], token by token, without its stop token.
+    """Return the most likely text after each of left-padded prompts [P, L], token by token, without its stop token.
 
     At most `max_new_tokens` tokens each, and no more than the model has positions for; a row that has stopped no longer
     changes."""

@@ -1,4 +1,4 @@
-"""A policy's tensors by their published names: what they are, and how they are filled."""
+"""Name a policy's tensors as published, and fill them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PARTS = {
 
 
 def empty_policy(config: Mapping[str, Any], text_tokenizer: Any) -> ImagePolicy:
-    """`build_policy` without memory for parameters: they have shapes only, while buffers are real.
+    """Build a policy without memory for parameters: they have shapes only, while buffers are real.
 
     Raises ImageRLError when its parts do not go together."""
     from accelerate import init_empty_weights
@@ -57,7 +57,7 @@ def empty_policy(config: Mapping[str, Any], text_tokenizer: Any) -> ImagePolicy:
 
 
 def module_prefixes(policy: ImagePolicy) -> dict[str, nn.Module]:
-    """Where each part lives in the published key layout."""
+    """Return each part by its prefix in the published key layout."""
     parts: dict[str, nn.Module] = {
         "model.diffusion_connector.": policy.decoder.connector,
         "model.sana.": policy.decoder.sana,
@@ -77,7 +77,7 @@ def is_tied(policy: ImagePolicy) -> bool:
 
 
 def slots(policy: ImagePolicy) -> dict[str, Slot]:
-    """Where each stored tensor belongs. A tied head is not stored; adapters must not be on."""
+    """Map each stored tensor's key to its place. A tied head is not stored; adapters must not be on."""
     found: dict[str, Slot] = {}
     for prefix, part in {"": policy.trainable.lm, **module_prefixes(policy)}.items():
         for path, module in part.named_modules():
@@ -94,7 +94,7 @@ def slots(policy: ImagePolicy) -> dict[str, Slot]:
 
 
 def language_model_state(policy: ImagePolicy) -> dict[str, Tensor]:
-    """The language model's own keys, adapters merged; a tied head is not stored twice."""
+    """Return the language model's own keys, adapters merged; a tied head is not stored twice."""
     from imagerl.models.blip3o_next.ar_sampler import effective_weight
 
     state: dict[str, Tensor] = {}
@@ -111,7 +111,7 @@ def language_model_state(policy: ImagePolicy) -> dict[str, Tensor]:
 
 
 def full_state(policy: ImagePolicy) -> dict[str, Tensor]:
-    """Every tensor of the generator under its published key: views where possible, not copies."""
+    """Return every tensor of the generator under its published key: views where possible, not copies."""
     state = language_model_state(policy)
     for prefix, module in module_prefixes(policy).items():
         state.update({prefix + name: tensor for name, tensor in module.state_dict().items()})
@@ -179,7 +179,7 @@ def check_fit(
     source: Path,
     published: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Whether a checkpoint's tensors are those of the policy. `published` is its config.json where it is of the
+    """Refuse a checkpoint whose tensors are not the policy's. `published` is its config.json where it is of the
     published layout: that may hold tensors which belong to no part. Returns what is worth knowing of those.
 
     Raises ImageRLError with one line that says what is missing, unknown or of another shape, and how many."""

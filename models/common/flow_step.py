@@ -1,4 +1,4 @@
-"""One denoising step of a flow-matching sampler, deterministic or stochastic. Pure functions.
+"""Take one denoising step of a flow-matching sampler, deterministic or stochastic. Pure functions.
 
 With x_sigma = (1 - sigma) * x_0 + sigma * noise and the velocity v = noise - x_0, every sampler here moves from
 sigma to sigma' < sigma by a Gaussian transition whose mean is *linear* in what the network sees and says:
@@ -44,7 +44,7 @@ class StepCoefficients(NamedTuple):
 
 
 def step_coefficients(kind: StepKind, sigmas: Tensor, noise_level: float = 0.0) -> StepCoefficients:
-    """Coefficients of all steps of a schedule.
+    """Compute the coefficients of all steps of a schedule.
 
     At sigma = 1 the diffusion coefficient of `sde` is infinite. As in the public code its 1 - sigma is then
     taken at the second noise level, `sigmas[1]`, and nothing else changes.
@@ -67,13 +67,13 @@ def step_coefficients(kind: StepKind, sigmas: Tensor, noise_level: float = 0.0) 
 
 
 def transition_mean(coefficients: StepCoefficients, step: int, latents: Tensor, velocity: Tensor) -> Tensor:
-    """Mean [B, C, h, w] of the next latents in float32, whatever precision the velocity comes in."""
+    """Return the mean [B, C, h, w] of the next latents in float32, whatever precision the velocity comes in."""
     a, b = float(coefficients.latents[step]), float(coefficients.velocity[step])
     return a * latents.float() + b * velocity.float()
 
 
 def next_latents(mean: Tensor, std: float, noise: Tensor | None = None) -> Tensor:
-    """mean + std·noise, both [B, C, h, w]. The noise is the caller's, from a generator of each sample's own.
+    """Return mean + std·noise, both [B, C, h, w]. The noise is the caller's, from a generator of each sample's own.
 
     Raises:
         ValueError: a stochastic step without noise.
@@ -86,7 +86,7 @@ def next_latents(mean: Tensor, std: float, noise: Tensor | None = None) -> Tenso
 
 
 def transition_logprob(following: Tensor, mean: Tensor, std: float, reduce: str = "mean") -> Tensor:
-    """log N(following; mean, std^2) of each sample, [B] float32, in nats per dimension.
+    """Return log N(following; mean, std^2) of each sample, [B] float32, in nats per dimension.
 
     The *mean* over the latents' dimensions, as all public code has it, not the log-density, which is the
     `sum`: a ratio of densities in thousands of dimensions would be 0 or inf, and so clips are about 1e-4 wide.
@@ -110,7 +110,7 @@ def transition_logprob(following: Tensor, mean: Tensor, std: float, reduce: str 
 
 
 def cps_logprob_as_flow_grpo(following: Tensor, mean: Tensor) -> Tensor:
-    """-mean (following - mean)^2 [B]: the "log-prob" of flow_grpo's CPS variant.
+    """Return -mean (following - mean)^2 [B]: the "log-prob" of flow_grpo's CPS variant.
 
     It is the Gaussian one times 2 std^2 plus a constant, so its ratios are those of `transition_logprob` to the
     power of 2 std^2 (below 1): late steps are damped. For comparisons; clips tuned with it do not carry over.
@@ -119,7 +119,7 @@ def cps_logprob_as_flow_grpo(following: Tensor, mean: Tensor) -> Tensor:
 
 
 def flow_grpo_std(std: Tensor, sigmas: Tensor) -> Tensor:
-    """What flow_grpo calls std_dev_t for `sde`: std / sqrt(-d), the diffusion coefficient g, [N]."""
+    """Return flow_grpo's std_dev_t for `sde`: std / sqrt(-d), the diffusion coefficient g, [N]."""
     return std / (sigmas[:-1] - sigmas[1:]).sqrt()
 
 
@@ -138,8 +138,9 @@ def _ode(sigmas: Tensor, noise_level: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _diffusion(sigmas: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Euler–Maruyama of dx = (v + g^2 / (2 sigma) (x + (1 - sigma) v)) dsigma + g dw, whose marginals are those
-    of dx = v dsigma: the score of the marginal at sigma is -(x + (1 - sigma) v) / sigma."""
+    """Return Euler–Maruyama's coefficients for dx = (v + g^2 / (2 sigma) (x + (1 - sigma) v)) dsigma + g dw,
+    whose marginals are those of dx = v dsigma: the score of the marginal at sigma is -(x + (1 - sigma) v) /
+    sigma."""
     sigma, step = sigmas[:-1], sigmas.diff()
     pull = g.square() / (2 * sigma)
     return 1 + pull * step, (1 + pull * (1 - sigma)) * step, g * (-step).sqrt()

@@ -1,4 +1,4 @@
-"""Model folders from the Hugging Face hub: weights, settings and tokenizers, never code and never pickles."""
+"""Fetch model folders from the Hugging Face hub: weights, settings and tokenizers, never code and never pickles."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether this could be `owner/name` or `owner/name@revision`. A path such as runs/x could be, too."""
+    """Tell whether this could be `owner/name` or `owner/name@revision`. A path such as runs/x could be, too."""
     return re.fullmatch(_NAME, path) is not None
 
 
 def snapshot(name: str) -> Path:
-    """The folder of a model of the hub, downloaded at first use, then from the cache.
+    """Return the folder of a model of the hub, downloaded at first use, then from the cache.
 
     Raises ImageRLError when the hub cannot be reached, or has no such model."""
     from huggingface_hub import snapshot_download

@@ -1,4 +1,4 @@
-"""Pictures to discrete tokens: what every tokenizer offers, and the small one that also draws its tokens."""
+"""Turn pictures into discrete tokens: the interface of all tokenizers, and a small one that also draws its tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ImageTokenizer(nn.Module):
         return self.grid[0] * self.grid[1]
 
     def grid_at(self, scale: int) -> tuple[int, int]:
-        """Rows and columns of tokens at a scale. Raises ImageRLError for a scale that the tokenizer has not."""
+        """Return rows and columns of tokens at a scale. Raises ImageRLError for a scale that the tokenizer has not."""
         if scale not in self.scales:
             raise ImageRLError(
                 f"this model's pictures have no scale {scale}, only {', '.join(map(str, self.scales))}"
@@ -34,11 +34,11 @@ class ImageTokenizer(nn.Module):
         return self.grid[0] // scale, self.grid[1] // scale
 
     def encode(self, pictures: Tensor, scale: int = 1) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> tokens [B, T] int64, row by row."""
+        """Encode pictures [B, 3, H, W] in [-1, 1] as tokens [B, T] int64, row by row."""
         raise NotImplementedError
 
     def features(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> features [B, T, C]."""
+        """Map pictures [B, 3, H, W] in [-1, 1] to features [B, T, C]."""
         raise NotImplementedError
 
     def require_size(self, pictures: Tensor) -> None:
@@ -68,7 +68,7 @@ class FSQTokenizerConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Sequence[int] | int]) -> FSQTokenizerConfig:
-        """Lists, as JSON has them, become tuples."""
+        """Read a dict, turning JSON's lists into tuples."""
         return cls(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})  # type: ignore[arg-type]
 
 
@@ -85,7 +85,7 @@ class FiniteScalarQuantizer(nn.Module):
         self.num_codes = int(sizes.prod())
 
     def digits(self, z: Tensor) -> Tensor:
-        """[..., len(levels)] of any real numbers -> the integers 0..level-1, differentiable."""
+        """Map [..., len(levels)] of any real numbers to the integers 0..level-1, differentiable."""
         top = self.levels - 1
         position = torch.sigmoid(z) * top
         return position + (position.round() - position).detach()
@@ -94,7 +94,7 @@ class FiniteScalarQuantizer(nn.Module):
         return (digits.round().long() * self.radix).sum(-1)
 
     def values(self, digits: Tensor) -> Tensor:
-        """Digits to numbers in [-1, 1], what the decoder sees."""
+        """Map digits to the numbers in [-1, 1] that the decoder sees."""
         return digits * 2 / (self.levels - 1) - 1
 
     def digits_of(self, index: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class FSQTokenizer(ImageTokenizer):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Reconstruction [B, 3, H, W] of images in [-1, 1], differentiable through the codes."""
+        """Return the reconstruction [B, 3, H, W] of images in [-1, 1], differentiable through the codes."""
         digits = self.quantizer.digits(self.encoder(images).permute(0, 2, 3, 1))
         return self._draw(digits)
 
@@ -163,7 +163,7 @@ class FSQTokenizer(ImageTokenizer):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """[B, T] -> [B, 3, H, W], about [-1, 1]."""
+        """Decode [B, T] to [B, 3, H, W], about [-1, 1]."""
         rows, columns = self.grid
         return self._draw(self.quantizer.digits_of(tokens.reshape(-1, rows, columns)))
 

@@ -13,7 +13,7 @@ from imagerl.rl.files.reading import read_picture
 
 
 def covering_size(picture: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (width, height) of the picture's aspect that covers the wanted one."""
+    """Return the smallest (width, height) of the picture's aspect that covers the wanted one."""
     (width, height), (to_width, to_height) = picture, wanted
     if width * to_height >= height * to_width:
         return int(to_height * width / height), to_height
@@ -21,7 +21,7 @@ def covering_size(picture: tuple[int, int], wanted: tuple[int, int]) -> tuple[in
 
 
 def crop_note(picture: Image.Image, size: tuple[int, int]) -> str | None:
-    """What `prepare_picture` will cut off at a size (H, W), in words, or None when the aspect fits."""
+    """Say what `prepare_picture` will cut off at a size (H, W), or return None when the aspect fits."""
     wanted = (size[1], size[0])
     covering = covering_size(picture.size, wanted)
     if covering == wanted:
@@ -35,7 +35,7 @@ def prepare_picture(
     size: tuple[int, int],
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Tensor:
-    """Any picture -> [3, H, W] float32 in [-1, 1] of `size` (H, W) pixels.
+    """Turn any picture into [3, H, W] float32 in [-1, 1] of `size` (H, W) pixels.
 
     The shorter side is resized to fit, the middle of the longer one kept, as the published code does for its
     autoencoder (bilinear there, bicubic for the tokenizer). For the tokenizer it squeezes the whole picture instead:

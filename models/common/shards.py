@@ -43,7 +43,7 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor lies."""
+    """The place of a tensor."""
 
     file: Path
     start: int  # first byte in the file
@@ -53,7 +53,7 @@ class Entry:
 
 
 class StoredTensor(BaseModel):
-    """What a header says of a tensor."""
+    """A header's entry for a tensor."""
 
     dtype: str
     shape: list[Annotated[int, Field(ge=0, strict=True)]]
@@ -100,7 +100,7 @@ class Shards:
         return sum(entry.size for entry in self.entries.values())
 
     def read(self, name: str) -> Tensor:
-        """One tensor as stored, in memory of its own. Raises KeyError for an unknown name."""
+        """Read one tensor as stored, in memory of its own. Raises KeyError for an unknown name."""
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         if entry.size:
@@ -117,14 +117,14 @@ class Shards:
         return tensor
 
     def in_order(self) -> Iterator[str]:
-        """All names as they lie on the disk, which is read front to back."""
+        """List all names as they lie on the disk, which is read front to back."""
         return iter(
             sorted(self.entries, key=lambda name: (self.entries[name].file, self.entries[name].start))
         )
 
 
 def require_finite(tensor: Tensor, name: str) -> Tensor:
-    """The tensor itself. Raises ImageRLError when it holds NaN or infinity: no picture comes of them.
+    """Return the tensor itself. Raises ImageRLError when it holds NaN or infinity: no picture comes of them.
 
     In no memory of its own: the smallest or the largest of numbers that are not all finite is not."""
     if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):
@@ -162,7 +162,7 @@ def save_shards(
 
 
 def save_tensors(state: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None = None) -> None:
-    """One safetensors file. The tensors may lie on a GPU and may share memory."""
+    """Write one safetensors file. The tensors may lie on a GPU and may share memory."""
     from safetensors.torch import save_file
 
     stored: dict[str, Tensor] = {}
@@ -186,7 +186,7 @@ def _stored_size(tensor: Tensor, dtype: torch.dtype | None) -> int:
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
-    """Tensor -> file, or None where one file holds all."""
+    """Map tensor names to files, or return None where one file holds all."""
     file = folder / INDEX
     if not is_regular(file):
         return None
@@ -212,8 +212,8 @@ def _absent(folder: Path, name: str, index: Mapping[str, str] | None) -> str:
 
 
 def _read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of a file, which lie one behind the other from its header to its end, as the format wants it: two
-    names for one place, or bytes that no name stands for, are damage."""
+    """Return the tensors of a file, which lie one behind the other from its header to its end, as the format wants
+    it: two names for one place, or bytes that no name stands for, are damage."""
     total = file.stat().st_size
     try:
         with open(file, "rb") as stream:

@@ -1,4 +1,4 @@
-"""A reward in an interpreter that need not have any of our dependencies: `PYTHON rewards/boundary/child.py`.
+"""Run a reward in an interpreter that need not have any of our dependencies: `PYTHON rewards/boundary/child.py`.
 
 Frames (a length of 8 bytes, then that many) come on stdin and go to stdout. The first one says what to load, every
 other one is a request of `rewards.boundary.wire`; each is answered by one. Pictures are PIL's where Pillow is
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 
 def _own_modules() -> tuple[Any, Any, Any]:
-    """Our `guard`, `targets` and `wire`, without leaving our packages in the way of the user's imports."""
+    """Return our `guard`, `targets` and `wire`, without leaving our packages in the way of the user's imports."""
     folder = Path(__file__).resolve().parent
     sys.path = [path for path in sys.path if not path or Path(path).resolve() != folder]
     top = folder.parents[1]
@@ -42,7 +42,7 @@ def _own_modules() -> tuple[Any, Any, Any]:
 
 
 def read_frame(stream: BinaryIO) -> bytes | None:
-    """The next frame; None at the end of the stream."""
+    """Return the next frame; None at the end of the stream."""
     start = stream.read(8)
     if len(start) < 8:
         return None
@@ -57,7 +57,7 @@ def write_frame(stream: BinaryIO, body: bytes) -> None:
 
 
 def opener() -> Any:
-    """What makes a picture of a PNG file."""
+    """Return a function from a PNG file to a picture."""
     try:
         from PIL import Image
     except ImportError:

@@ -1,4 +1,4 @@
-"""HTTP with a time limit over all attempts: retries, back-off, `Retry-After`, and no answer without an end."""
+"""Speak HTTP with a time limit over all attempts: retries, back-off, `Retry-After`, and no answer without an end."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class Client:
         headers: Mapping[str, str] | None = None,
         path: str = "",
     ) -> Answer:
-        """The answer to a request, tried until `deadline` (of `time.monotonic`), each time for `attempt_s` seconds:
-        looking up the name, connecting, sending, waiting, and the last byte of the answer included.
+        """Return the answer to a request, tried until `deadline` (of `time.monotonic`), each time for `attempt_s`
+        seconds: looking up the name, connecting, sending, waiting, and the last byte of the answer included.
 
         Raises Refused for a status that another attempt would not change, and GaveUp."""
         asking = self._send(
@@ -137,8 +137,8 @@ class Client:
             _logger.warning("%s: answers again", self._url)
 
     def _pause(self, attempts: int, asked: float | None) -> float:
-        """Seconds until the next attempt: doubling, with up to a half more so that clients do not come all at once;
-        as long as the server asked for, if it did."""
+        """Return the seconds until the next attempt: doubling, with up to a half more so that clients do not come
+        all at once; as long as the server asked for, if it did."""
         longest = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempts - 1))
         return max(longest * (1 + self._jitter.random() / 2), asked or 0.0)
 
@@ -150,7 +150,7 @@ class Client:
         body: bytes | None,
         headers: Mapping[str, str],
     ) -> tuple[int, bytes, float | None]:
-        """Status, body and the seconds of `Retry-After`. Raises aiohttp's errors."""
+        """Return status, body and the seconds of `Retry-After`. Raises aiohttp's errors."""
         async with session.request(
             method,
             url,
@@ -170,15 +170,16 @@ class Client:
 
 @cache
 def _loop(_process: int) -> asyncio.AbstractEventLoop:
-    """The event loop of all clients of a process, in a thread of its own: the caller's may run one already, as in
-    notebooks, and a look-up of a name that hangs must not hold up the caller. A forked process has no such thread."""
+    """Return the event loop of all clients of a process, in a thread of its own: the caller's may run one already, as
+    in notebooks, and a look-up of a name that hangs must not hold up the caller. A forked process has no such
+    thread."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True, name="http-client").start()
     return loop
 
 
 def secret(variable: str, purpose: str) -> str:
-    """The value of an environment variable. Raises ImageRLError when it is not set, or could not be a header."""
+    """Return the value of an environment variable. Raises ImageRLError when it is not set, or could not be a header."""
     value = os.environ.get(variable, "").strip()
     if not value:
         raise ImageRLError(f"set the environment variable {variable} to {purpose}")
@@ -196,7 +197,7 @@ def _proxy_for(url: str) -> str | None:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """`Retry-After` in seconds: a number of them, or a date."""
+    """Return `Retry-After` in seconds: a number of them, or a date."""
     if retry_after is None:
         return None
     try:
@@ -209,7 +210,7 @@ def _seconds(retry_after: str | None) -> float | None:
 
 
 def _message(data: bytes) -> str:
-    """What an error's body says, in one line."""
+    """Say what is in an error's body, in one line."""
     text = data[:4000].decode(errors="replace")
     try:
         told = json.loads(text)["error"]
@@ -220,7 +221,7 @@ def _message(data: bytes) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Why there was no answer: the system's words where it has some."""
+    """Say why there was no answer, in the system's words where it has some."""
     number = getattr(error, "errno", None)
     # Below 0 it is of the look-up of a name, and TLS has numbers of its own.
     if isinstance(number, int) and number > 0 and not isinstance(error, aiohttp.ClientSSLError):

@@ -32,19 +32,19 @@ OUTPUT_FIELDS = ("rewards", "breakdown", "reason")
 
 
 class Failure(Exception):
-    """Users' code raised. The message is one line that says what."""
+    """Users' code raised. The message says what in one line."""
 
 
 class Unusable(Failure):
-    """Users' code returned what cannot be used; the same call would return it again."""
+    """Users' code returned something unusable; the same call would return it again."""
 
 
 # ---- words ---------------------------------------------------------------------------------------------------
 
 
 def text_of(value: object, most: int = 200, to_text: Callable[[Any], str] = str) -> str:
-    """A value as one line that can be written anywhere: printable, without lone surrogates, at most `most`
-    characters. Never raises, whatever the value's own methods do."""
+    """Write a value as one line that can be written anywhere: printable, without lone surrogates, at most
+    `most` characters. Never raises, whatever the value's own methods do."""
     try:
         plain = isinstance(value, str) and to_text is str
         text = str.__str__(value if plain else to_text(value))  # an exact str, also from a subclass
@@ -61,8 +61,8 @@ def _kind(value: object) -> str:
 
 
 def error_line(error: BaseException) -> str:
-    """ "ValueError: too red (my_reward.py:7)": the error, and the last line of a user's file that led to it: where a
-    library raised it, such as <frozen os>:679, tells nobody what to mend. Never raises."""
+    """Write "ValueError: too red (my_reward.py:7)": the error, and the last line of a user's file that led to it: where
+    a library raised it, such as <frozen os>:679, tells nobody what to mend. Never raises."""
     text = text_of(error)
     try:
         frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
@@ -89,7 +89,7 @@ TORCH_SWITCHES = (
 
 
 def _switches() -> Iterator[Switch]:
-    """State of the process that the trainer's results or files depend on: name, how it is read, how it is set."""
+    """Yield state of the process that the trainer's results or files depend on: name, how it is read, how it is set."""
     yield "folder", os.getcwd, os.chdir
     yield "environment", lambda: dict(os.environ), _set_environment
     yield "random", random.getstate, random.setstate
@@ -142,7 +142,7 @@ def _state() -> dict[str, Any]:
 
 
 def _switch(wanted: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """Sets what differs. What cannot be set, such as a folder that is gone, stays as it is."""
+    """Sets what differs. Whatever cannot be set, such as a folder that is gone, stays as it is."""
     for name, _, write in _switches():
         if name in wanted and not _same(wanted[name], present.get(name)):
             with suppress(Exception):
@@ -163,7 +163,7 @@ _their_variables: dict[str, str | None] = {}
 
 @contextmanager
 def users_code() -> Iterator[None]:
-    """Inside, users' code may run. Afterwards folder, environment, random numbers, torch's defaults, signal handlers
+    """Let users' code run inside. Afterwards folder, environment, random numbers, torch's defaults, signal handlers
     and the like are as before; what users' code set is kept for the next time that it runs.
 
     Raises Failure for whatever it raises, SystemExit and KeyboardInterrupt included, and ImageRLError for an error of
@@ -231,8 +231,8 @@ def _signals() -> Iterator[list[int]]:
 
 
 def answered(reward: Callable[..., Any], samples: Mapping[str, list[Any]]) -> Reply:
-    """What a reward says of `prompts`, `completions`, `images` and columns, one entry a sample. It gets copies, so
-    that a reward that changes them does not change them for the next one. Raises Failure and ImageRLError."""
+    """Call a reward on `prompts`, `completions`, `images` and columns, one entry a sample. It gets copies, so that
+    a reward that changes them does not change them for the next one. Raises Failure and ImageRLError."""
     completions = [list(tokens) for tokens in samples["completions"]]
     given = {name: list(values) for name, values in samples.items()}
     given["completions"] = given["completion_ids"] = completions
@@ -242,8 +242,8 @@ def answered(reward: Callable[..., Any], samples: Mapping[str, list[Any]]) -> Re
 
 
 def _read(output: Any, size: int) -> Reply:
-    """A reward's output for `size` samples: a list of numbers, a RewardOutput, or a dict with its fields. A value
-    that is no finite number is NaN, None says that the reward does not apply. Raises Unusable."""
+    """Read a reward's output for `size` samples: a list of numbers, a RewardOutput, or a dict with its fields. A
+    value that is no finite number is NaN, None says that the reward does not apply. Raises Unusable."""
     if isinstance(output, Mapping):
         if "rewards" not in output or any(name not in OUTPUT_FIELDS for name in output):
             raise Unusable("returned a dict; it must have the keys rewards, breakdown and reason, no others")
@@ -265,8 +265,8 @@ def _read(output: Any, size: int) -> Reply:
 
 
 def _column(entries: Any, size: int) -> tuple[list[float | None], str | None]:
-    """[size] numbers, NaN where there is none and None where it is said not to apply, and the last thing wrong with
-    one of them. Raises Unusable."""
+    """Return [size] numbers, NaN where there is none and None where it is said not to apply, and the last thing
+    wrong with one of them. Raises Unusable."""
     if isinstance(entries, (str, bytes, Mapping, Set)) or not hasattr(entries, "__len__"):
         raise Unusable(f"returned {text_of(_kind(entries))}; return a list with one number per sample")
     found = list(islice(entries, size + 1))  # it may have no end
@@ -290,9 +290,9 @@ def _column(entries: Any, size: int) -> tuple[list[float | None], str | None]:
 
 
 def score_samples(reward: Callable[..., Any], samples: Mapping[str, list[Any]]) -> Reply:
-    """What a reward says of samples; see `answered`. Whatever it does wrong becomes missing values with a reason,
-    except an ImageRLError, which says that the recipe must be mended. A call that raises is repeated by halves, so that
-    only the samples that are at fault are lost: one of them in n costs about 2·log2(n) further calls."""
+    """Score samples by a reward; see `answered`. Whatever it does wrong becomes missing values with a reason, except an
+    ImageRLError, which says that the recipe must be mended. A call that raises is repeated by halves, so that only the
+    samples that are at fault are lost: one of them in n costs about 2·log2(n) further calls."""
     size = len(samples["prompts"])
     try:
         return answered(reward, samples)
@@ -306,12 +306,12 @@ def score_samples(reward: Callable[..., Any], samples: Mapping[str, list[Any]]) 
 
 
 def failed(size: int, reason: str) -> Reply:
-    """A reply without a value for any of `size` samples."""
+    """Return a reply without a value for any of `size` samples."""
     return Reply([float("nan")] * size, {}, reason)
 
 
 def join(replies: Sequence[Reply]) -> Reply:
-    """Replies for consecutive samples as one; a part that one of them lacks has no value there. The last reason
+    """Join replies for consecutive samples; a part that one of them lacks has no value there. The last reason
     stands for all."""
     names = dict.fromkeys(name for reply in replies for name in reply.breakdown)
     return Reply(

@@ -1,4 +1,4 @@
-"""A reward in a Python interpreter of its own, so that its packages never meet the trainer's."""
+"""Run a reward in a Python interpreter of its own, so that its packages never meet the trainer's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A reward behind HTTP: `imagerl reward serve` on the other side, or anything that speaks `rewards.boundary.wire`."""
+"""Call a reward behind HTTP: `imagerl reward serve`, or anything that speaks `rewards.boundary.wire`."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class RemoteReward:
         return RewardOutput(*join(replies))
 
     def _ask(self, body: bytes, size: int, deadline: float) -> tuple[Reply, int]:
-        """What the server says of one batch, and the attempts it took."""
+        """Return the server's reply for one batch, and the attempts it took."""
         try:
             answer = self._client.send(
                 "POST", body, deadline, self._timeout_s, {"Content-Type": CONTENT_TYPE}
@@ -100,7 +100,7 @@ class RemoteReward:
 
 
 def batches(prompts: Sequence[str], size: int) -> Iterator[slice]:
-    """Consecutive parts of at most `size` samples, cut only where the prompt changes; a longer group stays whole."""
+    """Return consecutive parts of at most `size` samples, cut where the prompt changes; longer groups stay whole."""
     start = end = 0
     while end < len(prompts):
         stop = end + 1

@@ -1,4 +1,4 @@
-"""Functions and classes by import path, and what may be said of them before they are called.
+"""Import functions and classes by path, and check them before they are called.
 
 Standard library only: this file also runs in interpreters that have none of our dependencies
 (`rewards.boundary.child`)."""
@@ -44,7 +44,7 @@ class KeywordReward:
 
 @contextmanager
 def before_scoring(what: str) -> Iterator[None]:
-    """Users' code that runs before there is anything to score: what it does wrong is an ImageRLError."""
+    """Run users' code before there is anything to score: what it does wrong is an ImageRLError."""
     try:
         with users_code():
             yield
@@ -57,12 +57,12 @@ def _is_keyword(parameter: inspect.Parameter) -> bool:
 
 
 def _needed(parameters: Iterable[inspect.Parameter]) -> list[str]:
-    """Names that the caller must give by keyword."""
+    """Return the names that the caller must give by keyword."""
     return [p.name for p in parameters if _is_keyword(p) and p.default is p.empty]
 
 
 def call_parameters(found: Any) -> list[inspect.Parameter]:
-    """Parameters of the call that scores samples, without `self`."""
+    """Return the parameters of the call that scores samples, without `self`."""
     if inspect.isclass(found):
         return list(inspect.signature(_instance_call(found)).parameters.values())[1:]
     return list(inspect.signature(found).parameters.values())
@@ -94,7 +94,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def split_target(target: str) -> tuple[str, str]:
-    """Place and attribute of an import path. Raises ImageRLError when it does not look like one."""
+    """Return place and attribute of an import path. Raises ImageRLError when it does not look like one."""
     place, _, attribute = target.rpartition(":")
     if not (place and attribute):
         raise ImageRLError(f"reward {target!r} must read file.py:function or package.module:function")
@@ -102,7 +102,7 @@ def split_target(target: str) -> tuple[str, str]:
 
 
 def import_target(target: str) -> Any:
-    """The function or class behind an import path; an ImageRLError says what is wrong with it."""
+    """Return the function or class behind an import path; an ImageRLError says what is wrong with it."""
     place, attribute = split_target(target)
     with before_scoring(f"reward {target!r}: importing {place} failed"):
         try:
@@ -127,12 +127,12 @@ def import_target(target: str) -> Any:
 
 
 def _instance_call(cls: type) -> Any:
-    """`__call__` as instances of a class see it, or None; `cls.__call__` may be the metaclass's."""
+    """Return `__call__` as instances of a class see it, or None; `cls.__call__` may be the metaclass's."""
     return next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
 
 
 def setting_parameters(label: str, found: Any) -> list[inspect.Parameter]:
-    """Parameters that a recipe's settings may fill: a class's constructor, or a function.
+    """Return the parameters that a recipe's settings may fill: a class's constructor, or a function.
 
     Raises ImageRLError for a signature that cannot be read."""
     with before_scoring(f"reward {label!r} has no readable signature; wrap it in a def"):
@@ -166,7 +166,7 @@ def check_settings(label: str, found: Any, settings: Mapping[str, Any]) -> None:
 
 
 def needed_columns(found: Any, settings: Mapping[str, Any]) -> list[str]:
-    """Columns of the prompt set without which a reward cannot be called."""
+    """Return the columns of the prompt set without which a reward cannot be called."""
     given = SAMPLE_NAMES if inspect.isclass(found) else (*SAMPLE_NAMES, *settings)
     return [name for name in _needed(call_parameters(found)) if name not in given]
 
@@ -183,7 +183,7 @@ def check_columns(label: str, needed: Iterable[str], columns: Iterable[str]) -> 
 
 
 def construct(label: str, found: Any, settings: Mapping[str, Any]) -> KeywordReward:
-    """A user's function or class, ready to be called. Raises ImageRLError when its constructor fails."""
+    """Make a user's function or class ready to be called. Raises ImageRLError when its constructor fails."""
     if not inspect.isclass(found):
         return KeywordReward(found, settings)
     with before_scoring(f"reward {label!r} could not be constructed"):

@@ -1,4 +1,4 @@
-"""Scoring requests and replies as bytes: what goes between a run and a reward that lives elsewhere.
+"""Pack scoring requests and replies as bytes, which go between a run and a reward that lives elsewhere.
 
 Standard library only: this file also runs in interpreters that have none of our dependencies
 (`rewards.boundary.child`). Nothing is ever unpickled. A request is one line of JSON and then PNG files, one behind
@@ -39,8 +39,8 @@ class WireError(ValueError):
 
 
 class Limits(NamedTuple):
-    """What a receiver takes. All pictures of a request together may have as many pixels as `body` holds in RGB: what is
-    sent uncompressed is within it anyway, and nothing else may unpack to more."""
+    """The most that a receiver takes. All pictures of a request together may have as many pixels as `body` holds in
+    RGB: what is sent uncompressed is within it anyway, and nothing else may unpack to more."""
 
     body: int = 256 * MIB  # bytes of a request
     header: int = 16 * MIB  # bytes of its JSON
@@ -66,7 +66,7 @@ def pack_request(
     columns: Mapping[str, Sequence[Any]],
     to_png: Callable[[Any], bytes | None],
 ) -> bytes:
-    """A request. `to_png` returns a picture as PNG, and None for what is no picture.
+    """Pack a request. `to_png` returns a picture as PNG, and None for anything else.
 
     Raises WireError for a column that is neither JSON nor pictures."""
     files: list[bytes] = []
@@ -114,7 +114,7 @@ def pack_request(
 def unpack_request(
     body: bytes, open_picture: Callable[[bytes], Any], limits: Limits = LIMITS
 ) -> dict[str, list[Any]]:
-    """The keyword arguments of a reward: prompts, completions, completion_ids, images and columns.
+    """Return the keyword arguments of a reward: prompts, completions, completion_ids, images and columns.
 
     Raises WireError for everything that is not a whole request within the limits."""
     if len(body) > limits.body:
@@ -155,7 +155,7 @@ def unpack_request(
 
 
 def _header(line: bytes) -> dict[str, Any]:
-    """The JSON of a request, every type in it checked."""
+    """Read the JSON of a request, every type in it checked."""
 
     def refuse(constant: str) -> None:
         raise WireError(f"{constant} is not JSON")
@@ -206,7 +206,7 @@ def _split(body: bytes, start: int, sizes: list[int], limits: Limits) -> list[by
 
 
 def _pixels(number: int, data: bytes, most: int) -> int:
-    """Pixels of a PNG file, from its header."""
+    """Count the pixels of a PNG file, from its header."""
     if not data.startswith(PNG_START) or len(data) < 24:
         raise WireError(f"picture {number} is not a PNG file")
     width, height = struct.unpack(">II", data[16:24])
@@ -216,7 +216,7 @@ def _pixels(number: int, data: bytes, most: int) -> int:
 
 
 def _filled(entry: Any, picture: Callable[[int], Any], count: int) -> Any:
-    """A column with its pictures, of which there are `count`, in place."""
+    """Return a column with its pictures, of which there are `count`, in place."""
     if isinstance(entry, list):
         return [_filled(value, picture, count) for value in entry]
     if not isinstance(entry, dict):
@@ -234,7 +234,7 @@ def pack_reply(
     breakdown: Mapping[str, Sequence[float | None]],
     reason: str | None = None,
 ) -> bytes:
-    """A reply. What is not finite among the rewards has failed."""
+    """Pack a reply. Any reward that is not finite has failed."""
     failed = [place for place, value in enumerate(rewards) if value is not None and not math.isfinite(value)]
     reply = {
         "rewards": [_finite(value) for value in rewards],
@@ -250,7 +250,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def unpack_reply(body: bytes, size: int) -> Reply:
-    """The reply for `size` samples. Raises WireError when it is not one."""
+    """Return the reply for `size` samples. Raises WireError when it is not one."""
     try:
         reply = json.loads(body.decode())
         rewards, breakdown = reply["rewards"], reply.get("breakdown") or {}

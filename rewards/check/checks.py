@@ -1,4 +1,4 @@
-"""Is a function fit to be a reward? Checks on pictures whose worth is known; nothing here draws or prints."""
+"""Check on pictures of known worth whether a function is fit to be a reward; nothing here draws or prints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODES = ("1", "L", "LA", "P", "RGBA", "CMYK")
 
 @dataclass(slots=True)
 class CheckReport:
-    """All that is known of a reward. `values` [N] are in the order of the pictures, NaN where there is none."""
+    """The findings about a reward. `values` [N] are in the order of the pictures, NaN where there is none."""
 
     label: str
     findings: list[Finding]
@@ -49,7 +49,7 @@ class CheckReport:
 
 
 def score_pictures(reward: LoadedReward, pictures: Sequence[CheckPicture]) -> RewardValues:
-    """One call of a reward. Raises ImageRLError as the reward does, and Failure for all else it may do wrong.
+    """Call a reward once. Raises ImageRLError as the reward does, and Failure for all else it may do wrong.
 
     Stand-ins for image tokens are made from the pixels."""
     names = dict.fromkeys(name for picture in pictures for name in picture.prompt.columns)
@@ -71,7 +71,7 @@ def check(
     penalty: bool = False,
     max_ms: float | None = None,
 ) -> CheckReport:
-    """Every check on pictures that stand together by prompt.
+    """Run every check on pictures that stand together by prompt.
 
     `others` are rewards to correlate with. `grouped`: the reward compares the pictures of a prompt, so they are
     never torn apart. `penalty`: less is better. `max_ms` is the time allowed per picture in a batch.
@@ -155,7 +155,7 @@ def _nones(first: RewardValues) -> Finding:
 
 
 def _differences(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
-    """[B] bool, where two calls disagree beyond rounding, or only one has a value."""
+    """Mark, as [B] bool, where two calls disagree beyond rounding, or only one has a value."""
     known = np.isfinite(a) & np.isfinite(b)
     return (np.isfinite(a) != np.isfinite(b)) | (
         known & (np.abs(np.where(known, a - b, 0)) > TOLERANCE * scale)
@@ -200,7 +200,7 @@ def _repeat(reward: LoadedReward, pictures: Sequence[CheckPicture], first: Rewar
 
 
 def _order(reward: LoadedReward, pictures: Sequence[CheckPicture], first: RewardValues) -> Finding:
-    """Reversal keeps the pictures of a prompt together and moves every one of them."""
+    """Reverse the batch: pictures of a prompt stay together, and every one moves."""
 
     def call() -> tuple[np.ndarray, np.ndarray]:
         return first.values, score_pictures(reward, pictures[::-1]).values[::-1]
@@ -219,7 +219,7 @@ def _order(reward: LoadedReward, pictures: Sequence[CheckPicture], first: Reward
 def _batch_size(
     reward: LoadedReward, pictures: Sequence[CheckPicture], first: RewardValues, grouped: bool
 ) -> tuple[Finding, float]:
-    """Whether small batches give the same, and the median ms of a small one."""
+    """Compare with small batches, and return the median ms of one."""
     few = pictures[:SINGLES]
     times: list[float] = []
 
@@ -258,7 +258,7 @@ def _by_prompt(pictures: Sequence[CheckPicture]) -> Iterator[list[CheckPicture]]
 def _refusals(
     reward: LoadedReward, pictures: Sequence[tuple[str, CheckPicture]]
 ) -> tuple[list[str], list[RewardValues]]:
-    """Scores pictures one by one; what was wrong with each that failed, and the values of those that did not."""
+    """Scores pictures one by one; returns the error of each that failed, and the values of the others."""
     wrong, values = [], []
     for name, picture in pictures:
         try:
@@ -299,7 +299,7 @@ def _modes(reward: LoadedReward, honest: CheckPicture, values: np.ndarray) -> Fi
 
 
 def _empty_rows(reward: LoadedReward, pictures: Sequence[CheckPicture], first: RewardValues) -> Finding:
-    """Rows of a prompt file may lack columns, and a prompt may be empty."""
+    """Score rows whose columns are missing and whose prompt is empty."""
     which = [index for index, picture in enumerate(pictures) if picture.role == "honest"][:8]
     emptied = [
         replace(

@@ -16,7 +16,7 @@ from imagerl.rl.types import CheckPicture
 
 
 def check_page(report: CheckReport, pictures: Sequence[CheckPicture], command: str) -> str:
-    """A page that needs no other file. `pictures` are those that were checked; `command` made them."""
+    """Return a page that needs no other file. `pictures` are those that were checked; `command` made them."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     templates = Environment(
@@ -36,12 +36,12 @@ def check_page(report: CheckReport, pictures: Sequence[CheckPicture], command: s
 
 
 def number(value: float) -> str:
-    """Three digits; a dash where there is no value."""
+    """Write three digits; a dash where there is no value."""
     return f"{value:.3g}" if np.isfinite(value) else "–"
 
 
 def _by_prompt(report: CheckReport, pictures: Sequence[CheckPicture]) -> list[dict[str, Any]]:
-    """The prompts in order, each with its pictures and what they earned."""
+    """Return the prompts in order, each with its pictures and what they earned."""
     prompts: dict[int, dict[str, Any]] = {}
     verdicts = {row.kind: row.verdict for row in report.kinds}
     values = report.values if len(report.values) else np.full(len(pictures), np.nan)

@@ -1,4 +1,4 @@
-"""Does a reward prefer honest pictures to all others, and with which others does it agree? Pure functions."""
+"""Tell whether a reward prefers honest pictures, and which other rewards it agrees with. Pure functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MARGIN = 0.05  # of the spread: a smaller difference between two kinds of pictur
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check saw, in one sentence; a failed one says how to mend it."""
+    """The result of one check, in one sentence; a failed one says how to mend it."""
 
     check: str
     verdict: Verdict
@@ -25,7 +25,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class KindRow:
-    """What a reward gives to one kind of picture, beside the honest pictures of the same prompts."""
+    """A reward's values for one kind of picture, beside the honest pictures of the same prompts."""
 
     kind: str
     role: str
@@ -39,7 +39,7 @@ class KindRow:
 
 
 def spread_of(values: np.ndarray) -> float:
-    """Largest less smallest of the finite values; 0 without any."""
+    """Return largest less smallest of the finite values; 0 without any."""
     finite = values[np.isfinite(values)]
     return float(finite.max() - finite.min()) if finite.size else 0.0
 
@@ -47,8 +47,8 @@ def spread_of(values: np.ndarray) -> float:
 def rank(
     values: np.ndarray, pictures: Sequence[CheckPicture], parts: dict[str, np.ndarray], sign: float = 1.0
 ) -> list[KindRow]:
-    """One row for every kind of picture. `values` [N] are better when larger; `sign` restores what the reward
-    said."""
+    """Return one row for every kind of picture. `values` [N] are better when larger; `sign` restores what the
+    reward said."""
     honest = {p.prompt.index: v for p, v in zip(pictures, values, strict=True) if p.role == "honest"}
     margin = MARGIN * spread_of(values)
     rows = []
@@ -78,7 +78,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _judge(kind: str, role: str, behind: float, margin: float) -> tuple[Verdict, str]:
-    """`behind` is how much less than an honest picture a kind earns."""
+    """Judge a kind that earns `behind` less than an honest picture."""
     if role == "honest":
         return "pass", ""
     if not np.isfinite(behind):
@@ -116,7 +116,7 @@ def _also(worst: Sequence[KindRow], most: KindRow) -> str:
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's, over the samples where both are finite; ties share their mean rank. NaN where one is constant."""
+    """Return Spearman's where both are finite; ties share their mean rank. NaN where one is constant."""
     known = np.isfinite(a) & np.isfinite(b)
     ranks = []
     for values in (a[known], b[known]):

@@ -1,4 +1,4 @@
-"""A new, untrained open_clip model with a small tokenizer of its own, and its folder in open_clip's format."""
+"""Build a new, untrained open_clip model with a small tokenizer of its own, and its folder in open_clip's format."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 
 def build_tokenizer(corpus: Iterable[str], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer: lower-case words may become one token, capitals and digits are always tokens of
-    their own. `END` follows every text. Any text can be encoded: all 256 bytes are in the vocabulary."""
+    """Train a byte-level BPE tokenizer: lower-case words may become one token, capitals and digits never
+    merge. `END` follows every text. Any text can be encoded: all 256 bytes are in the vocabulary."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -43,7 +43,7 @@ def build_tokenizer(corpus: Iterable[str], vocabulary: int) -> Any:
 
 
 def new_model(config: Mapping[str, Any], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
-    """An untrained model and its complete `model_cfg`. Draws from torch's global generator.
+    """Build an untrained model and its complete `model_cfg`. Draws from torch's global generator.
 
     Raises ImageRLError when open_clip does not take the configuration."""
     open_clip = import_open_clip()
@@ -75,7 +75,7 @@ def refuse_sizes(config: Mapping[str, Any], place: str) -> None:
 
 
 def preprocessing(config: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """What open_clip does to a PIL picture before a model with this `preprocess_cfg` sees it: [3, H, W].
+    """Return open_clip's map of a PIL picture to the [3, H, W] that a model with this `preprocess_cfg` sees.
 
     Raises ImageRLError for an unknown key."""
     open_clip = import_open_clip()

@@ -1,4 +1,4 @@
-"""What becomes of a picture's and a caption's features: one number. Pure functions and a small network.
+"""Turn a picture's and a caption's features into one number. Pure functions and a small network.
 
 Features are [B, D] float32 of length 1; all heads return [B]."""
 
@@ -34,7 +34,7 @@ def cosine(pictures: Tensor, captions: Tensor) -> Tensor:
 
 
 def similarity(name: str, value: Tensor, scale: float, bias: float) -> Tensor:
-    """One of SIMILARITIES from a cosine [B]:
+    """Return one of SIMILARITIES from a cosine [B]:
 
     `cosine` in [-1, 1], as HPSv2 (arXiv 2306.09341) ranks; `clipscore` = 2.5·max(cosine, 0) (arXiv 2104.08718); `logit`
     = scale·cosine + bias, as PickScore (arXiv 2305.01569); `probability` = sigmoid(logit), as SigLIP was trained (arXiv
@@ -48,7 +48,8 @@ def similarity(name: str, value: Tensor, scale: float, bias: float) -> Tensor:
 
 
 def direction(pictures: Tensor, references: Tensor, captions: Tensor, before: Tensor) -> Tensor:
-    """Cosine of what changed in the pictures and in the words (arXiv 2108.00946); next to 0 where next to nothing did.
+    """Return the cosine of what changed in pictures and words (arXiv 2108.00946); next to 0 where next to nothing
+    did.
 
     A picture that is only encoded in another batch moves by rounding, and that has a direction, too: hence STILL."""
     moved, asked = pictures - references, captions - before
@@ -103,7 +104,7 @@ class PictureHead:
 
 
 def read_state(path: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of one of torch.save that holds nothing else. Raises ImageRLError."""
+    """Read the tensors of a .safetensors file, or of one of torch.save that holds nothing else. Raises ImageRLError."""
     if not Path(path).is_file():
         raise ImageRLError(f"reward 'clip': head {path} is no file, and none of {', '.join(SIMILARITIES)}")
     try:

@@ -1,4 +1,4 @@
-"""Features that are never computed twice."""
+"""Remember features, so that none is computed twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Remembered:
         self._known: dict[Hashable, Tensor] = {}
 
     def __call__(self, keys: Sequence[Hashable], values: Sequence[Any]) -> Tensor:
-        """[B, D] of B values, told apart by their keys."""
+        """Return [B, D] of B values, told apart by their keys."""
         new = {key: value for key, value in zip(keys, values, strict=True) if key not in self._known}
         if new:
             # Copies: a row of the whole would keep the whole in memory.

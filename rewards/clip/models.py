@@ -1,4 +1,4 @@
-"""Contrastive models of pictures and words: any of open_clip's, and transformers' CLIP and SigLIP.
+"""Load contrastive models of pictures and words: any of open_clip's, and transformers' CLIP and SigLIP.
 
 Nothing is fetched unless the name of a model says so: a folder is only read, weights are safetensors or tensors alone
 (`weights_only=True`), and no code of a model folder runs."""
@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class ClipModel:
-    """Both halves. Features are [B, width] float32 on the CPU, of length 1."""
+    """Both halves of a model. Features are [B, width] float32 on the CPU, of length 1."""
 
     width: int
     scale: float  # what the model multiplies similarities by
@@ -44,7 +44,7 @@ def load_clip(
     dtype: str = "auto",
     batch_size: int = 64,
 ) -> ClipModel:
-    """A model by the name that a recipe gives it:
+    """Load a model by the name that a recipe gives it:
 
     - `tiny_clip`, which ships; a folder in open_clip's format (`open_clip_config.json`) or transformers';
     - an open_clip architecture such as ViT-B-32, with a tag or a file of weights in `pretrained`;
@@ -81,7 +81,7 @@ def _device(name: str) -> torch.device:
 
 
 def _open_clip_name(model: str, folder: Path | None) -> str:
-    """What open_clip is asked for. Raises ImageRLError for a name that is neither a folder nor known to it."""
+    """Return open_clip's name for a model. Raises ImageRLError for one that is neither a folder nor known to it."""
     if folder is not None:
         if not (folder / "open_clip_config.json").is_file():
             raise ImageRLError(
@@ -161,7 +161,7 @@ def _check_pretrained(open_clip: Any, name: str, pretrained: str | None) -> None
 
 
 def _refuse_remote_parts(config: Any, shown: str) -> None:
-    """A folder's configuration may name text or picture halves on the hub, which building it would fetch."""
+    """Refuse a folder whose configuration names halves on the hub, which building it would fetch."""
     text = (config.get("text_cfg") or {}).get("hf_model_name")
     picture = (config.get("vision_cfg") or {}).get("timm_model_name") or ""
     for part in (text, picture if picture.startswith(("hf-hub:", "hf_hub:")) else None):
@@ -181,7 +181,7 @@ def _unloadable(shown: str, pretrained: str | None, error: Exception) -> ImageRL
 def _load_transformers(
     name: str, folder: Path | None, device: torch.device, dtype: torch.dtype, batch_size: int
 ) -> ClipModel:
-    """A dual encoder with `get_image_features` and `get_text_features`: CLIP, SigLIP, SigLIP 2 and their kin."""
+    """Load a dual encoder with `get_image_features` and `get_text_features`: CLIP, SigLIP, SigLIP 2 and their kin."""
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     if folder is None and (Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1):
@@ -236,7 +236,7 @@ def _in_batches(
     scale: float,
     bias: Tensor | None,
 ) -> ClipModel:
-    """Both halves as functions of any number of samples; one picture tells the width."""
+    """Return both halves as functions of any number of samples; one picture tells the width."""
 
     def batched(encode: Callable[[Any], Tensor], samples: Sequence[Any]) -> Tensor:
         with torch.inference_mode():

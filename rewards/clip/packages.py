@@ -1,4 +1,4 @@
-"""open_clip, wherever it is installed, and the torchvision that it needs beside any build of torch.
+"""Import open_clip, wherever it is installed, and the torchvision that it needs beside any build of torch.
 
 This is the only place that knows of either. PyPI's torchvision on Linux is built for torch with CUDA. Beside torch's
 CPU build its compiled operators do not load, importing it fails, and so does what imports it where it is installed:
@@ -23,7 +23,7 @@ _LIBRARIES: list[Any] = []  # a definition lives as long as the object that made
 
 
 def import_open_clip() -> Any:
-    """The module. Raises ImageRLError when it is not installed or cannot be imported."""
+    """Return the module. Raises ImageRLError when it is not installed or cannot be imported."""
     with _folder_on_path():
         if importlib.util.find_spec("open_clip") is None:
             raise ImageRLError("open_clip is not installed; install it with: pip install 'imagerl[clip]'")
@@ -40,7 +40,7 @@ def import_open_clip() -> Any:
 
 @contextmanager
 def _folder_on_path() -> Iterator[None]:
-    """Nothing changes where open_clip is found without it."""
+    """Add our folder to the path, unless open_clip is found without it."""
     folder = str(Path(sys.prefix) / FOLDER)
     if importlib.util.find_spec("open_clip") is not None or not Path(folder).is_dir():
         yield
@@ -53,7 +53,7 @@ def _folder_on_path() -> Iterator[None]:
 
 
 def _import_torchvision() -> None:
-    """Where its compiled code does not fit, declares the operators that its Python code takes for granted. open_clip
+    """Import it; if its compiled code does not fit, declare the operators that its Python code needs. open_clip
     calls none of them."""
     try:
         importlib.import_module("torchvision")

@@ -1,4 +1,4 @@
-"""CLIP alignment: does the picture show what the words say? And for edits: did it change the way the words did?
+"""Measure CLIP alignment: whether a picture shows what the words say, and whether an edit changed it as the words did.
 
 One class serves all models that give a picture and a caption features to compare: CLIP, SigLIP, PickScore, HPSv2; and
 heads on the picture's features alone, such as the aesthetic predictor."""
@@ -20,7 +20,7 @@ from imagerl.rl.types import ImageRLError, RewardOutput
 
 
 class ClipReward:
-    """What `head` makes of a picture's and its caption's features, with their `cosine` beside it.
+    """The value of `head` for a picture's and its caption's features, with their `cosine` beside it.
 
     `model`, `pretrained`, `library`, `device`, `dtype` and `batch_size` are those of `load_clip`. `head` is one of
     `cosine`, `clipscore`, `logit` and `probability`, or the path of a network on the picture's features alone, with
@@ -134,7 +134,7 @@ class ClipDirectionReward:
 
 
 def captions_of(columns: Any, column: str | None, prompts: Sequence[str], label: str) -> list[str]:
-    """The captions of a column, else the prompts; "" where there is none. Raises ImageRLError where it has none."""
+    """Return a column's captions, else the prompts; "" where there is none. Raises ImageRLError where it has none."""
     if column is not None and column not in columns:
         raise ImageRLError(f"reward {label!r} needs the column {column} in the prompt set")
     given = prompts if column is None else columns[column]
@@ -145,7 +145,7 @@ def captions_of(columns: Any, column: str | None, prompts: Sequence[str], label:
 
 
 def decoded(images: Sequence[Image.Image | None]) -> list[Image.Image]:
-    """RGB pictures. Raises ValueError in one line for one that cannot be decoded."""
+    """Return RGB pictures. Raises ValueError in one line for one that cannot be decoded."""
     pictures = []
     for number, image in enumerate(images, 1):
         try:

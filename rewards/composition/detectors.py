@@ -1,4 +1,4 @@
-"""Finding objects in photographs: open-vocabulary detectors of transformers, and colours by a CLIP model."""
+"""Find objects in photographs: open-vocabulary detectors of transformers, and colours by a CLIP model."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class ClipColours:
         return [COLOURS[index] for index in nearest.tolist()]
 
     def _of_class(self, names: Sequence[str]) -> torch.Tensor:
-        """[classes, colours, D], of length 1."""
+        """Return [classes, colours, D], of length 1."""
         texts = [
             template.format(colour=colour, name=name)
             for name in names
@@ -133,7 +133,7 @@ class ClipColours:
 def _within(
     boxes: Sequence[Sequence[float]], size: tuple[int, int]
 ) -> list[tuple[float, float, float, float]]:
-    """Boxes cut off at the rim of a picture: OWLv2 looks at a square that may reach beyond it."""
+    """Cut boxes off at the rim of a picture: OWLv2 looks at a square that may reach beyond it."""
     return [
         (max(0.0, box[0]), max(0.0, box[1]), min(float(size[0]), box[2]), min(float(size[1]), box[3]))
         for box in boxes
@@ -141,7 +141,7 @@ def _within(
 
 
 def _crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
-    """The part of a picture in a box, at least a pixel."""
+    """Return the part of a picture in a box, at least a pixel."""
     left, top = (max(0, min(int(low), size - 1)) for low, size in zip(box[:2], image.size, strict=True))
     right, bottom = (
         min(size, max(round(high), low + 1))

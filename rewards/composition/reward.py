@@ -1,4 +1,4 @@
-"""Composition: are the objects there that the prompt asks for, as many, in their colours and places?
+"""Score composition: whether the objects asked for are there, as many, in their colours and places.
 
 Specifications are GenEval's metadata (arXiv 2310.11513), unchanged; so is the rule. Its detector, which needs mmdet, is
 not: photographs are looked at by an open-vocabulary detector of transformers, drawn pictures by exact programs."""

@@ -1,4 +1,5 @@
-"""Does what was found in a picture answer a prompt's specification? GenEval's format and rule (arXiv 2310.11513), pure.
+"""Judge what was found in a picture by a prompt's specification: GenEval's format and rule (arXiv 2310.11513),
+pure.
 
 A specification is a line of GenEval's metadata: `include` names what must be there (`class`, `count`, and where asked
 for `color` and `position`, a relation to an earlier entry), `exclude` how many of a class must not be."""
@@ -45,7 +46,7 @@ class Specification:
 
     @property
     def classes(self) -> list[str]:
-        """Every class that must be looked for, once."""
+        """Return every class that must be looked for, once."""
         return list(dict.fromkeys(wanted.name for wanted in (*self.include, *self.exclude)))
 
 
@@ -54,7 +55,7 @@ NameColours = Callable[[Sequence[Found], str], Sequence[str]]  # of objects of a
 
 
 def specification(include: Any, exclude: Any = None, tag: Any = None) -> Specification:
-    """From the columns of a prompt. Raises ImageRLError in one line for what is not GenEval's format."""
+    """Read the columns of a prompt. Raises ImageRLError in one line unless they are in GenEval's format."""
     wanted = tuple(
         _wanted(entry, index, "include") for index, entry in enumerate(_entries(include, "include"))
     )
@@ -93,8 +94,8 @@ def _mistake(column: str, value: Any, wanted: str) -> ImageRLError:
 
 
 def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
-    """How a box lies to another: at most one of left and right and one of above and below; none where centres are too
-    near for their sizes."""
+    """Say how a box lies to another: at most one of left and right and one of above and below; none where centres are
+    too near for their sizes."""
     a, b = np.asarray(box, dtype=np.float64).reshape(2, 2), np.asarray(other, dtype=np.float64).reshape(2, 2)
     offset = a.mean(axis=0) - b.mean(axis=0)
     sizes = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
@@ -109,7 +110,7 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
 def faults(
     found: Mapping[str, Sequence[Found]], asked: Specification, name_colours: NameColours
 ) -> list[Fault | None]:
-    """What is wrong with each entry of `include`, then of `exclude`; None where it is as asked.
+    """Say what is wrong with each entry of `include`, then of `exclude`; None where it is as asked.
 
     Only the most confident objects count, as many as are asked for. All of them must have the colour, and all must lie
     as asked to all of the entry that `position` names; nothing lies beside an entry that failed."""
@@ -146,7 +147,7 @@ def _all_lie(objects: Sequence[Found], targets: Sequence[Found] | None, relation
 
 
 def without_overlaps(objects: Sequence[Found], max_overlap: float) -> list[Found]:
-    """The most confident objects, less those that overlap one of them by this intersection over union or more."""
+    """Drop objects that overlap a kept, more confident one by this intersection over union or more."""
     kept: list[Found] = []
     for candidate in _most_confident(objects):
         if all(overlap(candidate.box, other.box) < max_overlap for other in kept):
@@ -155,8 +156,9 @@ def without_overlaps(objects: Sequence[Found], max_overlap: float) -> list[Found
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes as GenEval has it: corners are pixels that belong to the box, so that each
-    side is longer by one than they lie apart, and boxes that leave less than a pixel between them overlap."""
+    """Return the intersection over union of two boxes as GenEval has it: corners are pixels that belong to the box,
+    so that each side is longer by one than they lie apart, and boxes that leave less than a pixel between them
+    overlap."""
     both = _pixels((*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:])))
     union = _pixels(a) + _pixels(b) - both
     return both / union if union > 0 else 0.0

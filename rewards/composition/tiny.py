@@ -1,4 +1,4 @@
-"""Finding objects in drawn pictures, exactly: the word of the tiny world and its ground, and plain shapes on grey."""
+"""Find objects in drawn pictures, exactly: the word of the tiny world and its ground, and plain shapes on grey."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OUTLINE = 32  # pixels a side, at which outlines are compared
 
 
 def find_words(image: Image.Image, classes: Sequence[str]) -> dict[str, list[Found]]:
-    """The words of a picture of one ink on one ground, told apart by gaps of half a letter, and the ground."""
+    """Find the words of a picture of one ink on one ground, told apart by gaps of half a letter, and the ground."""
     pixels = np.asarray(image.convert("RGB"))
     height, width = pixels.shape[:2]
     ground = estimate_background(pixels)
@@ -58,7 +58,7 @@ def find_words(image: Image.Image, classes: Sequence[str]) -> dict[str, list[Fou
 
 
 def find_shapes(image: Image.Image, classes: Sequence[str]) -> dict[str, list[Found]]:
-    """Shapes of one colour each on GREY that do not touch, by the colour and the outline of each connected region."""
+    """Find shapes of one colour each on GREY that do not touch, by each connected region's colour and outline."""
     pixels = np.asarray(image.convert("RGB")).astype(np.float64)
     names = [*SHAPE_COLOURS]
     palette = np.array([*SHAPE_COLOURS.values(), GREY], dtype=np.float64)
@@ -80,7 +80,7 @@ def find_shapes(image: Image.Image, classes: Sequence[str]) -> dict[str, list[Fo
 
 
 def regions(inside: np.ndarray) -> list[np.ndarray]:
-    """The connected parts (by edges) of [H, W] bool of at least LEAST pixels, each [H, W] bool."""
+    """Return the connected parts (by edges) of [H, W] bool of at least LEAST pixels, each [H, W] bool."""
     label = np.where(inside, np.arange(1, inside.size + 1).reshape(inside.shape), 0)
     while True:  # every pixel takes the largest label around it until none changes
         spread = label.copy()
@@ -99,7 +99,7 @@ def regions(inside: np.ndarray) -> list[np.ndarray]:
 
 
 def outlines() -> dict[str, np.ndarray]:
-    """What a shape fills of its box, [OUTLINE, OUTLINE] bool."""
+    """Return the part of its box that a shape fills, [OUTLINE, OUTLINE] bool."""
     y, x = (np.mgrid[0:OUTLINE, 0:OUTLINE] + 0.5) / OUTLINE
     return {
         "square": np.ones_like(x, dtype=bool),
@@ -113,7 +113,7 @@ _OUTLINES = outlines()
 
 
 def _shape_of(filled: np.ndarray) -> str | None:
-    """The shape whose outline covers a box's contents best, or None."""
+    """Return the shape whose outline covers a box's contents best, or None."""
     scaled = np.asarray(Image.fromarray(filled).resize((OUTLINE, OUTLINE), Image.Resampling.NEAREST))
     overlaps = {
         name: (scaled & outline).sum() / (scaled | outline).sum() for name, outline in _OUTLINES.items()
@@ -123,7 +123,7 @@ def _shape_of(filled: np.ndarray) -> str | None:
 
 
 def _runs(filled: np.ndarray, gap: int) -> list[tuple[int, int]]:
-    """Stretches [start, end) of a line of bool; those less than `gap` apart are one."""
+    """Return stretches [start, end) of a line of bool; those less than `gap` apart are one."""
     places = np.flatnonzero(filled)
     if not places.size:
         return []

@@ -1,4 +1,5 @@
-"""Was the edit made, and nothing else? A product, so that neither copying the source nor repainting it pays."""
+"""Score whether the edit was made, and nothing else: a product, so neither copying the source nor repainting it
+pays."""
 
 from __future__ import annotations
 
@@ -34,13 +35,13 @@ CONTRAST = 16.0  # the same, below which a picture has no ink
 
 
 def progress(score: float, source_score: float) -> float:
-    """How far an edit went: 0 for what the source scores already, 1 for a full score. A source that fulfils the
+    """Return an edit's progress: 0 at the source's own score, 1 at a full score. A source that fulfils the
     instruction leaves nothing to do but to keep it: then it is the score."""
     return score if source_score >= 1 else max(0.0, (score - source_score) / (1 - source_score))
 
 
 def colour_score(picture: np.ndarray, part: str, wanted: Sequence[float], source: np.ndarray) -> float:
-    """How far the ink or the background of [H, W, 3] went from the source's colour to the wanted one."""
+    """Return how far ink or background of [H, W, 3] went from the source's colour to the wanted one."""
     now, before = _colour_of(picture, part), _colour_of(source, part)
     target = np.asarray(wanted, dtype=np.float64)
     way = float(np.linalg.norm(target - before))
@@ -54,9 +55,10 @@ def score_kept(
     part: str | None,
     features: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict[str, float]:
-    """What was left alone: `colour`, `structure` (SSIM) and `features` where `weight` [H, W] is 1, and `inside`: what
-    the edited part of a picture of one ink on one ground keeps of itself. `kept` is the product of colour, the mean
-    of structure and features, which see the same thing with other eyes, and inside; what is NaN is left out.
+    """Score what was left alone: `colour`, `structure` (SSIM) and `features` where `weight` [H, W] is 1, and
+    `inside`: what the edited part of a picture of one ink on one ground keeps of itself. `kept` is the product of
+    colour, the mean of structure and features, which see the same thing with other eyes, and inside; what is NaN is
+    left out.
 
     `picture` and `source` are [H, W, 3] in 0..255, `features` those of both, gradients by default. `inside` is the
     ink's colour for a new text, the strokes for a new ink, and both for a new background, whose outside may be too
@@ -77,7 +79,7 @@ def score_kept(
 def region_to_keep(
     source: np.ndarray, part: str | None, mask: np.ndarray | None, ideal: np.ndarray | None
 ) -> np.ndarray:
-    """[H, W] float64, 1 where a picture must stay as the source [H, W, 3] in 0..255.
+    """Return [H, W] float64, 1 where a picture must stay as the source [H, W, 3] in 0..255.
 
     Outside the given mask ([H, W], 1 where it may change); else where the ideal result equals the source, less a rim
     of a pixel; else, by what is edited in a picture of one ink on one ground, away from the strokes or inside them;
@@ -99,7 +101,7 @@ def region_to_keep(
 
 
 def ink_share(picture: np.ndarray) -> np.ndarray:
-    """[H, W] in [0, 1]: how far each pixel lies on the way from the picture's own ground to its ink."""
+    """Return [H, W] in [0, 1]: how far each pixel lies on the way from the picture's own ground to its ink."""
     ground = estimate_background(picture)
     line = estimate_ink(picture, ground) - ground
     if np.linalg.norm(line) < CONTRAST:
@@ -108,7 +110,7 @@ def ink_share(picture: np.ndarray) -> np.ndarray:
 
 
 def ink_similarity(picture: np.ndarray, source: np.ndarray) -> float:
-    """How much of the source's ink colour a picture's ink has, in [0, 1], whatever the ground of either.
+    """Return the share of the source's ink colour in a picture's ink, in [0, 1], whatever the ground of either.
 
     Pixels of a stroke are mixtures of ground and ink, so what counts is the distance from the line between the
     picture's ground and the source's ink: a blurred stroke keeps its colour, a faint or missing one has none."""
@@ -123,8 +125,9 @@ def ink_similarity(picture: np.ndarray, source: np.ndarray) -> float:
 
 
 def stroke_similarity(picture: np.ndarray, source: np.ndarray) -> float:
-    """How much of the source's strokes a picture's strokes explain, whatever the colours: the squared correlation of
-    their ink shares. Means of rows are taken out, because words on one line have the line in common."""
+    """Return the share of the source's strokes that a picture's explain, in any colours: the squared
+    correlation of their ink shares. Means of rows are taken out, because words on one line have the line in
+    common."""
     a, b = (share - share.mean(axis=1, keepdims=True) for share in (ink_share(picture), ink_share(source)))
     return correlation(a, b) ** 2
 
@@ -145,7 +148,7 @@ def _colour_of(picture: np.ndarray, part: str) -> np.ndarray:
 
 
 def _grown(region: np.ndarray) -> np.ndarray:
-    """A region [H, W] with a rim of one pixel more, where colours blend."""
+    """Grow a region [H, W] by a rim of one pixel, where colours blend."""
     image = Image.fromarray(region.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(3))
     return (np.asarray(image) > 0).astype(np.float64)
 
@@ -245,7 +248,7 @@ class EditConsistencyReward:
         edited: Sequence[Any],
         columns: Mapping[str, Any],
     ) -> list[dict[str, float]]:
-        """`score_kept` of each sample; a picture of another size than its source is scaled to it."""
+        """Return `score_kept` of each sample; a picture of another size than its source is scaled to it."""
         pictures = [images[i].convert("RGB").resize(reference[i].size, Image.Resampling.BOX) for i in asked]
         own = self._features_of(pictures)
         sources = {id(reference[i]): reference[i] for i in asked}
@@ -275,7 +278,7 @@ class EditConsistencyReward:
         return [np.asarray(features, dtype=np.float64) for features in made]
 
     def _loaded_judge(self, name: str) -> Callable[..., Any]:
-        """Loaded when first needed: a set without text edits needs no OCR."""
+        """Load a judge when first needed: a set without text edits needs no OCR."""
         if name not in self._loaded:
             self._loaded[name] = load_reward(name, **self._settings.get(name, {}))[1]
         return self._loaded[name]
@@ -288,7 +291,7 @@ def _done_by_colour(
     reference: Sequence[Any],
     columns: Mapping[str, Any],
 ) -> dict[int, float | None]:
-    """Progress of some samples towards the column `ink_rgb` or `background_rgb`."""
+    """Return the progress of some samples towards the column `ink_rgb` or `background_rgb`."""
     wanted = columns.get(f"{part}_rgb")
     if wanted is None:
         raise ImageRLError(f"reward 'edit_consistency' needs the column {part}_rgb for edited={part!r}")
@@ -308,8 +311,8 @@ def _done_by_judge(
     reference: Sequence[Any],
     columns: Mapping[str, Any],
 ) -> dict[int, float | None]:
-    """Progress of some samples as a reward sees it; None where it has no value. A source that serves a whole group
-    is judged once."""
+    """Return the progress of some samples as a reward sees it; None where it has no value. A source that serves a
+    whole group is judged once."""
     keys = [
         (id(reference[i]), prompts[i], *(str(columns[name][i]) for name in sorted(columns))) for i in which
     ]
@@ -333,7 +336,7 @@ def _call(
     columns: Mapping[str, Any],
     images: list[Image.Image],
 ) -> list[float | None]:
-    """What a judge says of pictures, each with the columns of its sample."""
+    """Ask a judge about pictures, each with the columns of its sample."""
     samples: dict[str, list[Any]] = {
         "prompts": [prompts[i] for i in which],
         "completions": [[] for _ in which],
@@ -344,12 +347,12 @@ def _call(
 
 
 def _product(factors: Sequence[float | None]) -> float | None:
-    """None where one of them is."""
+    """Multiply; None where a factor is None."""
     return None if None in factors else float(np.prod([factor for factor in factors if factor is not None]))
 
 
 def _array(image: Image.Image) -> np.ndarray:
-    """[H, W, 3] float64 in 0..255."""
+    """Return [H, W, 3] float64 in 0..255."""
     return np.asarray(image.convert("RGB"), dtype=np.float64)
 
 

@@ -1,4 +1,4 @@
-"""How alike two pictures are where they should be: colour, structure and features, under a mask. Pure functions.
+"""Compare two pictures under a mask, by colour, structure and features. Pure functions.
 
 Pictures are [H, W, 3] float64 in [0, 1], maps [H, W]; `weight` [H, W] in [0, 1] says where to look. All
 similarities lie in [0, 1] and are NaN where the weight leaves too little to look at."""
@@ -17,7 +17,7 @@ FLAT = 0.05  # gradient energy of a cell that counts as structure
 
 
 def colour_similarity(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
-    """1 − mean |a − b| / COLOUR_RANGE, at least 0."""
+    """Return 1 − mean |a − b| / COLOUR_RANGE, at least 0."""
     if weight.mean() < LEAST:
         return float("nan")
     difference = np.abs(a - b).mean(axis=-1)
@@ -25,7 +25,7 @@ def colour_similarity(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float
 
 
 def ssim(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
-    """Mean structural similarity of two pictures or maps, at least 0.
+    """Return the mean structural similarity of two pictures or maps, at least 0.
 
     Means and variances of a window are those of its looked-at pixels alone, so what a mask hides does not reach
     over its rim."""
@@ -44,7 +44,7 @@ def ssim(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's of two maps, at least 0; 0 where just one of them is constant, 1 where both are."""
+    """Return Pearson's of two maps, at least 0; 0 where just one of them is constant, 1 where both are."""
     a, b = a - a.mean(), b - b.mean()
     spreads = float(np.sqrt((a * a).sum() * (b * b).sum()))
     if not spreads:
@@ -53,7 +53,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def feature_similarity(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
-    """2 a·b / (a² + b²) of the features [h, w, D] of two pictures, averaged over places, at least 0.
+    """Return 2 a·b / (a² + b²) of the features [h, w, D] of two pictures, averaged over places, at least 0.
 
     LPIPS in shape (arXiv 1801.03924): features are compared place by place and averaged under the mask, which is
     averaged down to their grid. Two places without any feature are alike."""
@@ -66,7 +66,8 @@ def feature_similarity(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> floa
 
 
 def gradient_features(picture: np.ndarray) -> np.ndarray:
-    """[h, w, 3·ORIENTATIONS]: how strongly each colour channel changes in each direction, by cells of CELL pixels.
+    """Return [h, w, 3·ORIENTATIONS]: how much each colour channel changes in each direction, by cells of CELL
+    pixels.
 
     The default where no network is given: it sees shapes and their place, not flat colours."""
     rows, columns = np.gradient(picture, axis=(0, 1))
@@ -79,7 +80,7 @@ def gradient_features(picture: np.ndarray) -> np.ndarray:
 
 
 def _box(values: np.ndarray) -> np.ndarray:
-    """Sums over WINDOW×WINDOW pixels around each of [H, W, C]; beyond the rim is 0."""
+    """Return sums over WINDOW×WINDOW pixels around each of [H, W, C]; beyond the rim is 0."""
     half = WINDOW // 2
     for axis in (0, 1):
         padding = [(half + 1, half) if a == axis else (0, 0) for a in range(values.ndim)]
@@ -90,7 +91,7 @@ def _box(values: np.ndarray) -> np.ndarray:
 
 
 def _pooled(values: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Means of [H, W, ...] over a grid of h×w cells, which may differ in size by a pixel."""
+    """Return means of [H, W, ...] over a grid of h×w cells, which may differ in size by a pixel."""
     for axis, cells in enumerate(grid):
         edges = np.linspace(0, values.shape[axis], cells + 1).astype(int)
         starts = np.minimum(edges[:-1], values.shape[axis] - 1)

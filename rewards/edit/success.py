@@ -1,4 +1,4 @@
-"""Was a picture edited as told, and the rest left alone? For edits whose perfect result is known."""
+"""Score whether a picture was edited as told and the rest left alone, for edits whose perfect result is known."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class EditReward:
 def kept_fidelity(
     pixels: np.ndarray, reference: Image.Image, ideal: Image.Image
 ) -> tuple[float | None, float | None]:
-    """Mean absolute error and mean SSIM of a picture [H, W, 3] uint8 against the ideal where that equals the
-    reference; None where no pixel does, or too few for SSIM."""
+    """Return mean absolute error and mean SSIM of a picture [H, W, 3] uint8 against the ideal where that
+    equals the reference; None where no pixel does, or too few for SSIM."""
     wanted = np.asarray(ideal.convert("RGB"))
     kept = (np.asarray(reference.convert("RGB")) == wanted).all(-1)
     if not kept.any():

@@ -88,7 +88,7 @@ class JudgeReward:
         self._check(base)
 
     def _check(self, base: str) -> None:
-        """Is there anybody, and do they accept the key? What `/models` says beyond that does not matter."""
+        """Check that the server answers and accepts the key. Nothing else that `/models` says matters."""
         deadline = time.monotonic() + self._patience_s
         try:
             self._client.send("GET", None, deadline, self._timeout_s, path="/models")
@@ -139,8 +139,8 @@ class JudgeReward:
         return columns["reference"]
 
     def _values(self, prompt: str, columns: Mapping[str, Any]) -> dict[str, str] | None:
-        """What stands in the rubric's braces; None when one of its columns is None here. A missing target is the
-        first quoted text of the prompt, as for `ocr`."""
+        """Return the values for the rubric's braces; None when one of its columns is None here. A missing target
+        is the first quoted text of the prompt, as for `ocr`."""
         values = {"prompt": prompt}
         for name in self.rubric.fields:
             value = columns.get(name)
@@ -168,7 +168,7 @@ class JudgeReward:
         return json.dumps({**self._asking, "messages": messages}).encode()
 
     def _ask(self, body: bytes, deadline: float) -> Said | str:
-        """The answer, or why there is none. Raises ImageRLError for what must be mended."""
+        """Return the answer, or why there is none. Raises ImageRLError for what must be mended."""
         known = self._answers.get(body)
         if known is not None:
             return Said(known, 0.0, 0.0, cached=True)
@@ -193,7 +193,7 @@ class JudgeReward:
             return str(error)
 
     def _verdict(self, said: Said | str, expected: str | None, first: bool) -> _Verdict:
-        """What an answer is worth. Of samples that share a question only the first bears its costs."""
+        """Score an answer. Among samples that share a question only the first bears its costs."""
         if isinstance(said, str):
             return _Verdict(reason=said)
         parts = {"time_s": said.time_s, "tokens_in": said.tokens_in, "tokens_out": said.tokens_out}
@@ -219,7 +219,7 @@ def _output(verdicts: Sequence[_Verdict]) -> RewardOutput:
 
 
 def _price(price: Mapping[str, float] | None) -> tuple[float, float] | None:
-    """Prices of a million tokens in and out. Raises ImageRLError unless there are two, and neither is negative."""
+    """Return prices of a million tokens in and out. Raises ImageRLError unless there are two, neither negative."""
     if price is None:
         return None
     if set(price) != {"input", "output"} or not all(

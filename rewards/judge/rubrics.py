@@ -1,4 +1,4 @@
-"""Rubrics: what a judge is asked about a picture, and what its answer is worth. Pure functions but for the reading."""
+"""Define what a judge is asked about a picture and how its answer is scored. Pure functions but for the reading."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Rubric:
-    """What to ask. With `questions` the judge gives marks; with `expect` it answers in words, which are compared
-    with the expected text. `show` and `expect` may name columns of the prompt set in braces, and {prompt}."""
+    """A judge's task. With `questions` the judge gives marks; with `expect` it answers in words, which are
+    compared with the expected text. `show` and `expect` may name columns of the prompt set in braces, and
+    {prompt}."""
 
     name: str
     show: str
@@ -49,14 +50,14 @@ class Rubric:
 
     @property
     def fields(self) -> list[str]:
-        """Columns that its texts name, {prompt} left out."""
+        """Return the columns that its texts name, {prompt} left out."""
         texts = (self.show, self.expect or "")
         found = (field for text in texts for _, field, _, _ in string.Formatter().parse(text) if field)
         return [field for field in dict.fromkeys(found) if field != "prompt"]
 
     @property
     def system(self) -> str:
-        """The instructions with the form of the answer, also for judges that ignore a schema."""
+        """Return the instructions with the form of the answer, also for judges that ignore a schema."""
         if self.expect is not None:
             return self.instructions
         asked = "\n".join(f'- "{q.name}": {q.ask} ({q.least} worst, {q.most} best)' for q in self.questions)
@@ -70,7 +71,7 @@ class Rubric:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """JSON schema of the answer. Marks are enumerated: not every server knows bounds."""
+        """Return the JSON schema of the answer. Marks are enumerated: not every server knows bounds."""
         marks = {
             q.name: {"type": "integer", "enum": list(range(q.least, q.most + 1))} for q in self.questions
         }
@@ -82,7 +83,7 @@ class Rubric:
         }
 
     def score(self, answer: str, expected: str | None = None) -> tuple[float, dict[str, float]]:
-        """The value in [0, 1] of an answer, and its parts. Raises ValueError with what is wrong with it."""
+        """Return the value in [0, 1] of an answer, and its parts. Raises ValueError with what is wrong with it."""
         if expected is not None:
             return score_text(answer, expected), {"exact": exact_match(answer, expected)}
         marks = parse_marks(answer, self.questions)
@@ -90,7 +91,7 @@ class Rubric:
         return self.combined(parts), parts
 
     def combined(self, parts: Mapping[str, float]) -> float:
-        """Marks in [0, 1] -> one: capped, the least of each aspect, then the mean, geometric mean or least."""
+        """Combine marks in [0, 1]: capped, the least of each aspect, then the mean, geometric mean or least."""
         cap = parts[self.capped_by] if self.capped_by is not None else 1.0
         aspects: dict[str, float] = {}
         for question in self.questions:
@@ -105,7 +106,7 @@ class Rubric:
 
 
 def parse_marks(answer: str, questions: Sequence[Question]) -> dict[str, int]:
-    """The marks in an answer: the last JSON object in it that has all of them, whatever stands around it.
+    """Return the marks in an answer: the last JSON object in it that has all of them, whatever stands around it.
 
     Raises ValueError when there is none, or a mark is no whole number within its bounds."""
     names = [question.name for question in questions]
@@ -127,7 +128,7 @@ def parse_marks(answer: str, questions: Sequence[Question]) -> dict[str, int]:
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """The outermost JSON objects in a text, in order."""
+    """Return the outermost JSON objects in a text, in order."""
     decoder, start = json.JSONDecoder(), text.find("{")
     while start >= 0:
         try:
@@ -146,7 +147,7 @@ def _shortened(text: str) -> str:
 
 
 def load_rubric(rubric: str) -> Rubric:
-    """A shipped rubric by name, or one in a YAML file. Raises ImageRLError with what is wrong in it."""
+    """Load a shipped rubric by name, or one from a YAML file. Raises ImageRLError with what is wrong in it."""
     shipped = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     path = FOLDER / f"{rubric}.yaml" if rubric in shipped else Path(rubric)
     if not path.is_file():
@@ -159,7 +160,7 @@ def load_rubric(rubric: str) -> Rubric:
 
 
 def parse_rubric(name: str, entry: Any) -> Rubric:
-    """A rubric from YAML's values. Raises ValueError with what is wrong in it."""
+    """Make a rubric of YAML's values. Raises ValueError with what is wrong in it."""
     if not isinstance(entry, dict):
         raise ValueError("it must be a mapping with questions, or with ask and expect")
     reads = "ask" in entry or "expect" in entry
@@ -212,7 +213,7 @@ def _text(entry: Mapping[str, Any], key: str) -> str:
 
 
 def _check_fields(text: str) -> None:
-    """Only plain names stand in braces: a format string must not reach into objects."""
+    """Allow only plain names in braces: a format string must not reach into objects."""
     try:
         fields = list(string.Formatter().parse(text))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""PaddleOCR on ONNX Runtime, with weights that need no download when the `rapidocr` wheel is installed."""
+"""Run PaddleOCR on ONNX Runtime, with weights that need no download when the `rapidocr` wheel is installed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Line:
 
 
 def wheel_models() -> Path | None:
-    """The folder with the ONNX weights inside the `rapidocr` wheel, found without importing it."""
+    """Return the folder with the ONNX weights inside the `rapidocr` wheel, found without importing it."""
     spec = importlib.util.find_spec("rapidocr")
     for place in (spec.submodule_search_locations or []) if spec else []:
         if all((Path(place) / "models" / name).is_file() for name in _WHEEL_FILES.values()):
@@ -66,7 +66,7 @@ def _detector_config() -> dict[str, Any]:
 
 
 def characters_of(onnx: Path) -> list[str]:
-    """The characters of a recogniser that names them in its metadata, as those of `rapidocr` do, in order."""
+    """Return the characters of a recogniser that names them in its metadata, as those of `rapidocr` do, in order."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(onnx), providers=["CPUExecutionProvider"])
@@ -101,7 +101,7 @@ def _write_model_folder(folder: Path, onnx: Path, model: str, width: int) -> Non
 
 
 def model_folder(weights: Path, model: str, width: int = FULL_WIDTH) -> Path:
-    """A folder with `inference.onnx` and `inference.yml` as PaddleOCR wants them, made once per user.
+    """Return a folder with `inference.onnx` and `inference.yml` as PaddleOCR wants them, made once per user.
 
     It is built beside its place and renamed into it, so that processes starting together never see half of
     one. Where the cache cannot be written it is a temporary folder."""
@@ -141,7 +141,7 @@ def model_folder(weights: Path, model: str, width: int = FULL_WIDTH) -> Path:
 
 
 def _bgr(image: Image.Image, number: int) -> np.ndarray:
-    """A picture as [H, W, 3] uint8 BGR. Raises ValueError in one line for one that cannot be decoded."""
+    """Return a picture as [H, W, 3] uint8 BGR. Raises ValueError in one line for one that cannot be decoded."""
     try:
         array = np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, AttributeError) as error:
@@ -220,8 +220,8 @@ class OCREngine:
         )
 
     def read(self, images: Sequence[Image.Image]) -> list[list[Line]]:
-        """The lines of each picture, top to bottom. A picture's result depends on that picture alone: it is
-        run as a batch of one, since padding to a common width and the kernels picked by batch size both
+        """Return the lines of each picture, top to bottom. A picture's result depends on that picture alone:
+        it is run as a batch of one, since padding to a common width and the kernels picked by batch size both
         change the numbers, while a larger batch is no faster on a CPU.
 
         Raises ValueError for a picture that cannot be decoded or has no pixels."""

@@ -1,4 +1,4 @@
-"""Text accuracy: does the picture say what the prompt asked for?
+"""Score text accuracy: whether the picture says what the prompt asked for.
 
 The score is that of BLIP3o-NEXT (arXiv 2510.15857) and Flow-GRPO (arXiv 2505.05470), read by PaddleOCR."""
 
@@ -38,20 +38,21 @@ _EMOJI = range(0x1F000, 0x20000)
 
 
 def normalise(text: str) -> str:
-    """Lower case, without white space, emoji and invisible characters. Characters that look alike are one: composed
-    and decomposed, full-width and plain (Unicode NFKC), straight and curly quotes, dashes of any length."""
+    """Lower the case and drop white space, emoji and invisible characters. Characters that look alike are one:
+    composed and decomposed, full-width and plain (Unicode NFKC), straight and curly quotes, dashes of any
+    length."""
     plain = unicodedata.normalize("NFKC", text).translate(_FOLDED)
     return "".join(c for c in plain if not (c.isspace() or _is_ornament(c))).lower()
 
 
 def _is_ornament(character: str) -> bool:
-    """Emoji, their modifiers, and what is not seen: no reader can be asked for them."""
+    """Tell whether it is an emoji, a modifier of one, or invisible: no reader can be asked for these."""
     invisible = unicodedata.category(character) in ("Cf", "Cc") or "\ufe00" <= character <= "\ufe0f"
     return invisible or ord(character) in _EMOJI
 
 
 def quoted_text(prompt: str) -> str | None:
-    """The first quoted text of a prompt, or None."""
+    """Return the first quoted text of a prompt, or None."""
     for match in _QUOTED.finditer(prompt):
         text = match.group(match.lastgroup or 0)
         if text.strip():
@@ -60,7 +61,7 @@ def quoted_text(prompt: str) -> str | None:
 
 
 def score_text(read: str, target: str) -> float:
-    """1 − d / len(target) in [0, 1], on normalised texts.
+    """Return 1 − d / len(target) in [0, 1], on normalised texts.
 
     d is 0 when the target is part of what was read, else the Levenshtein distance capped at len(target).
     Raises ValueError for a blank target."""
@@ -72,13 +73,13 @@ def score_text(read: str, target: str) -> float:
 
 
 def exact_match(read: str, target: str) -> float:
-    """1.0 when the texts are equal but for case and white space, else 0.0: stricter than a perfect
+    """Return 1.0 when the texts are equal but for case and white space, else 0.0: stricter than a perfect
     `score_text`, which forgives whatever stands around the target."""
     return float(normalise(read) == normalise(target))
 
 
 def join_lines(lines: Sequence[Line], min_confidence: float) -> str:
-    """The text of the lines that the engine is sure enough of. Lines below the floor are mostly invented."""
+    """Join the lines that the engine is sure enough of. Lines below the floor are mostly invented."""
     return " ".join(line.text for line in lines if line.confidence >= min_confidence)
 
 
@@ -109,7 +110,7 @@ class OCRReward:
         )
 
     def read(self, images: Sequence[Image.Image]) -> list[str]:
-        """What each picture says, above the confidence floor."""
+        """Return each picture's text above the confidence floor."""
         return [join_lines(lines, self.min_confidence) for lines in self.engine.read(images)]
 
     def __call__(
@@ -136,7 +137,7 @@ class OCRReward:
         return RewardOutput(rewards, {"exact_match": exact, "confidence": confidence}, reason)
 
     def _problem(self, text: str | None, prompt: str) -> str | None:
-        """Why this target cannot be read, or None."""
+        """Say why this target cannot be read, or return None."""
         if text is None:
             return f"no column target and no quoted text in {prompt[:60]!r}"
         wanted = normalise(text)
@@ -152,12 +153,12 @@ class OCRReward:
 
 
 def wanted_text(given: Any, prompt: str) -> str:
-    """What `target_of` finds, normalised as it is compared; "" where a picture need not show any text."""
+    """Return the text of `target_of`, normalised as it is compared; "" where a picture need not show any text."""
     return normalise(target_of(given, prompt) or "") if _is_text(given) else ""
 
 
 def target_of(given: Any, prompt: str) -> str | None:
-    """The text that a picture must show: what the column holds, numbers as text, else what the prompt quotes.
+    """Return the text that a picture must show: what the column holds, numbers as text, else what the prompt quotes.
 
     Raises ImageRLError when the column holds something else."""
     if not _is_text(given):

@@ -34,7 +34,7 @@ OBJECT_STORE_BYTES = 512 * 2**20  # of shared memory, for pictures under way; Ra
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What an actor is to hold."""
+    """The rewards that an actor is to hold."""
 
     specs: Mapping[int, RewardSpec]  # by place in the recipe
     columns: Sequence[str] | None
@@ -56,7 +56,7 @@ class RewardActor:
             os.chdir(plan.folder)
 
     def load(self, place: int) -> str | None:
-        """None when the reward at a place is loaded, else what the user has to mend."""
+        """Load the reward at a place; return None, or what the user has to mend."""
         plan = self._plan
         try:
             self._rewards[place] = LoadedReward(*load_spec(plan.specs[place], plan.patience_s, plan.columns))
@@ -65,7 +65,7 @@ class RewardActor:
         return None
 
     def score(self, reward: int, request: RewardRequest) -> RewardValues | str:
-        """What one reward says; a string is what the user has to mend."""
+        """Return one reward's reply; a string is what the user has to mend."""
         try:
             return call_reward(self._rewards[reward], request)
         except ImageRLError as error:
@@ -165,8 +165,8 @@ class Worker(threading.Thread):
 
     @contextmanager
     def _watched(self, label: str) -> Iterator[None]:
-        """Work of the actor for a reward. Every way in which Ray can lose it ends the actor and is _Died; what ends
-        the run at once is an ImageRLError. A time-out passes through."""
+        """Watch the actor's work for a reward. Every way in which Ray can lose it ends the actor and is _Died; what
+        ends the run at once is an ImageRLError. A time-out passes through."""
         import ray
 
         refuse_ended_ray()
@@ -228,7 +228,7 @@ class Worker(threading.Thread):
 
 
 def _why(error: Exception) -> str:
-    """What Ray says of a lost call, without its paragraphs."""
+    """Quote Ray's reason for a lost call, without its paragraphs."""
     import ray
 
     if isinstance(error, ray.exceptions.OutOfMemoryError):
@@ -239,7 +239,7 @@ def _why(error: Exception) -> str:
 
 
 def ended_part_of_ray() -> str | None:
-    """Which process of the Ray that was started here has ended, if one has."""
+    """Name the process that has ended of the Ray started here, or None."""
     from ray._private import worker
 
     started = getattr(getattr(worker, "_global_node", None), "all_processes", {})
@@ -276,7 +276,7 @@ def _environment(**variables: str) -> Any:
 
 
 def cluster_address() -> str | None:
-    """The cluster that is to be joined; None: one of our own is started."""
+    """Return the cluster to join; None: one of our own is started."""
     address = os.environ.get("RAY_ADDRESS", "")
     return None if address in ("", "local") else address
 
@@ -313,7 +313,7 @@ _reaper: subprocess.Popen[bytes] | None = None  # of the Ray that was started he
 
 
 def _private_folder() -> str:
-    """A new folder for Ray's logs and sockets that other users cannot enter. It goes when this process ends."""
+    """Make a new folder for Ray's logs and sockets that other users cannot enter. It goes when this process ends."""
     global _reaper
     place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     # a socket's path has 107 bytes at most, of which Ray's names take 64
@@ -370,8 +370,8 @@ def start_ray(workers: int) -> bool:
 
 
 def actor_class(cpus: int, environment: Mapping[str, Any] | None) -> Any:
-    """`RewardActor` for Ray, in a runtime environment of its own or in ours. Raises ImageRLError for one that Ray
-    does not accept."""
+    """Return `RewardActor` for Ray, in a runtime environment of its own or in ours. Raises ImageRLError for one
+    that Ray does not accept."""
     import ray
     from ray.runtime_env import RuntimeEnv
 

@@ -30,7 +30,7 @@ PATIENCE = 0.8  # of a call's time, after which a reward that waits for others m
 
 
 def _by_environment(specs: Sequence[RewardSpec]) -> list[list[int]]:
-    """Places of the rewards that can share an actor."""
+    """Return the places of the rewards that can share an actor."""
     together: dict[str, list[int]] = {}
     for place, spec in enumerate(specs):
         together.setdefault(repr(spec.runtime_env), []).append(place)
@@ -38,7 +38,7 @@ def _by_environment(specs: Sequence[RewardSpec]) -> list[list[int]]:
 
 
 def _shards(request: RewardRequest, count: int) -> list[RewardRequest]:
-    """At most `count` parts of a request, each of whole groups, in order."""
+    """Cut a request into at most `count` parts, each of whole groups, in order."""
     groups = len(request.prompts) // request.group_size
     count = max(1, min(count, groups))
     bounds = [round(i * groups / count) * request.group_size for i in range(count + 1)]
@@ -46,7 +46,7 @@ def _shards(request: RewardRequest, count: int) -> list[RewardRequest]:
 
 
 def read_entries(entries: Iterable[Mapping[str, Any] | RewardSpec]) -> list[RewardSpec]:
-    """Entries of a recipe's lists as specs that mean the same in every process."""
+    """Read entries of a recipe's lists as specs that mean the same in every process."""
     return [
         (entry if isinstance(entry, RewardSpec) else RewardSpec.from_mapping(entry)).absolute()
         for entry in entries
@@ -163,8 +163,7 @@ class RewardWorkers:
         return ticket
 
     def collect(self, ticket: int) -> RewardScores:
-        """Waits for the scores of a ticket; each ticket once. Raises ImageRLError when a reward needs
-        mending."""
+        """Waits for the scores of a ticket; each ticket once. Raises ImageRLError when a reward needs mending."""
         if ticket in self._done:
             return self._done.pop(ticket)
         group_size, step, answers = self._tickets.pop(ticket)

@@ -20,7 +20,7 @@ from imagerl.rl.types import ImageRLError, RewardRequest, RewardScores
 
 @dataclass(slots=True)
 class RewardValues:
-    """What one reward said of B samples."""
+    """The reply of one reward for B samples."""
 
     values: np.ndarray  # [B] float64, NaN where there is no usable value
     not_applicable: np.ndarray  # [B] bool, True where the reward returned None
@@ -33,7 +33,7 @@ class RewardValues:
 
 
 def to_pil_images(images: np.ndarray) -> list[Image.Image]:
-    """Pictures [B, H, W, 3] uint8 RGB as B PIL pictures that own their pixels.
+    """Turn pictures [B, H, W, 3] uint8 RGB into B PIL pictures that own their pixels.
 
     Raises ValueError for another shape or type."""
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
@@ -42,7 +42,7 @@ def to_pil_images(images: np.ndarray) -> list[Image.Image]:
 
 
 def to_values(reply: Reply) -> RewardValues:
-    """A reply as arrays."""
+    """Turn a reply into arrays."""
 
     def column(entries: Sequence[float | None]) -> np.ndarray:
         return np.array(entries, dtype=np.float64)  # None becomes NaN
@@ -56,7 +56,7 @@ def to_values(reply: Reply) -> RewardValues:
 
 
 def call_reward(reward: LoadedReward, request: RewardRequest) -> RewardValues:
-    """What one reward says of a request. Raises ImageRLError as the reward does; see `boundary.score_samples`."""
+    """Score a request by one reward. Raises ImageRLError as the reward does; see `boundary.score_samples`."""
     columns = {name: list(values) for name, values in request.columns.items() if name not in SAMPLE_NAMES}
     samples: dict[str, list[Any]] = {
         "prompts": list(request.prompts),
@@ -68,7 +68,7 @@ def call_reward(reward: LoadedReward, request: RewardRequest) -> RewardValues:
 
 
 def part_of(request: RewardRequest, which: slice) -> RewardRequest:
-    """Some consecutive samples of a request."""
+    """Return some consecutive samples of a request."""
     return RewardRequest(
         prompts=request.prompts[which],
         completions=request.completions[which],
@@ -94,7 +94,7 @@ def concatenate(shards: Sequence[RewardValues]) -> RewardValues:
 def combine(
     mixes: Sequence[Mix], values: Sequence[RewardValues], group_size: int, step: int = 0
 ) -> RewardScores:
-    """Weighted sum of the components, per sample, with the weights of `step` and gates applied.
+    """Return the weighted sum of the components, per sample, with the weights of `step` and gates applied.
 
     A component that returned None for every sample of a group does not apply to that prompt and is left out
     of the group's sums; a gate by it stands open there. Any other missing component, or value to gate by, makes
@@ -136,7 +136,7 @@ def combine(
 
 
 def _gate_values(mix: Mix, value: RewardValues) -> np.ndarray:
-    """What the gate of `mix` looks at, [B]. Raises ImageRLError for a part that does not exist."""
+    """Return the values [B] that the gate of `mix` looks at. Raises ImageRLError for a part that does not exist."""
     assert mix.gate is not None
     label, _, part = mix.gate.by.partition("/")
     if not part:

@@ -1,5 +1,5 @@
-"""The other side of `rewards.boundary.remote`: a reward as a web application. Who may ask, how long sending may
-take and how many may wait is not decided here."""
+"""Serve a reward as a web application, the other side of `rewards.boundary.remote`. Who may ask, how long
+sending may take and how many may wait is not decided here."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def reward_app(
     needed: Sequence[str] = (),
     limits: Limits = LIMITS,
 ) -> web.Application:
-    """`POST /<label>` scores, `GET /<label>` tells what is served. Requests are unpacked and scored by one thread, one
-    after the other, so pictures of a single request are in memory at a time.
+    """Return an app: `POST /<label>` scores, `GET /<label>` tells what is served. Requests are unpacked and scored by
+    one thread, one after the other, so pictures of a single request are in memory at a time.
 
     `parameters` are the names that the reward takes; `needed` the columns without which it cannot be called."""
     from aiohttp import web

@@ -14,7 +14,7 @@ from imagerl.rl.config.algorithm_table import Baseline, Scale
 
 @dataclass(frozen=True, slots=True)
 class AdvantageInputs:
-    """What advantages are made from: the samples of a whole step, of all ranks, group-major."""
+    """The rewards from which advantages are made: the samples of a whole step, of all ranks, group-major."""
 
     rewards: Tensor  # [B] float64 totals; NaN where a sample has no usable value
     components: Tensor  # [B, K] float64, what each reward returned, NaN where nothing
@@ -26,7 +26,7 @@ class AdvantageInputs:
 
     @staticmethod
     def join(parts: Sequence[AdvantageInputs]) -> AdvantageInputs:
-        """Samples of consecutive ranks as one."""
+        """Join the samples of consecutive ranks."""
         penalties = [part.penalty for part in parts if part.penalty is not None]
         return replace(
             parts[0],
@@ -39,7 +39,7 @@ class AdvantageInputs:
 
 @dataclass(frozen=True, slots=True)
 class AdvantageOutput:
-    """Advantages of B samples and what a reader of the log must know to trust them."""
+    """The advantages of B samples, with the counts that a reader of the log needs in order to trust them."""
 
     advantages: Tensor  # [B] or [B, N] float32, 0 wherever nothing can be learned
     valid: Tensor  # [B] bool, False: no usable reward, the sample must not train
@@ -48,14 +48,14 @@ class AdvantageOutput:
     metrics: dict[str, float]
 
     def rows(self, which: slice) -> AdvantageOutput:
-        """Those of some samples; counts and metrics stay those of all."""
+        """Select some samples; counts and metrics stay those of all."""
         return replace(self, advantages=self.advantages[which], valid=self.valid[which])
 
 
 def advantages_of(
     inputs: AdvantageInputs, *, baseline: Baseline, scale: Scale, eps: float, decouple: bool = False
 ) -> AdvantageOutput:
-    """The advantages of any row of `rl.config.algorithm_table`.
+    """Compute the advantages of any row of `rl.config.algorithm_table`.
 
     `whiten` standardises the differences to the baseline over all actions of the step instead of dividing by a spread
     of rewards, and takes from action t the penalties of the actions from t on (REINFORCE++, arXiv 2501.03262; as
@@ -75,7 +75,9 @@ def advantages_of(
     values = output.advantages.double()[:, None]  # [B, 1]
     mask = inputs.action_mask & output.valid[:, None]
     if inputs.penalty is not None:
+        # Two flips make the running sum one from each action to the end: earlier penalties are not its doing.
         values = values - inputs.penalty.where(mask, 0.0).flip(1).cumsum(1).flip(1)  # [B, N]
+    # A value per sample stands for all of its actions, so it counts once for each.
     counts = mask.double() if values.shape[1] > 1 else mask.double().sum(dim=1, keepdim=True)
     whitened = _whitened(values, counts, eps)
     advantages = (whitened if whitened.shape[1] > 1 else whitened[:, 0]).float()
@@ -85,7 +87,7 @@ def advantages_of(
 def decoupled_advantages(
     inputs: AdvantageInputs, *, baseline: Baseline = "group_mean", scale: Scale = "group", eps: float = 1e-4
 ) -> AdvantageOutput:
-    """Each reward's own advantages, summed with the rewards' weights and divided by (std over the step + eps): GDPO,
+    """Sum each reward's own advantages with the rewards' weights and divide by (std over the step + eps): GDPO,
     arXiv 2601.05242. A reward with a small spread is heard beside one with a large one.
 
     A reward that has no value for a sample adds 0 there. A sample without a total is left out of all of them. With
@@ -95,10 +97,12 @@ def decoupled_advantages(
     summed = torch.zeros(len(inputs.rewards), dtype=torch.float64)
     for weight, values in zip(inputs.weights, inputs.components.unbind(dim=1), strict=True):
         if weight:
+            # NaN, not 0: a sample that does not train must not move the mean that others are compared with.
             known = values.where(total.valid, torch.nan)
             part = group_advantages(known, inputs.group_size, scale, eps, baseline).advantages
             summed += weight * part.double()
     advantages = (summed / (_std(summed[total.valid]) + eps)).float()
+    # Groups with fewer than two valid samples are all 0 as well, hence the subtraction.
     silent = (advantages == 0).view(-1, inputs.group_size).all(dim=1).sum()
     zero_variance = int(silent) - total.incomparable_groups
     return AdvantageOutput(
@@ -118,7 +122,7 @@ def group_advantages(
     baseline: Baseline = "group_mean",
     moving_mean: float | None = None,
 ) -> AdvantageOutput:
-    """Rewards relative to a baseline, divided by a spread.
+    """Subtract a baseline from the rewards and divide by a spread.
 
     With r_i the n rewards of one group and m their mean, the baseline of sample i is
 
@@ -181,6 +185,7 @@ def group_advantages(
     else:
         level = moving_mean if baseline == "moving_average" and moving_mean is not None else None
         all_equal = highest.max() == lowest.min()
+        # Equal rewards still differ from a moving average, so there they do teach.
         learnable = valid & ~all_equal if level is None else valid
         advantages = grouped - (grouped[valid].mean() if level is None else level)
     if scale == "group":
@@ -207,7 +212,7 @@ def group_advantages(
 def user_advantages(
     inputs: AdvantageInputs, function: Callable[[AdvantageInputs], Tensor]
 ) -> AdvantageOutput:
-    """What a user's function returns, [B] or [B, N], with 0 for samples without a reward.
+    """Call a user's function and return its [B] or [B, N], with 0 for samples without a reward.
 
     Raises:
         ValueError: another shape, or a number that is not finite for a sample with a reward.
@@ -225,7 +230,7 @@ def user_advantages(
 
 
 def moved_mean(previous: float | None, rewards: Tensor, decay: float) -> float | None:
-    """decay * previous + (1 - decay) * mean of the finite rewards [B]; that mean alone at first."""
+    """Return decay * previous + (1 - decay) * mean of the finite rewards [B]; at first that mean alone."""
     known = rewards.double()[rewards.isfinite()]
     if not len(known):
         return previous
@@ -234,7 +239,7 @@ def moved_mean(previous: float | None, rewards: Tensor, decay: float) -> float |
 
 
 def shuffled(rewards: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The same rewards [B] dealt out at random over the whole batch: the control run.
+    """Deal the rewards [B] out at random over the whole batch, for the control run.
 
     Mean and spread of the step's rewards stay what they are while their link to the samples is cut, so a
     policy that still improves does so for another reason than the reward.
@@ -244,7 +249,7 @@ def shuffled(rewards: Tensor, generator: torch.Generator | None = None) -> Tenso
 
 
 def _whitened(values: Tensor, counts: Tensor, eps: float) -> Tensor:
-    """(x - mean) / (std + eps) of [B, M], each entry counted `counts` times [B, M]; 0 where never."""
+    """Return (x - mean) / (std + eps) of [B, M], each entry counted `counts` times [B, M]; 0 where never."""
     total = counts.sum()
     mean = (counts * values).sum() / total.clamp(min=1)
     centred = values - mean
@@ -253,7 +258,7 @@ def _whitened(values: Tensor, counts: Tensor, eps: float) -> Tensor:
 
 
 def _spread(advantages: Tensor, valid: Tensor) -> dict[str, float]:
-    """Metrics of advantages [B] or [B, N] of the valid samples [B]."""
+    """Measure the advantages [B] or [B, N] of the valid samples [B]."""
     used = advantages[valid].double()
     return {
         "advantage_std": _std(used.flatten()),
@@ -263,5 +268,5 @@ def _spread(advantages: Tensor, valid: Tensor) -> dict[str, float]:
 
 
 def _std(values: Tensor) -> float:
-    """Unbiased standard deviation of [n]; 0 for fewer than two values."""
+    """Return the unbiased standard deviation of [n]; 0 for fewer than two values."""
     return float(values.std()) if len(values) > 1 else 0.0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def gaussian_kl(mean: Tensor, other: Tensor, std: Tensor) -> Tensor:
-    """Exact KL of each step, [B, S]: mean over dimensions of (mean - other)^2 / (2 std^2).
+    """Return the exact KL of each step, [B, S]: mean over dimensions of (mean - other)^2 / (2 std^2).
 
     Args:
         mean, other: [B, S, ...] means of the two transitions, with gradient where it is wanted.
@@ -23,7 +23,7 @@ def gaussian_kl(mean: Tensor, other: Tensor, std: Tensor) -> Tensor:
 
 
 def kl_as_flow_grpo(mean: Tensor, other: Tensor, std: Tensor, dt: Tensor) -> Tensor:
-    """flow_grpo's KL term of each step of its `sde`, [B, S]: it divides by 2·std_dev_t^2 where the transition's
+    """Return flow_grpo's KL term of each step of its `sde`, [B, S]: it divides by 2·std_dev_t^2 where the transition's
     standard deviation is std_dev_t·sqrt(|dt|), and so is `gaussian_kl` times |dt|.
 
     It weighs long steps more, and at N equal steps it is N times smaller: a kl_coef from there is N times too
@@ -37,5 +37,5 @@ def kl_as_flow_grpo(mean: Tensor, other: Tensor, std: Tensor, dt: Tensor) -> Ten
 
 
 def squared_distance(left: Tensor, right: Tensor) -> Tensor:
-    """Mean over dimensions of (left - right)^2, [B, S] from [B, S, ...], in float32."""
+    """Average (left - right)^2 over dimensions, [B, S] from [B, S, ...], in float32."""
     return (left.float() - right.float()).square().flatten(2).mean(dim=2)

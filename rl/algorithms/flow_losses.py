@@ -27,7 +27,7 @@ def flow_grpo_loss(
     advantage_max: float = 5.0,
     kl_coef: float = 0.0,
 ) -> LossOutput:
-    """Flow-GRPO (arXiv 2505.05470), also with DanceGRPO's or CPS's noise and within a window.
+    """Compute Flow-GRPO (arXiv 2505.05470), also with DanceGRPO's or CPS's noise and within a window.
 
     -min(ratio · A, clip(ratio, 1 − clip_low, 1 + clip_high) · A) + kl_coef · KL per step, advantages clamped to
     ±advantage_max as in the public code. The clip is narrow because the log-prob is a mean over dimensions.
@@ -55,7 +55,7 @@ def grpo_guard_loss(
     advantage_max: float = 5.0,
     kl_coef: float = 0.0,
 ) -> LossOutput:
-    """GRPO-Guard (arXiv 2510.22319, ratio of equation 8): Flow-GRPO with a normalised ratio and balanced steps.
+    """Compute GRPO-Guard (arXiv 2510.22319, equation 8's ratio): Flow-GRPO with a normalised ratio and balanced steps.
 
     The log-ratio of two Gaussians is noise·shift/std − KL: its mean is −KL, so ratios lie below 1 and the upper
     clip is hardly reached, and its spread depends on the step's std. The normalised ratio adds the KL
@@ -85,7 +85,7 @@ def flow_dppo_loss(
     advantage_max: float = 5.0,
     kl_coef: float = 0.0,
 ) -> LossOutput:
-    """Flow-DPPO (arXiv 2606.11025): no clip; a step loses its gradient once its exact KL from the old policy
+    """Compute Flow-DPPO (arXiv 2606.11025): no clip; a step loses its gradient once its exact KL from the old policy
     has reached kl_threshold *and* the update would take it further away, that is, ratio > 1 with A > 0 or
     ratio < 1 with A < 0. Steps that return keep theirs.
 
@@ -101,8 +101,10 @@ def flow_dppo_loss(
         far = torch.zeros_like(inputs.action_mask)
     else:
         far = masked(inputs.old_kl.detach(), inputs.action_mask) >= kl_threshold
+    # The KL has no direction; the signs tell whether the update leads away from the old policy or back.
     low, high = far & (ratio < 1) & (advantages < 0), far & (ratio > 1) & (advantages > 0)
     per_step = masked(-ratio * advantages, ~(low | high))
+    # The KL to the reference is added later, so that a masked step still feels its pull.
     return _finish(inputs, per_step, kl_coef, Surrogate(-per_step, ratio, low, high))
 
 
@@ -124,7 +126,7 @@ def _advantages(inputs: FlowLossInputs, limit: float) -> Tensor:
 
 
 def _finish(inputs: FlowLossInputs, per_step: Tensor, kl_coef: float, surrogate: Surrogate) -> LossOutput:
-    """Adds the KL to the reference, weighs, and sums what is logged."""
+    """Add the KL to the reference, weigh the steps, and sum the metrics for the log."""
     if not inputs.denominator > 0:
         raise ValueError(f"denominator must be positive, got {inputs.denominator}: nothing trains")
     if kl_coef and inputs.ref_kl is None:

@@ -29,7 +29,7 @@ def nft_loss(
     kl_coef: float = 0.0,
     min_weight: float = 1e-5,
 ) -> LossOutput:
-    """DiffusionNFT (arXiv 2509.16117): r · error(v⁺) + (1 − r) · error(v⁻) with the implicit policies
+    """Compute DiffusionNFT (arXiv 2509.16117): r · error(v⁺) + (1 − r) · error(v⁻) with the implicit policies
     v⁺ = (1 − beta) v_old + beta v and v⁻ = (1 + beta) v_old − beta v, so that what a bad sample teaches is to
     move the other way.
 
@@ -67,7 +67,7 @@ def awm_loss(
     kl_coef: float = 0.0,
     weight: MatchingWeight = "uniform",
 ) -> LossOutput:
-    """Advantage-weighted matching (arXiv 2509.25050): the policy gradient in which the log-prob of a
+    """Compute advantage-weighted matching (arXiv 2509.25050): the policy gradient in which the log-prob of a
     sample is its bound, minus the flow-matching loss, `matching_logprobs`. At the old policy the gradient is
     that of A · ‖v − (noise − x)‖², the pretraining loss times the advantage.
 
@@ -101,7 +101,7 @@ MATCHING_LOSSES: dict[str, Callable[..., LossOutput]] = {"nft": nft_loss, "awm":
 
 
 def matching_logprobs(velocity: Tensor, inputs: MatchingInputs, weight: MatchingWeight) -> Tensor:
-    """Minus the flow-matching loss of each action, [B, M]: with e = mean (v − (noise − x))²,
+    """Return minus the flow-matching loss of each action, [B, M]: with e = mean (v − (noise − x))²,
 
     uniform e, sigma e·sigma, sigma_squared e·sigma², huber √e·sigma, ghuber e^p·sigma / p with p = 1/4. The last
     two are made 0 at e = 0 up to 1e-5, as in the public code.
@@ -122,7 +122,7 @@ def matching_logprobs(velocity: Tensor, inputs: MatchingInputs, weight: Matching
 
 
 def _adaptive_error(inputs: MatchingInputs, velocity: Tensor, min_weight: float) -> Tensor:
-    """Squared error of the latents predicted from a velocity, over their mean absolute error, [B, M].
+    """Divide the squared error of the latents predicted from a velocity by their mean absolute error, [B, M].
 
     x − sigma v − x_0 = sigma (noise − x_0 − v), so neither x nor the prediction is formed."""
     target = inputs.noise.float() - inputs.latents.float()[:, None]

@@ -28,7 +28,7 @@ from imagerl.rl.config.algorithm_table import KLEstimator
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log p - log q, shape of the inputs.
+    """Return log p - log q, shape of the inputs.
 
     Value: unbiased for KL(p || q). Gradient: grad log p, whose mean over p is 0, so in a loss it adds
     variance and regularises nothing; as a penalty in the reward it is the right one (`kl_penalty`).
@@ -37,7 +37,7 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """(log p - log q)^2 / 2, shape of the inputs.
+    """Return (log p - log q)^2 / 2, shape of the inputs.
 
     Value: KL(p || q) up to third order, biased far from the reference. Gradient: (log p - log q) grad log p,
     whose mean over p is exactly grad KL(p || q), the mode-seeking divergence of the RL objective.
@@ -46,7 +46,7 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """q/p - log(q/p) - 1, shape of the inputs; GRPO's estimator, arXiv 2402.03300 equation 4.
+    """Return q/p - log(q/p) - 1, shape of the inputs; GRPO's estimator, arXiv 2402.03300 equation 4.
 
     Value: unbiased for KL(p || q) and never negative. Gradient: (1 - q/p) grad log p, whose mean over p is
     grad KL(q || p), the mass-covering divergence; the two agree to first order near the reference.
@@ -60,14 +60,14 @@ ESTIMATORS: dict[KLEstimator, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "
 
 
 def kl_estimate(name: KLEstimator, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The estimator called `name`, per action. Raises ValueError for an unknown name."""
+    """Apply the estimator called `name`, per action. Raises ValueError for an unknown name."""
     if name not in ESTIMATORS:
         raise ValueError(f"KL estimator must be one of {', '.join(ESTIMATORS)}, got {name!r}")
     return ESTIMATORS[name](logprobs, ref_logprobs)
 
 
 def kl_sums(logprobs: Tensor, ref_logprobs: Tensor, action_mask: Tensor) -> dict[str, Tensor]:
-    """Sums of all three estimates over the actions, for the log: `kl_k1`, `kl_k2`, `kl_k3`, float64 scalars.
+    """Sum all three estimates over the actions, for the log: `kl_k1`, `kl_k2`, `kl_k3`, float64 scalars.
 
     No gradient: use `kl_estimate` in a loss. Masked positions may hold anything. Inputs are [B, N].
     """
@@ -76,7 +76,7 @@ def kl_sums(logprobs: Tensor, ref_logprobs: Tensor, action_mask: Tensor) -> dict
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, action_mask: Tensor, kl_coef: float) -> Tensor:
-    """KL control in the reward instead of the loss: what each action costs, kl_coef * k1 (arXiv 2009.01325).
+    """Return the cost of each action, kl_coef * k1: KL control in the reward, not the loss (arXiv 2009.01325).
 
     Always k1: with it the policy gradient of the penalised reward is exactly that of
     E[r] - kl_coef * KL(p || q) of whole sequences. k2 or k3 as a reward would be biased. A sample pays the
@@ -96,7 +96,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, action_mask: Tensor, kl_c
 
 
 def adapted_coef(kl_coef: float, kl: float, target: float, rate: float) -> float:
-    """The coefficient of the next step: kl_coef * (1 + rate * e), e = kl / target - 1 within ±0.2.
+    """Return the next step's coefficient, kl_coef * (1 + rate * e) with e = kl / target - 1 within ±0.2.
 
     A proportional controller in log space (arXiv 1909.08593 section 2.2, where rate is 0.1).
 
@@ -106,11 +106,12 @@ def adapted_coef(kl_coef: float, kl: float, target: float, rate: float) -> float
     """
     if not math.isfinite(kl):
         return kl_coef
+    # Bounded, since the KL of one step is noisy: no single step may move the coefficient far.
     return kl_coef * (1 + rate * min(max(kl / target - 1, -0.2), 0.2))
 
 
 def masked(values: Tensor, action_mask: Tensor) -> Tensor:
-    """Values with 0 where the mask is False, whatever stood there: a product with the mask would keep NaN.
+    """Put 0 where the mask is False, whatever stood there: a product with the mask would keep NaN.
 
     The gradient of those positions is 0 too.
     """

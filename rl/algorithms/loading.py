@@ -30,7 +30,7 @@ SETTINGS = (
 
 
 def load_loss(algorithm: AlgorithmConfig) -> Loss:
-    """What is called with `LossInputs` and the keywords of `loss_settings`.
+    """Return the function to call with `LossInputs` and the keywords of `loss_settings`.
 
     Raises:
         ImageRLError: the user's own cannot be imported or asks for what it would not get; when called, it returns
@@ -61,13 +61,13 @@ def load_loss(algorithm: AlgorithmConfig) -> Loss:
 
 
 def loss_settings(algorithm: AlgorithmConfig, kl_coef: float) -> dict[str, Any]:
-    """Keyword arguments of `policy_loss`; `kl_coef` is the present one."""
+    """Return the keyword arguments of `policy_loss`; `kl_coef` is the present one."""
     settings = {name: getattr(algorithm, name) for name in SETTINGS}
     return settings | {"kl_coef": kl_coef if algorithm.kl_in == "loss" else 0.0}
 
 
 def load_advantages(algorithm: AlgorithmConfig) -> Advantages:
-    """What turns a step's rewards into advantages.
+    """Return the function that turns a step's rewards into advantages.
 
     Raises:
         ImageRLError: the user's own cannot be imported; when called, it returns something else than advantages.
@@ -93,7 +93,7 @@ def load_advantages(algorithm: AlgorithmConfig) -> Advantages:
 
 
 def load_function(target: str, key: str) -> Callable[..., Any]:
-    """The function behind `file.py:function` or `package.module:function`; `key` of the recipe names it in errors.
+    """Import the function at `file.py:function` or `package.module:function`; `key` of the recipe names it in errors.
 
     Raises:
         ImageRLError: no such file, module or function, or an error while importing.
@@ -133,7 +133,7 @@ def _module_of_file(path: Path, key: str) -> ModuleType:
 def taking(
     function: Callable[..., Any], settings: Mapping[str, Any], own: Mapping[str, Any], key: str
 ) -> Callable[..., Any]:
-    """The function as one that may be called with any of our settings by keyword: it gets those that it names, and
+    """Wrap the function so that all our settings may be passed by keyword: it gets those that it names, and
     all of its `own` arguments.
 
     Raises:

@@ -19,7 +19,7 @@ from imagerl.rl.types import LossInputs, LossOutput
 
 
 def loss_denominator(action_mask: Tensor, normaliser: Normaliser, max_length: int) -> float:
-    """What the weighted sum over all actions is divided by. Additive: sum it over ranks.
+    """Count what the weighted sum over all actions is divided by. Additive: sum it over ranks.
 
     - `sequence`: samples that train, so the loss is the mean over samples of the mean over their actions
       (GRPO, arXiv 2402.03300 equation 3);
@@ -45,7 +45,7 @@ def loss_denominator(action_mask: Tensor, normaliser: Normaliser, max_length: in
 
 
 def action_weights(action_mask: Tensor, normaliser: Normaliser) -> Tensor:
-    """Weight of each action in the sum that `loss_denominator` divides: [B, N] float64, 0 where masked.
+    """Return the weight of each action in the sum that `loss_denominator` divides: [B, N] float64, 0 where masked.
 
     1 / (actions of the sample) for `sequence`, else 1. A gradient under `sum` is thus about max_length times
     that under `sequence`, and so is the weight of a KL or entropy term.
@@ -53,6 +53,7 @@ def action_weights(action_mask: Tensor, normaliser: Normaliser) -> Tensor:
     _check(normaliser)
     weights = action_mask.double()
     if normaliser == "sequence":
+        # A sample without actions would be 0 / 0; its numerators are 0, so any positive divisor will do.
         return weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
     return weights
 
@@ -70,7 +71,7 @@ def policy_loss(
     kl_estimator: KLEstimator = "k3",
     normaliser: Normaliser = "sequence",
 ) -> LossOutput:
-    """The loss of every algorithm in `rl.config.algorithm_table`; the defaults are GRPO's (arXiv 2402.03300
+    """Compute the loss of every algorithm in `rl.config.algorithm_table`; the defaults are GRPO's (arXiv 2402.03300
     equation 3).
 
     loss = sum of weight * (-policy_weight * surrogate + kl_coef * KL) over the actions, divided by
@@ -134,6 +135,7 @@ def policy_loss(
             "ratio_deviation_squared": deviation.square(),
             "clip_low": maximised.low & mask,
             "clip_high": maximised.high & mask,
+            # The old policy drew the actions, so it is k3's first argument: the other order would be biased.
             "old_kl": k3(old_logprobs, logprobs),
         }
         if inputs.policy_weights is not None:

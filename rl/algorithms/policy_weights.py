@@ -16,7 +16,7 @@ def policy_weights(
     importance_cap: float | None,
     selected: Tensor | None,
 ) -> Tensor | None:
-    """The product of what a recipe asks for, [B, N]: truncated importance, and 0 where not `selected` (a bool
+    """Multiply the weights that a recipe asks for, [B, N]: truncated importance, and 0 where not `selected` (a bool
     [B, N], see `highest_entropy`). None where it asks for neither."""
     if importance_cap is None:
         return None if selected is None else (selected & action_mask).to(old_logprobs.dtype)
@@ -27,7 +27,7 @@ def policy_weights(
 
 
 def truncated_importance(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
-    """min(probability under the trainer / under the sampler, cap) of each action, [B, N].
+    """Return min(probability under the trainer / under the sampler, cap) of each action, [B, N].
 
     It corrects for samples that were drawn from another distribution than `old_logprobs` are of: older weights, or
     another precision. Without the cap it is unbiased per action and of unbounded variance ("TIS", Yao et al., "On
@@ -38,7 +38,7 @@ def truncated_importance(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: fl
 
 
 def entropy_threshold(entropies: np.ndarray, top: float) -> float:
-    """The entropy that a share `top` of the actions reaches: their (1 - top) quantile, interpolated linearly.
+    """Return the entropy that a share `top` of the actions reaches: their (1 - top) quantile, interpolated linearly.
 
     Training on those alone is arXiv 2506.01939, which takes 0.2. Pass the entropies [n], nats, of all actions of
     the global batch, so that neither microbatches nor ranks matter. Infinite for n = 0.
@@ -47,5 +47,5 @@ def entropy_threshold(entropies: np.ndarray, top: float) -> float:
 
 
 def highest_entropy(entropy: Tensor, action_mask: Tensor, threshold: float) -> Tensor:
-    """Actions whose entropy is at least the threshold, [B, N] bool, False where masked."""
+    """Mark the actions whose entropy is at least the threshold, [B, N] bool, False where masked."""
     return (entropy.double() >= threshold) & action_mask

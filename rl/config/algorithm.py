@@ -27,7 +27,8 @@ WITHIN_GROUP = ("group_mean", "leave_one_out")
 
 
 class AlgorithmConfig(RecipeModel):
-    """`name` supplies the defaults that differ between algorithms; the defaults shown here are GRPO's."""
+    """The settings of the algorithm. `name` supplies the defaults that differ between algorithms; the defaults shown
+    here are GRPO's."""
 
     name: Name = Field("grpo", description="sets the defaults of this section: docs/algorithms.md")
     import_path: str | None = Field(None, description="your own loss in place of it: file.py:function")
@@ -102,7 +103,7 @@ class AlgorithmConfig(RecipeModel):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the log-probs of the reference are computed."""
+        """Tell whether the log-probs of the reference are computed."""
         return self.kl_coef > 0 or self.measure_kl
 
     @model_validator(mode="before")

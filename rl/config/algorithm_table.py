@@ -38,7 +38,7 @@ Name = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One algorithm; the fields are those of `AlgorithmConfig` in which algorithms differ. The defaults are GRPO's,
+    """One algorithm: those fields of `AlgorithmConfig` in which algorithms differ. The defaults are GRPO's,
     with the KL of BLIP3o-NEXT (arXiv 2510.15857)."""
 
     baseline: Baseline = "group_mean"
@@ -56,7 +56,7 @@ class Row:
     max_resamples: int = 0
 
     def defaults(self) -> dict[str, Any]:
-        """Recipe key within `algorithm` -> value."""
+        """Map each recipe key within `algorithm` to its value."""
         return asdict(self)
 
 

@@ -1,4 +1,4 @@
-"""Sections of every recipe that updates weights: optimizer, adapters, engine, checkpoints."""
+"""The sections of every recipe that updates weights: optimizer, adapters, engine, checkpoints."""
 
 from __future__ import annotations
 

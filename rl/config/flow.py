@@ -23,7 +23,7 @@ ROW = FLOW_ALGORITHMS["flow_grpo"]
 
 
 def is_matching(flow: Any) -> bool:
-    """Whether an `algorithm.flow` as written in YAML, right or wrong, asks for a loss on finished samples: by its
+    """Tell whether an `algorithm.flow` as written in YAML, right or wrong, asks for a loss on finished samples: by its
     loss, or by the name of the row that has no other."""
     return isinstance(flow, dict) and flow.get("loss", flow.get("name")) in MATCHING
 
@@ -39,7 +39,8 @@ class FlowLoraConfig(RecipeModel):
 
 
 class FlowConfig(RecipeModel):
-    """`name` supplies the defaults that differ between algorithms; the defaults shown here are Flow-GRPO's."""
+    """The settings of the decoder's algorithm. `name` supplies the defaults that differ between algorithms; the
+    defaults shown here are Flow-GRPO's."""
 
     name: FlowName = Field("flow_grpo", description="sets the defaults of this section: docs/flow.md")
     joint: bool = Field(False, description="train the tokens too, in the same steps; else they are frozen")
@@ -102,7 +103,7 @@ class FlowConfig(RecipeModel):
 
     @property
     def is_matching(self) -> bool:
-        """Whether finished samples are matched, instead of denoising steps scored."""
+        """Tell whether finished samples are matched, instead of denoising steps scored."""
         return self.loss in MATCHING
 
     @model_validator(mode="before")
@@ -132,7 +133,7 @@ class FlowConfig(RecipeModel):
         return self
 
     def check(self, recipe: Any) -> None:
-        """Raises ValueError where the rest of a training recipe leaves this section impossible."""
+        """Raise ValueError where the rest of a training recipe leaves this section impossible."""
         self._check_steps(self.steps or recipe.rollout.flow_steps)
         guidance = recipe.rollout.guidance if self.guidance is None else self.guidance
         if self.is_matching and guidance != 1 and not self.allow_guidance:
@@ -159,7 +160,7 @@ class FlowConfig(RecipeModel):
             )
 
     def _check_steps(self, steps: int) -> None:
-        """The last denoising step stays deterministic: noise put in there would stay in the picture."""
+        """Keep the last denoising step deterministic: noise put in there would stay in the picture."""
         if self.is_matching:
             return
         room = min(steps - 1, self.window_stop or steps)

@@ -31,7 +31,7 @@ MATCHING: tuple[FlowLoss, ...] = ("nft", "awm")  # losses on the forward process
 
 @dataclass(frozen=True, slots=True)
 class FlowRow:
-    """One algorithm; the fields are those of `FlowConfig` in which algorithms differ. The defaults are
+    """One algorithm: those fields of `FlowConfig` in which algorithms differ. The defaults are
     Flow-GRPO's, its KL weight of 0.04 carried over to the exact KL at ten steps."""
 
     sampler: Sampler = "sde"
@@ -45,7 +45,7 @@ class FlowRow:
     kl_coef: float = 0.004
 
     def defaults(self) -> dict[str, Any]:
-        """Recipe key within `algorithm.flow` -> value."""
+        """Map each recipe key within `algorithm.flow` to its value."""
         return asdict(self)
 
 

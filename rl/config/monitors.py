@@ -1,4 +1,4 @@
-"""The recipe section that says what a run watches itself for. Importable without torch."""
+"""The recipe section of what a run watches itself for. Importable without torch."""
 
 from __future__ import annotations
 

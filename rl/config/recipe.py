@@ -21,7 +21,7 @@ SHIPPED = Path(__file__).parents[2] / "recipes"  # of the installed package, by 
 
 
 class RecipeModel(BaseModel):
-    """Base of every section of a recipe: frozen, no unknown keys, no silent conversion of types."""
+    """The base of every section of a recipe: frozen, no unknown keys, no silent conversion of types."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
@@ -29,16 +29,16 @@ class RecipeModel(BaseModel):
 
     @classmethod
     def prepare(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Raw data with short spellings written out, before overrides reach into it."""
+        """Write short spellings in raw data out, before overrides reach into it."""
         return data
 
     @classmethod
     def redirect(cls, loc: Loc, value: Any) -> Loc:
-        """Where an override of `loc` really goes. For schemas that accept a short spelling."""
+        """Return the key that an override of `loc` really sets. For schemas that accept a short spelling."""
         return loc
 
     def to_yaml(self) -> str:
-        """The whole recipe, defaults included. Reads back equal through `load_yaml_recipe`."""
+        """Write out the whole recipe, defaults included. It reads back equal through `load_yaml_recipe`."""
         data = self.model_dump(mode="json")
         return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
 
@@ -50,13 +50,13 @@ RecipeT = TypeVar("RecipeT", bound=RecipeModel)
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by the name that a command takes, such as `compare/grpo`."""
+    """List the recipes that come with the package, by the name that a command takes, such as `compare/grpo`."""
     files = sorted((*SHIPPED.glob("*.yaml"), *SHIPPED.glob("*/*.yaml")))
     return {path.relative_to(SHIPPED).with_suffix("").as_posix(): path for path in files}
 
 
 def find_recipe(path: str | Path) -> Path:
-    """A recipe's file: the one at `path`, or where there is none the shipped one of that name.
+    """Find a recipe's file: the one at `path`, or where there is none the shipped one of that name.
 
     Raises ImageRLError for a name, without a suffix, that is neither."""
     if Path(path).exists() or Path(path).suffix:
@@ -70,7 +70,7 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The mapping in a recipe file, or in the shipped one of that name, laid over that of the file it `extends`,
+    """Read the mapping in a recipe file, or in the shipped one of that name, laid over that of the file it `extends`,
     unvalidated. Its key `kind` ("train" when absent) names the schema."""
     path = find_recipe(path)
     data = _read_mapping(path)
@@ -88,7 +88,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """One mapping over another, key by key within sections. null takes a key away, so that its default holds."""
+    """Lay one mapping over another, key by key within sections. null takes a key away, so that its default holds."""
     merged = dict(below)
     for key, value in above.items():
         if value is None:
@@ -188,7 +188,7 @@ def _overridden(cls: type[RecipeModel], data: dict[str, Any], overrides: Sequenc
 
 
 def _blamed(cls: type[RecipeModel], data: dict[str, Any], overrides: Sequence[str], mistake: str) -> str:
-    """The overrides without which a mistake is not made; none when the file makes it alone."""
+    """Find the overrides without which a mistake is not made; none when the file makes it alone."""
 
     def makes(chosen: Sequence[str]) -> bool:
         try:

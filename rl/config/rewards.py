@@ -39,7 +39,7 @@ SERVED = r"https?://[\w.\-\[\]:]+(?:/[\w.\-~]+)*/[A-Za-z_]\w*"
 
 
 class RewardSpec(RecipeModel):
-    """One reward. Other keys are settings of it; whether it has them is asked where its signature is known, in
+    """One reward. Other keys are its settings, and are checked where its signature is known, in
     `rewards.boundary.targets.check_settings`."""
 
     model_config = ConfigDict(extra="allow")
@@ -64,7 +64,7 @@ class RewardSpec(RecipeModel):
 
     @field_serializer("runtime_env", when_used="json")
     def _without_secrets(self, runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
-        """What is written of it anywhere: of environment variables, which carry keys and tokens, the names alone."""
+        """Write only the names of environment variables, anywhere: their values carry keys and tokens."""
         variables = (runtime_env or {}).get("env_vars")
         if runtime_env is None or not variables:
             return runtime_env
@@ -86,7 +86,7 @@ class RewardSpec(RecipeModel):
 
     @property
     def label(self) -> str:
-        """What the metrics call it: the name, or that of the function, or the last part of the address."""
+        """Return its name in the metrics: the name, or that of the function, or the last part of the address."""
         if self.url is not None:
             return self.url.rpartition("/")[2]
         return self.name or str(self.import_path).rpartition(":")[2]
@@ -152,7 +152,7 @@ class RewardsConfig(RecipeModel):
 
 
 def refuse_hidden(rewards: Sequence[RewardSpec]) -> None:
-    """Raises ImageRLError for a recipe that a run has written, without the secrets that it was given."""
+    """Raise ImageRLError for a recipe that a run has written, without the secrets that it was given."""
     for spec in rewards:
         variables = (spec.runtime_env or {}).get("env_vars")
         for name, value in variables.items() if isinstance(variables, dict) else ():
@@ -164,7 +164,7 @@ def refuse_hidden(rewards: Sequence[RewardSpec]) -> None:
 
 
 def without_addresses(value: Any) -> Any:
-    """A recipe's values without the hosts of served rewards: they are the same ones wherever they are served."""
+    """Drop the hosts of served rewards from a recipe's values: rewards are the same wherever they are served."""
     if isinstance(value, dict):
         return {
             key: entry.rpartition("/")[2]

@@ -125,7 +125,7 @@ class SFTOptimConfig(OptimConfig):
     decoder_lr: LearningRate | None = Field(None, description="peak rate of the decoder; null: lr")
 
     def factor(self, part: str) -> float:
-        """The share of ar, connector or decoder of the scheduled learning rate."""
+        """Return the share of ar, connector or decoder of the scheduled learning rate."""
         own: float | None = getattr(self, f"{part}_lr")
         return 1.0 if own is None else own / self.lr
 
@@ -176,5 +176,5 @@ AnyRecipe = Recipe | SFTRecipe
 
 
 def load_sft_recipe(path: str | Path, overrides: Sequence[str] = ()) -> SFTRecipe:
-    """A fine-tuning recipe with `dotted.key=value` overrides. Raises ImageRLError with one line on a mistake."""
+    """Load a fine-tuning recipe with `dotted.key=value` overrides. Raises ImageRLError with one line on a mistake."""
     return load_yaml_recipe(SFTRecipe, path, overrides)

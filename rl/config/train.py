@@ -166,7 +166,7 @@ class Recipe(RecipeModel):
     @model_validator(mode="before")
     @classmethod
     def _written_out(cls, data: Any) -> Any:
-        """Short spellings, and the one default that depends on another section."""
+        """Write out short spellings, and the one default that depends on another section."""
         if not isinstance(data, dict):
             return data
         algorithm, rollout = data.get("algorithm"), data.get("rollout", {})
@@ -177,14 +177,14 @@ class Recipe(RecipeModel):
 
     @classmethod
     def prepare(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """`rewards` as a bare list becomes the mapping that it stands for."""
+        """Turn `rewards` as a bare list into the mapping that it stands for."""
         if isinstance(data.get("rewards"), list):
             return {**data, "rewards": {"functions": data["rewards"]}}
         return data
 
     @classmethod
     def redirect(cls, loc: Loc, value: Any) -> Loc:
-        """`rewards` may be spelt as the bare list: `rewards=[...]` and `rewards.0.weight=1` mean its
+        """Accept `rewards` spelt as the bare list: `rewards=[...]` and `rewards.0.weight=1` mean its
         functions and leave `rewards.workers` and the like alone."""
         if loc[0] == "rewards" and (isinstance(loc[1], int) if len(loc) > 1 else isinstance(value, list)):
             return ("rewards", "functions", *loc[1:])
@@ -192,7 +192,7 @@ class Recipe(RecipeModel):
 
     @property
     def logprob_limit(self) -> float:
-        """`rollout.max_logprob_diff`, or what rounding explains: bfloat16 keeps 8 bits of every activation. No
+        """Return `rollout.max_logprob_diff`, or what rounding explains: bfloat16 keeps 8 bits of every activation. No
         limit where differences are expected and corrected."""
         if self.rollout.max_logprob_diff is None and self.algorithm.importance_cap is not None:
             return math.inf
@@ -200,7 +200,7 @@ class Recipe(RecipeModel):
 
     @property
     def doubts(self) -> list[str]:
-        """What is possible and hardly meant, one line each."""
+        """List settings that are possible but hardly meant, one line each."""
         flow = self.algorithm.flow
         if flow is None or flow.loss != "nft" or self.algorithm.scale_rewards != "none":
             return []
@@ -262,5 +262,5 @@ class Recipe(RecipeModel):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A training recipe with `dotted.key=value` overrides. Raises ImageRLError with one line on a mistake."""
+    """Load a training recipe with `dotted.key=value` overrides. Raises ImageRLError with one line on a mistake."""
     return load_yaml_recipe(Recipe, path, overrides)

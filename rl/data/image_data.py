@@ -48,7 +48,7 @@ class ShuffledSource:
         self._files = 0
 
     def next(self) -> Entry:
-        """Raises ImageRLError when a whole epoch holds nothing, not even bad samples."""
+        """Return the next entry. Raises ImageRLError when a whole epoch holds nothing, not even bad samples."""
         empty = 0
         while self.position >= len(self.entries):
             empty += not self.entries
@@ -80,13 +80,12 @@ class ShuffledSource:
 
     @property
     def place(self) -> dict[str, int]:
-        """With a fingerprint of the shards and of the samples in the present group, which tells whether they are still
-        the same."""
+        """The place, with a fingerprint of the shards and of the samples in the present group that shows any change."""
         self.entries  # noqa: B018  lists the group where that is still to be done
         return {"epoch": self.epoch, "group": self.group, "position": self.position, "files": self._files}
 
     def go_to(self, place: Mapping[str, int]) -> None:
-        """Raises ImageRLError when the files are no longer those that `place` was told of."""
+        """Go to a `place`. Raises ImageRLError when the files are no longer those that it was made from."""
         self.epoch, self.group, self.position = place["epoch"], place["group"], place["position"]
         self._entries = None
         if self.group >= self.groups or self.place != dict(place):
@@ -98,19 +97,19 @@ class ShuffledSource:
 
 @dataclass(slots=True)
 class Counts:
-    """What a process has seen so far."""
+    """The samples that a process has seen so far."""
 
     seen: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     example: dict[str, str] = field(default_factory=dict)  # reason -> the first sample
 
     def add(self, entry: Entry, bad: BadSample) -> None:
-        """One more bad sample."""
+        """Count one more bad sample."""
         self.bad[bad.reason] += 1
         self.example.setdefault(bad.reason, f"{entry.key} ({bad.detail})" if bad.detail else entry.key)
 
     def refuse(self, limit: float) -> None:
-        """Raises ImageRLError with the reasons when more than the share `limit` is bad."""
+        """Raise ImageRLError with the reasons when more than the share `limit` is bad."""
         total = self.bad.total()
         if self.seen < JUDGED_FROM or total <= limit * self.seen:
             return
@@ -141,7 +140,7 @@ class ImageStream:
         max_bad_share: float = 0.1,
         states: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """`states` are those of all processes at a checkpoint.
+        """Resume from `states`, those of all processes at a checkpoint.
 
         Raises:
             ImageRLError: the files are no longer those of the checkpoint.
@@ -163,7 +162,7 @@ class ImageStream:
         self._queue: deque[tuple[Entry, Future[Example] | None, int, list[dict[str, int]]]] = deque()
 
     def take(self, count: int) -> list[Drawn]:
-        """The next `count` good samples.
+        """Return the next `count` good samples.
 
         Raises:
             ImageRLError: too many are bad, or a source is empty.
@@ -185,11 +184,11 @@ class ImageStream:
 
     @property
     def epoch(self) -> int:
-        """Of the source that is furthest along."""
+        """The epoch of the source that is furthest along."""
         return max(place["epoch"] for place in self._places)
 
     def state(self) -> dict[str, Any]:
-        """Plain data from which a stream with the same sources, weights and seed goes on."""
+        """Return plain data from which a stream with the same sources, weights and seed goes on."""
         return {
             "draws": self._taken,
             "sources": self._places,
@@ -202,7 +201,7 @@ class ImageStream:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _draw(self) -> tuple[Entry, Future[Example] | None, int, list[dict[str, int]]]:
-        """This process's next draw: entry, its future, the number of draws after it and the sources' places."""
+        """Return this process's next draw: entry, its future, the number of draws after it and the sources' places."""
         while True:
             source = self._source(self._draws)
             entry = source.next()
@@ -218,7 +217,7 @@ class ImageStream:
         return random.Random(derive_seed("mix", self.seed, draw)).choices(self.sources, self.weights)[0]
 
     def _restore(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """With another number of processes each goes on from where the furthest was; only after bad samples, which
+        """Resume; with another number of processes each goes on from the furthest. Only after bad samples, which
         push processes apart, does that pass over some."""
         same = len(states) == self.world_size
         state = states[self.rank] if same else max(states, key=lambda one: one["draws"])
@@ -232,7 +231,7 @@ class ImageStream:
 
 
 def first_examples(sources: Sequence[ShuffledSource], count: int, load: Load) -> tuple[list[Example], Counts]:
-    """The first `count` good samples in file order, of several sources in turn; fewer when there are no more."""
+    """Read the first `count` good samples in file order, of several sources in turn; fewer when there are no more."""
     counts = Counts()
     examples: list[Example] = []
     listed = [(entry for shard in source.shards for entry in shard.entries()) for source in sources]

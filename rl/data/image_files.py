@@ -47,7 +47,7 @@ class BadSample(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is still taken for a picture and a caption."""
+    """The limits within which a picture and a caption are usable."""
 
     max_pixels: int  # width · height
     min_side: int
@@ -64,7 +64,7 @@ class Blob:
     size: int | None = None  # None: the whole file
 
     def read(self) -> bytes:
-        """Raises OSError, and BadSample when there are too few bytes, or absurdly many."""
+        """Read the bytes. Raises OSError, and BadSample when they are too few, or absurdly many."""
         status = os.stat(self.path)
         if not stat.S_ISREG(status.st_mode):
             raise BadSample("unreadable")  # a pipe would be waited for
@@ -166,7 +166,7 @@ def _read(blob: Blob, missing: str) -> bytes:
 
 
 def check_size(size: tuple[int, int], limits: Limits) -> None:
-    """Raises BadSample for a (width, height) outside the limits."""
+    """Raise BadSample for a (width, height) outside the limits."""
     short, long = sorted(size)
     if short * long > limits.max_pixels:
         raise BadSample("too_large")
@@ -177,7 +177,7 @@ def check_size(size: tuple[int, int], limits: Limits) -> None:
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scaled to cover (height, width) and cut to its centre, as the published trainer does; a picture of that
+    """Scale to cover (height, width) and cut to the centre, as the published trainer does; a picture of that
     size already is left as it is."""
     height, width = size
     return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)

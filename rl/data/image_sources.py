@@ -1,4 +1,4 @@
-"""Where training pictures lie: a folder, or webdataset-style tar shards. Both list their samples the same way.
+"""Sources of training pictures: folders and webdataset-style tar shards. Both list their samples the same way.
 
 A folder has `x.png` with `x.txt` (and `x.ref.png`, what an edit starts from), at any depth; or a `captions.jsonl`
 or `metadata.jsonl` with one object a line: `file_name`, the caption's field, optionally `reference`. A shard has
@@ -40,8 +40,8 @@ class TarShard:
     caption_field: str
 
     def entries(self) -> list[Entry]:
-        """Samples in file order. A shard that is cut short gives what is whole and one `truncated` entry; one that
-        cannot be read at all gives one `unreadable` entry."""
+        """List the samples in file order. A shard that is cut short gives what is whole and one `truncated` entry;
+        one that cannot be read at all gives one `unreadable` entry."""
         members: dict[str, dict[str, Blob]] = {}
         problem = None
         try:
@@ -90,7 +90,8 @@ class FolderShard:
     _entries: list[Entry] | None = None  # listed once: what is added during a run must not change its order
 
     def entries(self) -> list[Entry]:
-        """Samples in the order of the list, or of the file names. Raises ImageRLError when there are two lists."""
+        """List the samples in the order of the list, or of the file names. Raises ImageRLError when there are two
+        lists."""
         if self._entries is None:
             folder = Path(self.path)
             lists = [folder / name for name in LISTS if (folder / name).is_file()]
@@ -102,7 +103,7 @@ class FolderShard:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """Path within the folder -> path, sorted, hidden files left out."""
+    """Map each path within the folder to its path, sorted, hidden files left out."""
     files = sorted(file for file in folder.rglob("*") if not file.name.startswith(".") and file.is_file())
     return {str(file.relative_to(folder)): str(file) for file in files}
 
@@ -152,7 +153,7 @@ def _listed(file: Path, caption_field: str) -> Iterable[Entry]:
 
 
 def open_source(path: str, caption_field: str = "caption") -> list[Shard]:
-    """The shards that a recipe's path means: a folder of pictures is one, tar files are one each. `path` is a
+    """Open the shards that a recipe's path means: a folder of pictures is one, tar files are one each. `path` is a
     folder (of pictures, or of .tar files), a .tar file, or a pattern such as `data/*.tar`.
 
     Raises:

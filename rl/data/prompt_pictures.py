@@ -19,7 +19,7 @@ PICTURE_COLUMNS = ("reference", "mask", "ideal")  # the picture to edit, where i
 
 
 def picture_paths(columns: Mapping[str, Any], folder: Path, place: str) -> dict[str, Any]:
-    """Columns of a row with paths for the names of pictures, which are relative to the prompt file's folder.
+    """Return a row's columns with paths for the names of pictures, which are relative to the prompt file's folder.
 
     Raises ImageRLError, beginning with `place`, when one is no name of a file that is there, or the file is no picture
     or too large a one."""
@@ -38,7 +38,7 @@ def picture_paths(columns: Mapping[str, Any], folder: Path, place: str) -> dict[
 
 
 def with_pictures(prompt: Prompt) -> Prompt:
-    """The prompt with its pictures opened, RGB.
+    """Return the prompt with its pictures opened, RGB.
 
     Raises ImageRLError when a file is no picture that can be read."""
     paths = {name: value for name, value in prompt.columns.items() if isinstance(value, Path)}
@@ -50,7 +50,7 @@ def with_pictures(prompt: Prompt) -> Prompt:
 
 
 def identity(prompt: Prompt) -> str:
-    """What makes a prompt the same as another one: its text, and for an edit the picture too."""
+    """Return what makes two prompts the same: the text, and for an edit the picture too."""
     picture = prompt.columns.get("reference")
     if isinstance(picture, Image.Image):
         return f"{prompt.text} (of picture {picture_hash(prompt)[:12]})"
@@ -58,7 +58,7 @@ def identity(prompt: Prompt) -> str:
 
 
 def picture_hash(prompt: Prompt) -> str:
-    """SHA-256 of the picture to edit, of its file's bytes whatever that is called; "" without one."""
+    """Return the SHA-256 of the picture to edit, of its file's bytes whatever that is called; "" without one."""
     picture = prompt.columns.get("reference")
     if isinstance(picture, Image.Image):
         return hashlib.sha256(picture.tobytes()).hexdigest()

@@ -107,7 +107,7 @@ SHIPPED_FILES = ("ocr_signs", "edits")  # in recipes/prompts
 
 
 def load_prompt_set(config: PromptSetConfig) -> PromptSet:
-    """The prompts that a recipe asks for. A prompt's index is its place in the file, blank lines aside.
+    """Load the prompts that a recipe asks for. A prompt's index is its place in the file, blank lines aside.
 
     Raises:
         ImageRLError: no such set or file, a row that is no prompt, too few prompts.
@@ -134,13 +134,13 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
 
 
 def inline_prompts(rows: Sequence[str | dict[str, Any]], source: str) -> PromptSet:
-    """Prompts that are written out in another file, `source`: texts, or mappings with a `prompt` in each. Lines in
+    """Read prompts that are written out in another file, `source`: texts, or mappings with a `prompt` in each. Lines in
     messages are counted within the list. Raises ImageRLError like `load_prompt_set`."""
     return PromptSet(source, tuple(_to_prompts(list(enumerate(rows, 1)), PROMPT, source)))
 
 
 def refuse_overlap(train: PromptSet, heldout: PromptSet, wanted: Callable[[Any, str], str]) -> None:
-    """Held-out results mean nothing when their prompts, or the targets in them, were trained on.
+    """Refuse held-out prompts that were trained on, or whose targets were: their results mean nothing.
 
     `wanted` says what the rewards compare a picture with, "" for nothing, given the column `target` and the text; it
     is `rewards.ocr.reward.wanted_text`. Prompts are the same but for case and white space, edits if their pictures
@@ -156,7 +156,7 @@ def refuse_overlap(train: PromptSet, heldout: PromptSet, wanted: Callable[[Any, 
     common = {text(prompt) for prompt in train} & {text(prompt) for prompt in heldout}
 
     def whole(prompt: Prompt) -> str:
-        """Pictures are read only where instructions are alike: they may be many."""
+        """Identify a prompt. Pictures are read only where instructions are alike: they may be many."""
         return text(prompt) + picture_hash(prompt) if text(prompt) in common else ""
 
     def target(prompt: Prompt) -> str:
@@ -177,7 +177,7 @@ def refuse_overlap(train: PromptSet, heldout: PromptSet, wanted: Callable[[Any, 
 
 
 class GroupedSampler:
-    """Which prompts each step trains on: a pure function of (seed, step), so a resumed run needs no replay.
+    """The choice of each step's prompts: a pure function of (seed, step), so a resumed run needs no replay.
 
     Every epoch is a fresh permutation of the prompts, cut into whole steps. What does not fill a step is
     left out of that epoch, so that no prompt appears twice in an epoch, nor in a step.
@@ -199,13 +199,13 @@ class GroupedSampler:
         self._order = lru_cache(maxsize=1)(self._permutation)
 
     def step(self, step: int) -> list[Prompt]:
-        """The prompts of a step, counted from 0."""
+        """Return the prompts of a step, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
         first = place * self.prompts_per_step
         return [self._prompts[i] for i in self._order(epoch)[first : first + self.prompts_per_step]]
 
     def others(self, step: int) -> list[Prompt]:
-        """All prompts but the step's own, in an order drawn for that step: what may replace some of them."""
+        """Return all prompts but the step's own, in an order drawn for that step: these may replace some of them."""
         own = {prompt.index for prompt in self.step(step)}
         rest = [prompt for prompt in self._prompts if prompt.index not in own]
         random.Random(derive_seed(self._seed, "resample", step)).shuffle(rest)
@@ -258,7 +258,7 @@ def _yaml(text: str, source: str) -> Iterator[Row]:
 
 
 def _to_prompts(rows: Sequence[Row], column: str, source: str) -> list[Prompt]:
-    """Columns that a row lacks are None, so that rewards get lists of equal length."""
+    """Make prompts of rows. Columns that a row lacks are None, so that rewards get lists of equal length."""
     if not rows:
         raise ImageRLError(f"{source} holds no prompts")
     mappings: list[tuple[str, dict[str, Any]]] = []
@@ -298,7 +298,7 @@ def _to_prompts(rows: Sequence[Row], column: str, source: str) -> list[Prompt]:
 
 
 def _taken(names: Sequence[str], column: str, source: str) -> tuple[str, str]:
-    """Which columns hold the prompt and the picture to edit, and a word about it where they have other names."""
+    """Find the columns of the prompt and of the picture to edit, and a word about it where they have other names."""
 
     def of(ours: str) -> str:
         theirs = {name.lower(): name for name in reversed(names)}

@@ -51,7 +51,7 @@ class _Manifest(_Version):
 
 
 class _State(BaseModel):
-    """What every kind of run keeps, where it keeps it."""
+    """The names under which every kind of run keeps its state."""
 
     first_eval: list[dict[str, Any]] | None = None
     last_eval: list[dict[str, Any]] | None = None
@@ -63,12 +63,12 @@ class _State(BaseModel):
 
 
 class DamagedCheckpoint(ImageRLError):
-    """A checkpoint is not what its manifest says."""
+    """A checkpoint differs from its manifest."""
 
 
 @dataclass(slots=True)
 class Checkpoint:
-    """What `save_checkpoint` was given, read back and verified."""
+    """A checkpoint as `save_checkpoint` was given it, read back and verified."""
 
     folder: Path
     step: int
@@ -125,7 +125,7 @@ def save_checkpoint(
 
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
-    """The complete checkpoints in `directory`, oldest first. Their content is not verified."""
+    """List the complete checkpoints in `directory`, oldest first. Their content is not verified."""
     return [folder for folder in _step_folders(directory) if (folder / MANIFEST).is_file()]
 
 
@@ -135,7 +135,7 @@ def _step_folders(directory: str | Path) -> list[Path]:
 
 
 def latest_checkpoint(directory: str | Path) -> Path | None:
-    """The newest complete checkpoint, or None. Cleans up after killed processes first."""
+    """Find the newest complete checkpoint, or None. Cleans up after killed processes first."""
     directory = Path(directory)
     if not directory.is_dir():
         return None
@@ -145,7 +145,7 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
 
 
 def newest_sound(directory: str | Path) -> Checkpoint | None:
-    """The newest checkpoint that is what its manifest says, or None where there is none. Each newer one is named in
+    """Find the newest checkpoint that agrees with its manifest, or None. Each newer one is named in
     a warning. Cleans up after killed processes first.
 
     Raises:
@@ -164,7 +164,7 @@ def newest_sound(directory: str | Path) -> Checkpoint | None:
 
 
 def step_of(folder: Path) -> int:
-    """The training step in a checkpoint folder's name."""
+    """Read the training step from a checkpoint folder's name."""
     match = _FOLDER.fullmatch(folder.name)
     if not match:
         raise ImageRLError(

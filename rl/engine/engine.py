@@ -28,7 +28,7 @@ StateDict = dict[str, dict[str, Tensor]]  # group -> name -> whole tensor
 
 
 class Engine:
-    """Device, ranks and precision of a run; after `prepare` also its optimizer.
+    """The device, ranks and precision of a run; after `prepare` also its optimizer.
 
     One update, with n microbatches (the same n on every rank)::
 
@@ -124,7 +124,7 @@ class Engine:
 
     @contextlib.contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
-        """Surrounds forward and backward of one microbatch; ranks exchange gradients in the last one only."""
+        """Surround forward and backward of one microbatch; ranks exchange gradients in the last one only."""
         if self.zero_stage is not None:
             self.module.set_gradient_accumulation_boundary(last)
             yield
@@ -143,7 +143,7 @@ class Engine:
         torch.set_num_threads(max(1, self.threads - count))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """bfloat16 autocast where the recipe says so; for the forward pass, not for backward."""
+        """Return bfloat16 autocast where the recipe says so; for the forward pass, not for backward."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def backward(self, loss: Tensor) -> None:
@@ -181,8 +181,8 @@ class Engine:
         return norm
 
     def gradient_norms(self, parts: Sequence[str]) -> dict[str, float]:
-        """Norm of the present gradient of each part of the module, named by its attribute; empty under ZeRO 1 and
-        above, where no rank holds whole gradients. To be called before `step`, after the last microbatch."""
+        """Measure the present gradient's norm of each part of the module, named by its attribute; empty under ZeRO 1
+        and above, where no rank holds whole gradients. To be called before `step`, after the last microbatch."""
         if self.zero_stage:
             return {}
         norms = {}
@@ -195,8 +195,9 @@ class Engine:
 
     @contextlib.contextmanager
     def gathered_parameters(self) -> Iterator[None]:
-        """Within it `unwrapped` and its parts can be called directly (sampling, reference, export) even under
-        ZeRO-3, where each rank otherwise holds a slice of every weight. Collective; do not train inside."""
+        """Gather the weights, so that `unwrapped` and its parts can be called directly (sampling, reference, export)
+        even under ZeRO-3, where each rank otherwise holds a slice of every weight. Collective; do not train
+        inside."""
         if self.zero_stage != 3:
             yield
             return
@@ -204,7 +205,7 @@ class Engine:
             yield
 
     def state_dict(self) -> StateDict:
-        """A copy of the weights and optimizer state of all that trains, whole, by parameter name, on the CPU.
+        """Copy the weights and optimizer state of all that trains, whole, by parameter name, on the CPU.
 
         Collective: every rank calls it, rank 0 gets the tensors and the others empty groups.
         """
@@ -241,7 +242,7 @@ class Engine:
         return {key: summed[key] for key in values}
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in order of rank, on every rank. Collective; for small Python objects."""
+        """Return every rank's `value`, in order of rank, on every rank. Collective; for small Python objects."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
@@ -307,7 +308,7 @@ class Engine:
 
 
 def learning_rate(update: int, total: int, optim: OptimConfig, share: float | None = None) -> float:
-    """The learning rate of 0-based `update` out of `total`, a pure function so that resuming needs no state.
+    """Return the learning rate of 0-based `update` out of `total`, a pure function so that resuming needs no state.
 
     Warm-up rises linearly and its first update is not wasted on zero; then constant, or constant up to the last
     `decay_share` of the updates and from there down to `min_lr` along a line or half a cosine. Where the number of

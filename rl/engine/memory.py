@@ -1,4 +1,4 @@
-"""How much memory a training step takes, found by running its own code on tensors without content.
+"""The memory that a training step takes, found by running its own code on tensors without content.
 
 Everything that a step does to a policy is done here to fake tensors, which have shapes and storages but no numbers,
 while a dispatch mode adds up the storages that are alive. Layers are all alike, so two shallow models give the cost
@@ -26,7 +26,7 @@ SHALLOW, DEEPER = 2, 4  # layers of the models that are run
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What a process does at once in a training step."""
+    """The work that a process does at once in a training step."""
 
     sampled: int  # prompts whose tokens are sampled together
     group: int
@@ -90,7 +90,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def at_depth(measure: Callable[[int], Bytes], layers: int) -> Bytes:
-    """`measure(layers)` itself for few layers, else the line through two shallow models."""
+    """Return `measure(layers)` itself for few layers, else the line through two shallow models."""
     if layers <= DEEPER:
         return measure(layers)
     low, high = measure(SHALLOW), measure(DEEPER)
@@ -110,7 +110,7 @@ def without_content(module: nn.Module, dtype: torch.dtype) -> None:
 def language_model_bytes(
     policy: Any, shape: StepShape, lora: Mapping[str, Any] | None = None, freeze: Sequence[str] = ()
 ) -> Bytes:
-    """What the autoregressive half of a policy without weights costs: parameters by kind (counted), and bytes beyond
+    """Measure the autoregressive half of a policy without weights: parameters by kind (counted), and bytes beyond
     its weights in each phase. `policy` is a `models.blip3o_next.policy.ImagePolicy`, which is used up."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -142,7 +142,7 @@ def language_model_bytes(
 
 
 def decoder_bytes(policy: Any, shape: StepShape) -> Bytes:
-    """The same of the decoder: parameters, and bytes beyond weights while latents are integrated and drawn."""
+    """Measure the decoder likewise: parameters, and bytes beyond weights while latents are integrated and drawn."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     decoder = policy.decoder
@@ -171,7 +171,7 @@ def decoder_bytes(policy: Any, shape: StepShape) -> Bytes:
 
 
 def _sampling(policy: Any, shape: StepShape) -> dict[str, int]:
-    """The sampler's own copy of the weights, and what drawing a chunk of samples takes beside it."""
+    """Measure the sampler's own copy of the weights, and what drawing a chunk of samples takes beside it."""
     steps = min(4, shape.image_tokens)
     policy.sampler_dtype = shape.sampler_dtype
     with torch.no_grad(), LiveBytes() as memory:
@@ -206,14 +206,15 @@ def _scored(ar: nn.Module, shape: StepShape) -> TokenScores:
 
 
 def _reference(ar: nn.Module, shape: StepShape) -> int:
-    """Peak of scoring a microbatch by weights as they are stored."""
+    """Measure the peak of scoring a microbatch by weights as they are stored."""
     with torch.no_grad(), LiveBytes() as memory:
         _scored(ar, shape)
     return memory.peak
 
 
 def _update(ar: nn.Module, shape: StepShape) -> dict[str, int]:
-    """Peak of forward and backward of a step's first microbatch and of a later one, when gradients are there."""
+    """Measure the peak of forward and backward of a step's first microbatch and of a later one, when gradients are
+    there."""
     peaks = {}
     with LiveBytes() as memory:
         for name in ("update_first", "update"):

@@ -1,4 +1,4 @@
-"""What a recipe needs of each GPU's memory: weights and their kin, and the step's most demanding moment.
+"""The memory that a recipe needs on each GPU: weights and their kin, and the step's most demanding moment.
 
 Bytes of single steps come from `rl.engine.memory`; here they are put together for a number of GPUs and a ZeRO stage
 (arXiv 1910.02054)."""
@@ -22,7 +22,7 @@ USABLE = 0.9  # of a GPU: the rest is its context, its libraries' workspaces and
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes on each of `gpus` GPUs."""
+    """The bytes needed on each of `gpus` GPUs."""
 
     gpus: int
     parts: Mapping[str, float]  # there all the time, once the first step is done
@@ -40,7 +40,8 @@ class Plan:
 def step_shape(
     recipe: Recipe, gpus: int, prompt_tokens: int, image_tokens: int, edits: bool = False
 ) -> StepShape:
-    """What one of `gpus` processes does at once. Raises ImageRLError when they cannot share a step's prompts."""
+    """Return the work that one of `gpus` processes does at once. Raises ImageRLError when they cannot share a step's
+    prompts."""
     import torch
 
     rollout, engine = recipe.rollout, recipe.engine
@@ -118,7 +119,7 @@ def make_plan(
 
 
 def table(plans: Sequence[Plan], gpu_memory: float | None) -> str:
-    """GiB by part and moment, a column for each number of GPUs."""
+    """Lay out GiB by part and moment, a column for each number of GPUs."""
     small = max(plan.peak for plan in plans) < GIB
     unit, name = (2**20, "MiB") if small else (GIB, "GiB")
     rows = [[f"{name} per GPU", *(f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''}" for plan in plans)]]

@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO needs beyond Accelerate. Only `rl.engine.engine` uses this.
+"""The parts that DeepSpeed's ZeRO needs beyond Accelerate. Only `rl.engine.engine` uses this.
 
 ZeRO stages 1 and 2 keep Adam's state, stage 3 the weights too, on flat slices of which each rank owns one.
 """
@@ -26,7 +26,7 @@ _POSING = "IMAGERL_POSES_AS_LAUNCHER"
 
 
 def create_accelerator(stage: int, precision: str, use_cpu: bool) -> Accelerator:
-    """An Accelerator that will wrap its module in DeepSpeed, alone or as a launcher's environment says."""
+    """Create an Accelerator that will wrap its module in DeepSpeed, alone or as a launcher's environment says."""
     _import_deepspeed(use_cpu)
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import DeepSpeedPlugin
@@ -87,7 +87,7 @@ def stop_posing() -> None:
 
 @contextlib.contextmanager
 def gathered(module: Any, unwrapped: nn.Module) -> Iterator[None]:
-    """All weights of a ZeRO-3 module whole on every rank, and usable without its hooks."""
+    """Make all weights of a ZeRO-3 module whole on every rank, and usable without its hooks."""
     import deepspeed
     from trl.models.utils import add_hooks, remove_hooks
 
@@ -100,7 +100,7 @@ def gathered(module: Any, unwrapped: nn.Module) -> Iterator[None]:
 
 
 def whole_state(parameter: nn.Parameter, updates: int) -> dict[str, Tensor]:
-    """weight, step, exp_avg and exp_avg_sq of a parameter, gathered; the last three once it was updated."""
+    """Gather weight, step, exp_avg and exp_avg_sq of a parameter; the last three once it was updated."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     whole = {"weight": safe_get_full_fp32_param(parameter)}

@@ -1,5 +1,5 @@
-"""Several pictures of one token sequence: rewards averaged over them, and what of the rewards' spread is due to the
-tokens and what to the decoder. Pure functions of a step's rewards."""
+"""Several pictures of one token sequence: rewards averaged over them, and the parts of the rewards' spread that are
+due to the tokens and to the decoder. Pure functions of a step's rewards."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from imagerl.rl.types import RewardScores
 
 
 def average_decodes(scores: RewardScores, decodes: int) -> RewardScores:
-    """Scores [B·M] of pictures as those [B] of their token sequences: means over the M pictures that have a
-    value, NaN where none has. With M = 1 the scores themselves."""
+    """Reduce scores [B·M] of pictures to those [B] of their token sequences: means over the M pictures that have a
+    value, NaN where none has. With M = 1 they are the scores themselves."""
     if decodes == 1:
         return scores
     return map_samples(scores, lambda values: _mean(values, decodes))
 
 
 def variance_split(totals: np.ndarray, group_size: int, decodes: int) -> dict[str, float]:
-    """Variance of rewards [P·G·M] within a prompt, by its sources: unbiased estimates of a one-way analysis of
+    """Split the variance of rewards [P·G·M] within a prompt by its sources: unbiased estimates of a one-way analysis of
     variance, means over prompts and sequences.
 
     `decoder` is the variance among pictures of the same tokens, `tokens` that of a sequence's expected reward, and
@@ -26,7 +26,7 @@ def variance_split(totals: np.ndarray, group_size: int, decodes: int) -> dict[st
     the part of an advantage that is the decoder's luck and not the tokens' merit. Prompts with a missing reward
     are left out.
 
-    Nothing with M = 1: the two cannot be told apart then.
+    Returns nothing with M = 1: the two cannot be told apart then.
     """
     if decodes == 1:
         return {}
@@ -43,8 +43,8 @@ def variance_split(totals: np.ndarray, group_size: int, decodes: int) -> dict[st
 
 
 def crossed_split(rewards: np.ndarray) -> dict[str, np.ndarray]:
-    """Variance of rewards [P, G, M] within each prompt, where the m-th picture of every sequence of a prompt began from
-    the same noise: unbiased estimates [P] of a two-way analysis of variance.
+    """Split the variance of rewards [P, G, M] within each prompt, where the m-th picture of every sequence of a
+    prompt began from the same noise: unbiased estimates [P] of a two-way analysis of variance.
 
     `tokens` is the variance of a sequence's expected reward, `noise` that of what a noise does to all sequences alike,
     and `both` that of what it does to one and not to the other. Single estimates can be negative; means over prompts

@@ -33,7 +33,7 @@ Autocast = Callable[[], AbstractContextManager[object]]
 
 
 def training_sampling(recipe: Recipe) -> SamplingParams:
-    """How a recipe draws what it trains on."""
+    """Return the sampling that a recipe trains with."""
     settings = recipe.rollout
     return SamplingParams(
         settings.temperature,
@@ -45,8 +45,8 @@ def training_sampling(recipe: Recipe) -> SamplingParams:
 
 
 def evaluation_sampling(recipe: Recipe) -> SamplingParams:
-    """How a recipe draws what it is judged by: as in training where `eval` does not say otherwise, one picture of
-    each token sequence. A decoder that trains at a guidance of its own is judged at that one."""
+    """Return the sampling that a recipe is judged by: as in training where `eval` does not say otherwise, one picture
+    of each token sequence. A decoder that trains at a guidance of its own is judged at that one."""
     training, settings, flow = training_sampling(recipe), recipe.eval, recipe.algorithm.flow
     wanted = (settings.guidance, flow.guidance if flow else None, training.guidance)
     return replace(
@@ -58,13 +58,13 @@ def evaluation_sampling(recipe: Recipe) -> SamplingParams:
 
 
 def to_uint8(pictures: Tensor) -> np.ndarray:
-    """[B, 3, H, W] in [0, 1] -> [B, H, W, 3] uint8, rounded to nearest."""
+    """Convert [B, 3, H, W] in [0, 1] to [B, H, W, 3] uint8, rounded to nearest."""
     return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompts:
-    """What the policy is given of P prompts."""
+    """The policy's inputs for P prompts."""
 
     ids: Tensor  # [P, L] left-padded
     mask: Tensor  # [P, L]
@@ -72,7 +72,7 @@ class EncodedPrompts:
 
 
 def encode(policy: Policy, prompts: Sequence[Prompt], to_draw: bool = True) -> EncodedPrompts:
-    """Captions, or instructions with the pictures that they change. Without `to_draw` no latents: scoring tokens
+    """Encode captions, or instructions with the pictures that they change. Without `to_draw` no latents: scoring tokens
     needs none.
 
     Raises ImageRLError when only some of the prompts have a picture."""
@@ -89,7 +89,7 @@ def encode(policy: Policy, prompts: Sequence[Prompt], to_draw: bool = True) -> E
 
 
 def reward_request(groups: Sequence[RolloutGroup], step: int = 0) -> RewardRequest:
-    """What rewards get to see of some groups of equal size, at a training step."""
+    """Make the request that shows rewards some groups of equal size, at a training step."""
     size = len(groups[0].images)
     decodes = size // len(groups[0].tokens)
     repeated = [group.prompt for group in groups for _ in range(size)]
@@ -114,7 +114,7 @@ class RolloutEngine:
         self.autocast = autocast
 
     def uniforms(self, occasion: int | str, prompts: Sequence[Prompt], group_size: int) -> Tensor:
-        """[P·G, T] float64 in [0, 1): one number per token."""
+        """Draw [P·G, T] float64 in [0, 1): one number per token."""
         rows = [
             torch.rand(
                 self.policy.num_actions,
@@ -127,7 +127,7 @@ class RolloutEngine:
         return torch.stack(rows)
 
     def noise(self, occasion: int | str, prompts: Sequence[Prompt], group_size: int) -> Tensor:
-        """[P·G·M, C, h, w] decoder noise; with `shared_noise` the m-th is the same for all samples of a prompt."""
+        """Draw [P·G·M, C, h, w] decoder noise; with `shared_noise` the m-th is the same for all samples of a prompt."""
         shape = self.policy.latent_shape
         rows = []
         for prompt, sample, decode in self._decodes(prompts, group_size):
@@ -139,7 +139,7 @@ class RolloutEngine:
     def step_noise(
         self, occasion: int | str, prompts: Sequence[Prompt], group_size: int, steps: int
     ) -> Tensor:
-        """[P·G·M, S, C, h, w] noise of stochastic denoising steps, each picture's own."""
+        """Draw [P·G·M, S, C, h, w] noise of stochastic denoising steps, each picture's own."""
         shape = (steps, *self.policy.latent_shape)
         rows = [
             torch.randn(
@@ -162,7 +162,7 @@ class RolloutEngine:
         sample_chunk: int | None = None,
         flow: FlowSampling | None = None,
     ) -> Iterator[list[RolloutGroup]]:
-        """Yields the groups of `decode_chunk` prompts at a time, so that scoring can begin with the first while
+        """Yield the groups of `decode_chunk` prompts at a time, so that scoring can begin with the first while
         the next are drawn. Tokens of `sample_chunk` prompts are sampled together: the more, the faster and the
         more memory for keys and values. None: all at once.
 
@@ -226,7 +226,7 @@ def _groups(
     images: np.ndarray,
     steps: FlowTrajectory | None,
 ) -> Iterator[RolloutGroup]:
-    """The groups of some prompts, whose samples are `rows` of the trajectory and all of images and steps."""
+    """Return the groups of some prompts, whose samples are `rows` of the trajectory and all of images and steps."""
     size, drawn = (rows.stop - rows.start) // len(prompts), len(images) // len(prompts)
     for number, prompt in enumerate(prompts):
         own = slice(rows.start + number * size, rows.start + (number + 1) * size)

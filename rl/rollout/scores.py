@@ -1,4 +1,4 @@
-"""What is done to `RewardScores` as a whole. Both functions go by what a field holds, not by its name, so that none can
+"""Functions of `RewardScores` as a whole. Both functions go by what a field holds, not by its name, so that none can
 be forgotten: an array has a row for each sample, a mapping of arrays has them by name, all else is of the request."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from imagerl.rl.types import RewardScores
 
 
 def map_samples(scores: RewardScores, rows: Callable[[np.ndarray], np.ndarray]) -> RewardScores:
-    """The scores with `rows` applied to every array [B] of values by sample, to choose, order or reduce samples."""
+    """Apply `rows` to every array [B] of values by sample in the scores, to choose, order or reduce samples."""
 
     def mapped(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -25,7 +25,7 @@ def map_samples(scores: RewardScores, rows: Callable[[np.ndarray], np.ndarray]) 
 
 
 def merge_scores(parts: Sequence[RewardScores]) -> RewardScores:
-    """Scores of consecutive requests as one: samples one after the other, NaN where a part lacks a component, as when
+    """Join the scores of consecutive requests: samples one after the other, NaN where a part lacks a component, as when
     a reward failed there; failures added up, and of all else of a request the last."""
     sizes = [len(part.totals) for part in parts]
 

@@ -1,4 +1,4 @@
-"""The decoder's half of a training step: which steps are actions, how they are scored, what is minimised."""
+"""The decoder's half of a training step: the choice of actions, their scores and the loss."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ class FlowBatch:
 
     @property
     def decodes(self) -> int:
-        """Pictures of a token sequence, M."""
+        """The number of pictures of a token sequence, M."""
         return len(self.latents) // len(self.hidden)
 
     def rows(self, which: slice) -> FlowBatch:
-        """Some of the pictures, all M of each token sequence, as views."""
+        """Select some of the pictures, all M of each token sequence, as views."""
         sequences = slice(which.start // self.decodes, -(-which.stop // self.decodes))
 
         def part(name: str) -> Any:
@@ -84,7 +84,7 @@ class FlowBatch:
 
 
 def window_at(settings: FlowConfig, steps: int, step: int, seed: int) -> range:
-    """The stochastic denoising steps of training step `step` (from 0), the same for all samples and ranks.
+    """Return the stochastic denoising steps of training step `step` (from 0), the same for all samples and ranks.
 
     Never the last denoising step: nothing would take its noise out of the picture again. A random window
     (Flow-GRPO-Fast) lies anywhere; a sliding one (MixGRPO, arXiv 2507.21802) begins at the first step, moves on by
@@ -104,7 +104,7 @@ def window_at(settings: FlowConfig, steps: int, step: int, seed: int) -> range:
 
 
 class FlowHalf:
-    """Every algorithm of `rl.config.flow_table`."""
+    """The decoder's half: it runs every algorithm of `rl.config.flow_table`."""
 
     name = "flow"
     prefix = "flow/"
@@ -121,13 +121,13 @@ class FlowHalf:
         self.steps = settings.steps or rollout.flow_steps
 
     def sampling(self, step: int) -> FlowSampling:
-        """How the rollout of training step `step` draws."""
+        """Return the sampling of training step `step`'s rollout."""
         settings = self.settings
         window = window_at(settings, self.steps, step, self.recipe.run.seed)
         return FlowSampling(settings.sampler, settings.noise_level, window, self.guidance, self.steps)
 
     def assemble(self, groups: Sequence[RolloutGroup], step: int) -> FlowBatch:
-        """The decoder's actions in some groups, without advantages yet."""
+        """Assemble the decoder's actions in some groups, without advantages yet."""
         trajectories = [group.flow for group in groups if group.flow is not None]
         if len(trajectories) != len(groups):
             raise ValueError("the rollout kept no denoising steps")
@@ -155,7 +155,8 @@ class FlowHalf:
         )
 
     def _noised(self, groups: Sequence[RolloutGroup], step: int) -> tuple[Tensor, Tensor]:
-        """Noise levels [B, N], one in each N-th of (0, 1], and noises [B, N, C, h, w]: functions of the picture."""
+        """Draw noise levels [B, N], one in each N-th of (0, 1], and noises [B, N, C, h, w]: functions of the
+        picture."""
         count = self.settings.points
         levels, noises = [], []
         for group in groups:
@@ -168,11 +169,12 @@ class FlowHalf:
         return torch.stack(levels), torch.stack(noises)
 
     def arguments(self, part: FlowBatch) -> tuple[Tensor, Tensor, Tensor, float]:
-        """What the network scores a microbatch by."""
+        """Return the network's arguments for a microbatch."""
         return part.hidden.repeat_interleave(part.decodes, 0), part.points, part.sigma, self.guidance
 
     def frozen(self, part: FlowBatch, old: Tensor | None) -> dict[str, Tensor]:
-        """Velocities that need no gradient: the reference's, and the trainer's own before several updates."""
+        """Return the velocities that need no gradient: the reference's, and the trainer's own before several
+        updates."""
         fields = {}
         if self.settings.kl_coef:
             fields["ref_velocity"] = self.half.reference_velocity(*self.arguments(part))
@@ -181,20 +183,20 @@ class FlowHalf:
         return fields
 
     def advantage_inputs(self, scores: RewardScores, batch: FlowBatch) -> AdvantageInputs:
-        """A picture is compared with those of the same tokens where there are several, else with its group."""
+        """Compare a picture with those of the same tokens where there are several, else with its group."""
         size = batch.decodes if batch.decodes > 1 else self.recipe.rollout.group_size
         return reward_inputs(self.recipe, scores, size, batch.action_mask)
 
     def select(self, batch: FlowBatch) -> FlowBatch:
-        """All denoising steps of the batch train."""
+        """Return the batch as it is: all its denoising steps train."""
         return batch
 
     def denominator(self, batch: FlowBatch) -> float:
-        """This rank's part of what the loss is divided by: its pictures that train."""
+        """Count this rank's part of the loss's denominator: its pictures that train."""
         return loss_denominator(batch.action_mask, "sequence", batch.action_mask.shape[1])
 
     def loss(self, velocity: Tensor, part: FlowBatch, denominator: float) -> HalfLoss:
-        """The loss of a microbatch, from velocities [B, N, C, h, w] at its points."""
+        """Compute the loss of a microbatch, from velocities [B, N, C, h, w] at its points."""
         if part.noise is not None:
             output, gap = self._matching_loss(velocity, part, denominator), torch.zeros(1)
         else:
@@ -203,7 +205,7 @@ class FlowHalf:
         return HalfLoss(output.loss, sums, gap.max())
 
     def _step_loss(self, velocity: Tensor, part: FlowBatch, denominator: float) -> tuple[LossOutput, Tensor]:
-        """The loss, and |replayed − rollout's log-prob| [B, S] of the policy before any update."""
+        """Return the loss, and |replayed − rollout's log-prob| [B, S] of the policy before any update."""
         schedule = part.schedule
         scores = self.half.score(velocity, part.latents, schedule)
         old_logprobs, old_kl, ref_kl = scores.logprobs.detach(), None, None
@@ -247,7 +249,7 @@ class FlowHalf:
         return MATCHING_LOSSES[self.settings.loss](inputs, **self._bounds())
 
     def _bounds(self) -> dict[str, Any]:
-        """The settings that the loss of this name takes."""
+        """Return the settings that the loss of this name takes."""
         settings = self.settings
         clip = {"clip_low": settings.clip_low, "clip_high": settings.clip_high}
         own: dict[str, dict[str, Any]] = {
@@ -260,7 +262,7 @@ class FlowHalf:
         return {"advantage_max": settings.advantage_max, "kl_coef": settings.kl_coef} | own[settings.loss]
 
     def refuse_gap(self, gap: float) -> None:
-        """Raises ImageRLError, before the weights change, when a replayed step has another log-prob than in the
+        """Raise ImageRLError, before the weights change, when a replayed step has another log-prob than in the
         rollout: then one of the two did not see what the other saw."""
         limit = self.settings.max_logprob_diff or (0.1 if self.recipe.engine.precision == "bf16" else 1e-5)
         if not gap <= limit:  # NaN too
@@ -271,10 +273,10 @@ class FlowHalf:
             )
 
     def after_step(self, step: int, updates: Sequence[Metrics]) -> None:
-        """Nothing follows an update."""
+        """Do nothing: nothing follows an update."""
 
     def metrics(self, updates: Sequence[Metrics]) -> Metrics:
-        """Means per action of the last update, and the replay gap of the first; see docs/run-folder.md."""
+        """Return means per action of the last update, and the replay gap of the first; see docs/run-folder.md."""
         made = [update for update in updates if update]
         if not made:
             return {"flow/updates": 0.0}
@@ -293,8 +295,8 @@ class FlowHalf:
         return metrics if self.settings.joint else metrics | {"grad_norm": last["grad_norm"]}
 
     def state(self) -> dict[str, Any]:
-        """Nothing but weights outlives a step."""
+        """Return nothing: only weights outlive a step."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""
+        """Do nothing: there is nothing to restore."""

@@ -1,4 +1,4 @@
-"""What the trainer asks of a half of the generator: it knows its actions and their loss, and nothing of when it is
+"""The interface of a half of the generator: it knows its actions and their loss, and nothing of when it is
 called, of ranks or of optimizers."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ B = TypeVar("B", bound=Any)
 
 @dataclass(frozen=True, slots=True)
 class HalfLoss:
-    """The loss of one microbatch and what to log of it."""
+    """The loss of one microbatch and its sums for the log."""
 
     loss: Tensor  # scalar with gradient, divided by the global denominator
     sums: dict[str, Tensor]  # scalars to be added up over microbatches and ranks, `actions` among them
@@ -39,54 +39,54 @@ class Half(Protocol[B]):
     per_sequence: int  # its samples of each token sequence: 1 for the tokens, M decodes for the decoder
 
     def sampling(self, step: int) -> FlowSampling | None:
-        """How the decoder must draw in the rollout of training step `step`; None: as the recipe's rollout says."""
+        """Return the decoder's sampling in the rollout of training step `step`; None: as the recipe's rollout says."""
         ...
 
     def assemble(self, groups: Sequence[RolloutGroup], step: int) -> B:
-        """The actions of some groups, without advantages yet."""
+        """Assemble the actions of some groups, without advantages yet."""
         ...
 
     def arguments(self, part: B) -> tuple[Any, ...]:
-        """What its module scores a microbatch by."""
+        """Return its module's arguments for a microbatch."""
         ...
 
     def frozen(self, part: B, old: Any | None) -> dict[str, Tensor]:
-        """Fields of the batch that need no gradient, such as the reference's scores."""
+        """Return fields of the batch that need no gradient, such as the reference's scores."""
         ...
 
     def select(self, batch: B) -> B:
-        """The batch with the actions chosen that the policy term trains, now that all ranks' are known."""
+        """Choose the actions that the policy term trains, now that all ranks' are known."""
         ...
 
     def advantage_inputs(self, scores: RewardScores, batch: B) -> AdvantageInputs: ...
 
     def denominator(self, batch: B) -> float:
-        """This rank's part of what the loss is divided by; 0 where nothing trains."""
+        """Return this rank's part of the loss's denominator; 0 where nothing trains."""
         ...
 
     def loss(self, scores: Any, part: B, denominator: float) -> HalfLoss: ...
 
     def refuse_gap(self, gap: float) -> None:
-        """Raises ImageRLError when rollout and replay disagree beyond rounding."""
+        """Raise ImageRLError when rollout and replay disagree beyond rounding."""
         ...
 
     def after_step(self, step: int, updates: Sequence[Metrics]) -> None:
-        """What follows an update, such as adapting the KL's weight."""
+        """Do what follows an update, such as adapting the KL's weight."""
         ...
 
     def metrics(self, updates: Sequence[Metrics]) -> Metrics:
-        """What to log of the sums of a step's updates."""
+        """Turn the sums of a step's updates into metrics for the log."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """All but weights and optimizer that the next step depends on, as JSON takes it."""
+        """Return all but weights and optimizer that the next step depends on, as JSON takes it."""
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
 def train_on(batch: B, advantages: AdvantageOutput) -> B:
-    """The batch with its advantages; samples without a usable reward lose all their actions."""
+    """Give the batch its advantages; samples without a usable reward lose all their actions."""
     mask = batch.action_mask
     values = advantages.advantages.to(mask.device)
     return replace(
@@ -99,7 +99,7 @@ def train_on(batch: B, advantages: AdvantageOutput) -> B:
 def reward_inputs(
     recipe: Recipe, scores: RewardScores, group_size: int, action_mask: Tensor
 ) -> AdvantageInputs:
-    """Advantages' inputs without what only one half knows."""
+    """Return the advantages' inputs without what only one half knows."""
     labels = [reward.label for reward in recipe.rewards.functions]
     components = [scores.gated[label] for label in labels]
     return AdvantageInputs(

@@ -1,4 +1,4 @@
-"""Which parts of a generator a recipe trains, as the one module that the engine takes over."""
+"""The parts of a generator that a recipe trains, as the one module that the engine takes over."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENS, FLOW = "tokens", "flow"
 
 
 class Halves(nn.Module):
-    """Both halves at once, so that one forward and one backward pass of an engine's module reach them: ranks
+    """A module of both halves, so that one forward and one backward pass of an engine's module reach them: ranks
     exchange the gradients of a module once."""
 
     def __init__(self, tokens: nn.Module, flow: nn.Module) -> None:
@@ -29,12 +29,12 @@ class Halves(nn.Module):
         self.flow = flow
 
     def forward(self, tokens: Sequence[Any], flow: Sequence[Any]) -> tuple[Any, Any]:
-        """What each half says to its own arguments."""
+        """Call each half with its own arguments."""
         return self.tokens(*tokens), self.flow(*flow)
 
 
 def trained_halves(recipe: Recipe) -> tuple[str, ...]:
-    """Their names, in the order in which the trained module takes arguments."""
+    """Return the names of the trained halves, in the order in which the trained module takes arguments."""
     flow = recipe.algorithm.flow
     if flow is None:
         return (TOKENS,)
@@ -42,7 +42,8 @@ def trained_halves(recipe: Recipe) -> tuple[str, ...]:
 
 
 def halves_in_training(recipe: Recipe, policy: Policy, gather: Gather) -> list[Half[Any]]:
-    """What the trainer drives, in the order of `trained_halves`. `gather` returns every rank's value."""
+    """Make the halves that the trainer drives, in the order of `trained_halves`. `gather` returns every rank's
+    value."""
     make: dict[str, Callable[[], Half[Any]]] = {
         TOKENS: lambda: TokenHalf(recipe, policy, gather),
         FLOW: lambda: FlowHalf(recipe, policy),
@@ -92,7 +93,7 @@ def freeze_references(policy: Any, recipe: Recipe) -> None:
 
 
 def lr_factor(recipe: Recipe, name: str) -> float:
-    """The share of the scheduled learning rate, optim.lr, that a parameter of `trained_module` gets."""
+    """Return the share of the scheduled learning rate, optim.lr, that a parameter of `trained_module` gets."""
     flow = recipe.algorithm.flow
     if flow is None or flow.lr is None or (flow.joint and not name.startswith(f"{FLOW}.")):
         return 1.0

@@ -1,4 +1,4 @@
-"""What drawn pictures look like, in a few numbers each, and how much the pictures of a group differ. Pure functions
+"""Statistics of drawn pictures, a few numbers each, and of how much those of a group differ. Pure functions
 of pixels and tokens, cheap enough for every training step.
 
 They say nothing of quality. They show drift: a policy that games its reward nearly always moves one of them."""
@@ -19,7 +19,7 @@ BLANK = 0.02  # largest standard deviation of a channel, of 1, at which a pictur
 
 
 def picture_stats(images: np.ndarray) -> dict[str, np.ndarray]:
-    """Statistics [B] of pictures [B, H, W, 3] uint8, each in [0, 1].
+    """Return statistics [B] of pictures [B, H, W, 3] uint8, each in [0, 1].
 
     `brightness` and `contrast` are mean and standard deviation of the luma; `saturation` is HSV's, (max − min) / max
     of a pixel, averaged; `clipped` the share of channel values at 0 or 255; `blank` 1 for a picture of one colour."""
@@ -39,21 +39,23 @@ def picture_stats(images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def token_diversity(tokens: Tensor) -> float:
-    """Share of positions at which two of the sequences [G, T] differ, mean over all pairs: 0 when all are equal."""
+    """Return the share of positions at which two of the sequences [G, T] differ, mean over all pairs: 0 if all are
+    equal."""
     size = len(tokens)
     differing = (tokens[:, None] != tokens[None, :]).double().mean()  # over G² pairs, G of them with itself
     return float(differing) * size / (size - 1)
 
 
 def pixel_diversity(images: np.ndarray) -> float:
-    """Root mean square difference, of 1, between two of the pictures [N, H, W, 3] uint8 at thumbnail size.
+    """Return the root mean square difference, of 1, between two of the pictures [N, H, W, 3] uint8 as thumbnails.
 
     The mean square over all pairs is twice the unbiased variance, so that it costs N and not N² comparisons."""
     return float(np.sqrt(2 * thumbnails(images).var(axis=0, ddof=1).mean()))
 
 
 def thumbnails(images: np.ndarray) -> np.ndarray:
-    """[B, h, w, 3] float32 in [0, 1]: means of square blocks; what is left over at the lower and right rim is cut."""
+    """Shrink pictures to [B, h, w, 3] float32 in [0, 1]: means of square blocks; what is left over at the lower and
+    right rim is cut."""
     sampled = thinned(images)
     batch, height, width, _ = sampled.shape
     block = min(-(-max(height, width) // THUMBNAIL), height, width)
@@ -63,13 +65,13 @@ def thumbnails(images: np.ndarray) -> np.ndarray:
 
 
 def thinned(images: np.ndarray) -> np.ndarray:
-    """Every n-th pixel of every n-th row, n such that no side is longer than SIDE."""
+    """Take every n-th pixel of every n-th row, n such that no side is longer than SIDE."""
     step = max(1, -(-max(images.shape[1:3]) // SIDE))
     return images[:, ::step, ::step]
 
 
 def group_stats(groups: Sequence[RolloutGroup]) -> list[dict[str, float]]:
-    """One row a group: means over its pictures, and its variety, under the keys of docs/run-folder.md."""
+    """Return one row a group: means over its pictures, and its variety, under the keys of docs/run-folder.md."""
     rows = []
     for group in groups:
         means = {f"pictures/{name}": float(v.mean()) for name, v in picture_stats(group.images).items()}
@@ -82,5 +84,5 @@ def group_stats(groups: Sequence[RolloutGroup]) -> list[dict[str, float]]:
 
 
 def mean_of_groups(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the groups of a step."""
+    """Average over the groups of a step."""
     return {name: float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())}

@@ -54,7 +54,7 @@ def resample(
 
 
 def silent_groups(totals: np.ndarray, group_size: int) -> list[int]:
-    """Groups whose rewards [B] say nothing about their samples: all equal, or fewer than two usable."""
+    """Find groups whose rewards [B] tell no sample from another: all equal, or fewer than two usable."""
     groups = totals.reshape(-1, group_size)
     known = [group[np.isfinite(group)] for group in groups]
     return [i for i, values in enumerate(known) if len(values) < 2 or values.min() == values.max()]
@@ -63,7 +63,7 @@ def silent_groups(totals: np.ndarray, group_size: int) -> list[int]:
 def replace_groups(
     scores: RewardScores, places: Sequence[int], fresh: RewardScores, group_size: int
 ) -> RewardScores:
-    """`scores` with the groups at `places` replaced by those of `fresh`, in order. Failures are of all drawn."""
+    """Replace the groups at `places` in `scores` by those of `fresh`, in order. Failures are of all drawn."""
     order = np.arange(len(scores.totals)).reshape(-1, group_size)
     order[list(places)] = len(scores.totals) + np.arange(len(fresh.totals)).reshape(-1, group_size)
     return map_samples(merge_scores([scores, fresh]), lambda values: values[order.ravel()])

@@ -1,4 +1,4 @@
-"""What each of several rewards has to say in the advantages: pure functions over the scores of a step."""
+"""The part of each of several rewards in the advantages: pure functions over the scores of a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Scale = Literal["group", "batch", "none"]
 def mixing_metrics(
     scores: RewardScores, group_size: int, scale: str = "group", decoupled: bool = False
 ) -> dict[str, float]:
-    """For each of two or more rewards: its weight at this step, its part of the advantages' variance, and the
+    """Return for each of two or more rewards its weight at this step, its part of the advantages' variance, and the
     correlation of its values with those of each other one. Empty for a single reward.
 
     `scores` are those of the whole step, of all ranks."""
@@ -43,7 +43,7 @@ def variance_parts(
     scale: str = "group",
     decoupled: bool = False,
 ) -> dict[str, float]:
-    """The part of the advantages' variance that comes with each reward; they add up to 1.
+    """Return the part of the advantages' variance that comes with each reward; they add up to 1.
 
     The advantage of a sample is a sum of one term a reward, A = Σ_k a_k with a_k = w_k (r_k − group mean) / s, so
     the part of reward k is Σ a_k·A / Σ A² over all samples that have a total. It is negative where a reward pulls
@@ -72,7 +72,7 @@ def variance_parts(
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's, over the samples [B] where both are finite; NaN where one of them is constant there."""
+    """Return Pearson's correlation over samples [B] where both are finite; NaN where one of them is constant there."""
     known = np.isfinite(a) & np.isfinite(b)
     if known.sum() < 2 or not (np.ptp(a[known]) and np.ptp(b[known])):
         return float("nan")
@@ -80,7 +80,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _centred(values: np.ndarray, usable: np.ndarray, scaled: bool) -> np.ndarray:
-    """[P, G] values less the mean of their group, 0 where there is none."""
+    """Return [P, G] values less the mean of their group, 0 where there is none."""
     known = usable & np.isfinite(values)
     count = known.sum(axis=1, keepdims=True)
     mean = np.where(known, values, 0.0).sum(axis=1, keepdims=True) / np.maximum(count, 1)
@@ -89,11 +89,11 @@ def _centred(values: np.ndarray, usable: np.ndarray, scaled: bool) -> np.ndarray
 
 
 def _deviation(centred: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """[P, 1] unbiased standard deviation of groups whose mean is 0."""
+    """Return the [P, 1] unbiased standard deviation of groups whose mean is 0."""
     count = known.sum(axis=1, keepdims=True)
     return np.sqrt(np.square(centred).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
 
 
 def _divided(values: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """values / by, and 0 where `by` is no more than rounding noise."""
+    """Return values / by, and 0 where `by` is no more than rounding noise."""
     return np.where(by > 1e-9, values / np.maximum(by, 1e-9), 0.0)

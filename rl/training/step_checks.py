@@ -9,7 +9,7 @@ from imagerl.rl.types import RewardScores
 
 
 def refuse_failures(drawn: RewardScores, limit: float) -> None:
-    """Raises ImageRLError when too many samples of the step have no reward."""
+    """Raise ImageRLError when too many samples of the step have no reward."""
     lost = float(np.isnan(drawn.totals).mean())
     if lost > limit:
         why = "; ".join(f"{label}: {reason}" for label, reason in drawn.reasons.items()) or "no value"
@@ -19,7 +19,7 @@ def refuse_failures(drawn: RewardScores, limit: float) -> None:
 
 
 def refuse_gap(gap: float, limit: float) -> None:
-    """Raises ImageRLError, before the weights change, when sampler and trainer disagree beyond rounding: then one of
+    """Raise ImageRLError, before the weights change, when sampler and trainer disagree beyond rounding: then one of
     them does not compute the distribution that both claim."""
     if not gap <= limit:  # NaN too
         raise ImageRLError(

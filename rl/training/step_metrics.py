@@ -1,4 +1,4 @@
-"""What a training step says of itself: pure functions from sums and scores to the keys of docs/run-folder.md."""
+"""The metrics of a training step: pure functions from sums and scores to the keys of docs/run-folder.md."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OTHER_SUMS = ("actions", "loss", "grad_norm", "lr", "replay_gap", "replay_gap_ma
 
 
 def reward_metrics(scores: RewardScores) -> Metrics:
-    """Means and spreads of the totals and of each component, over all samples that have them."""
+    """Return means and spreads of the totals and of each component, over all samples that have them."""
     metrics: Metrics = {}
     for name, values in {"": scores.totals, **scores.components}.items():
         known, key = values[np.isfinite(values)], f"reward/{name}/" if name else "reward/"
@@ -45,14 +45,14 @@ def reward_metrics(scores: RewardScores) -> Metrics:
 
 
 def replay_gap(inputs: LossInputs, part: TrainBatch) -> Tensor:
-    """|trainer's log-prob before any update − sampler's| [B, N], 0 where masked."""
+    """Return |trainer's log-prob before any update − sampler's| [B, N], 0 where masked."""
     return masked((inputs.old_logprobs - part.rollout_logprobs).abs(), part.action_mask)
 
 
 def microbatch_sums(
     inputs: LossInputs, part: TrainBatch, scores: TokenScores, importance_cap: float | None
 ) -> dict[str, Tensor]:
-    """Sums over the actions of a microbatch that no loss needs to know of, to be added to its own."""
+    """Sum over a microbatch's actions what no loss needs to know of, to be added to its own sums."""
     mask = part.action_mask
     sums = {
         "actions": mask.sum(),
@@ -68,10 +68,10 @@ def microbatch_sums(
 
 
 def update_metrics(updates: Sequence[Metrics], on_policy: bool) -> Metrics:
-    """Means over the actions of the last update, where the policy has moved furthest from the rollout. The replay
-    gap and the KL to the reference are those of the first: actions tell the KL of the policy that drew them, not of
-    a later one. With one update the ratio is 1 by design, and the log says so. Sums of a user's own loss come as
-    `policy/<name>`."""
+    """Return means over the actions of the last update, where the policy has moved furthest from the rollout. The
+    replay gap and the KL to the reference are those of the first: actions tell the KL of the policy that drew them,
+    not of a later one. With one update the ratio is 1 by design, and the log says so. Sums of a user's own loss come
+    as `policy/<name>`."""
     made = [update for update in updates if update]
     metrics: Metrics = {"policy/updates": float(len(made)), "policy/ratio_is_one_expected": float(on_policy)}
     if not made:

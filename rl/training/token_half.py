@@ -27,14 +27,14 @@ Gather = Callable[[Any], list[Any]]
 
 
 class TokenHalf:
-    """Every algorithm of `rl.config.algorithm_table`."""
+    """The autoregressive half: it runs every algorithm of `rl.config.algorithm_table`."""
 
     name = "tokens"
     prefix = ""
     per_sequence = 1
 
     def __init__(self, recipe: Recipe, policy: Policy, gather: Gather) -> None:
-        """`gather` returns every rank's value."""
+        """Set the half up; `gather` returns every rank's value."""
         self.recipe = recipe
         self.algorithm = recipe.algorithm
         self.policy = policy
@@ -47,10 +47,10 @@ class TokenHalf:
         self.needs_old = self.several or self.choosy
 
     def sampling(self, step: int) -> None:
-        """Tokens do not care how the decoder draws."""
+        """Return None: tokens do not care how the decoder draws."""
 
     def assemble(self, groups: Sequence[RolloutGroup], step: int) -> TrainBatch:
-        """The tokens of some groups, without advantages yet."""
+        """Assemble the tokens of some groups, without advantages yet."""
         encoded = encode(self.policy, [group.prompt for group in groups], to_draw=False)
         size = len(groups[0].tokens)
         return TrainBatch(
@@ -65,13 +65,13 @@ class TokenHalf:
         )
 
     def arguments(self, part: TrainBatch) -> tuple[Tensor, Tensor, Tensor, float]:
-        """What the policy scores a microbatch by. One of whole groups names each prompt once."""
+        """Return the policy's arguments for a microbatch. One of whole groups names each prompt once."""
         group = self.recipe.rollout.group_size
         share = group if self.recipe.engine.micro_batch_size % group == 0 else 1
         return part.prompt_ids[::share], part.prompt_mask[::share], part.tokens, self.temperature
 
     def frozen(self, part: TrainBatch, old: TokenScores | None) -> dict[str, Tensor]:
-        """Log-probs that need no gradient: the reference's, and the trainer's own before several updates."""
+        """Return the log-probs that need no gradient: the reference's, and the trainer's own before several updates."""
         fields = {}
         if self.algorithm.needs_reference:
             fields["ref_logprobs"] = self.policy.reference_scores(*self.arguments(part)).logprobs
@@ -82,7 +82,7 @@ class TokenHalf:
         return fields
 
     def advantage_inputs(self, scores: RewardScores, batch: TrainBatch) -> AdvantageInputs:
-        """A token sequence's reward is the mean of its pictures'."""
+        """Give each token sequence the mean reward of its pictures."""
         rollout = self.recipe.rollout
         inputs = reward_inputs(
             self.recipe, average_decodes(scores, rollout.decodes), rollout.group_size, batch.action_mask
@@ -94,7 +94,7 @@ class TokenHalf:
         return replace(inputs, penalty=penalty.cpu())
 
     def select(self, batch: TrainBatch) -> TrainBatch:
-        """With `top_entropy` the actions that the policy term trains; the threshold is that of all ranks."""
+        """Choose with `top_entropy` the actions that the policy term trains; the threshold is that of all ranks."""
         if batch.entropy is None:
             return batch
         entropies = batch.entropy[batch.action_mask].float().cpu().numpy()
@@ -102,11 +102,11 @@ class TokenHalf:
         return replace(batch, selected=highest_entropy(batch.entropy, batch.action_mask, threshold))
 
     def denominator(self, batch: TrainBatch) -> float:
-        """This rank's part of what the loss is divided by."""
+        """Return this rank's part of the loss's denominator."""
         return loss_denominator(batch.action_mask, self.algorithm.normaliser, batch.tokens.shape[1])
 
     def loss(self, scores: TokenScores, part: TrainBatch, denominator: float) -> HalfLoss:
-        """The policy loss of a microbatch with its entropy bonus."""
+        """Compute the policy loss of a microbatch with its entropy bonus."""
         algorithm, mask = self.algorithm, part.action_mask
         old = scores.logprobs.detach() if part.old_logprobs is None else part.old_logprobs
         cap = algorithm.importance_cap
@@ -128,7 +128,7 @@ class TokenHalf:
         return HalfLoss(loss, sums, replay_gap(inputs, part).max())
 
     def refuse_gap(self, gap: float) -> None:
-        """Raises ImageRLError when sampler and trainer disagree beyond rounding."""
+        """Raise ImageRLError when sampler and trainer disagree beyond rounding."""
         refuse_gap(gap, self.recipe.logprob_limit)
 
     def after_step(self, step: int, updates: Sequence[Metrics]) -> None:
@@ -139,14 +139,14 @@ class TokenHalf:
             self.kl_coef = adapted_coef(self.kl_coef, kl, target, self.algorithm.kl_rate)
 
     def metrics(self, updates: Sequence[Metrics]) -> Metrics:
-        """Means per token of the last update; see docs/run-folder.md."""
+        """Return means per token of the last update; see docs/run-folder.md."""
         metrics = update_metrics(updates, on_policy=not self.several)
         if self.algorithm.kl_target is not None:
             metrics["kl/coef"] = self.kl_coef
         return metrics
 
     def state(self) -> dict[str, Any]:
-        """The adapted weight of the KL."""
+        """Return the adapted weight of the KL."""
         return {"kl_coef": self.kl_coef}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -36,8 +36,8 @@ Batches = list[Any]  # one per half
 
 
 class Trainer:
-    """Every algorithm of `rl.config.algorithm_table` on the tokens of the autoregressive half, every one of
-    `rl.config.flow_table` on the denoising steps of the decoder, or both in one step from the same rewards."""
+    """A trainer for every algorithm of `rl.config.algorithm_table` on the tokens of the autoregressive half, every
+    one of `rl.config.flow_table` on the denoising steps of the decoder, or both in one step from the same rewards."""
 
     def __init__(
         self,
@@ -66,6 +66,7 @@ class Trainer:
         self.timer.start()
         groups, tickets = self._roll_out(self._own_share(self.sampler.step(step)), step)
         if self.algorithm.max_resamples:
+            # Which groups are silent is known from rewards only, so here scoring cannot overlap with the reference.
             groups, scores, drawn = resample(
                 groups,
                 self._collect(tickets),
@@ -97,14 +98,14 @@ class Trainer:
     # ---- what outlives a step ------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """All but weights and optimizer that the next step depends on, as JSON takes it."""
+        """Return all but weights and optimizer that the next step depends on, as JSON takes it."""
         state: dict[str, Any] = {"moving_mean": self.moving_mean}
         for half in self.halves:
             state |= half.state()
         return state
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The same in tensors: the reference, where it is no longer the model that the run began from."""
+        """Return the state held in tensors: the reference, where it is no longer the model that the run began from."""
         return {"reference": self.policy.reference_state()} if self.algorithm.reference_every else {}
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -124,7 +125,7 @@ class Trainer:
     # ---- rollout and rewards -------------------------------------------------------------------------------
 
     def _own_share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """The prompts of this rank: a contiguous part of the step's."""
+        """Return the prompts of this rank: a contiguous part of the step's."""
         size = len(prompts) // self.engine.world_size
         return prompts[self.engine.rank * size : (self.engine.rank + 1) * size]
 
@@ -134,6 +135,7 @@ class Trainer:
         groups, tickets = [], []
         with self.timer("rollout"):
             with self.engine.gathered_parameters():
+                # The sampler has its own copy of the weights, which the last update has left behind.
                 self.policy.refresh_sampler()
             for chunk in self.rollout.generate(
                 prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk, flow
@@ -150,7 +152,7 @@ class Trainer:
         return scores
 
     def _looks(self, groups: Sequence[RolloutGroup]) -> Metrics:
-        """What the pictures of all ranks look like, and how much those of a prompt differ."""
+        """Measure the pictures of all ranks, and how much those of a prompt differ."""
         if not self.recipe.monitors.pictures:
             return {}
         with self.timer("monitors"):
@@ -158,7 +160,7 @@ class Trainer:
         return mean_of_groups([row for rank in rows for row in rank])
 
     def _draw(self, prompts: Sequence[Prompt], step: int) -> Drawn | None:
-        """More groups of this step with their scores."""
+        """Draw more groups of this step with their scores."""
         groups, tickets = self._roll_out(prompts, step)
         return (groups, self._collect(tickets)) if groups else None
 
@@ -166,7 +168,7 @@ class Trainer:
         return [half.assemble(groups, step) for half in self.halves]
 
     def _microbatches(self, batches: Batches) -> list[Batches]:
-        """The same token sequences of every half, `micro_batch_size` at a time."""
+        """Cut the batches of all halves into the same token sequences, `micro_batch_size` at a time."""
         size = self.recipe.engine.micro_batch_size
         each = [half.per_sequence for half in self.halves]
         sequences = len(batches[0].action_mask) // each[0]
@@ -176,7 +178,7 @@ class Trainer:
         ]
 
     def _scores(self, parts: Batches) -> Sequence[Any]:
-        """What the module says of a microbatch, one for every half."""
+        """Call the module on a microbatch; returns one result for every half."""
         arguments = [half.arguments(part) for half, part in zip(self.halves, parts, strict=True)]
         with self.engine.autocast():
             if len(self.halves) == 1:
@@ -185,7 +187,7 @@ class Trainer:
 
     @torch.no_grad()
     def _score_frozen(self, batches: Batches) -> Batches:
-        """What needs no gradient: the references' scores, and the trainer's own before several updates."""
+        """Score what needs no gradient: by the references, and by the trainer itself before several updates."""
         needs_old = any(half.needs_old for half in self.halves)
         found: list[dict[str, list[Tensor]]] = [{} for _ in self.halves]
         with self.timer("reference"), self.engine.autocast():
@@ -202,7 +204,7 @@ class Trainer:
     # ---- update --------------------------------------------------------------------------------------------
 
     def _advantages(self, scores: RewardScores, batches: Batches, step: int) -> list[AdvantageOutput]:
-        """The advantages of this rank's samples, made from the rewards of all ranks; one for every half."""
+        """Compute the advantages of this rank's samples from the rewards of all ranks, once for every half."""
         outputs, mean = [], self.moving_mean
         for half, batch in zip(self.halves, batches, strict=True):
             inputs = AdvantageInputs.join(self.engine.gather_objects(half.advantage_inputs(scores, batch)))
@@ -212,22 +214,26 @@ class Trainer:
                 inputs = replace(
                     inputs,
                     rewards=shuffled(inputs.rewards, generator(*seed)),
+                    # A fresh generator of the same seed: the same order as the totals, which are made of these.
                     components=shuffled(inputs.components, generator(*seed)),
                 )
+            # Moved once a step, by one half: both have the rewards of the same pictures.
             if half is self.halves[0]:
                 self.moving_mean = moved_mean(mean, inputs.rewards, self.algorithm.baseline_decay)
             own = len(batch.action_mask)
+            # `join` puts ranks one after another, and all hold equally many samples.
             mine = slice(self.engine.rank * own, (self.engine.rank + 1) * own)
             outputs.append(self.advantages(inputs).rows(mine))
         return outputs
 
     def _update(self, batches: Batches) -> list[Metrics]:
-        """One optimizer step over all microbatches; returns for every half sums over ranks, and the norm of
+        """Make one optimizer step over all microbatches; returns for every half sums over ranks, and the norm of
         the gradient."""
         denominators = [
             self.engine.sum_over_ranks({"n": half.denominator(batch)})["n"]
             for half, batch in zip(self.halves, batches, strict=True)
         ]
+        # Counted over all ranks, so that all of them return here and none waits for the others at a barrier.
         if not all(denominators):
             return [{} for _ in self.halves]
         sums: list[dict[str, Tensor]] = [{} for _ in self.halves]
@@ -246,8 +252,10 @@ class Trainer:
                 worst[index] = max_or_nan(worst[index], float(output.gap))
                 for name, value in output.sums.items():
                     total = sums[index].get(name, torch.zeros((), dtype=torch.float64))
+                    # float64, whatever a loss sums in: float32 would lose digits over many microbatches.
                     sums[index][name] = total + value.double().cpu()
         gaps = [max_or_nan(*column) for column in zip(*self.engine.gather_objects(worst), strict=True)]
+        # Before `engine.step`, so that a refused step leaves the weights as they were.
         for half, gap in zip(self.halves, gaps, strict=True):
             half.refuse_gap(gap)
         names = [half.name for half in self.halves]
@@ -287,12 +295,13 @@ class Trainer:
 
 
 def max_or_nan(*values: float) -> float:
-    """The largest, or NaN where there is one."""
+    """Return the largest, or NaN where there is one."""
+    # Python's max drops a NaN that is not its first argument, and with it the fault; np.max keeps it.
     return float(np.max(values))
 
 
 def own_norm(half: str, norms: Mapping[str, float]) -> Metrics:
-    """A half's own gradient norm, and its part of the squared norm of both."""
+    """Return a half's own gradient norm, and its part of the squared norm of both."""
     if not norms:
         return {}
     total = sum(norm**2 for norm in norms.values())

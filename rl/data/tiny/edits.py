@@ -55,8 +55,8 @@ class Edit:
         return replace(self.source, **{self.part: self.value})
 
     def columns(self) -> dict[str, object]:
-        """Columns of the prompt set: what the result must show, what changes, the picture to edit, a perfect result,
-        in which whatever need not change is as it was, and captions of both."""
+        """Return columns of the prompt set: what the result must show, what changes, the picture to edit, a perfect
+        result, in which whatever need not change is as it was, and captions of both."""
         return self.result.columns() | {
             "edited": self.part,
             "reference": render(self.source),
@@ -86,34 +86,34 @@ class Question:
 
 
 def new_value(rng: random.Random, source: Scene, part: str, text: str) -> str:
-    """What a part becomes: `text`, or another colour than it has."""
+    """Choose the new value of a part: `text`, or another colour than it has."""
     if part == "text":
         return text
     return rng.choice([name for name in COLOURS[part] if name != getattr(source, part)])
 
 
 def other_text(rng: random.Random, text: str) -> str:
-    """A pretraining text that differs from `text`."""
+    """Draw a pretraining text that differs from `text`."""
     while (drawn := pretraining_text(rng)) == text:
         pass
     return drawn
 
 
 def random_edit(rng: random.Random, fonts: Sequence[str] = FONTS, text_share: float = 1 / 3) -> Edit:
-    """An edit of a pretraining picture. `text_share` of them replace the text, the others change a colour."""
+    """Draw an edit of a pretraining picture. `text_share` of them replace the text, the others change a colour."""
     source = random_scene(rng, pretraining_text(rng), fonts)
     part = "text" if rng.random() < text_share else rng.choice(PARTS[1:])
     return Edit(source, part, new_value(rng, source, part, other_text(rng, source.text)))
 
 
 def random_question(rng: random.Random, fonts: Sequence[str] = FONTS, text_share: float = 1 / 3) -> Question:
-    """A question about a pretraining picture, `text_share` of them for its text."""
+    """Draw a question about a pretraining picture, `text_share` of them for its text."""
     scene = random_scene(rng, pretraining_text(rng), fonts)
     return Question(scene, "text" if rng.random() < text_share else rng.choice(PARTS[1:]))
 
 
 def edits_of(split: str, size: int | None = None, seed: int = 0, parts: Sequence[str] = PARTS) -> list[Edit]:
-    """`size` edits of a split, one for every text when None: `parts` in turn, colours drawn from `seed`.
+    """Return `size` edits of a split, one for every text when None: `parts` in turn, colours drawn from `seed`.
 
     Raises ImageRLError when the split has fewer texts than asked for."""
     pool = _pool("tiny_edits", split, size)
@@ -130,13 +130,13 @@ def edits_of(split: str, size: int | None = None, seed: int = 0, parts: Sequence
 def edit_set(
     split: str, size: int | None = None, seed: int = 0, parts: Sequence[str] = PARTS
 ) -> list[Prompt]:
-    """The edits of a split as prompts. Raises ImageRLError like `edits_of`."""
+    """Return the edits of a split as prompts. Raises ImageRLError like `edits_of`."""
     edits = enumerate(edits_of(split, size, seed, parts))
     return [Prompt(index=index, text=edit.instruction, columns=edit.columns()) for index, edit in edits]
 
 
 def question_set(split: str, size: int | None = None, seed: int = 0) -> list[Prompt]:
-    """`size` questions of a split, one about every text when None: the parts in turn.
+    """Return `size` questions of a split, one about every text when None: the parts in turn.
 
     Raises ImageRLError when the split has fewer texts than asked for."""
     pool = _pool("tiny_questions", split, size)

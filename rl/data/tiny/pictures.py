@@ -32,7 +32,7 @@ PURE = ((255, 0, 0), (255, 255, 0), (0, 255, 0), (0, 255, 255), (0, 0, 255), (25
 
 
 def check_pictures(count: int, seed: int = 0) -> list[CheckPicture]:
-    """Every kind of picture for `count` held-out prompts; the pictures of a prompt stand together, the honest
+    """Draw every kind of picture for `count` held-out prompts; those of a prompt stand together, the honest
     one first. The same for the same seed. Raises ImageRLError for more prompts than there are."""
     prompts = prompt_set("heldout", count, seed)
     pictures = []
@@ -49,7 +49,7 @@ def check_pictures(count: int, seed: int = 0) -> list[CheckPicture]:
 
 
 def check_edits(count: int, seed: int = 0) -> list[CheckPicture]:
-    """The same for `count` edits of text, ink and background in turn, with the columns `reference` (the picture to
+    """Draw them for `count` edits of text, ink and background in turn, with the columns `reference` (the picture to
     edit), `ideal` and `edited` beside those of the result."""
     edits, pictures = edits_of("heldout", count, seed), []
     for index, (prompt, edit) in enumerate(zip(edit_set("heldout", count, seed), edits, strict=True)):
@@ -62,7 +62,7 @@ def check_edits(count: int, seed: int = 0) -> list[CheckPicture]:
 
 
 def repainted(source: Scene, result: Scene, rng: random.Random) -> Image.Image:
-    """What was asked for, on a picture that is otherwise new."""
+    """Draw what was asked for on a picture that is otherwise new."""
     fresh = {
         "text": "".join(rng.choices(LETTERS, k=5)),
         "ink": _another(list(INKS), result.ink, rng),
@@ -113,7 +113,7 @@ def _noise(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def _saturated(scene: Scene, rng: random.Random) -> Image.Image:
-    """Stripes of pure colours."""
+    """Draw stripes of pure colours."""
     colours = np.array(PURE, dtype=np.uint8)[(np.arange(WIDTH) // 8 + rng.randrange(6)) % 6]
     return Image.fromarray(np.repeat(colours[None], HEIGHT, axis=0))
 
@@ -123,17 +123,17 @@ def _repeated(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def _everywhere(scene: Scene, rng: random.Random) -> Image.Image:
-    """The wanted text in rows over the whole picture, cut off at its rim."""
+    """Write the wanted text in rows over the whole picture, cut off at its rim."""
     return _written(scene, [f"{scene.text} " * 8] * 4, 8, 0)
 
 
 def _corner(scene: Scene, rng: random.Random) -> Image.Image:
-    """The prompt itself, small, instead of what it asks for."""
+    """Write the prompt itself, small, instead of what it asks for."""
     return _written(scene, textwrap.wrap(scene.caption, 21), 5, 1)
 
 
 def _written(scene: Scene, lines: Sequence[str], size: int, corner: int) -> Image.Image:
-    """Lines of text of a size in pixels, from a corner at (corner, corner)."""
+    """Write lines of text of a size in pixels, from a corner at (corner, corner)."""
     picture = Image.new("RGB", (WIDTH * SUPERSAMPLING, HEIGHT * SUPERSAMPLING), BACKGROUNDS[scene.background])
     font = font_of(scene.font, size * SUPERSAMPLING)
     place = (corner * SUPERSAMPLING, corner * SUPERSAMPLING)

@@ -22,7 +22,8 @@ from imagerl.rl.files.writing import atomic_folder
 def rendered(
     count: int, split: str, seed: int, fonts: Sequence[str] = FONTS
 ) -> Iterator[tuple[str, bytes, str]]:
-    """(key, PNG, caption) of `count` scenes of a split, texts in its fixed order and repeated when they run out."""
+    """Yield (key, PNG, caption) of `count` scenes of a split, texts in its fixed order and repeated when they run
+    out."""
     pool = texts(split)
     for number in range(count):
         rng = random.Random(derive_seed("rendered folder", split, seed, number))
@@ -33,7 +34,7 @@ def rendered(
 
 
 def write_folder(target: Path, samples: Iterator[tuple[str, bytes, str]]) -> None:
-    """`key.png` with `key.txt` each. `target` must be new."""
+    """Write `key.png` and `key.txt` of each sample. `target` must be new."""
     with atomic_folder(target) as folder:
         for key, png, caption in samples:
             (folder / f"{key}.png").write_bytes(png)
@@ -41,7 +42,7 @@ def write_folder(target: Path, samples: Iterator[tuple[str, bytes, str]]) -> Non
 
 
 def write_shards(target: Path, samples: Iterator[tuple[str, bytes, str]], size: int) -> None:
-    """Tar files `000000.tar`, ... of `size` samples each. `target` must be new."""
+    """Write tar files `000000.tar`, ... of `size` samples each. `target` must be new."""
     with atomic_folder(target) as folder:
         archive: tarfile.TarFile | None = None
         for number, (key, png, caption) in enumerate(samples):

@@ -47,7 +47,7 @@ class Shape:
 
 
 def specification(rng: random.Random, tag: str) -> dict[str, Any]:
-    """One line of metadata: `tag`, `include`, `prompt`, and `exclude` where the tag is counting."""
+    """Return one line of metadata: `tag`, `include`, `prompt`, and `exclude` where the tag is counting."""
     first, second = rng.sample(SHAPES, 2)
     one, other = rng.sample(list(COLOURS), 2)
     if tag == "counting":
@@ -75,7 +75,7 @@ def specification(rng: random.Random, tag: str) -> dict[str, Any]:
 
 
 def answer(rng: random.Random, wanted: Mapping[str, Any]) -> list[Shape]:
-    """Shapes that fulfil a specification, elsewhere and in other colours wherever it leaves them free."""
+    """Place shapes that fulfil a specification, elsewhere and in other colours wherever it leaves them free."""
     free = [(column, row) for column in range(CELLS) for row in range(CELLS)]
     rng.shuffle(free)
     shapes: list[Shape] = []
@@ -100,7 +100,7 @@ def _at(shape: Shape, cell: tuple[int, int], rng: random.Random | None = None) -
 
 
 def draw(shapes: Sequence[Shape]) -> Image.Image:
-    """RGB, SIZE×SIZE."""
+    """Draw the shapes: RGB, SIZE×SIZE."""
     picture = Image.new("RGB", (SIZE * SUPERSAMPLING,) * 2, GREY)
     pen = ImageDraw.Draw(picture)
     for shape in shapes:
@@ -121,7 +121,7 @@ def draw(shapes: Sequence[Shape]) -> Image.Image:
 
 
 def shape_set(split: str, size: int | None = None, seed: int = 0) -> list[Prompt]:
-    """`size` prompts (120 when None), the six tags in turn, with GenEval's columns.
+    """Return `size` prompts (120 when None), the six tags in turn, with GenEval's columns.
 
     Raises ImageRLError for another split. Splits differ by their draws alone."""
     if split not in SPLITS:
@@ -137,5 +137,5 @@ def shape_set(split: str, size: int | None = None, seed: int = 0) -> list[Prompt
 
 
 def truth(prompt: Prompt) -> Image.Image:
-    """A correct picture of a prompt of this world."""
+    """Draw a correct picture of a prompt of this world."""
     return draw(answer(random.Random(derive_seed("tiny_shapes truth", prompt.index)), prompt.columns))

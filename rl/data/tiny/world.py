@@ -47,7 +47,7 @@ SUPERSAMPLING = 3  # drawn this much larger, then averaged down: smooth strokes 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What one picture shows."""
+    """The content of one picture."""
 
     text: str
     ink: str
@@ -59,8 +59,8 @@ class Scene:
         return f'a sign that says "{self.text}" in {self.ink} on a {self.background} background'
 
     def specification(self, tag: str = "color_attr") -> dict[str, object]:
-        """Columns in GenEval's format (arXiv 2310.11513): one word, for `colors` in its ink, for `color_attr` on its
-        background, too."""
+        """Return columns in GenEval's format (arXiv 2310.11513): one word, for `colors` in its ink, for `color_attr`
+        on its background, too."""
         word: dict[str, object] = {"class": "word", "count": 1}
         include = [word]
         if tag != "single_object":
@@ -70,7 +70,7 @@ class Scene:
         return {"tag": tag, "include": include, "exclude": [{"class": "word", "count": 2}]}
 
     def columns(self) -> dict[str, object]:
-        """Columns of the prompt set: what rewards may know. The font is not asked for."""
+        """Return the prompt set's columns, all that rewards may know. The font is not asked for."""
         return {
             "target": self.text,
             "ink": self.ink,
@@ -82,18 +82,18 @@ class Scene:
 
 @cache
 def words() -> tuple[str, ...]:
-    """The English words of the tiny world, upper case, sorted."""
+    """Return the English words of the tiny world, upper case, sorted."""
     return tuple((files("imagerl.rl.data.tiny") / "words.txt").read_text(encoding="ascii").split())
 
 
 def split_of(text: str) -> str:
-    """The split a text belongs to, for ever and everywhere."""
+    """Return the split a text belongs to, for ever and everywhere."""
     return "heldout" if derive_seed("tiny_world split", text) % 1000 < 1000 * HELDOUT_SHARE else "train"
 
 
 @cache
 def texts(split: str) -> tuple[str, ...]:
-    """All words and as many numbers as a quarter of the words, of one split, in a fixed shuffled order."""
+    """Return all words and as many numbers as a quarter of the words, of one split, in a fixed shuffled order."""
     if split not in SPLITS:
         raise ImageRLError(f"tiny_world has no split {split!r}; use one of: {', '.join(SPLITS)}")
     rng = random.Random(derive_seed("tiny_world numbers"))
@@ -108,7 +108,7 @@ def random_scene(rng: random.Random, text: str, fonts: Sequence[str] = FONTS) ->
 
 
 def pretraining_text(rng: random.Random) -> str:
-    """Words, random letters and numbers, never a held-out text. Random letters teach spelling as such."""
+    """Draw a word, random letters or a number, never a held-out text. Random letters teach spelling as such."""
     while True:
         kind = rng.random()
         if kind < 0.35:
@@ -120,7 +120,7 @@ def pretraining_text(rng: random.Random) -> str:
 
 
 def prompt_set(split: str, size: int | None = None, seed: int = 0) -> list[Prompt]:
-    """`size` prompts of a split (all texts when None), one text each, colours drawn from `seed`.
+    """Return `size` prompts of a split (all texts when None), one text each, colours drawn from `seed`.
 
     Raises ImageRLError when the split has fewer texts than asked for."""
     pool = texts(split)
@@ -134,7 +134,7 @@ def prompt_set(split: str, size: int | None = None, seed: int = 0) -> list[Promp
 
 
 def composition_set(split: str, size: int | None = None, seed: int = 0) -> list[Prompt]:
-    """The same prompts with GenEval's columns beside theirs, its three tags that fit in turn. Raises the same."""
+    """Add GenEval's columns to the prompts of `prompt_set`, its three tags that fit in turn. Raises the same."""
     prompts = []
     for prompt in prompt_set(split, size, seed):
         scene = Scene(prompt.columns["target"], prompt.columns["ink"], prompt.columns["background"], FONTS[0])
@@ -144,7 +144,7 @@ def composition_set(split: str, size: int | None = None, seed: int = 0) -> list[
 
 
 def truth(prompt: Prompt) -> Image.Image:
-    """A correct picture of a prompt of this world, in a font that depends on its index."""
+    """Draw a correct picture of a prompt of this world, in a font that depends on its index."""
     columns = prompt.columns
     font = FONTS[derive_seed("tiny_world truth", prompt.index) % len(FONTS)]
     return render(Scene(columns["target"], columns["ink"], columns["background"], font))
@@ -152,14 +152,14 @@ def truth(prompt: Prompt) -> Image.Image:
 
 @cache
 def font_of(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """One of FONTS at a size in pixels."""
+    """Load one of FONTS at a size in pixels."""
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
 def _fitting_font(text: str, name: str) -> ImageFont.FreeTypeFont:
-    """The largest font up to FONT_SIZE in which the text leaves the margin free. Widths scale with size."""
+    """Find the largest font up to FONT_SIZE in which the text leaves the margin free. Widths scale with size."""
     full = font_of(name, FONT_SIZE * SUPERSAMPLING)
     left, _, right, _ = full.getbbox(text)
     room = (WIDTH - 2 * MARGIN) * SUPERSAMPLING
@@ -167,7 +167,7 @@ def _fitting_font(text: str, name: str) -> ImageFont.FreeTypeFont:
 
 
 def render(scene: Scene) -> Image.Image:
-    """The picture of a scene: RGB, WIDTH×HEIGHT, the text centred."""
+    """Draw the picture of a scene: RGB, WIDTH×HEIGHT, the text centred."""
     width, height = WIDTH * SUPERSAMPLING, HEIGHT * SUPERSAMPLING
     font = _fitting_font(scene.text, scene.font)
     left, top, right, bottom = font.getbbox(scene.text)
