@@ -286,9 +286,11 @@ class Trainer:
             metrics |= {f"{half.prefix}advantages/{k}": v for k, v in output.metrics.items()}
             metrics |= half.metrics(own)
         if self.algorithm.max_resamples:
-            trained = sum(self.engine.gather_objects(len(advantages[-1].valid)))
-            replaced = (len(drawn.totals) - trained) / (rollout.group_size * rollout.decodes)
-            metrics["rollout/resampled_groups"] = replaced
+            # Halves count their own samples: one a token sequence, or one each of its pictures.
+            samples = sum(self.engine.gather_objects(len(advantages[-1].valid)))
+            trained = samples / (rollout.group_size * self.halves[-1].per_sequence)
+            groups = len(drawn.totals) / (rollout.group_size * rollout.decodes)
+            metrics["rollout/resampled_groups"] = groups - trained
         timing = self.timer.metrics()
         images = float(len(drawn.totals))
         return metrics | timing | {"rollout/images": images, "images_per_s": images / timing["time/step_s"]}

@@ -95,8 +95,13 @@ def test_silent_groups_give_way_to_other_prompts() -> None:
     assert plain["advantages/zero_variance_groups"] == 2 and "rollout/resampled_groups" not in plain
 
 
-def test_resampling_ends() -> None:
-    equal = small_trainer("algorithm.name=dapo", equal=lambda completions, **_: [1.0] * len(completions))
+@pytest.mark.parametrize("decodes", [1, 2])
+def test_resampling_ends(decodes: int) -> None:
+    equal = small_trainer(
+        "algorithm.name=dapo",
+        f"rollout.decodes={decodes}",
+        equal=lambda completions, **_: [1.0] * len(completions),
+    )
     metrics = equal.step(0)
     assert metrics["rollout/resampled_groups"] == 6 and metrics["advantages/zero_variance_groups"] == 2
     assert metrics["grad_norm"] == 0
