@@ -79,10 +79,11 @@ def pose_as_launcher() -> bool:
 
 
 def stop_posing() -> None:
-    """Undo `pose_as_launcher`, so that neither a later engine nor a child process takes itself for a rank."""
-    if os.environ.pop(_POSING, None):
+    """Undo `pose_as_launcher`, so that neither a later engine nor a child process takes itself for a rank. Other values
+    are those of a launcher that a posing process has started: they stay."""
+    if os.environ.pop(_POSING, None) and _ALONE.items() <= os.environ.items():
         for name in _ALONE:
-            os.environ.pop(name, None)
+            del os.environ[name]
 
 
 @contextlib.contextmanager

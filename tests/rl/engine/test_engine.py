@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from imagerl.rl.engine import zero
 from imagerl.rl.engine.engine import Engine, learning_rate
 from imagerl.rl.errors import ImageRLError
 
@@ -315,3 +316,20 @@ def test_missing_gpu_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ImageRLError, match=r"engine\.device=cpu"):
         Engine(SimpleNamespace(name="torch", zero_stage=0, precision="fp32", device="cuda", threads=None))
+
+
+def test_ranks_started_by_a_process_that_posed_stay_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed alone in a notebook, then torchrun from there: its ranks inherit the pose and must keep their own."""
+    for name in (*zero._ALONE, zero._POSING):
+        monkeypatch.delenv(name, raising=False)
+    assert zero.pose_as_launcher()
+    launched = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    zero.stop_posing()
+    assert {name: os.environ.get(name) for name in launched} == launched
+    for name in zero._ALONE:
+        monkeypatch.delenv(name, raising=False)
+    assert zero.pose_as_launcher()
+    zero.stop_posing()
+    assert not zero._ALONE.keys() & os.environ.keys() and zero._POSING not in os.environ
