@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from imagerl.rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError, one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -106,7 +106,7 @@ def parse_json(text: str, place: str) -> Any:
     except json.JSONDecodeError as error:
         raise ImageRLError(f"{place}: not JSON ({error.msg}, line {error.lineno})") from None
     except ValueError as error:  # a key twice, or a number of thousands of digits
-        raise ImageRLError(f"{place}: not JSON ({_one_line(error).partition(';')[0]})") from None
+        raise ImageRLError(f"{place}: not JSON ({one_line(error).partition(';')[0]})") from None
     except RecursionError:
         raise ImageRLError(f"{place}: lists and mappings are nested more than {MAX_DEPTH} deep") from None
     return require_plain(value, place)
@@ -204,7 +204,7 @@ def _as_picture(name: object, place: str) -> Iterator[None]:
     except ImageRLError as error:
         raise ImageRLError(f"{before}{error}") from error
     except Exception as error:  # a decoder on unchecked bytes raises anything
-        why = _one_line(error)[:200] or type(error).__name__
+        why = one_line(error)[:200] or type(error).__name__
         raise ImageRLError(
             f"{before}{name} cannot be read as a picture ({why}); save it again as PNG or JPEG"
         ) from error
@@ -228,7 +228,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ground = Image.new("RGBA", coloured.size, "white")
         return Image.alpha_composite(ground, coloured).convert("RGB")
     return upright.convert("RGB")
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
