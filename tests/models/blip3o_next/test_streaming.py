@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from imagerl.models.common.shards import Shards
 from tests.micro import micro_folder
+from tests.resident import alone
 
-ROOT = Path(__file__).parents[3]
 MEASURE = """
 import json, sys
 from pathlib import Path
@@ -34,10 +30,6 @@ def test_loading_needs_little_more_memory_than_the_checkpoint_has_bytes(tmp_path
     big = micro_folder(tmp_path / "big", **sizes)
     checkpoint = Shards(big).nbytes
     assert checkpoint > 80e6
-    # freed blocks go back to the system at once, so that resident memory is memory in use
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", MEASURE, str(warm), str(big)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    streamed, naive = json.loads(done.stdout.splitlines()[-1])
+    streamed, naive = alone(MEASURE, str(warm), str(big))
     assert 0.9 * checkpoint < streamed < 1.3 * checkpoint
     assert naive > 1.8 * checkpoint  # the measure sees what it should see

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +19,7 @@ from imagerl.rl.engine.plan import GIB, make_plan, step_shape, table
 from imagerl.rl.errors import ImageRLError
 from tests.micro import micro_folder
 from tests.models.helpers import edit_policy
+from tests.resident import alone
 from tests.small_run import recipe_data
 
 ROOT = Path(__file__).parents[3]
@@ -61,13 +58,9 @@ def recipe(*overrides: str, path: str = "tiny") -> Recipe:
 
 
 def test_a_measured_run_takes_what_its_plan_says(tmp_path: Path) -> None:
-    """Resident memory of a process of its own: blocks of 64 KiB and more go back to the system as soon as they are
-    free, so what is resident is what is in use. Adam's state exists from the second step on, hence two."""
+    """Adam's state exists from the second step on, hence two."""
     folder = micro_folder(tmp_path / "model", **SIZES)
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", MEASURE, str(folder), *OVERRIDES]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    measured = json.loads(done.stdout.splitlines()[-1])
+    measured = alone(MEASURE, str(folder), *OVERRIDES)
     (planned,) = plans(recipe(*OVERRIDES, path=str(folder)), [1])
     assert measured > 300e6
     assert planned.peak == pytest.approx(measured, rel=0.15)
