@@ -15,7 +15,7 @@ from imagerl.rl.data.prompt_pictures import with_pictures
 from imagerl.rl.engine.checkpoint import Checkpoint, save_checkpoint
 from imagerl.rl.engine.engine import Engine, StateDict
 from imagerl.rl.evaluation.evaluate import evaluate, try_rewards
-from imagerl.rl.evaluation.stats import compare
+from imagerl.rl.evaluation.stats import compare, results_table
 from imagerl.rl.files.metrics import MetricsLog, Progress
 from imagerl.rl.rollout.engine import RolloutEngine
 from imagerl.rl.run.budget import Budget
@@ -23,6 +23,7 @@ from imagerl.rl.run.folder import PEAK, RunFolder
 from imagerl.rl.run.monitors import Watch, watched
 from imagerl.rl.run.report import write_report
 from imagerl.rl.run.signals import stop_signals
+from imagerl.rl.run.trackers import Trackers
 from imagerl.rl.training.trainer import Trainer
 from imagerl.rl.types import Prompt
 
@@ -94,6 +95,8 @@ class Loop:
         self.budget = budget or Budget()
         self.budget.restore(checkpoint.state.get("budget", {}) if checkpoint else {})
         self.done = self.start_step  # steps
+        self.log: MetricsLog | None = None  # of the main process, while it runs
+        self.trackers = Trackers()
 
     def execute(self, resumed: bool) -> dict[str, Any] | None:
         """Run to the last step, or until asked to stop.
@@ -102,12 +105,12 @@ class Loop:
         all but the main process."""
         total = self.recipe.run.steps
         is_main = self.engine.is_main
-        log = None
-        if is_main:
-            log = MetricsLog(self.folder.path, (self.start_step or -1) if resumed else None)
-        with stop_on_signals() as asked_to_stop:
+        with (
+            self._reporting((self.start_step or -1) if resumed else None),
+            stop_on_signals() as asked_to_stop,
+        ):
             if self.first is None:
-                self._evaluate(0, log)
+                self._evaluate(0)
             ended = self.budget.spent or self._ends_early()
             with _progress(total, self.start_step, is_main) as progress:
                 for step in range(self.start_step + 1, total + 1):
@@ -118,12 +121,11 @@ class Loop:
                     self.done = step
                     self.budget.spend(self.engine.gather_objects(metrics)[0])  # clocks differ
                     last = step == total or self.budget.spent
-                    if log:
-                        log.log(step, metrics)
+                    self._write(step, metrics)
                     if progress:
                         progress.update(step, metrics, self.budget.expected_steps())
                     if self._due(step, self.recipe.eval.every) or last:
-                        self._evaluate(step, log)
+                        self._evaluate(step)
                     elif self._due(step, self.recipe.run.sample_every):
                         self._draw_samples(step)
                     stopping = any(self.engine.gather_objects(asked_to_stop()))
@@ -132,12 +134,46 @@ class Loop:
                         self._save(step)
                     if stopping and not ended:
                         self.note(f"stopped after step {step}; continue with --resume")
-                        self._finish(log, None)
+                        self._finish(None)
                         return None
-        self.finished = True
-        comparison = compare(self.first or [], self.last or []) if is_main else None
-        self._finish(log, comparison)
+            self.finished = True
+            comparison = compare(self.first or [], self.last or []) if is_main else None
+            self._finish(comparison)
         return comparison
+
+    @contextmanager
+    def _reporting(self, resume_step: int | None) -> Iterator[None]:
+        """Keep the log and the trackers of the main process open, after `resume_step` of a run that goes on."""
+        if not self.engine.is_main:
+            yield
+            return
+        run, settings = self.recipe.run, self.recipe.model_dump(mode="json")
+        with MetricsLog(self.folder.path, resume_step) as self.log:
+            self.trackers = Trackers.begin(
+                run.report_to, run.project, self.folder.path, settings, resume_step
+            )
+            try:
+                yield
+            except KeyboardInterrupt:  # stop at once: wait for no thread and no upload
+                self.trackers = Trackers()
+                raise
+            finally:
+                self.trackers.finish()
+
+    def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write metrics down, and tell them to the trackers."""
+        if self.log is not None:
+            self.log.log(step, metrics)
+            self.trackers.numbers(step, metrics)
+
+    def _show(self, step: int, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+        """Save a grid of samples, and show it in the trackers."""
+        self.trackers.pictures(step, self.folder.save_grid(step, images, captions), images, captions)
+
+    def _tell_results(self, comparison: Mapping[str, Any], suite: str) -> None:
+        """Write the held-out comparison into the run folder, and as a table into the trackers."""
+        self.folder.write_comparison(comparison, suite, self.done)
+        self.trackers.table(self.done, *results_table(comparison))
 
     @staticmethod
     def _due(step: int, every: int) -> bool:
@@ -172,7 +208,7 @@ class Loop:
         """Tell whether the step just done is to be the last. Collective."""
         return False
 
-    def _evaluate(self, step: int, log: MetricsLog | None) -> None:
+    def _evaluate(self, step: int) -> None:
         """Evaluate on held-out samples; sets `first` (once) and `last` on the main process."""
         raise NotImplementedError
 
@@ -180,7 +216,7 @@ class Loop:
         """Draw a grid of the fixed prompts."""
         raise NotImplementedError
 
-    def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
+    def _finish(self, comparison: Mapping[str, Any] | None) -> None:
         """Finish the run; `comparison` is None when it was stopped early."""
         raise NotImplementedError
 
@@ -206,13 +242,13 @@ class Run(Loop):
         self.watch = Watch(recipe.monitors, watched(recipe.monitors, gold))
         self.watch.restore(checkpoint.state.get("watch", {}) if checkpoint else {})
 
-    def _evaluate(self, step: int, log: MetricsLog | None) -> None:
-        self._measure(step, log)
+    def _evaluate(self, step: int) -> None:
+        self._measure(step)
         best = self.engine.gather_objects(self.watch.best_step)[0] == step
         if best and step and self.recipe.monitors.stop:
             self._save(step, self.folder.path / PEAK, keep=1)
 
-    def _measure(self, step: int, log: MetricsLog | None) -> None:
+    def _measure(self, step: int) -> None:
         """Evaluate on the main process; the others wait at the next collective."""
         with self.engine.gathered_parameters():
             self.trainer.policy.refresh_sampler()
@@ -229,13 +265,12 @@ class Run(Loop):
         self.first = self.first or evaluation.per_prompt
         self.last = evaluation.per_prompt
         watched_metrics, alarms = self.watch.after_evaluation(step, evaluation.per_prompt)
-        if log:
-            log.log(step, evaluation.flat() | watched_metrics)
+        self._write(step, evaluation.flat() | watched_metrics)
         shown = "  ".join(f"{n} {v.mean:.3f}" for n, v in evaluation.metrics.items())
         self.note(f"held-out after step {step}: {shown}")
-        self._sound(alarms)
+        self._sound(step, alarms)
         count = self.recipe.run.sample_prompts
-        self.folder.save_grid(step, *with_sources(list(evaluation.images[:count]), self.heldout[:count]))
+        self._show(step, *with_sources(list(evaluation.images[:count]), self.heldout[:count]))
         self.engine.barrier()
 
     def _draw_samples(self, step: int) -> None:
@@ -246,7 +281,7 @@ class Run(Loop):
             prompts = self.heldout[: self.recipe.run.sample_prompts]
             occasion = f"eval {self.recipe.eval.suite}"
             (groups,) = self.eval_rollout.generate(prompts, 1, occasion)
-            self.folder.save_grid(step, *with_sources([group.images[0] for group in groups], prompts))
+            self._show(step, *with_sources([group.images[0] for group in groups], prompts))
 
     def _tensors(self) -> StateDict:
         return self.engine.state_dict() | self.trainer.tensors()
@@ -256,11 +291,12 @@ class Run(Loop):
 
     def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
         found, alarms = self.watch.after_step(step, metrics)
-        self._sound(alarms)
+        self._sound(step, alarms)
         return {**metrics, **found}
 
-    def _sound(self, alarms: Sequence[str]) -> None:
+    def _sound(self, step: int, alarms: Sequence[str]) -> None:
         for alarm in alarms:
+            self.trackers.alarm(step, alarm)
             self.note(f"ALARM {alarm}")
 
     def _ends_early(self) -> bool:
@@ -272,12 +308,11 @@ class Run(Loop):
         place = self.folder.path / PEAK / f"step_{self.watch.best_step:06d}"
         return f"the watched metrics were best at step {self.watch.best_step}, kept in {place}"
 
-    def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
-        if log is None:
+    def _finish(self, comparison: Mapping[str, Any] | None) -> None:
+        if not self.engine.is_main:
             return
-        log.close()
         if comparison is not None:
-            self.folder.write_comparison(comparison, self.recipe.eval.suite, self.done)
+            self._tell_results(comparison, self.recipe.eval.suite)
             if self.watch.halts and self.done < self.recipe.run.steps:
                 self.note(f"ended after step {self.done} by monitors.stop; {self._where_best()}")
         self.note(f"report: {write_report(self.folder.path)}")
