@@ -39,7 +39,13 @@ RUNS: dict[str, tuple[str, ...]] = {
         "data.train=[{data}/train]",
         "data.heldout=[{data}/heldout]",
     ),
-    "tiny_pretrain": ("pretrain", "tools/tiny/tiny_pretrain.yaml", *STAGES, "decoder.pictures=64"),
+    "tiny_pretrain": (
+        "pretrain",
+        "tools/tiny/tiny_pretrain.yaml",
+        *STAGES,
+        "decoder.pictures=64",
+        "run.threads=1",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""What the tiny models are trained on, rendered on the fly. Every batch is a pure function of (seed, stage, step)."""
+"""Samples that the tiny models are trained on: each batch is rendered as a pure function of seed, stage and step."""
 
 from __future__ import annotations
 
