@@ -84,7 +84,8 @@ class RewardWorkers:
         self._specs = read_entries((*specs, *gold))
         self.labels = unique_labels([check_reward(spec, names) for spec in self._specs])
         self._mixes = [
-            Mix(label, spec.weight, spec.gate) for label, spec in zip(self.labels, self._specs, strict=True)
+            Mix(label, spec.weight, spec.gate, spec.half)
+            for label, spec in zip(self.labels, self._specs, strict=True)
         ]
         if workers == 0 and any(spec.runtime_env is not None for spec in self._specs):
             raise ImageRLError("runtime_env needs rewards.workers of 1 or more: it is that of a Ray actor")
