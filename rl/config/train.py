@@ -25,7 +25,7 @@ class ReportConfig(RecipeModel):
     """The part of `run` that says who is told how it goes."""
 
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]] = Field(
-        default_factory=lambda: ["tensorboard"],
+        ["tensorboard"],
         description="trackers; all but tensorboard are installed apart",
     )
     project: str = Field("imagerl", min_length=1, description="what trackers call the project")
