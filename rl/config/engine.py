@@ -60,6 +60,12 @@ class EngineConfig(RecipeModel):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights stay fp32")
     micro_batch_size: Count = Field(16, description="samples of one forward and backward pass")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    timeout_s: float = Field(
+        1800.0,
+        ge=1,
+        le=86400,
+        description="seconds that a process waits in an exchange with the others before the run ends",
+    )
     threads: Threads | None = Field(
         None,
         description="CPU threads of torch, less rewards.workers while scoring; null: its own choice",
@@ -82,3 +88,13 @@ class EngineConfig(RecipeModel):
 class CheckpointConfig(RecipeModel):
     every: Every = Field(20, description="steps between checkpoints; 0: only at the end")
     keep: Count = Field(2, description="newest checkpoints kept")
+    weights_only: bool = Field(
+        False, description="leave the optimizer out: a third of the size, to evaluate and export; no --resume"
+    )
+    grace_s: float = Field(
+        25.0,
+        ge=0,
+        le=86400,
+        description="after Ctrl-C or SIGTERM a step is given up after so many seconds and the one before, kept in host "
+        "memory, is saved; 0: never, and nothing is kept",
+    )

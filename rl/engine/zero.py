@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 _POSING = "IMAGERL_POSES_AS_LAUNCHER"
 
 
-def create_accelerator(stage: int, precision: str, use_cpu: bool) -> Accelerator:
+def create_accelerator(stage: int, precision: str, use_cpu: bool, timeout: timedelta) -> Accelerator:
     """Create an Accelerator that will wrap its module in DeepSpeed, alone or as a launcher's environment says."""
     _import_deepspeed(use_cpu)
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -48,7 +49,7 @@ def create_accelerator(stage: int, precision: str, use_cpu: bool) -> Accelerator
     }
     plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
     # without a GPU Accelerate has to be told of a backend, or each process takes itself for the only one
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if use_cpu else None
+    handlers = [InitProcessGroupKwargs(backend="gloo" if use_cpu else "nccl", timeout=timeout)]
     if pose_as_launcher() and not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # needs no port
         backend = "gloo" if use_cpu else "nccl"

@@ -345,7 +345,7 @@ def train(
     """A miniature of the trainer: noise from the global generator is seeded by the step alone."""
     name = "deepspeed" if deepspeed else "torch"
     engine = Engine(
-        SimpleNamespace(name=name, zero_stage=2, precision="fp32", device="cpu", threads=1)  # type: ignore[arg-type]
+        SimpleNamespace(name=name, zero_stage=2, precision="fp32", device="cpu", threads=1, timeout_s=60)  # type: ignore[arg-type]
     )
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.3), nn.Tanh(), nn.Linear(16, 2))

@@ -23,7 +23,9 @@ STATE_AFTER = 2
 
 
 def settings(name: str = "torch", zero_stage: int = 0, precision: str = "fp32") -> Any:
-    return SimpleNamespace(name=name, zero_stage=zero_stage, precision=precision, device="cpu", threads=1)
+    return SimpleNamespace(
+        name=name, zero_stage=zero_stage, precision=precision, device="cpu", threads=1, timeout_s=60
+    )
 
 
 def optim(**changes: Any) -> Any:
@@ -315,7 +317,11 @@ def test_sums_and_gathers_alone() -> None:
 def test_missing_gpu_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ImageRLError, match=r"engine\.device=cpu"):
-        Engine(SimpleNamespace(name="torch", zero_stage=0, precision="fp32", device="cuda", threads=None))
+        Engine(
+            SimpleNamespace(
+                name="torch", zero_stage=0, precision="fp32", device="cuda", threads=None, timeout_s=60
+            )
+        )
 
 
 def test_ranks_started_by_a_process_that_posed_stay_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
