@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from imagerl.api.exporting import export, proof_samples, trained_policy
 from imagerl.models.blip3o_next.adapters import adapter_base
 from imagerl.models.blip3o_next.loading import load_policy
 from imagerl.rl.commands.cli import main
-from imagerl.rl.commands.exporting import export, proof_samples, trained_policy
 from imagerl.rl.commands.plan import plans
 from imagerl.rl.commands.pretrain import starting_policy
 from imagerl.rl.config.recipe import load_yaml_recipe, validate_recipe
