@@ -60,6 +60,9 @@ class EngineConfig(RecipeModel):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights stay fp32")
     micro_batch_size: Count = Field(16, description="samples of one forward and backward pass")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    deterministic: bool = Field(
+        True, description="ask for GPU kernels that repeat bit for bit; false: any, some of which are faster"
+    )
     timeout_s: float = Field(
         1800.0,
         ge=1,

@@ -62,7 +62,7 @@ class Engine:
         self.device: torch.device = self.accelerator.device
         if self.device.type == "cuda":  # resuming must repeat a run bit for bit
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.rank == 0

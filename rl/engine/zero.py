@@ -53,7 +53,7 @@ def create_accelerator(stage: int, precision: str, use_cpu: bool, timeout: timed
     if pose_as_launcher() and not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # needs no port
         backend = "gloo" if use_cpu else "nccl"
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        torch.distributed.init_process_group(backend, timeout, store=store, rank=0, world_size=1)
     accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
     unset_hf_deepspeed_config()  # or from_pretrained would split models loaded later, such as a reference
     return accelerator

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import IO, Any
 
+from imagerl.rl.config.engine import CheckpointConfig, EngineConfig
 from imagerl.rl.config.monitors import MonitorsConfig
 from imagerl.rl.config.recipe import RecipeModel, load_yaml_recipe, validate_recipe
 from imagerl.rl.config.rewards import without_addresses
@@ -27,25 +28,13 @@ MODEL = "model"  # what supervised training leaves
 PEAK = "peak"  # the checkpoint at which the watched metrics were best, with monitors.stop
 # What may change between a run and its continuation without making it another experiment.
 CHANGEABLE = {
-    *(
-        "run.steps",
-        "run.images",
-        "run.minutes",
-        "run.output_dir",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "checkpoint.grace_s",
-        "checkpoint.weights_only",
-        "rollout.max_logprob_diff",
-    ),
-    "algorithm.flow.max_logprob_diff",
+    *("run.steps", "run.images", "run.minutes", "run.output_dir"),
+    *(f"checkpoint.{key}" for key in CheckpointConfig.model_fields),
+    *("rollout.max_logprob_diff", "algorithm.flow.max_logprob_diff"),
     *(f"rewards.{key}" for key in ("workers", "timeout_s", "max_failure_rate", "max_restarts")),
     *("data.workers", "data.max_bad_share", "run.model_dtype"),
     # how the same numbers are computed
-    *(
-        f"engine.{key}"
-        for key in ("name", "zero_stage", "micro_batch_size", "device", "threads", "timeout_s")
-    ),
+    *(f"engine.{key}" for key in EngineConfig.model_fields if key != "precision"),
     *("rollout.sample_chunk", "rollout.decode_chunk", "eval.batch_size"),
     *(f"monitors.{key}" for key in MonitorsConfig.model_fields),
 }
