@@ -57,6 +57,11 @@ class OptimConfig(RecipeModel):
 class EngineConfig(RecipeModel):
     name: Literal["torch", "deepspeed"] = Field("torch", description="what runs the training")
     zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="ZeRO stage, deepspeed only (there 1)")
+    offload_optimizer: bool = Field(
+        False,
+        description="keep ZeRO's optimizer state in host memory and update there; slower, saves 8 bytes a "
+        "trained parameter and ZeRO's copy of it",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights stay fp32")
     micro_batch_size: Count = Field(16, description="samples of one forward and backward pass")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
@@ -85,6 +90,10 @@ class EngineConfig(RecipeModel):
     def _stage_needs_deepspeed(self) -> Self:
         if self.zero_stage is not None and self.name != "deepspeed":
             raise ValueError(f"engine.zero_stage needs engine.name: deepspeed, not {self.name}")
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError(
+                "engine.offload_optimizer needs engine.name: deepspeed and a zero_stage of 1 to 3"
+            )
         return self
 
 

@@ -55,7 +55,7 @@ class Engine:
         self.zero_stage: int | None = settings.zero_stage if settings.name == "deepspeed" else None
         self.precision: str = settings.precision
         self.timeout = timedelta(seconds=settings.timeout_s)
-        self.accelerator = self._accelerator(use_cpu)
+        self.accelerator = self._accelerator(settings, use_cpu)
         if settings.threads:  # after Accelerate, which may choose for itself
             torch.set_num_threads(settings.threads)
         self.threads: int = torch.get_num_threads()
@@ -276,7 +276,7 @@ class Engine:
             torch.distributed.destroy_process_group()
         zero.stop_posing()
 
-    def _accelerator(self, use_cpu: bool) -> Accelerator:
+    def _accelerator(self, settings: EngineConfig, use_cpu: bool) -> Accelerator:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, GradientState
         from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -287,7 +287,7 @@ class Engine:
         leave_to_the_recipe()  # among them what an earlier engine with DeepSpeed has left behind
         zero.stop_posing()
         if self.zero_stage is not None:
-            return zero.create_accelerator(self.zero_stage, self.precision, use_cpu, self.timeout)
+            return zero.create_accelerator(settings, use_cpu, self.timeout)
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         group = InitProcessGroupKwargs(timeout=self.timeout)
         return Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=[ddp, group])

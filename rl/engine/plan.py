@@ -77,6 +77,7 @@ def make_plan(
     storage, stage = shape.storage.itemsize, recipe.engine.zero_stage
     shards = gpus if stage else 1
     trained, gradients = language["trained"] * FLOAT32, language["gradients"]
+    offloaded = recipe.engine.offload_optimizer
     copied = recipe.algorithm.kl_coef > 0 and recipe.model.lora is None
     parts = {
         "language model, trained": trained / (gpus if stage == 3 else 1),
@@ -86,8 +87,8 @@ def make_plan(
         "connector and decoder": decoder["decoder"] * storage,
         "autoencoder": decoder["vae"] * storage,
         "image tokenizer": tokenizer * storage,
-        "optimizer state": language["trained"] * MOMENTS / shards,
-        "ZeRO's own float32 copy": trained / gpus if stage else 0.0,
+        "optimizer state": 0.0 if offloaded else language["trained"] * MOMENTS / shards,
+        "ZeRO's own float32 copy": trained / gpus if stage and not offloaded else 0.0,
     }
     several = (
         math.ceil(recipe.rollout.prompts_per_step / gpus) * recipe.rollout.group_size > shape.micro_batch

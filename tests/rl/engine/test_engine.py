@@ -23,8 +23,10 @@ SAMPLES = 12
 STATE_AFTER = 2
 
 
-def settings(name: str = "torch", zero_stage: int = 0, precision: str = "fp32") -> EngineConfig:
-    stage = {"zero_stage": zero_stage} if name == "deepspeed" else {}
+def settings(
+    name: str = "torch", zero_stage: int = 0, precision: str = "fp32", offload: bool = False
+) -> EngineConfig:
+    stage = {"zero_stage": zero_stage, "offload_optimizer": offload} if name == "deepspeed" else {}
     return EngineConfig(name=name, precision=precision, device="cpu", threads=1, timeout_s=300, **stage)
 
 
@@ -114,6 +116,7 @@ CASES = {
     "zero1": settings("deepspeed", 1),
     "zero2": settings("deepspeed", 2),
     "zero3": settings("deepspeed", 3),
+    "zero2 offloaded": settings("deepspeed", 2, offload=True),
 }
 
 
@@ -336,8 +339,8 @@ def test_missing_gpu_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_started_by_a_process_that_posed_stay_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed alone in a notebook, then torchrun from there: its ranks inherit the pose and must keep their own."""
-    for name in (*zero._ALONE, zero._POSING):
-        monkeypatch.delenv(name, raising=False)
+    names = {*zero._ALONE, zero._POSING}
+    monkeypatch.setattr(os, "environ", {n: value for n, value in os.environ.items() if n not in names})
     assert zero.pose_as_launcher()
     launched = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     for name, value in launched.items():

@@ -38,7 +38,7 @@ class Ranks:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
-            [*launcher, "--master-port", "0", str(program), json.dumps(runs)],
+            [*launcher, "--standalone", str(program), json.dumps(runs)],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
