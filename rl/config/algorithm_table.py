@@ -55,7 +55,7 @@ class Row:
     kl_in: KLPlace = "loss"
     max_resamples: int = 0
 
-    def defaults(self) -> dict[str, Any]:
+    def defaults(self) -> dict[str, object]:
         """Map each recipe key within `algorithm` to its value."""
         return asdict(self)
 

@@ -44,7 +44,7 @@ class FlowRow:
     advantage_max: float = 5.0
     kl_coef: float = 0.004
 
-    def defaults(self) -> dict[str, Any]:
+    def defaults(self) -> dict[str, object]:
         """Map each recipe key within `algorithm.flow` to its value."""
         return asdict(self)
 

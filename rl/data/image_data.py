@@ -138,7 +138,7 @@ class ImageStream:
         workers: int = 0,
         ahead: int = 0,
         max_bad_share: float = 0.1,
-        states: Sequence[Mapping[str, Any]] | None = None,
+        states: Sequence[Mapping[str, object]] | None = None,
     ) -> None:
         """Resume from `states`, those of all processes at a checkpoint.
 
@@ -187,7 +187,7 @@ class ImageStream:
         """The epoch of the source that is furthest along."""
         return max(place["epoch"] for place in self._places)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return plain data from which a stream with the same sources, weights and seed goes on."""
         return {
             "draws": self._taken,

@@ -120,7 +120,7 @@ def load_example(entry: Entry, size: tuple[int, int], limits: Limits) -> Example
 
 
 def _caption(entry: Entry, limits: Limits) -> str:
-    caption: Any = entry.caption
+    caption: object = entry.caption
     if isinstance(caption, Blob):
         try:
             text = _read(caption, "missing_caption").decode("utf-8-sig")
