@@ -8,7 +8,7 @@ without torch.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Baseline = Literal["group_mean", "leave_one_out", "batch_mean", "moving_average"]
 Scale = Literal["group", "batch", "whiten", "none"]

@@ -7,7 +7,7 @@ docs/flow.md has each row's equations and where we differ from other libraries o
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Sampler = Literal["ode", "sde", "dance", "cps"]
 Place = Literal["all", "random", "sliding"]

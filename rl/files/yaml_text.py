@@ -96,6 +96,7 @@ def parse_yaml_lines(text: str, source: str, most: int = MAX_VALUES) -> tuple[ob
         node = loader.get_single_node()
         if node is None:
             return None, []
+        # Before anything is built: a few lines of aliases stand for more than memory holds.
         _check(node, most)
         lines = [e.start_mark.line + 1 for e in node.value] if isinstance(node, yaml.SequenceNode) else []
         return _unshared(loader.construct_document(node)), lines
