@@ -8,7 +8,6 @@ for `images` only.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import shutil
@@ -28,11 +27,12 @@ from imagerl.rewards.boundary.targets import (
     import_target,
     needed_columns,
     setting_parameters,
-    split_target,
 )
 from imagerl.rewards.mixing import Gate, Weight
+from imagerl.rl.errors import ImageRLError, hint
+from imagerl.rl.files.importing import split_target
 from imagerl.rl.files.mistakes import explain
-from imagerl.rl.types import ImageRLError, RewardFn, RewardOutput
+from imagerl.rl.types import RewardFn, RewardOutput
 
 REWARDS: dict[str, str] = {
     "clip": "imagerl.rewards.clip.reward:ClipReward",
@@ -125,10 +125,9 @@ def _resolve(spec: RewardSpec) -> tuple[str, Any]:
     elif spec.target in REWARDS:
         label, found = spec.target, import_target(REWARDS[spec.target])
     else:
-        close = difflib.get_close_matches(spec.target, REWARDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"use one of: {', '.join(REWARDS)}"
+        meant = hint(spec.target, [*REWARDS], "use one of")
         raise ImageRLError(
-            f"no reward is named {spec.target!r}; {hint} (your own: import_path: file.py:name)"
+            f"no reward is named {spec.target!r}; {meant} (your own: import_path: file.py:name)"
         )
     check_settings(label, found, _all_settings(spec))
     if spec.is_remote or spec.target in REWARDS:
@@ -166,7 +165,7 @@ def _all_settings(spec: RewardSpec) -> dict[str, Any]:
 
 def _check_isolated(spec: RewardSpec) -> str:
     """Return the label of a reward that this process must not import."""
-    place, label = split_target(spec.target)
+    place, label = split_target(spec.target, "reward")
     if place.endswith(".py") and not Path(place).is_file():
         raise ImageRLError(f"reward file {place} does not exist; correct its import_path")
     if spec.python is not None and not os.access(shutil.which(spec.python) or spec.python, os.X_OK):

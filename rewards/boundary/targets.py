@@ -1,24 +1,18 @@
-"""Import functions and classes by path, and check them before they are called.
+"""Import rewards by path, and check them before they are called.
 
 Standard library only: this file also runs in interpreters that have none of our dependencies
 (`rewards.boundary.child`)."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from imagerl.rewards.boundary.guard import Failure, users_code
-from imagerl.rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError, hint, nearest
+from imagerl.rl.files.importing import import_object
 
 SAMPLE_NAMES = ("prompts", "completions", "completion_ids", "images")
 # Keys of a recipe's entry that are no settings of the reward.
@@ -68,61 +62,12 @@ def call_parameters(found: Any) -> list[inspect.Parameter]:
     return list(inspect.signature(found).parameters.values())
 
 
-def _import_file(path: Path) -> ModuleType:
-    path = path.resolve()
-    if not path.is_file():
-        raise ImageRLError(f"reward file {path} does not exist; correct its import_path")
-    # Imported once, however often it is asked for, unless it changed.
-    state = path.stat()
-    identity = f"{path} {state.st_mtime_ns} {state.st_size}"
-    name = f"reward_file_{path.stem}_{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImageRLError(f"reward file {path} is not a Python file; correct its import_path")
-    module = importlib.util.module_from_spec(spec)
-    if str(path.parent) not in sys.path:  # so that it may import its neighbours; last, to shadow nothing
-        sys.path.append(str(path.parent))
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def split_target(target: str) -> tuple[str, str]:
-    """Return place and attribute of an import path. Raises ImageRLError when it does not look like one."""
-    place, _, attribute = target.rpartition(":")
-    if not (place and attribute):
-        raise ImageRLError(f"reward {target!r} must read file.py:function or package.module:function")
-    return place, attribute
-
-
 def import_target(target: str) -> Any:
     """Return the function or class behind an import path; an ImageRLError says what is wrong with it."""
-    place, attribute = split_target(target)
-    with before_scoring(f"reward {target!r}: importing {place} failed"):
-        try:
-            if place.endswith(".py"):
-                module = _import_file(Path(place))
-            else:
-                if str(Path.cwd()) not in sys.path:
-                    sys.path.append(str(Path.cwd()))
-                module = importlib.import_module(place)
-        except SyntaxError as error:
-            where = f"{error.filename}, line {error.lineno}"
-            raise ImageRLError(f"reward {target!r}: syntax error in {where}: {error.msg}") from error
-    if not hasattr(module, attribute):
-        names = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
-        close = difflib.get_close_matches(attribute, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(names) or 'no function'}"
-        raise ImageRLError(f"reward {target!r}: {place} has no {attribute}; {hint}")
-    found = getattr(module, attribute)
+    with before_scoring(f"reward {target!r}: importing {target.rpartition(':')[0]} failed"):
+        found = import_object(target, "reward")
     if not callable(found) or (inspect.isclass(found) and _instance_call(found) is None):
-        raise ImageRLError(f"reward {target!r}: {attribute} is not a function or a class with __call__")
+        raise ImageRLError(f"reward {target!r} is not a function or a class with __call__")
     return found
 
 
@@ -153,13 +98,12 @@ def check_settings(label: str, found: Any, settings: Mapping[str, Any]) -> None:
     for name in settings:
         if name in names:
             continue
-        key = difflib.get_close_matches(name, ENTRY_KEYS, n=1, cutoff=0.75)
+        key = nearest(name, ENTRY_KEYS)
         if takes_all and not key:
             continue
-        close = difflib.get_close_matches(name, names, n=1) or key
-        hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(names) or 'none'}"
+        meant = hint(name, names) if key is None or nearest(name, names) else f"did you mean {key}?"
         also = f" If not, let its signature name {name}" if takes_all else ""
-        raise ImageRLError(f"reward {label!r} has no setting {name!r}; {hint}{also}")
+        raise ImageRLError(f"reward {label!r} has no setting {name!r}; {meant}{also}")
     missing = [name for name in _needed(takers) if is_class and name not in settings]
     if missing:
         raise ImageRLError(f"reward {label!r} needs the setting {missing[0]!r}; add it to its entry")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from imagerl.rl.errors import why
 from imagerl.rl.types import ImageRLError
 
 SIMILARITIES = ("cosine", "clipscore", "logit", "probability")
@@ -116,9 +117,8 @@ def read_state(path: str) -> dict[str, Tensor]:
         state = state.get("state_dict", state)
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
     except Exception as error:  # safetensors, zip and pickle have many; the file is not ours
-        reason = " ".join(str(error).split())[:150]
         raise ImageRLError(
-            f"reward 'clip': head {path} cannot be read as a file of tensors ({type(error).__name__}: {reason})"
+            f"reward 'clip': head {path} cannot be read as a file of tensors ({why(error)})"
         ) from error
 
 

@@ -5,7 +5,6 @@ Nothing is fetched unless the name of a model says so: a folder is only read, we
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from imagerl.rewards.clip.packages import import_open_clip
+from imagerl.rl.errors import nearest, why
 from imagerl.rl.types import ImageRLError
 
 SHIPPED = ("tiny_clip",)  # folders beside this file
@@ -94,10 +94,10 @@ def _open_clip_name(model: str, folder: Path | None) -> str:
     name = model.replace("/", "-")
     if name in known:
         return name
-    close = difflib.get_close_matches(name, [*known, *SHIPPED], n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    close = nearest(name, [*known, *SHIPPED])
+    meant = f"did you mean {close}? " if close else ""
     raise ImageRLError(
-        f"reward 'clip': {model!r} is no folder and no model of open_clip; {hint}For a hub name write "
+        f"reward 'clip': {model!r} is no folder and no model of open_clip; {meant}For a hub name write "
         f"{HUB}owner/name, or owner/name with library: transformers"
     )
 
@@ -174,8 +174,7 @@ def _refuse_remote_parts(config: Any, shown: str) -> None:
 
 def _unloadable(shown: str, pretrained: str | None, error: Exception) -> ImageRLError:
     what = f"{shown} with {pretrained}" if pretrained else shown
-    reason = " ".join(str(error).split())[:200]
-    return ImageRLError(f"reward 'clip': {what} cannot be loaded ({type(error).__name__}: {reason})")
+    return ImageRLError(f"reward 'clip': {what} cannot be loaded ({why(error)})")
 
 
 def _load_transformers(

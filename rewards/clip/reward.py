@@ -15,6 +15,7 @@ from PIL import Image
 from imagerl.rewards.clip.heads import SIMILARITIES, PictureHead, cosine, direction, similarity
 from imagerl.rewards.clip.memory import Remembered
 from imagerl.rewards.clip.models import load_clip
+from imagerl.rl.errors import why
 from imagerl.rl.files.bounds import Count
 from imagerl.rl.types import ImageRLError, RewardOutput
 
@@ -152,10 +153,7 @@ def decoded(images: Sequence[Image.Image | None]) -> list[Image.Image]:
             assert image is not None
             pictures.append(image.convert("RGB"))
         except (OSError, SyntaxError, ValueError, AttributeError, AssertionError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise ValueError(
-                f"picture {number} cannot be decoded ({type(error).__name__}: {reason})"
-            ) from error
+            raise ValueError(f"picture {number} cannot be decoded ({why(error, 120)})") from error
     return pictures
 
 

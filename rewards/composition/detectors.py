@@ -12,6 +12,7 @@ from PIL import Image
 from imagerl.rewards.clip.memory import Remembered
 from imagerl.rewards.clip.models import ClipModel
 from imagerl.rewards.composition.rule import COLOURS, Found, without_overlaps
+from imagerl.rl.errors import why
 from imagerl.rl.types import ImageRLError
 
 TEMPLATES = (
@@ -55,9 +56,8 @@ class OpenVocabularyDetector:
             self._model = AutoModelForZeroShotObjectDetection.from_pretrained(source, **local)
             self._processor = AutoProcessor.from_pretrained(source, **local)
         except Exception as error:  # the hub's client, safetensors, and whatever a configuration may hold
-            reason = " ".join(str(error).split())[:200]
             raise ImageRLError(
-                f"reward 'composition': detector {model} cannot be loaded ({type(error).__name__}: {reason})"
+                f"reward 'composition': detector {model} cannot be loaded ({why(error)})"
             ) from error
         name = "cuda" if device == "auto" and torch.cuda.is_available() else device
         self._device = torch.device("cpu" if name == "auto" else name)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from imagerl.rl.errors import why
 from imagerl.rl.types import ImageRLError
 
 DETECTOR, RECOGNISER = "PP-OCRv6_small_det", "PP-OCRv6_small_rec"
@@ -194,10 +195,7 @@ class OCREngine:
                 self.characters = frozenset(characters_of(weights / _WHEEL_FILES[RECOGNISER]))
             self._engine = self._build(weights, threads, recognition_width)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ImageRLError(
-                f"reward 'ocr': PaddleOCR could not load its models ({type(error).__name__}: {reason})"
-            ) from error
+            raise ImageRLError(f"reward 'ocr': PaddleOCR could not load its models ({why(error)})") from error
 
     def _build(self, weights: Path | None, threads: int, width: int) -> Any:
         import paddleocr
