@@ -51,7 +51,8 @@ class Client:
     """Sends requests to one server, whose address is `url`. `token` is its bearer token. Safe to use from many threads.
 
     With `again` False it is asked once. Proxies of the environment are used as usual, but never for this machine
-    itself. Redirects are not followed: they would carry the token elsewhere. When a server cannot be had for a while, one warning says so.
+    itself. Redirects are not followed: they would carry the token elsewhere. When a server cannot be had for a while,
+    one warning says so.
 
     Raises ImageRLError for what is no address."""
 

@@ -83,6 +83,11 @@ class RemoteReward:
             replies.append(reply)
         return RewardOutput(*join(replies))
 
+    @property
+    def grouped(self) -> bool:
+        """Tell whether it compares the samples of a group."""
+        return "groups" in self.parameters
+
     def _ask(self, body: bytes, size: int, deadline: float) -> tuple[Reply, int]:
         """Return the server's reply for one batch, and the attempts it took."""
         try:

@@ -14,13 +14,16 @@ from imagerl.rewards.boundary.guard import Failure, users_code
 from imagerl.rl.errors import ImageRLError, hint, nearest
 from imagerl.rl.files.importing import import_object
 
-SAMPLE_NAMES = ("prompts", "completions", "completion_ids", "images")
+RUN_NAMES = ("groups", "progress", "policy")  # what a run knows beside the samples, for rewards that name it
+SAMPLE_NAMES = ("prompts", "completions", "completion_ids", "images", *RUN_NAMES)
 # Keys of a recipe's entry that are no settings of the reward.
 ENTRY_KEYS = ("name", "import_path", "url", "python", "runtime_env", "weight", "gate")
 
 
 class KeywordReward:
-    """Calls a user's function with the keywords it accepts, and with the recipe's settings."""
+    """Calls a user's function with the keywords it accepts, and with the recipe's settings. What a run knows beside the
+    samples it gets by naming it: `groups` (the number of each sample's group, and then never a torn group), `progress`
+    (one number) and `policy`."""
 
     def __init__(self, function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
         parameters = inspect.signature(function).parameters.values()
@@ -28,12 +31,14 @@ class KeywordReward:
         self._settings = dict(settings)
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._names = {p.name for p in parameters if _is_keyword(p)}
+        self.grouped = "groups" in self._names
 
     def __call__(self, **columns: Any) -> Any:
+        if "progress" in columns:  # it came as one number a sample
+            columns["progress"] = columns["progress"][0]
         keywords = {**columns, **self._settings}
-        if not self._takes_all:
-            keywords = {name: value for name, value in keywords.items() if name in self._names}
-        return self._function(**keywords)
+        named = self._names | (keywords.keys() - RUN_NAMES if self._takes_all else set())
+        return self._function(**{name: value for name, value in keywords.items() if name in named})
 
 
 @contextmanager
@@ -126,10 +131,18 @@ def check_columns(label: str, needed: Iterable[str], columns: Iterable[str]) -> 
             )
 
 
-def construct(label: str, found: Any, settings: Mapping[str, Any]) -> KeywordReward:
-    """Make a user's function or class ready to be called. Raises ImageRLError when its constructor fails."""
+def construct(label: str, found: Any, settings: Mapping[str, Any], policy: Any = None) -> KeywordReward:
+    """Make a user's function or class ready to be called. Raises ImageRLError when its constructor fails, and when it
+    asks for a policy and there is none here."""
+    asks = any(parameter.name == "policy" for parameter in call_parameters(found))
+    if asks and policy is None:
+        raise ImageRLError(
+            f"reward {label!r} asks for the policy, which only rewards in the training process get: set "
+            "rewards.workers=0, and leave out python"
+        )
+    given = {"policy": policy} if asks else {}
     if not inspect.isclass(found):
-        return KeywordReward(found, settings)
+        return KeywordReward(found, {**settings, **given})
     with before_scoring(f"reward {label!r} could not be constructed"):
         instance: Any = found(**settings)
-        return KeywordReward(instance, {})
+        return KeywordReward(instance, given)

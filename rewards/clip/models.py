@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from imagerl.rewards.clip.packages import import_open_clip
+from imagerl.rewards.hub import device_of, model_source, weights_file
 from imagerl.rl.errors import nearest, why
 from imagerl.rl.types import ImageRLError
 
@@ -56,7 +57,7 @@ def load_clip(
         raise ImageRLError(f"reward 'clip': library must be one of {', '.join(LIBRARIES)}, not {library!r}")
     if dtype not in ("auto", *DTYPES):
         raise ImageRLError(f"reward 'clip': dtype must be auto, float32 or bfloat16, not {dtype!r}")
-    place = _device(device)
+    place = device_of(device, "clip")
     kind = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if place.type == "cuda" else torch.float32
     if model in SHIPPED:
         folder: Path | None = Path(str(files("rewards") / model))
@@ -69,15 +70,6 @@ def load_clip(
     if library == "transformers":
         return _load_transformers(model, folder, place, kind, batch_size)
     return _load_open_clip(_open_clip_name(model, folder), model, folder, pretrained, place, kind, batch_size)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ImageRLError(f"reward 'clip': there is no device {name!r}; use auto, cpu or cuda") from error
 
 
 def _open_clip_name(model: str, folder: Path | None) -> str:
@@ -112,6 +104,10 @@ def _load_open_clip(
     batch_size: int,
 ) -> ClipModel:
     open_clip = import_open_clip()
+    if (
+        pretrained is not None and pretrained.count("/") == 2
+    ):  # as none of its tags; perhaps a file on the hub
+        pretrained = weights_file(pretrained, "clip")
     if folder is None and not name.startswith(HUB):
         _check_pretrained(open_clip, name, pretrained)
     elif pretrained is not None:
@@ -183,9 +179,7 @@ def _load_transformers(
     """Load a dual encoder with `get_image_features` and `get_text_features`: CLIP, SigLIP, SigLIP 2 and their kin."""
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-    if folder is None and (Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1):
-        raise ImageRLError(f"reward 'clip': there is no folder {name}; correct model")
-    source, local = str(folder or name), {"local_files_only": folder is not None, "trust_remote_code": False}
+    source, local = model_source(str(folder or name), "clip", "model")
     try:
         model, loading = AutoModel.from_pretrained(source, dtype=dtype, output_loading_info=True, **local)
         # Pillow's arithmetic, whether torchvision is there or not.
