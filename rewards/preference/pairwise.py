@@ -137,15 +137,16 @@ class PairwiseReward:
         }
         answers = self._asker.ask(dict.fromkeys(asked.values()))
         verdicts, reason = self._verdicts(answers)
-        wins, rows_of = {}, {row: [] for row in range(len(images))}  # type: ignore[var-annotated]
+        wins: dict[tuple[int, int], float] = {}
+        rows_of: dict[int, list[list[float]]] = {row: [] for row in range(len(images))}
         for pair in met:
-            told = (
-                [verdicts.get(asked[order]) for order in (pair, pair[::-1])] if pair in asked else [0.5, 0.5]
-            )
-            if None not in told:
-                wins[pair] = (told[0] + 1.0 - told[1]) / 2
+            orders = (pair, pair[::-1])
+            told = [verdicts.get(asked[order]) for order in orders] if pair in asked else [0.5, 0.5]
+            both = [verdict for verdict in told if verdict is not None]
+            if len(both) == 2:
+                wins[pair] = (both[0] + 1.0 - both[1]) / 2
                 for row in pair:
-                    rows_of[row].append(told)
+                    rows_of[row].append(both)
         rates = win_rates(len(images), wins)
         alone = {rows[0] for rows in members.values() if len(rows) == 1}
         parts = {
