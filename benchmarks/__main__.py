@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
+from imagerl.api.drawing import loaded_rollout
 from imagerl.rl.commands.cli import main
-from imagerl.rl.commands.options import Model, Overrides, loaded_rollout
+from imagerl.rl.commands.options import Model, Overrides
 from imagerl.rl.errors import ImageRLError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed, as ratios and shares within one run.")
@@ -85,8 +86,8 @@ def trained_steps(recipe: str, overrides: list[str], steps: int) -> dict[str, fl
     import tempfile
 
     from benchmarks import measuring as benchmarks
+    from imagerl.api.training import run_training
     from imagerl.models.blip3o_next.loading import load_policy
-    from imagerl.rl.commands.train import run_training
     from imagerl.rl.config.train import load_recipe
 
     with tempfile.TemporaryDirectory() as scratch:

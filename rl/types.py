@@ -42,6 +42,18 @@ class Prompt:
         return picture if isinstance(picture, Image.Image) else None
 
 
+Rows = dict[str, Tensor]
+"""Tensors under a family's own names, each with a row for every prompt or sample: {"ids": [6, 23], "mask": [6, 23]}."""
+
+
+class Canvas(NamedTuple):
+    """The sizes of a picture: Canvas(64, (32, 64), (24, 4, 8)) with the tiny model."""
+
+    tokens: int  # T that are drawn of it
+    pixels: tuple[int, int]  # H, W
+    noise: tuple[int, int, int] | None  # C, h, w that its decoder begins from; None: it needs none
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """The settings that samples are drawn with: SamplingParams(1.0, 2.0, 4) for tiny pictures at temperature 1.
@@ -265,6 +277,8 @@ class RewardScores:
     # gates applied, NaN where missing or not applicable, and their weights at this step.
     gated: dict[str, np.ndarray] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    # Totals [B] of "tokens" and "flow" where some rewards teach one half only; empty: both learn from `totals`.
+    halves: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

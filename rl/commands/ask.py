@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from imagerl.rl.commands.options import Reader, picture_for
+from imagerl.rl.commands.options import Reader
 from imagerl.rl.errors import one_line
 
 
@@ -20,6 +20,7 @@ def ask(
     """Let a model that reads pictures answer questions about one, each on a line of its own."""
     import torch
 
+    from imagerl.api.drawing import picture_for
     from imagerl.models.blip3o_next.loading import load_policy
     from imagerl.rl.types import Prompt
 

@@ -11,7 +11,7 @@ from imagerl.rl.commands.options import FlowSteps, Guidance, Seed, Temperature
 from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
-    from imagerl.rl.commands.measuring import Drawing
+    from imagerl.api.evaluating import Drawing
     from imagerl.rl.evaluation.stats import Interval
     from imagerl.rl.evaluation.suites import Suite
 
@@ -55,7 +55,7 @@ def evaluate_model(
     flow_steps: FlowSteps = None,
 ) -> None:
     """Measure a model on held-out prompts with 95 % intervals, compare two, or draw for a benchmark's own scorer."""
-    from imagerl.rl.commands.measuring import Drawing
+    from imagerl.api.evaluating import Drawing
     from imagerl.rl.evaluation.suites import find_suite
 
     how = Drawing(seed, samples, batch_size, temperature, guidance, flow_steps)
@@ -106,8 +106,8 @@ def compare(
     pictures: Path | None,
 ) -> None:
     """Measure one or two models, tell and write what came out."""
+    from imagerl.api.evaluating import STAND_INS, earlier_results, facts_of, measure
     from imagerl.models.blip3o_next.loading import load_prompts
-    from imagerl.rl.commands.measuring import STAND_INS, earlier_results, facts_of, measure
     from imagerl.rl.evaluation.against import compared, differing_settings
     from imagerl.rl.evaluation.kept_pictures import refuse_filled
     from imagerl.rl.evaluation.stats import Interval, change, number

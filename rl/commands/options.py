@@ -1,20 +1,12 @@
-"""Options that several commands share, and the policy they name."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from imagerl.rl.errors import ImageRLError
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from imagerl.models.blip3o_next.policy import ImagePolicy
-    from imagerl.rl.rollout.engine import RolloutEngine
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="recipe overrides, values in YAML")
@@ -37,41 +29,6 @@ FlowSteps = Annotated[
 
 
 def refuse_both(resume: bool, overwrite: bool) -> None:
-    """Raises ImageRLError when a run is to be continued and deleted."""
+    """Raise ImageRLError when a run is to be continued and deleted."""
     if resume and overwrite:
         raise ImageRLError("--resume continues the run and --overwrite deletes it; give only one")
-
-
-def loaded_rollout(
-    model: str, seed: int, temperature: float | None, guidance: float | None, flow_steps: int | None
-) -> tuple[ImagePolicy, RolloutEngine]:
-    """Load a policy for inference, on the GPU where there is one; None: as the model's own settings say."""
-    from contextlib import nullcontext
-
-    import torch
-
-    from imagerl.models.blip3o_next.loading import load_policy
-    from imagerl.rl.rollout.engine import RolloutEngine
-    from imagerl.rl.types import SamplingParams
-
-    policy, config = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
-    given = {"temperature": temperature, "guidance": guidance, "flow_steps": flow_steps}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    sampling = SamplingParams(**config["sampling"] | chosen)
-    return policy, RolloutEngine(policy, sampling, seed, nullcontext)
-
-
-def picture_for(policy: ImagePolicy, path: Path) -> Image.Image:
-    """Read a picture file as RGB. Says on stderr when the model will not see it as it is.
-
-    Raises ImageRLError when it cannot be read."""
-    from imagerl.models.common.pictures import crop_note
-    from imagerl.rl.files.reading import read_picture
-
-    picture, (height, width) = read_picture(path), policy.decoder.picture_size
-    note = crop_note(picture, (height, width))
-    if note is None and picture.size != (width, height):
-        note = f"the picture is {picture.width}x{picture.height} pixels; it was resized to {width}x{height}"
-    if note is not None:
-        print(f"{path}: {note}", file=sys.stderr)
-    return picture

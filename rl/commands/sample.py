@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imagerl.rl.commands.options import FlowSteps, Guidance, Seed, Temperature, loaded_rollout, picture_for
+from imagerl.rl.commands.options import FlowSteps, Guidance, Seed, Temperature
 
 
 def sample(
@@ -30,6 +30,7 @@ def sample(
     """Draw pictures, or edit one, and a grid of them."""
     import numpy as np
 
+    from imagerl.api.drawing import loaded_rollout, picture_for
     from imagerl.rl.files.metrics import image_grid, save_image
     from imagerl.rl.types import Prompt
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from imagerl.api import exporting as export_module
+from imagerl.api.exporting import LAYOUTS, PROVENANCE, export, proof_samples, trained_policy
 from imagerl.models.blip3o_next.exporting import save_published
 from imagerl.models.blip3o_next.loading import load_policy
 from imagerl.models.common.shards import Shards
-from imagerl.rl.commands import exporting as export_module
 from imagerl.rl.commands.cli import main
-from imagerl.rl.commands.exporting import LAYOUTS, PROVENANCE, export, proof_samples, trained_policy
 from imagerl.rl.errors import ImageRLError
 from tests.micro import micro_folder, micro_policy
 from tests.small_run import write_recipe

@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from imagerl.api import exporting as export_module
+from imagerl.api.drawing import loaded_rollout
+from imagerl.api.exporting import PROVENANCE, export, proof_samples, trained_policy
 from imagerl.models.blip3o_next.loading import load_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.rl.commands import exporting as export_module
 from imagerl.rl.commands.cli import main
-from imagerl.rl.commands.exporting import PROVENANCE, export, proof_samples, trained_policy
-from imagerl.rl.commands.options import loaded_rollout
 from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.engine.checkpoint import load_checkpoint
 from imagerl.rl.errors import ImageRLError

@@ -122,7 +122,7 @@ def test_the_model_that_is_left_is_the_trained_one(
     policy, _ = load_policy(str(run / "model"))
     overrides = VARIANTS[variant] if variant == "full" else ()
     trainer = small_trainer(policy, recipe(place, *overrides))
-    from imagerl.rl.commands.sft import open_sources
+    from imagerl.api.fine_tuning import open_sources
     from imagerl.rl.data.image_data import first_examples
     from imagerl.rl.data.image_files import load_example
     from imagerl.rl.data.seeding import generator

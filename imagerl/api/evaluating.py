@@ -32,7 +32,7 @@ class Drawing:
     flow_steps: int | None
 
     def rollout(self, model: str) -> RolloutEngine:
-        from imagerl.rl.commands.options import loaded_rollout
+        from imagerl.api.drawing import loaded_rollout
 
         return loaded_rollout(model, self.seed, self.temperature, self.guidance, self.flow_steps)[1]
 

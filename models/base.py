@@ -1,0 +1,214 @@
+"""Say what a family of image generators must be able to do to be trained, evaluated, exported, planned, served, asked.
+
+A family is one folder here, or one file of a user's, and one line in `models.families`. It makes policies of model
+folders. A policy writes image tokens after a prompt and decodes what it wrote to a picture; how its prompts are
+encoded, what its decoder sees of the tokens (hidden states, the tokens themselves, embeddings) and whether that
+decoder draws from noise is its own business: it passes through `rl/` as `Rows`, tensors under the family's own names.
+
+`models.common.policy` holds what most families share: adapters, the frozen reference, refusals of what they lack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from imagerl.rl.types import (
+    Canvas,
+    FlowSampling,
+    FlowSchedule,
+    FlowScores,
+    FlowTrajectory,
+    Prompt,
+    Rows,
+    SamplingParams,
+    TokenScores,
+    TokenTrajectory,
+)
+
+
+class PromptReader(Protocol):
+    """A reader of prompts, known without the weights."""
+
+    def require(self, prompts: Iterable[Prompt], questions: bool = False) -> None:
+        """Raise ImageRLError, which begins with its place, for the first prompt that the model cannot draw or edit by,
+        or with `questions` cannot answer: an empty or a too long one, a size that it cannot draw."""
+        ...
+
+    def longest(self, prompts: Sequence[Prompt]) -> int:
+        """Count the ids of the longest prompt, template and picture to edit included."""
+        ...
+
+
+class DecoderPolicy(Protocol):
+    """A decoder as a policy over its denoising steps. See `models.blip3o_next.flow_policy`."""
+
+    @property
+    def trainable(self) -> nn.Module:
+        """forward(condition: Rows [B], latents [B, N, C, h, w], sigma [B, N], guidance) -> velocity [B, N, C, h, w]"""
+        ...
+
+    def decode_steps(
+        self,
+        prompts: Rows,
+        trajectory: TokenTrajectory,
+        noise: Tensor,
+        step_noise: Tensor,
+        sampling: FlowSampling,
+    ) -> tuple[Tensor, FlowTrajectory]:
+        """Decode by stochastic steps: pictures [B·M, 3, H, W] in [0, 1], and what replaying the steps needs.
+
+        `prompts` [P], `trajectory` [B = P·G], `noise` [B·M, C, h, w], `step_noise` [B·M, S, C, h, w] of the steps in
+        `sampling.window`. `FlowTrajectory.condition` has a row for each token sequence, which serves its M pictures."""
+        ...
+
+    def schedule(self, sampling: FlowSampling, shape: tuple[int, ...]) -> FlowSchedule:
+        """Return the stochastic steps of a rollout of latents of a shape [C, h, w]."""
+        ...
+
+    def score(self, velocity: Tensor, latents: Tensor, schedule: FlowSchedule) -> FlowScores:
+        """Score the steps through latents [B, S + 1, C, h, w], given velocities [B, S, C, h, w] at their beginnings."""
+        ...
+
+    def reference_velocity(self, condition: Rows, latents: Tensor, sigma: Tensor, guidance: float) -> Tensor:
+        """Return what `trainable` returned when `freeze_reference` was called."""
+        ...
+
+    def freeze_reference(self) -> None: ...
+
+    def add_lora(self, rank: int, alpha: float, target_modules: Sequence[str]) -> None: ...
+
+    def merge_lora(self) -> None: ...
+
+
+class Policy(Protocol):
+    """A model in memory. P prompts, G samples of each, B = P·G in group-major order, M pictures of a sample."""
+
+    sampling: SamplingParams  # the model's own settings, where a user says nothing else
+    sampler_dtype: torch.dtype  # of the weights that draw tokens
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def prompts(self) -> PromptReader: ...
+
+    @property
+    def trainable(self) -> nn.Module:
+        """The half that writes tokens: all that has gradients there and nothing else, none of what is frozen.
+
+        forward(prompts: Rows [P], tokens [B, T], sampling: SamplingParams) -> TokenScores: log-probs and entropies of
+        the very distribution that `sample_tokens` draws from, `temperature` and `token_guidance` included. P may be B,
+        or B / G: then a prompt is read once for its group, gradients included."""
+        ...
+
+    @property
+    def flow(self) -> DecoderPolicy | None:
+        """The decoder as a policy, after `train_decoder`; None where it does not train."""
+        ...
+
+    def canvas(self, prompt: Prompt) -> Canvas:
+        """Return the sizes of a picture of a prompt. A step holds prompts of one canvas only."""
+        ...
+
+    # ---- drawing ---------------------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[Prompt], to_draw: bool = True) -> Rows:
+        """Encode captions, or instructions with the pictures that they change (`Prompt.reference`), all of one kind.
+        Without `to_draw` what only the decoder needs is left out.
+
+        Raises ImageRLError for a prompt that the model cannot read."""
+        ...
+
+    def refresh_sampler(self) -> None:
+        """Lay out the present weights for sampling. Called after every update, parameters gathered."""
+        ...
+
+    def sample_tokens(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> TokenTrajectory:
+        """Draw tokens for uniforms [B, T] in [0, 1) float64, one number each: a sample depends on its own alone.
+
+        Raises ImageRLError for settings that the family does not have, such as a `token_guidance` other than 1."""
+        ...
+
+    def decode(
+        self, prompts: Rows, trajectory: TokenTrajectory, noise: Tensor | None, sampling: SamplingParams
+    ) -> Tensor:
+        """Decode a trajectory [B] to pictures [B·M, 3, H, W] in [0, 1], from noise [B·M, C, h, w], or None and M = 1
+        where `Canvas.noise` is None."""
+        ...
+
+    # ---- training --------------------------------------------------------------------------------------------
+
+    @property
+    def adapted(self) -> bool:
+        """Tell whether `trainable` has a LoRA adapter, new or loaded with the model."""
+        ...
+
+    def add_lora(self, rank: int, alpha: float, dropout: float, target_modules: Sequence[str] | str) -> None:
+        """Freeze the weights of `trainable` and train low-rank adapters instead (arXiv 2106.09685)."""
+        ...
+
+    def merge_lora(self) -> None:
+        """Fold the adapter into the weights for good, which may then train again. Nothing to do without."""
+        ...
+
+    def freeze(self, patterns: Sequence[str]) -> None:
+        """Leave parameters of `trainable` as they are whose names match a pattern. Raises ImageRLError when one matches
+        none."""
+        ...
+
+    def train_decoder(self) -> DecoderPolicy:
+        """Give the decoder gradients. Raises ImageRLError, which says why, when it cannot train."""
+        ...
+
+    def freeze_reference(self) -> None:
+        """Remember the present `trainable` as the KL reference; called again, parameters gathered, renew it."""
+        ...
+
+    def reference_scores(self, prompts: Rows, tokens: Tensor, sampling: SamplingParams) -> TokenScores:
+        """Return `trainable.forward` of the frozen reference, without gradients."""
+        ...
+
+    def reference_state(self) -> dict[str, Tensor]:
+        """Return the weights of the frozen copy by name; empty where there is none."""
+        ...
+
+    def load_reference(self, state: Mapping[str, Tensor]) -> None: ...
+
+    # ---- reading ---------------------------------------------------------------------------------------------
+
+    def answer(
+        self, pictures: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int
+    ) -> list[str]:
+        """Answer a question about each picture. Raises ImageRLError when the model cannot read pictures."""
+        ...
+
+
+class Family(Protocol):
+    """A kind of model folder."""
+
+    layouts: Mapping[str, str]  # name -> what it is, in words; the first is the family's own, to go on with
+
+    def recognises(self, settings: Mapping[str, object]) -> bool:
+        """Tell whether a folder is of the family, by its config.json or model_index.json."""
+        ...
+
+    def load(self, folder: Path, device: torch.device | str, dtype: torch.dtype) -> Policy:
+        """Load a policy with all its parts in `dtype`, in evaluation mode, nothing but `trainable` with gradients.
+
+        Raises ImageRLError when the folder's files are damaged or do not fit."""
+        ...
+
+    def prompts(self, folder: Path) -> PromptReader:
+        """Return what the model in a folder can be asked; no weights are read."""
+        ...
+
+    def save(self, policy: Policy, folder: Path, layout: str, base: Path, dtype: torch.dtype | None) -> None:
+        """Write a policy without adapters into a new folder in one of `layouts`, weights stored as `dtype` (None: as
+        they are). `base` is the folder that training began from, for files that are copied."""
+        ...
