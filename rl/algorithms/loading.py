@@ -94,7 +94,7 @@ def load_function(target: str, key: str) -> Callable[..., Any]:
         ImageRLError: no such file, module or function, or an error while importing.
     """
     try:
-        found = import_object(target, key)
+        found: Callable[..., Any] | None = import_object(target, key)
     except ImageRLError:
         raise
     except (Exception, SystemExit) as error:

@@ -147,7 +147,8 @@ def parse_settings(entries: Sequence[str]) -> dict[str, Any]:
 
 def _shipped(but: str) -> list[LoadedReward]:
     """Load the rewards that ship, without the one that is checked, and those that lack packages or settings here."""
-    from imagerl.rewards.base import PRESETS, REWARDS, LoadedReward, load_reward
+    from imagerl.rewards.base import REWARDS, LoadedReward, load_reward
+    from imagerl.rewards.preference.presets import PRESETS
 
     loaded = []
     for name in REWARDS:

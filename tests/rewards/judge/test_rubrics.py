@@ -84,7 +84,7 @@ def test_reading_back() -> None:
 def test_shipped_rubrics_say_their_form(name: str) -> None:
     rubric = load_rubric(name)
     assert set(rubric.fields) <= {"target"} and rubric.source == (name == "edit")
-    for question, asked in rubric.questions.items():
+    for question, asked in rubric.questions.items() if rubric.has_form else ():
         assert f'"{question}": <number>' in rubric.system
         assert rubric.answer_schema["properties"][question]["enum"][-1] == asked.most
         assert rubric.answer_schema["required"] == ["reason", *rubric.questions]
