@@ -87,6 +87,7 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
             timeout_s=recipe.rewards.timeout_s,
             max_restarts=recipe.rewards.max_restarts,
             columns=prompts.columns,
+            policy=policy,
         )
         engine.prepare(
             module,

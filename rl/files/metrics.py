@@ -113,6 +113,7 @@ class MetricsLog:
             last = resume_step - (not looked)
             again = [r for r in records if r["step"] == resume_step and not looked and not _evaluates(r)]
             kept = [record for record in records if record["step"] <= last] + again
+        # The whole file anew: a torn last line goes, and readers see the old or the new one.
         write_atomic(self.path, "".join(to_json(record) + "\n" for record in kept))
         self._file = _open_to_append(self.path)
 
@@ -153,6 +154,7 @@ def _append(file: io.FileIO, data: bytes) -> None:
     try:
         if file.write(data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        # A checkpoint saved after this line must never be newer than the metrics on the disk.
         os.fsync(file.fileno())
     except OSError as error:
         raise write_error(Path(file.name), error) from error
@@ -197,6 +199,7 @@ class PhaseTimer:
         """
         total, seconds = self._clock() - self._start, self._seconds
         result = {f"time/{phase}_s": value for phase, value in seconds.items()} | {"time/step_s": total}
+        # Phases within phases may add up to more than the step; a share below 0 would only puzzle.
         seconds = seconds | {"other": max(0.0, total - sum(seconds.values()))}
         return result | {f"share/{phase}": value / max(total, 1e-9) for phase, value in seconds.items()}
 

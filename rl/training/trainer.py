@@ -143,7 +143,7 @@ class Trainer:
             for chunk in self.rollout.generate(
                 prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk, flow
             ):
-                tickets.append(self.scorer.submit(reward_request(chunk, step)))
+                tickets.append(self.scorer.submit(reward_request(chunk, step, self.recipe.run.steps)))
                 self.engine.leave_cores(self.recipe.rewards.workers)
                 groups += chunk
         return groups, tickets
