@@ -44,6 +44,9 @@ class RunConfig(ReportConfig):
     output_dir: OutputDir = Field(description="run folder")
     sample_every: Every = Field(10, description="steps between grids of the fixed prompts; 0: none")
     sample_prompts: Count = Field(8, description="held-out prompts on a grid")
+    report_every: Every = Field(
+        10, description="steps between two writings of report.html; 0: first and last"
+    )
     images: int | None = Field(
         None,
         ge=1,

@@ -19,7 +19,8 @@ from imagerl.rl.engine.checkpoint import CHECKPOINTS, Checkpoint, newest_sound
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.evaluate import Evaluation
 from imagerl.rl.files.environment import ENVIRONMENT_FILE, recorded_files, write_environment
-from imagerl.rl.files.metrics import METRICS_FILE, image_grid, save_image, to_json
+from imagerl.rl.files.grids import image_grid, save_image
+from imagerl.rl.files.metrics import METRICS_FILE, to_json
 from imagerl.rl.files.writing import clean_leftovers, lock_file, process_place, write_atomic, write_error
 
 RECIPE_FILE = "recipe.yaml"
@@ -30,7 +31,7 @@ PEAK = "peak"  # the checkpoint at which the watched metrics were best, with mon
 # What may change between a run and its continuation without making it another experiment.
 CHANGEABLE = {
     *("run.steps", "run.images", "run.minutes", "run.output_dir"),
-    *("run.report_to", "run.project"),
+    *("run.report_to", "run.project", "run.report_every"),
     *(f"checkpoint.{key}" for key in CheckpointConfig.model_fields),
     *("rollout.max_logprob_diff", "algorithm.flow.max_logprob_diff"),
     *(f"rewards.{key}" for key in ("workers", "timeout_s", "max_failure_rate", "max_restarts")),

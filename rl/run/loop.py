@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from imagerl.rl.data.prompt_pictures import with_pictures
 from imagerl.rl.engine.checkpoint import Checkpoint
 from imagerl.rl.engine.engine import Engine, StateDict, on_host
 from imagerl.rl.engine.saving import Saver, Snapshot
-from imagerl.rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError, one_line
 from imagerl.rl.evaluation.evaluate import evaluate, try_rewards
 from imagerl.rl.evaluation.stats import compare, results_table
 from imagerl.rl.files.metrics import MetricsLog, Progress
@@ -29,6 +30,8 @@ from imagerl.rl.run.signals import Stopping
 from imagerl.rl.run.trackers import Trackers
 from imagerl.rl.training.trainer import Trainer
 from imagerl.rl.types import Prompt
+
+COST = 0.02  # of a run's time, at most, goes into its page
 
 
 def with_sources(
@@ -289,6 +292,7 @@ class Run(Loop):
         self.heldout = heldout[: recipe.eval.size]
         self.eval_rollout = eval_rollout
         gold = [spec.label for spec in recipe.gold]
+        self._paged = 0.0, 0.0  # when the last page was written, and the seconds that it took
         self.watch = Watch(recipe.monitors, watched(recipe.monitors, gold))
         self.watch.restore(checkpoint.state.get("watch", {}) if checkpoint else {})
 
@@ -324,6 +328,22 @@ class Run(Loop):
         self.note(f"held-out after step {step}: {shown}")
         self._sound(step, alarms)
         self._show(step, *with_sources(list(evaluation.images), self.heldout[:count]))
+
+    def _look(self, step: int) -> None:
+        super()._look(step)
+        if step == 1 or self._due(step, self.recipe.run.report_every):
+            self._write_page()
+
+    def _write_page(self) -> None:
+        """Write the page of the run so far, unless that would take more than COST of its time."""
+        if not self.engine.is_main or (time.monotonic() - self._paged[0]) * COST < self._paged[1]:
+            return
+        begun = time.monotonic()
+        try:
+            write_report(self.folder.path)
+        except Exception as error:  # a run goes on without its page
+            self.note(f"the report page could not be written: {one_line(error, 200)}")
+        self._paged = time.monotonic(), time.monotonic() - begun
 
     def _draw_samples(self, step: int) -> None:
         """Draw a grid of the first held-out prompts, with the random numbers of the evaluation."""
