@@ -21,6 +21,7 @@ from imagerl.rl.commands.reward import reward
 from imagerl.rl.commands.sample import sample
 from imagerl.rl.commands.serve import serve
 from imagerl.rl.commands.sft import sft
+from imagerl.rl.commands.sweep import sweep
 from imagerl.rl.commands.tokenize import tokenize
 from imagerl.rl.commands.train import train
 from imagerl.rl.commands.watch import watch
@@ -60,6 +61,7 @@ app.command("eval")(evaluate_model)
 app.command()(tokenize)
 app.command()(export)
 app.command()(compare)
+app.command()(sweep)
 app.command()(watch)
 app.command()(plan)
 app.add_typer(recipes, name="recipes")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from imagerl.rl.config.train import Recipe
-from imagerl.rl.data.prompt_pictures import with_pictures
+from imagerl.rl.data.prompt_pictures import with_sources
 from imagerl.rl.engine.checkpoint import Checkpoint
 from imagerl.rl.engine.engine import Engine, StateDict, on_host
 from imagerl.rl.engine.saving import Saver, Snapshot
@@ -32,23 +32,6 @@ from imagerl.rl.training.trainer import Trainer
 from imagerl.rl.types import Prompt
 
 COST = 0.02  # of a run's time, at most, goes into its page
-
-
-def with_sources(
-    images: Sequence[np.ndarray], prompts: Sequence[Prompt]
-) -> tuple[list[np.ndarray], list[str]]:
-    """Return pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
-    prompts = [with_pictures(prompt) for prompt in prompts]
-    shown: list[np.ndarray] = []
-    captions: list[str] = []
-    for image, prompt in zip(images, prompts, strict=True):
-        if prompt.reference is not None:
-            source = prompt.reference.convert("RGB").resize((image.shape[1], image.shape[0]))
-            shown.append(np.asarray(source))
-            captions.append("to edit")
-        shown.append(image)
-        captions.append(prompt.text)
-    return shown, captions
 
 
 class Stepper(Protocol):
@@ -297,7 +280,8 @@ class Run(Loop):
         self.watch.restore(checkpoint.state.get("watch", {}) if checkpoint else {})
 
     def _evaluate(self, step: int) -> None:
-        self._measure(step)
+        with self.engine.averaged():
+            self._measure(step)
         if self.watch.best_step == step and step and self.recipe.monitors.stop:
             self._save(step, self.folder.path / PEAK, keep=1)
 
@@ -347,12 +331,13 @@ class Run(Loop):
 
     def _draw_samples(self, step: int) -> None:
         """Draw a grid of the first held-out prompts, with the random numbers of the evaluation."""
-        with self.engine.gathered_parameters():
-            self.trainer.policy.refresh_sampler()
+        prompts = self.heldout[: self.recipe.run.sample_prompts]
+        with self.engine.averaged():
+            with self.engine.gathered_parameters():
+                self.trainer.policy.refresh_sampler()
+            if self.engine.is_main:
+                (groups,) = self.eval_rollout.generate(prompts, 1, f"eval {self.recipe.eval.suite}")
         if self.engine.is_main:
-            prompts = self.heldout[: self.recipe.run.sample_prompts]
-            occasion = f"eval {self.recipe.eval.suite}"
-            (groups,) = self.eval_rollout.generate(prompts, 1, occasion)
             self._show(step, *with_sources([group.images[0] for group in groups], prompts))
 
     def _tensors(self) -> StateDict:
@@ -387,7 +372,10 @@ class Run(Loop):
         if comparison is not None:
             self._tell_results(comparison, self.recipe.eval.suite)
             if self.watch.halts and self.done < self.recipe.run.steps:
-                self.note(f"ended after step {self.done} by monitors.stop; {self._where_best()}")
+                told = f"by monitors.stop; {self._where_best()}"
+                if self.watch.plateaued:
+                    told = f"by monitors.patience: the held-out total was {self.watch.waited} evaluations no higher"
+                self.note(f"ended after step {self.done} {told}")
         self.note(f"report: {write_report(self.folder.path)}")
 
 
