@@ -21,11 +21,12 @@ def loaded_rollout(
 
     import torch
 
+    from imagerl.api.exporting import as_model
     from imagerl.models.blip3o_next.loading import load_policy
     from imagerl.rl.rollout.engine import RolloutEngine
     from imagerl.rl.types import SamplingParams
 
-    policy, config = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
+    policy, config = load_policy(as_model(model), "cuda" if torch.cuda.is_available() else "cpu")
     given = {"temperature": temperature, "guidance": guidance, "flow_steps": flow_steps}
     chosen = {name: value for name, value in given.items() if value is not None}
     sampling = SamplingParams(**config["sampling"] | chosen)

@@ -97,10 +97,11 @@ def _score(
 def _answers(name: str, prompts: Sequence[Prompt], model: str, batch_size: int) -> Evaluation:
     import torch
 
+    from imagerl.api.exporting import as_model
     from imagerl.models.blip3o_next.loading import load_policy
     from imagerl.rl.evaluation.understanding import evaluate_answers
 
-    policy, _ = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
+    policy, _ = load_policy(as_model(model), "cuda" if torch.cuda.is_available() else "cpu")
     return evaluate_answers(name, prompts, policy, batch_size)
 
 

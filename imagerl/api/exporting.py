@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +22,7 @@ from imagerl.models.blip3o_next.exporting import (
     save_language_model,
     save_published,
 )
-from imagerl.models.blip3o_next.loading import base_folder, load_policy, model_folder, save_policy
+from imagerl.models.blip3o_next.loading import SHIPPED, base_folder, load_policy, model_folder, save_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.config.recipe import validate_recipe
 from imagerl.rl.config.sft import AnyRecipe, SFTRecipe
@@ -28,15 +30,18 @@ from imagerl.rl.config.train import Recipe
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.engine.checkpoint import (
     CHECKPOINTS,
+    MANIFEST,
     latest_checkpoint,
     load_checkpoint,
     package_versions,
     step_of,
 )
+from imagerl.rl.engine.engine import AVERAGE
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import read_metrics, to_json
-from imagerl.rl.files.writing import atomic_folder
+from imagerl.rl.files.writing import atomic_folder, remove_folder, wait_for
 from imagerl.rl.rollout.engine import evaluation_sampling
+from imagerl.rl.run.folder import EXPORTS, MODEL, RECIPE_FILE, read_stored_recipe
 from imagerl.rl.sft.objective import sft_module
 from imagerl.rl.training.halves import trained_module
 from imagerl.rl.types import SamplingParams
@@ -75,6 +80,42 @@ def checkpoint_of(source: Path) -> Path:
     return newest
 
 
+def as_model(path: str) -> str:
+    """Return what `load_policy` reads: the path of a model or adapter as it is, and for a run or one of its checkpoints
+    the export of that, which is made once and kept in the run folder."""
+    place = Path(path).expanduser()
+    if path in SHIPPED or not place.is_dir():
+        return path
+    if (place / MODEL / "config.json").is_file():  # of supervised training
+        return str(place / MODEL)
+    if not ((place / CHECKPOINTS).is_dir() or (place / MANIFEST).is_file()):
+        return path
+    checkpoint = checkpoint_of(place)
+    target = checkpoint.parents[1] / EXPORTS / checkpoint.name
+    if os.environ.get("RANK", "0") != "0":
+        wait_for(target / PROVENANCE)
+        return str(target)
+    if target.is_dir() and target.stat().st_mtime < (checkpoint / MANIFEST).stat().st_mtime:
+        remove_folder(target)  # of a run that was made again
+    if not target.is_dir():
+        print(f"imagerl: {path} is a run's; making a model of it in {target}", file=sys.stderr)
+        export(checkpoint, target)
+    return str(target)
+
+
+def with_model(recipe: AnyRecipe, resumed: bool = False) -> AnyRecipe:
+    """Return a recipe whose `model.path` is `as_model`'s. A resumed run keeps the one that it began from, whatever the
+    run that this is of has made since."""
+    stored = Path(recipe.run.output_dir) / RECIPE_FILE
+    if resumed and stored.is_file():
+        began = read_stored_recipe(stored, type(recipe)).model.path
+        path = began if Path(began).is_relative_to(Path(recipe.model.path).resolve()) else recipe.model.path
+    else:
+        path = as_model(recipe.model.path)
+    model = recipe.model.model_copy(update={"path": path})
+    return recipe.model_copy(update={"model": model})
+
+
 def trained_policy(source: Path) -> tuple[ImagePolicy, dict[str, Any], AnyRecipe, Path]:
     """Load the policy as it was at a checkpoint, its model config, the run's recipe and the checkpoint's folder. The
     config says to draw as the run drew what it was judged by; supervised training leaves that as the model had it."""
@@ -86,7 +127,7 @@ def trained_policy(source: Path) -> tuple[ImagePolicy, dict[str, Any], AnyRecipe
     assert isinstance(recipe, AnyRecipe)
     policy, config = load_policy(recipe.model.path)
     module = sft_module(policy, recipe) if isinstance(recipe, SFTRecipe) else trained_module(policy, recipe)
-    load_trained(module, checkpoint.tensors["model"])
+    load_trained(module, checkpoint.tensors.get(AVERAGE, checkpoint.tensors["model"]))
     if policy.flow is not None:
         policy.flow.merge_lora()
     if isinstance(recipe, Recipe):

@@ -40,12 +40,16 @@ def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
     return prompts, heldout
 
 
-def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
+def run_training(
+    recipe: Recipe, resume: bool | int = False, overwrite: bool = False
+) -> dict[str, Any] | None:
     """Put a run together and execute it; returns the held-out comparison, None when it was stopped early and on
-    all but the main process. The run folder is locked first; it is written to only once everything else is found in
+    all but the main process. `resume` is True to go on from the newest checkpoint, or the step
+    of another. The run folder is locked first; it is written to only once everything else is found in
     order."""
     import torch
 
+    from imagerl.api.exporting import with_model
     from imagerl.api.running import begin_run, open_run
     from imagerl.models.blip3o_next.loading import load_policy
     from imagerl.rewards.base import check_entries
@@ -59,6 +63,7 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     from imagerl.rl.training.halves import freeze_references, lr_factor, trained_module
     from imagerl.rl.training.trainer import Trainer
 
+    recipe = with_model(recipe, resume is not False)
     refuse_hidden([*recipe.rewards.functions, *recipe.gold])
     prompts, heldout = read_prompts(recipe)
     sampler = GroupedSampler(prompts, recipe.rollout.prompts_per_step, recipe.run.seed)
@@ -105,7 +110,9 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
         begin_run(engine, folder, recipe, overwrite)
         for doubt in recipe.doubts if engine.is_main else ():
             print(f"imagerl: {doubt}", file=sys.stderr)
-        return Run(recipe, folder, trainer, heldout.prompts, eval_rollout, checkpoint).execute(resume)
+        return Run(recipe, folder, trainer, heldout.prompts, eval_rollout, checkpoint).execute(
+            resume is not False
+        )
     finally:
         if scorer is not None:
             scorer.close()

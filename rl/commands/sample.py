@@ -31,7 +31,7 @@ def sample(
     import numpy as np
 
     from imagerl.api.drawing import loaded_rollout, picture_for
-    from imagerl.rl.files.metrics import image_grid, save_image
+    from imagerl.rl.files.grids import image_grid, save_image
     from imagerl.rl.types import Prompt
 
     model = model or ("tiny" if edit is None else "tiny_edit")

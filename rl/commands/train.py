@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from imagerl.rl.commands.options import Overrides, Overwrite, Resume, refuse_both
+from imagerl.rl.commands.options import Overrides, Overwrite, Resume, refuse_both, resume_point
 
 
 def train(
@@ -19,8 +19,9 @@ def train(
     from imagerl.api.training import closing_line, run_training
     from imagerl.rl.config.train import load_recipe
 
-    settings = load_recipe(recipe, overrides or [])
-    refuse_both(resume, overwrite)
-    comparison = run_training(settings, resume, overwrite)
+    point, words = resume_point(resume, overrides)
+    settings = load_recipe(recipe, words)
+    refuse_both(point, overwrite)
+    comparison = run_training(settings, point, overwrite)
     if comparison is not None:
         print(closing_line(comparison))

@@ -31,9 +31,9 @@ def write_comparison_page(results: Results, folder: Path) -> Path:
 def _content(results: Results, folder: Path) -> dict[str, object]:
     environment = folder / "environment.json"
     charts = comparison_charts(results)
-    for place, chart in enumerate(charts):
+    for chart in charts:
         chart.last_step = max(s for series in chart.series for s in series.steps)
-        chart.svg = Markup(render(chart, f"chart{place}"))
+        chart.svg = Markup(render(chart))
     headline = results.metrics[0] if results.metrics else None
     rate = is_rate(results, headline)
     return {
@@ -100,7 +100,7 @@ def comparison_charts(results: Results) -> list[Chart]:
         for labels in parts:
             charts.append(
                 Chart(
-                    f"{metric.replace('_', ' ')}",
+                    metric,
                     f"{kind[0].upper()}{kind[1:]}. {band}",
                     [_heldout(results, label, metric) for label in labels],
                     percent=is_rate(results, metric),

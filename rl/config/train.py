@@ -44,6 +44,9 @@ class RunConfig(ReportConfig):
     output_dir: OutputDir = Field(description="run folder")
     sample_every: Every = Field(10, description="steps between grids of the fixed prompts; 0: none")
     sample_prompts: Count = Field(8, description="held-out prompts on a grid")
+    report_every: Every = Field(
+        10, description="steps between two writings of report.html; 0: first and last"
+    )
     images: int | None = Field(
         None,
         ge=1,
@@ -260,6 +263,8 @@ class Recipe(RecipeModel):
         self.rewards.require_halves(joint=flow is not None and flow.joint)
         if flow is not None:
             flow.check(self)
+        if self.optim.ema is not None and self.engine.name == "deepspeed":
+            raise ValueError("optim.ema needs whole weights on every process; set engine.name: torch")
         if self.model.dtype == "bf16" and self.engine.precision != "bf16":
             raise ValueError(
                 "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "

@@ -4,10 +4,11 @@ pixels are decoded when a prompt is drawn, so that a set of any size fits in mem
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from imagerl.rl.errors import ImageRLError
@@ -62,3 +63,20 @@ def picture_hash(prompt: Prompt) -> str:
     if isinstance(picture, Image.Image):
         return hashlib.sha256(picture.tobytes()).hexdigest()
     return hashlib.sha256(picture.read_bytes()).hexdigest() if isinstance(picture, Path) else ""
+
+
+def with_sources(
+    images: Sequence[np.ndarray], prompts: Sequence[Prompt]
+) -> tuple[list[np.ndarray], list[str]]:
+    """Return pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
+    prompts = [with_pictures(prompt) for prompt in prompts]
+    shown: list[np.ndarray] = []
+    captions: list[str] = []
+    for image, prompt in zip(images, prompts, strict=True):
+        if prompt.reference is not None:
+            source = prompt.reference.convert("RGB").resize((image.shape[1], image.shape[0]))
+            shown.append(np.asarray(source))
+            captions.append("to edit")
+        shown.append(image)
+        captions.append(prompt.text)
+    return shown, captions

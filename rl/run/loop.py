@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from imagerl.rl.config.train import Recipe
-from imagerl.rl.data.prompt_pictures import with_pictures
+from imagerl.rl.data.prompt_pictures import with_sources
 from imagerl.rl.engine.checkpoint import Checkpoint
 from imagerl.rl.engine.engine import Engine, StateDict, on_host
 from imagerl.rl.engine.saving import Saver, Snapshot
-from imagerl.rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError, one_line
 from imagerl.rl.evaluation.evaluate import evaluate, try_rewards
 from imagerl.rl.evaluation.stats import compare, results_table
 from imagerl.rl.files.metrics import MetricsLog, Progress
@@ -30,22 +31,7 @@ from imagerl.rl.run.trackers import Trackers
 from imagerl.rl.training.trainer import Trainer
 from imagerl.rl.types import Prompt
 
-
-def with_sources(
-    images: Sequence[np.ndarray], prompts: Sequence[Prompt]
-) -> tuple[list[np.ndarray], list[str]]:
-    """Return pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
-    prompts = [with_pictures(prompt) for prompt in prompts]
-    shown: list[np.ndarray] = []
-    captions: list[str] = []
-    for image, prompt in zip(images, prompts, strict=True):
-        if prompt.reference is not None:
-            source = prompt.reference.convert("RGB").resize((image.shape[1], image.shape[0]))
-            shown.append(np.asarray(source))
-            captions.append("to edit")
-        shown.append(image)
-        captions.append(prompt.text)
-    return shown, captions
+COST = 0.02  # of a run's time, at most, goes into its page
 
 
 class Stepper(Protocol):
@@ -289,11 +275,13 @@ class Run(Loop):
         self.heldout = heldout[: recipe.eval.size]
         self.eval_rollout = eval_rollout
         gold = [spec.label for spec in recipe.gold]
+        self._paged = 0.0, 0.0  # when the last page was written, and the seconds that it took
         self.watch = Watch(recipe.monitors, watched(recipe.monitors, gold))
         self.watch.restore(checkpoint.state.get("watch", {}) if checkpoint else {})
 
     def _evaluate(self, step: int) -> None:
-        self._measure(step)
+        with self.engine.averaged():
+            self._measure(step)
         if self.watch.best_step == step and step and self.recipe.monitors.stop:
             self._save(step, self.folder.path / PEAK, keep=1)
 
@@ -325,14 +313,31 @@ class Run(Loop):
         self._sound(step, alarms)
         self._show(step, *with_sources(list(evaluation.images), self.heldout[:count]))
 
+    def _look(self, step: int) -> None:
+        super()._look(step)
+        if step == 1 or self._due(step, self.recipe.run.report_every):
+            self._write_page()
+
+    def _write_page(self) -> None:
+        """Write the page of the run so far, unless that would take more than COST of its time."""
+        if not self.engine.is_main or (time.monotonic() - self._paged[0]) * COST < self._paged[1]:
+            return
+        begun = time.monotonic()
+        try:
+            write_report(self.folder.path)
+        except Exception as error:  # a run goes on without its page
+            self.note(f"the report page could not be written: {one_line(error, 200)}")
+        self._paged = time.monotonic(), time.monotonic() - begun
+
     def _draw_samples(self, step: int) -> None:
         """Draw a grid of the first held-out prompts, with the random numbers of the evaluation."""
-        with self.engine.gathered_parameters():
-            self.trainer.policy.refresh_sampler()
+        prompts = self.heldout[: self.recipe.run.sample_prompts]
+        with self.engine.averaged():
+            with self.engine.gathered_parameters():
+                self.trainer.policy.refresh_sampler()
+            if self.engine.is_main:
+                (groups,) = self.eval_rollout.generate(prompts, 1, f"eval {self.recipe.eval.suite}")
         if self.engine.is_main:
-            prompts = self.heldout[: self.recipe.run.sample_prompts]
-            occasion = f"eval {self.recipe.eval.suite}"
-            (groups,) = self.eval_rollout.generate(prompts, 1, occasion)
             self._show(step, *with_sources([group.images[0] for group in groups], prompts))
 
     def _tensors(self) -> StateDict:
@@ -367,7 +372,10 @@ class Run(Loop):
         if comparison is not None:
             self._tell_results(comparison, self.recipe.eval.suite)
             if self.watch.halts and self.done < self.recipe.run.steps:
-                self.note(f"ended after step {self.done} by monitors.stop; {self._where_best()}")
+                told = f"by monitors.stop; {self._where_best()}"
+                if self.watch.plateaued:
+                    told = f"by monitors.patience: the held-out total was {self.watch.waited} evaluations no higher"
+                self.note(f"ended after step {self.done} {told}")
         self.note(f"report: {write_report(self.folder.path)}")
 
 

@@ -9,7 +9,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def write_report(run_dir: Path | str) -> Path:
         ImageRLError: metrics.jsonl is damaged, or the page cannot be written.
     """
     path = Path(run_dir) / "report.html"
-    write_atomic(path, render_page("report.html.j2", _gather(Path(run_dir))))
+    write_atomic(path, render_page("report.html.j2", gather(Path(run_dir))))
     return path
 
 
@@ -55,11 +55,12 @@ def render_page(template: str, content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"number": number, "span": span, "command": _command}
+    templates.filters |= {"number": number, "span": span, "command": _command, "title": title}
     return templates.get_template(template).render(content)
 
 
-def _gather(run_dir: Path) -> dict[str, Any]:
+def gather(run_dir: Path) -> dict[str, Any]:
+    """Collect what the page of a run shows, from the files of its folder."""
     problems: list[str] = []
 
     def load(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def _gather(run_dir: Path) -> dict[str, Any]:
     recipe_file = run_dir / "recipe.yaml"
     recipe = load(recipe_file, lambda path: parse_yaml(read_text(path), str(path)))
     environment = load(run_dir / "environment.json", read_json)
-    training = [r for r in records if any(k.startswith("reward/") for k in r)]
+    training = [r for r in records if "reward/mean" in r or "loss" in r]
     done = max((r["step"] for r in training), default=0)
     suites = _evaluations(run_dir, records, load)
     comparison = load(run_dir / "eval" / "comparison.json", partial(read_evaluation, comparison=True))
@@ -90,10 +91,11 @@ def _gather(run_dir: Path) -> dict[str, Any]:
     _add_bars(rows)
     suite = _dig(recipe, "eval", "suite") or next(iter(suites), "")
     watch = monitor_charts(records, suite)
-    charts = [c for c in [*_heldout_charts(suites), *watch, *training_charts(training)] if c.series]
-    for place, chart in enumerate(charts):
+    heldout = _heldout_charts(suites)
+    charts = [c for c in [*heldout, *watch, *training_charts(training)] if c.series]
+    for chart in charts:
         chart.last_step = total
-        chart.svg = Markup(render(chart, f"chart{place}"))
+        chart.svg = Markup(render(chart))
     return {
         "name": run_dir.resolve().name,
         "done": done,
@@ -105,14 +107,24 @@ def _gather(run_dir: Path) -> dict[str, Any]:
         "many_suites": len(suites) > 1,
         "reward": _reward_trend(training),
         "charts": charts,
+        "heldout": heldout,
+        "training": training,
         "smoothed": len(training) >= SMOOTH_FROM,
         "frames": _frames(run_dir, problems),
         "recipe": recipe_file.read_text(encoding="utf-8") if recipe_file.exists() else None,
         "facts": _facts(recipe, training),
         "environment": environment,
         "problems": problems,
+        "live": False,
+        "state": "",
+        "several": False,
         "made": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
     }
+
+
+def title(metric: str) -> str:
+    """Write the name of a metric as the subject of a sentence: ours in plain words, all others as they are."""
+    return metric.replace("_", " ") if metric in HEADLINES else metric
 
 
 @dataclass(slots=True)
@@ -253,14 +265,16 @@ def _frames(run_dir: Path, problems: list[str]) -> list[dict[str, Any]]:
     frames = []
     for path in paths:
         try:
-            frames.append(embedded_grid(path))
+            frames.append(embedded_grid(path, path.stat().st_mtime_ns))
         except OSError:
             problems.append(f"samples/{path.name} could not be read")
     return frames
 
 
-def embedded_grid(path: Path) -> dict[str, Any]:
-    """Read a sample grid as `uri`, a data URI, with `step`, `width` and `height`. Raises OSError for no picture."""
+@lru_cache(maxsize=2 * MAX_FRAMES)
+def embedded_grid(path: Path, changed: int = 0) -> dict[str, Any]:
+    """Read a sample grid as `uri`, a data URI, with `step`, `width` and `height`; kept for a page that is written again
+    and again, until the file has `changed`. Raises OSError for no picture."""
     data, kind = path.read_bytes(), "png"
     image = Image.open(io.BytesIO(data)).convert("RGB")
     size = image.size

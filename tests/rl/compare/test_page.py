@@ -18,7 +18,8 @@ from imagerl.rl.compare.results import Contrast, collect
 from imagerl.rl.compare.tables import write_tables
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.stats import Interval, crossed_interval
-from imagerl.rl.files.metrics import MetricsLog, image_grid, save_image, to_json
+from imagerl.rl.files.grids import image_grid, save_image
+from imagerl.rl.files.metrics import MetricsLog, to_json
 from imagerl.rl.run.charts import Chart
 from tests.rl.run.test_report import HOSTILE, _Page
 
@@ -176,14 +177,14 @@ def test_many_recipes_share_no_colour(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [len(chart.series) for chart in exact] == [7, 3]
     assert all(chart.series[0].label == "r0" for chart in exact)
     drawn: list[Chart] = []
-    monkeypatch.setattr(comparison_page, "render", lambda chart, prefix: drawn.append(chart) or "")
+    monkeypatch.setattr(comparison_page, "render", lambda chart: drawn.append(chart) or "")
     page = write_comparison_page(results, tmp_path).read_text()
     assert "no difference shown (+0.0 points, too few to tell, 1 seed; it takes 3 to say something" in page
     assert drawn and "nan" not in page
 
 
 def test_what_is_unfinished_or_odd_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison_page, "render", lambda chart, prefix: "")
+    monkeypatch.setattr(comparison_page, "render", lambda chart: "")
     (folder / "b" / "seed-1" / "eval" / "comparison.json").unlink()
     changed = folder / "a" / "seed-1" / "eval" / "ocr_step_000000.json"
     changed.write_text(changed.read_text().replace('"exact_match": 0.0', '"exact_match": 1.0', 1))

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.rl.data.prompt_pictures import with_sources
 from imagerl.rl.data.prompt_sets import GroupedSampler
 from imagerl.rl.data.tiny.edits import edit_set
 from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.rollout.engine import encode
-from imagerl.rl.run.loop import with_sources
 from imagerl.rl.training.trainer import Trainer
 from imagerl.rl.types import Prompt
 from tests.models.helpers import edit_policy, random_tokens
