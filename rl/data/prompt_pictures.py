@@ -4,6 +4,7 @@ pixels are decoded when a prompt is drawn, so that a set of any size fits in mem
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.files.reading import check_picture, is_regular, read_picture
+from imagerl.rl.files.reading import as_picture, check_picture, is_regular, open_undecoded, read_picture
 from imagerl.rl.types import Prompt
 
 PICTURE_COLUMNS = ("reference", "mask", "ideal")  # the picture to edit, where it may change, a perfect result
@@ -28,6 +29,10 @@ def picture_paths(columns: Mapping[str, object], folder: Path, place: str) -> di
         if (given := found.get(name)) in (None, ""):  # a CSV file has no other way to say that there is none
             found |= {name: None} if name in found else {}
             continue
+        if isinstance(given, bytes):
+            with as_picture(f'"{name}"', place):
+                open_undecoded(io.BytesIO(given))
+            continue
         if not isinstance(given, str) or not is_regular(folder / given):
             raise ImageRLError(
                 f'{place}: "{name}" should be the path of a picture, and there is none at {given!r:.200}'
@@ -41,7 +46,7 @@ def with_pictures(prompt: Prompt) -> Prompt:
     """Return the prompt with its pictures opened, RGB.
 
     Raises ImageRLError when a file is no picture that can be read."""
-    paths = {name: value for name, value in prompt.columns.items() if isinstance(value, Path)}
+    paths = {name: value for name, value in prompt.columns.items() if isinstance(value, Path | bytes)}
     if not paths:
         return prompt
     return replace(
@@ -62,7 +67,8 @@ def picture_hash(prompt: Prompt) -> str:
     picture = prompt.columns.get("reference")
     if isinstance(picture, Image.Image):
         return hashlib.sha256(picture.tobytes()).hexdigest()
-    return hashlib.sha256(picture.read_bytes()).hexdigest() if isinstance(picture, Path) else ""
+    data = picture.read_bytes() if isinstance(picture, Path) else picture
+    return hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else ""
 
 
 def with_sources(
