@@ -53,8 +53,7 @@ def test_a_reward_that_names_groups_is_not_torn_apart(
         "    groups = np.array(groups)\n"
         "    return [float(own[i] - own[groups == group].mean()) / 128 for i, group in enumerate(groups)]\n"
     )
-    with pytest.raises(SystemExit):
-        main(["reward", "check", f"{tmp_path}/mine.py:contrast", "--prompts", "2"])
+    exit_code(["reward", "check", f"{tmp_path}/mine.py:contrast", "--prompts", "2"])
     assert (
         "pass  batch size   the pictures of a prompt alone or with others: the same"
         in capsys.readouterr().out
