@@ -92,7 +92,7 @@ def tell(folder: Path, outcomes: dict[PlannedRun, Outcome]) -> None:
     write_tables(results, folder)
     page = write_comparison_page(results, folder)
     for one in [*results.gains, *results.contrasts]:
-        if one.metric == results.metrics[0] and one.kind == "final":
+        if one.metric == results.metrics[0] and one.kind in ("final", "best"):
             print(sentence(one, is_rate(results, one.metric)))
     for line in results.notes:
         print(f"note: {line}")

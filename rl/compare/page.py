@@ -67,7 +67,11 @@ def _content(results: Results, folder: Path) -> dict[str, object]:
 
 def sentence(one: Contrast, rate: bool) -> str:
     """Put a contrast into plain words, for the page and the terminal."""
-    what = "after training" if one.kind == "final" else "on average over the budget"
+    what = {
+        "final": "after training",
+        "mean": "on average over the budget",
+        "best": "after training, each model at its best temperature",
+    }[one.kind]
     other = "its start" if one.baseline == "untrained" else one.baseline
     seeds = f"{len(one.seeds)} seed{'s' if len(one.seeds) > 1 else ''}"
     mean = number(one.difference.mean, rate, sign=True) + (" points" if rate else "")

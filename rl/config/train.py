@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -172,6 +172,12 @@ class EvalConfig(RecipeModel):
     guidance: Guidance | None = Field(None, description="of the decoder; null: as in training")
     flow_steps: FlowSteps | None = Field(None, description="of the decoder; null: as in rollout")
     seed: Seed = Field(0, description="seed of the samples, the same at every evaluation")
+    temperatures: list[Annotated[float, Field(ge=1e-3, le=100)]] = Field(
+        [],
+        max_length=16,
+        description="others to evaluate at, before and after: both models are also compared at the best of each, "
+        "chosen on other prompts",
+    )
 
 
 class Recipe(RecipeModel):

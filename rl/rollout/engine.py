@@ -154,6 +154,11 @@ class RolloutEngine:
         return product(prompts, range(group_size), range(self.sampling.decodes))
 
     @torch.no_grad()
+    def at(self, temperature: float) -> RolloutEngine:
+        """Return an engine that draws with the same random numbers at another temperature."""
+        sampling = replace(self.sampling, temperature=temperature)
+        return RolloutEngine(self.policy, sampling, self.seed, self.autocast)
+
     def generate(
         self,
         prompts: Sequence[Prompt],

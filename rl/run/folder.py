@@ -214,7 +214,13 @@ class RunFolder:
         text = to_json(evaluation.to_dict(step=step, model=model, seed=seed), indent=1)
         write_atomic(self.path / "eval" / f"{evaluation.suite}_step_{step:06d}.json", text + "\n")
 
-    def write_comparison(self, comparison: Mapping[str, Any], suite: str, after_step: int) -> None:
+    def write_comparison(
+        self,
+        comparison: Mapping[str, Any],
+        suite: str,
+        after_step: int,
+        best: Mapping[str, Any] | None = None,
+    ) -> None:
         document = {
             "suite": suite,
             "before_step": 0,
@@ -223,6 +229,7 @@ class RunFolder:
                 name: {**entry, "difference": asdict(entry["difference"])}
                 for name, entry in comparison.items()
             },
+            **({"best_temperature": best} if best else {}),
         }
         write_atomic(self.path / "eval" / "comparison.json", to_json(document, indent=1) + "\n")
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,21 +16,20 @@ from imagerl.rl.data.prompt_pictures import with_sources
 from imagerl.rl.engine.checkpoint import Checkpoint
 from imagerl.rl.engine.engine import Engine, StateDict, on_host
 from imagerl.rl.engine.saving import Saver, Snapshot
-from imagerl.rl.errors import ImageRLError, one_line
+from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.evaluate import evaluate, try_rewards
 from imagerl.rl.evaluation.stats import compare, results_table
+from imagerl.rl.evaluation.temperatures import AtTemperatures, Rows, compare_at_best, told_at_best
 from imagerl.rl.files.metrics import MetricsLog, Progress
 from imagerl.rl.rollout.engine import RolloutEngine
 from imagerl.rl.run.budget import Budget
 from imagerl.rl.run.folder import PEAK, RunFolder
 from imagerl.rl.run.monitors import Watch, watched
-from imagerl.rl.run.report import write_report
+from imagerl.rl.run.report import LivePage, write_report
 from imagerl.rl.run.signals import Stopping
 from imagerl.rl.run.trackers import Trackers
 from imagerl.rl.training.trainer import Trainer
 from imagerl.rl.types import Prompt
-
-COST = 0.02  # of a run's time, at most, goes into its page
 
 
 class Stepper(Protocol):
@@ -118,7 +116,7 @@ class Loop:
         elif self.looked < self.start_step:
             self._look(self.start_step)
         ended = self.budget.spent or self._ends_early()
-        with _progress(total, self.start_step, self.engine.is_main) as progress:
+        with Progress(total, self.start_step) if self.engine.is_main else nullcontext() as progress:
             for step in range(self.start_step + 1, total + 1):
                 if ended:
                     break
@@ -178,9 +176,11 @@ class Loop:
         """Save a grid of samples, and show it in the trackers."""
         self.trackers.pictures(step, self.folder.save_grid(step, images, captions), images, captions)
 
-    def _tell_results(self, comparison: Mapping[str, Any], suite: str) -> None:
+    def _tell_results(
+        self, comparison: Mapping[str, Any], suite: str, best: Mapping[str, Any] | None = None
+    ) -> None:
         """Write the held-out comparison into the run folder, and as a table into the trackers."""
-        self.folder.write_comparison(comparison, suite, self.done)
+        self.folder.write_comparison(comparison, suite, self.done, best)
         self.trackers.table(self.done, *results_table(comparison))
 
     @staticmethod
@@ -275,15 +275,35 @@ class Run(Loop):
         self.heldout = heldout[: recipe.eval.size]
         self.eval_rollout = eval_rollout
         gold = [spec.label for spec in recipe.gold]
-        self._paged = 0.0, 0.0  # when the last page was written, and the seconds that it took
+        kept = checkpoint.state.get("temperatures", {}) if checkpoint else {}
+        self.before: AtTemperatures = {float(temperature): rows for temperature, rows in kept.items()}
+        self.after: AtTemperatures = {}
+        self.page = LivePage(folder.path, self.note)
         self.watch = Watch(recipe.monitors, watched(recipe.monitors, gold))
         self.watch.restore(checkpoint.state.get("watch", {}) if checkpoint else {})
 
     def _evaluate(self, step: int) -> None:
         with self.engine.averaged():
             self._measure(step)
+            if step == 0:
+                self.before = self._at_temperatures()
         if self.watch.best_step == step and step and self.recipe.monitors.stop:
             self._save(step, self.folder.path / PEAK, keep=1)
+
+    def _at_temperatures(self) -> dict[float, Rows]:
+        """Evaluate at the recipe's further temperatures too; returns the rows at each. Collective."""
+        settings, usual = self.recipe.eval, self.eval_rollout
+        if not settings.temperatures:
+            return {}
+        with self.engine.gathered_parameters():
+            self.trainer.policy.refresh_sampler()
+        found: dict[float, Rows] = {usual.sampling.temperature: self.last or []}
+        for temperature in settings.temperatures:
+            rollout = usual.at(temperature)
+            heldout, scorer, size = self.heldout, self.trainer.scorer, settings.batch_size
+            drawn = evaluate(settings.suite, heldout, rollout, scorer, size, shown=0, ranks=self.engine)
+            found[temperature] = drawn.per_prompt
+        return found
 
     def _measure(self, step: int) -> None:
         """Evaluate on all processes; each of them learns the whole."""
@@ -315,19 +335,8 @@ class Run(Loop):
 
     def _look(self, step: int) -> None:
         super()._look(step)
-        if step == 1 or self._due(step, self.recipe.run.report_every):
-            self._write_page()
-
-    def _write_page(self) -> None:
-        """Write the page of the run so far, unless that would take more than COST of its time."""
-        if not self.engine.is_main or (time.monotonic() - self._paged[0]) * COST < self._paged[1]:
-            return
-        begun = time.monotonic()
-        try:
-            write_report(self.folder.path)
-        except Exception as error:  # a run goes on without its page
-            self.note(f"the report page could not be written: {one_line(error, 200)}")
-        self._paged = time.monotonic(), time.monotonic() - begun
+        if self.engine.is_main and (step == 1 or self._due(step, self.recipe.run.report_every)):
+            self.page.write()
 
     def _draw_samples(self, step: int) -> None:
         """Draw a grid of the first held-out prompts, with the random numbers of the evaluation."""
@@ -345,7 +354,8 @@ class Run(Loop):
         return super()._tensors() | {group: on_host(named) for group, named in own.items()}
 
     def _state(self) -> dict[str, Any]:
-        return {**super()._state(), "trainer": self.trainer.state(), "watch": self.watch.state()}
+        own = {"trainer": self.trainer.state(), "watch": self.watch.state()}
+        return super()._state() | own | {"temperatures": {str(t): rows for t, rows in self.before.items()}}
 
     def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
         found, alarms = self.watch.after_step(step, metrics)
@@ -367,22 +377,18 @@ class Run(Loop):
         return f"the watched metrics were best at step {self.watch.best_step}, kept in {place}"
 
     def _finish(self, comparison: Mapping[str, Any] | None) -> None:
+        if self.finished:
+            with self.engine.averaged():
+                self.after = self._at_temperatures()
         if not self.engine.is_main:
             return
         if comparison is not None:
-            self._tell_results(comparison, self.recipe.eval.suite)
+            self._tell_results(comparison, self.recipe.eval.suite, compare_at_best(self.before, self.after))
+            if told := told_at_best(self.before, self.after):
+                self.note(told)
             if self.watch.halts and self.done < self.recipe.run.steps:
                 told = f"by monitors.stop; {self._where_best()}"
                 if self.watch.plateaued:
                     told = f"by monitors.patience: the held-out total was {self.watch.waited} evaluations no higher"
                 self.note(f"ended after step {self.done} {told}")
         self.note(f"report: {write_report(self.folder.path)}")
-
-
-@contextmanager
-def _progress(total: int, start: int, show: bool) -> Iterator[Progress | None]:
-    if not show:
-        yield None
-        return
-    with Progress(total, start) as progress:
-        yield progress

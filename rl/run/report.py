@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import datetime
 import io
+import math
 import re
 import shlex
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,20 @@ from markupsafe import Markup
 from PIL import Image
 
 from imagerl.rl.config.monitors import MonitorsConfig
-from imagerl.rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError, one_line
 from imagerl.rl.evaluation.against import read_evaluation
-from imagerl.rl.evaluation.stats import HEADLINES, TOTAL, Interval, compare, headline, number, span, verdict
+from imagerl.rl.evaluation.stats import (
+    HEADLINES,
+    TOTAL,
+    Interval,
+    compare,
+    headline,
+    number,
+    span,
+    summarise,
+    verdict,
+)
+from imagerl.rl.evaluation.temperatures import words
 from imagerl.rl.files.metrics import is_timing, read_metrics
 from imagerl.rl.files.reading import read_json, read_text
 from imagerl.rl.files.writing import write_atomic
@@ -27,6 +40,7 @@ from imagerl.rl.files.yaml_text import parse_yaml
 from imagerl.rl.run.charts import SMOOTH_FROM, Chart, Series, as_float, render, training_charts
 from imagerl.rl.run.monitors_report import alarms, monitor_charts
 
+COST = 0.02  # of a run's time, at most, goes into its page
 MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
 MAX_PICTURE = 400_000  # bytes; larger grids are embedded as JPEG, 1400 px wide at most
 
@@ -42,6 +56,27 @@ def write_report(run_dir: Path | str) -> Path:
     path = Path(run_dir) / "report.html"
     write_atomic(path, render_page("report.html.j2", gather(Path(run_dir))))
     return path
+
+
+class LivePage:
+    """The page of a run that goes on: written now and then, at most COST of the time, and never the end of the run."""
+
+    def __init__(self, run_dir: Path, note: Callable[[str], None]) -> None:
+        self.run_dir = run_dir
+        self.note = note
+        self.written, self.took = -math.inf, 0.0  # seconds
+
+    def write(self) -> None:
+        """Write the page, unless the last one took more than its share of the time since."""
+        begun = time.monotonic()
+        if (begun - self.written) * COST < self.took:
+            return
+        try:
+            write_report(self.run_dir)
+        except Exception as error:  # a run goes on without its page
+            self.note(f"the report page could not be written: {one_line(error, 200)}")
+        self.written = time.monotonic()
+        self.took = self.written - begun
 
 
 def render_page(template: str, content: Mapping[str, Any]) -> str:
@@ -88,6 +123,9 @@ def gather(run_dir: Path) -> dict[str, Any]:
     finished = done > 0 and comparison.get("after_step") == done
     total = done if finished else _dig(recipe, "run", "steps") or done
     rows = [row for suite, steps in suites.items() for row in _rows(suite, steps, comparison, recipe)]
+    usual = _dig(recipe, "rollout", "temperature")
+    best = _best_row(comparison, rows) if comparison.get("after_step") == done else None
+    rows += [best] if best else []
     _add_bars(rows)
     suite = _dig(recipe, "eval", "suite") or next(iter(suites), "")
     watch = monitor_charts(records, suite)
@@ -102,6 +140,8 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "total": total,
         "finished": done > 0 and done >= total,
         "alarms": alarms(records, _dig(recipe, "monitors", "window") or MonitorsConfig().window),
+        "best": best,
+        "temperature": 1.0 if usual is None else usual,
         "verdict": next((row for row in rows if row.metric in HEADLINES), rows[0] if rows else None),
         "rows": rows,
         "many_suites": len(suites) > 1,
@@ -207,6 +247,20 @@ def _rows(
         rows.append(row)
     first_of_all = headline(row.metric for row in rows if not row.gold)
     return sorted(rows, key=lambda row: (row.gold, row.metric != first_of_all))
+
+
+def _best_row(comparison: Mapping[str, Any], rows: Sequence[Row]) -> Row | None:
+    """Return the headline's row with each model at its best temperature; None where one was tried only."""
+    told = comparison.get("best_temperature") or {}
+    name = told.get("metric")
+    usual = next((row for row in rows if row.metric == name), None)
+    if usual is None or name not in told["metrics"]:
+        return None
+    result, chosen = told["metrics"][name], told["chosen"]
+    before, after = (summarise(told["per_prompt"][when])[name] for when in ("before", "after"))
+    label = f"{name} at temperature {words(chosen['before'])} → {words(chosen['after'])}"
+    difference = Interval.read(result["difference"])
+    return replace(usual, metric=label, before=before, after=after, difference=difference)
 
 
 def _add_bars(rows: Sequence[Row]) -> None:

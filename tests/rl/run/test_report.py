@@ -139,6 +139,45 @@ def test_the_comparison_file_wins_over_our_own_bootstrap(run_dir):
     assert "+12.3" not in _page(run_dir).text
 
 
+def test_the_page_tells_both_models_at_their_best_temperatures(run_dir):
+    rows = {"before": _rows(20), "after": _rows(36)}
+    told = {
+        "metric": "exact_match",
+        "chosen": {"before": [0.4, 0.4], "after": [1.0, 0.4]},
+        "per_prompt": rows,
+    }
+    result = compare(*rows.values())["exact_match"]
+    told["metrics"] = {"exact_match": {**result, "difference": asdict(result["difference"])}}
+    content = {"before_step": 0, "after_step": 4, "metrics": {}, "best_temperature": told}
+    (run_dir / "eval/comparison.json").write_text(to_json(content))
+    text = _page(run_dir).text
+    assert "same seeds, temperature 1)" in text
+    assert "best temperature, chosen on the other prompts: 50.0 % → 90.0 %, +40.0 points" in text
+    assert "exact_match at temperature 0.4 → 1 and 0.4" in text
+
+
+def test_a_page_of_a_run_that_goes_on_takes_a_small_share_of_its_time(run_dir, monkeypatch):
+    clock, said = [1000.0], []
+    monkeypatch.setattr(report_module.time, "monotonic", lambda: clock[0])
+
+    def write(_):
+        clock[0] += 3.0
+
+    monkeypatch.setattr(report_module, "write_report", write)
+    page = report_module.LivePage(run_dir, said.append)
+    page.write()
+    assert clock[0] == 1003.0
+    page.write()  # 3 s are 2 % of 150 s
+    assert clock[0] == 1003.0
+    clock[0] += 151.0
+    page.write()
+    assert clock[0] == 1157.0
+    monkeypatch.setattr(report_module, "write_report", lambda _: 1 / 0)
+    clock[0] += 999.0
+    page.write()
+    assert said == ["the report page could not be written: division by zero"]
+
+
 def test_what_is_gold():
     """A gold metric that is named like the suite owns the names without a label; the total is never gold."""
     recipe = {"rewards": [{"import_path": "b.py:bold"}], "gold": [{"name": "ocr"}, {"name": "colours"}]}
