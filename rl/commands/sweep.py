@@ -11,7 +11,7 @@ from imagerl.rl.errors import ImageRLError
 
 
 def sweep(
-    recipe: Annotated[str, typer.Argument(help="recipe YAML, or the name of a shipped one")],
+    base: Annotated[str, typer.Argument(metavar="RECIPE", help="recipe YAML, or the name of a shipped one")],
     settings: Annotated[
         list[str],
         typer.Argument(
@@ -36,6 +36,6 @@ def sweep(
     if odd:
         raise ImageRLError(f'"{odd[0]}" is no setting; write key=[a, b] or key=value, after one recipe')
     spend = parse_budget(budget)
-    recipes = label_recipes(write_grid(recipe, axes, Path(output) / "recipes"))
+    recipes = label_recipes(write_grid(base, axes, Path(output) / "recipes"))
     plan = Plan(spend, list(range(seeds)), recipes, next(iter(recipes)), overrides[len(axes) :])
     run_comparison(plan, Path(output), jobs, resume)

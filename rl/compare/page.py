@@ -13,8 +13,9 @@ from imagerl.rl.compare.results import Contrast, Kind, Results, RunResult, Stand
 from imagerl.rl.evaluation.stats import FEWEST_SEEDS, number, span
 from imagerl.rl.files.reading import read_json
 from imagerl.rl.files.writing import write_atomic
-from imagerl.rl.run.charts import Chart, Series, as_float, render
+from imagerl.rl.run.charts import Chart, Series, as_float
 from imagerl.rl.run.report import bar, embedded_grid, reach, render_page
+from imagerl.rl.run.svg import render
 
 PAGE = "report.html"
 PER_CHART = 6  # curves beside the baseline's that one chart can hold

@@ -37,8 +37,9 @@ from imagerl.rl.files.metrics import is_timing, read_metrics
 from imagerl.rl.files.reading import read_json, read_text
 from imagerl.rl.files.writing import write_atomic
 from imagerl.rl.files.yaml_text import parse_yaml
-from imagerl.rl.run.charts import SMOOTH_FROM, Chart, Series, as_float, render, training_charts
+from imagerl.rl.run.charts import SMOOTH_FROM, Chart, Series, as_float, training_charts
 from imagerl.rl.run.monitors_report import alarms, monitor_charts
+from imagerl.rl.run.svg import render
 
 COST = 0.02  # of a run's time, at most, goes into its page
 MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends

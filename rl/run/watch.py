@@ -13,9 +13,10 @@ from markupsafe import Markup
 
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import METRICS_FILE
-from imagerl.rl.run.charts import COLOURS, Chart, Series, as_float, render
+from imagerl.rl.run.charts import COLOURS, Chart, Series, as_float
 from imagerl.rl.run.folder import RECIPE_FILE
 from imagerl.rl.run.report import gather, render_page
+from imagerl.rl.run.svg import render
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -173,10 +174,13 @@ def watch_app(places: Sequence[Path]) -> web.Application:
         answer: web.StreamResponse = await handler(request)
         return answer
 
+    async def overview(request: web.Request) -> web.Response:
+        return await page(request, pages.overview)
+
+    async def one(request: web.Request) -> web.Response:
+        return await page(request, lambda: pages.run(request.match_info["key"]))
+
     app = web.Application(middlewares=[ours_only])
-    app.router.add_get("/", lambda request: page(request, pages.overview))
-    app.router.add_get(
-        r"/run/{key:[0-9a-f]{10}}",
-        lambda request: page(request, lambda: pages.run(request.match_info["key"])),
-    )
+    app.router.add_get("/", overview)
+    app.router.add_get("/run/{key:[0-9a-f]{10}}", one)
     return app

@@ -159,10 +159,10 @@ def test_the_page_tells_it(folder: Path) -> None:
 def test_charts_have_the_median_and_the_band(folder: Path) -> None:
     write_run(folder / "b" / "seed-3", [4, 0])
     charts = {chart.title: chart for chart in comparison_charts(collect(folder))}
-    exact = {series.label: series for series in charts["exact match"].series}
+    exact = {series.label: series for series in charts["exact_match"].series}
     assert exact["b"].steps == [0, 16] and exact["b"].values == [0.2, 0.725]
     assert (exact["b"].low, exact["b"].high) == ([0.2, 0.0], [0.2, 0.8])
-    assert exact["a"].values == pytest.approx([0.2, 0.35]) and charts["exact match"].percent
+    assert exact["a"].values == pytest.approx([0.2, 0.35]) and charts["exact_match"].percent
     assert charts["Training total"].series[0].steps[0] == 8  # nothing is known before
     assert charts["Training total"].axis == "image"
 
@@ -173,7 +173,7 @@ def test_many_recipes_share_no_colour(tmp_path: Path, monkeypatch: pytest.Monkey
     for label in labels:
         write_run(tmp_path / label / "seed-0", [4, 8])
     results = collect(tmp_path)
-    exact = [chart for chart in comparison_charts(results) if chart.title == "exact match"]
+    exact = [chart for chart in comparison_charts(results) if chart.title == "exact_match"]
     assert [len(chart.series) for chart in exact] == [7, 3]
     assert all(chart.series[0].label == "r0" for chart in exact)
     drawn: list[Chart] = []

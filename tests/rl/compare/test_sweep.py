@@ -44,7 +44,7 @@ def test_names_keep_keys_apart_and_hold_no_slashes() -> None:
         (["optim.lr=[1e-4]"], "two values or more"),
         (["optim.lr=[1, 2]", "optim.lr=[3, 4]"], "each key once"),
         (["optim.lr=[1e-4, 1e-4]"], "no value twice"),
-        (["optim.lr=[1e-4, fast]"], "lr=fast: optim.lr should be a"),
+        (["optim.lr=[1e-4, fast]"], "lr=fast: .optim.lr. should be a number"),
     ],
 )
 def test_what_is_no_grid_is_refused_in_one_line(words: list[str], said: str, tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 from imagerl.rl.config.monitors import MonitorsConfig
 from imagerl.rl.files.metrics import MetricsLog
 from imagerl.rl.run import report as report_module
-from imagerl.rl.run.charts import render
 from imagerl.rl.run.monitors import Watch
 from imagerl.rl.run.monitors_report import alarms, monitor_charts, watched_names
 from imagerl.rl.run.report import write_report
+from imagerl.rl.run.svg import render
 from tests.rl.run.test_monitors import flat, hits, picture_metrics, rows
 
 

@@ -14,8 +14,9 @@ from imagerl.rl.files.environment import write_environment
 from imagerl.rl.files.grids import image_grid, save_image
 from imagerl.rl.files.metrics import MetricsLog, to_json
 from imagerl.rl.run import report as report_module
-from imagerl.rl.run.charts import SMOOTH_FROM, Chart, Series, render, smooth, training_charts
+from imagerl.rl.run.charts import SMOOTH_FROM, Chart, Series, smooth, training_charts
 from imagerl.rl.run.report import gold_metrics, write_report
+from imagerl.rl.run.svg import render
 
 HOSTILE = '<script>alert("x")</script>&"\''
 VOID = {"meta", "img", "input", "br", "link"}

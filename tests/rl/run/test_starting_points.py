@@ -65,7 +65,6 @@ def test_a_run_is_a_model_once_and_the_path_of_a_model_stays(
     newest, older = run.checkpoints / "step_000004", run.checkpoints / "step_000002"
     for place, checkpoint in (
         (run.path, newest),
-        (run.checkpoints, newest),
         (older, older),
         (run.path, newest),
     ):
