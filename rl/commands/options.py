@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from imagerl.rl.errors import ImageRLError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from imagerl.models.blip3o_next.policy import ImagePolicy
+    from imagerl.models.base import Policy
     from imagerl.rl.rollout.engine import RolloutEngine
 
 Overrides = Annotated[
@@ -34,6 +35,13 @@ Guidance = Annotated[
 FlowSteps = Annotated[
     int | None, typer.Option(min=1, max=1000, help="denoising steps; default: the model's own")
 ]
+TokenGuidance = Annotated[
+    float | None,
+    typer.Option(min=0, max=100, help="guidance on the logits of tokens; default: the model's own"),
+]
+Family = Annotated[
+    str | None, typer.Option(help="the model's family; default: as its folder says; your own: file.py:Class")
+]
 
 
 def refuse_both(resume: bool, overwrite: bool) -> None:
@@ -42,33 +50,49 @@ def refuse_both(resume: bool, overwrite: bool) -> None:
         raise ImageRLError("--resume continues the run and --overwrite deletes it; give only one")
 
 
-def loaded_rollout(
-    model: str, seed: int, temperature: float | None, guidance: float | None, flow_steps: int | None
-) -> tuple[ImagePolicy, RolloutEngine]:
-    """Load a policy for inference, on the GPU where there is one; None: as the model's own settings say."""
-    from contextlib import nullcontext
-
+def loaded_policy(model: str, family: str | None) -> Policy:
+    """Load a policy for inference, on the GPU where there is one."""
     import torch
 
-    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.models.families import load_policy
+
+    return load_policy(model, "cuda" if torch.cuda.is_available() else "cpu", family=family)
+
+
+def loaded_rollout(
+    model: str,
+    seed: int,
+    temperature: float | None = None,
+    guidance: float | None = None,
+    flow_steps: int | None = None,
+    token_guidance: float | None = None,
+    family: str | None = None,
+) -> RolloutEngine:
+    """Load a policy that is ready to draw; None: as the model's own settings say."""
+    from contextlib import nullcontext
+
     from imagerl.rl.rollout.engine import RolloutEngine
-    from imagerl.rl.types import SamplingParams
 
-    policy, config = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
-    given = {"temperature": temperature, "guidance": guidance, "flow_steps": flow_steps}
+    policy = loaded_policy(model, family)
+    given = {
+        "temperature": temperature,
+        "guidance": guidance,
+        "flow_steps": flow_steps,
+        "token_guidance": token_guidance,
+    }
     chosen = {name: value for name, value in given.items() if value is not None}
-    sampling = SamplingParams(**config["sampling"] | chosen)
-    return policy, RolloutEngine(policy, sampling, seed, nullcontext)
+    return RolloutEngine(policy, replace(policy.sampling, **chosen), seed, nullcontext)
 
 
-def picture_for(policy: ImagePolicy, path: Path) -> Image.Image:
+def picture_for(policy: Policy, path: Path) -> Image.Image:
     """Read a picture file as RGB. Says on stderr when the model will not see it as it is.
 
     Raises ImageRLError when it cannot be read."""
     from imagerl.models.common.pictures import crop_note
     from imagerl.rl.files.reading import read_picture
+    from imagerl.rl.types import Prompt
 
-    picture, (height, width) = read_picture(path), policy.decoder.picture_size
+    picture, (height, width) = read_picture(path), policy.prompts.canvas(Prompt(0, "")).pixels
     note = crop_note(picture, (height, width))
     if note is None and picture.size != (width, height):
         note = f"the picture is {picture.width}x{picture.height} pixels; it was resized to {width}x{height}"
