@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from imagerl.api.fine_tuning import open_sources
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.rl.commands.sft import open_sources
 from imagerl.rl.config.recipe import apply_override, validate_recipe
 from imagerl.rl.config.sft import SFTRecipe
 from imagerl.rl.data.image_data import ImageStream

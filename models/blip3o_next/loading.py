@@ -137,8 +137,8 @@ def _open(folder: Path) -> tuple[dict[str, Any], Any, Shards, dict[str, Any] | N
 def load_policy(
     folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[ImagePolicy, dict[str, Any]]:
-    """Load a policy with all its parts in `dtype`, and its config in our form, from a folder of ours or of the published
-    layout. Beside the policy one tensor at a time is in memory.
+    """Load a policy with all its parts in `dtype`, and its config in our form, from a folder of ours or of the
+    published layout. Beside the policy one tensor at a time is in memory.
 
     Raises ImageRLError with one line when the folder is not a model, or its files are damaged or do not fit."""
     folder = Path(folder)

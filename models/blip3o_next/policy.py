@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,7 +129,7 @@ class ImagePolicy(BasePolicy):
 
     @torch.no_grad()
     def answer(
-        self, pictures: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int = 64
+        self, pictures: Iterable[Image.Image], questions: Sequence[str], max_new_tokens: int = 64
     ) -> list[str]:
         """Return the model's own words about pictures: greedy decoding up to the end of its turn."""
         ids, mask = self.encode_questions(questions, self._read(pictures))
@@ -157,7 +157,7 @@ class ImagePolicy(BasePolicy):
         self.decoder.require_edit()
         return self._read(pictures)
 
-    def _read(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def _read(self, pictures: Iterable[Image.Image]) -> Tensor:
         tokenizer = self.require_tokenizer()
         small = torch.stack([prepare_picture(picture, tokenizer.picture_size) for picture in pictures])
         return tokenizer.encode(small.to(self.device))
@@ -232,7 +232,7 @@ class ImagePolicy(BasePolicy):
 
     def proof(self, folder: Path, layout: str, prompts: Sequence[Prompt]) -> Proof | None:
         """Return the logits of the language model, or the pixels of the decoder, where it alone was written."""
-        from imagerl.models.blip3o_next.exporting import language_model_proof, decoder_proof
+        from imagerl.models.blip3o_next.exporting import decoder_proof, language_model_proof
 
         if layout == "qwen3":
             return language_model_proof(self, folder, prompts)

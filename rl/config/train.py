@@ -107,7 +107,8 @@ class RolloutConfig(RecipeModel):
     )
     flow_steps: FlowSteps = Field(30, description="denoising steps of the decoder")
     token_guidance: Guidance = Field(
-        1.0, description="classifier-free guidance on the logits of tokens, for families that have it; 1: none"
+        1.0,
+        description="classifier-free guidance on the logits of tokens, for families that have it; 1: none",
     )
     shared_noise: bool = Field(False, description="one decoder noise a group: rewards differ by tokens only")
     decodes: FlowSteps = Field(

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from imagerl.api.training import closing_line
 from imagerl.rl.commands.cli import main
-from imagerl.rl.commands.train import closing_line
 from imagerl.rl.evaluation.stats import Interval, compare
 from tests.micro import micro_folder
 from tests.small_run import REWARD_FILE, write_recipe

@@ -73,8 +73,8 @@ def recipe_of(source: Path) -> tuple[AnyRecipe, Checkpoint]:
 
 
 def trained_policy(recipe: AnyRecipe, checkpoint: Checkpoint) -> Policy:
-    """Load the policy as it was at a checkpoint. Its own settings are those by which the run drew what it was judged by;
-    supervised training leaves them as the model had them."""
+    """Load the policy as it was at a checkpoint. Its own settings are those by which the run drew what it was judged
+    by; supervised training leaves them as the model had them."""
     policy = load_policy(recipe.model.path, family=recipe.model.family)
     module = sft_module(policy, recipe) if isinstance(recipe, SFTRecipe) else trained_module(policy, recipe)
     load_trained(module, checkpoint.tensors["model"])
@@ -103,8 +103,7 @@ def proof_samples(policy: Policy) -> dict[str, Tensor]:
     """Return tokens [P, T] and pixels [P, 3, H, W] of fixed prompts and random numbers: what an export must repeat."""
     policy.refresh_sampler()
     rollout = RolloutEngine(policy, policy.sampling, PROOF_SEED, nullcontext)
-    uniforms, noise = (draw("proof", PROOF_PROMPTS, 1) for draw in (rollout.uniforms, rollout.noise))
-    assert uniforms is not None
+    uniforms, noise = rollout.uniforms("proof", PROOF_PROMPTS, 1), rollout.noise("proof", PROOF_PROMPTS, 1)
     prompts = policy.encode(PROOF_PROMPTS)
     trajectory = policy.sample_tokens(prompts, uniforms, policy.sampling)
     pixels = policy.decode(prompts, trajectory, noise, policy.sampling)
@@ -112,7 +111,7 @@ def proof_samples(policy: Policy) -> dict[str, Tensor]:
 
 
 def proof_of(policy: Policy, folder: Path, layout: str, family: str | None) -> Proof:
-    """Return quantities that a policy computes, and the same from its written form, loaded as its users will load it."""
+    """Return quantities that a policy computes, and the same from its written form, loaded as its users will."""
     partial = policy.proof(folder, layout, PROOF_PROMPTS)
     if partial is not None:
         return partial

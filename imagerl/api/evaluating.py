@@ -34,7 +34,7 @@ class Drawing:
     family: str | None = None
 
     def rollout(self, model: str) -> RolloutEngine:
-        from imagerl.rl.commands.options import loaded_rollout
+        from imagerl.api.drawing import loaded_rollout
 
         drawn_by = (self.temperature, self.guidance, self.flow_steps, self.token_guidance)
         return loaded_rollout(model, self.seed, *drawn_by, self.family)
@@ -98,7 +98,7 @@ def _score(
 
 
 def _answers(name: str, prompts: Sequence[Prompt], model: str, how: Drawing) -> Evaluation:
-    from imagerl.rl.commands.options import loaded_policy
+    from imagerl.api.drawing import loaded_policy
     from imagerl.rl.evaluation.understanding import evaluate_answers
 
     return evaluate_answers(name, prompts, loaded_policy(model, how.family), how.batch_size)
