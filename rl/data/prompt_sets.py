@@ -25,6 +25,9 @@ RESERVED_COLUMNS = (
     "completions",
     "completion_ids",
     "images",
+    "groups",
+    "progress",
+    "policy",
     "self",
 )  # what rewards get beside the columns, or are themselves
 LINES_SHOWN = 20  # of the rows that a held-out set shares with the training set

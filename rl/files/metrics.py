@@ -83,19 +83,30 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     return records
 
 
+def _evaluates(record: Mapping[str, Any]) -> bool:
+    return any(key.startswith("eval/") for key in record)
+
+
 class MetricsLog:
     """Appends metrics to `metrics.jsonl` and to TensorBoard events in `tb/`.
 
     A line is on the disk when `log` returns, so log a step *before* saving its checkpoint: a resumed run
     then finds every step up to that checkpoint. `resume_step` is the step of the checkpoint that the run
     continues from; lines of later steps are dropped. A run killed before its first checkpoint resumes
-    with −1, which drops all. None starts a new file.
+    with −1, which drops all. None starts a new file. With `looked` false the run was stopped before the evaluation
+    after `resume_step` was done, which comes again: its line is dropped too.
 
     Raises:
         ImageRLError: a new run would write into a folder that already holds metrics; disk full.
     """
 
-    def __init__(self, run_dir: Path | str, resume_step: int | None = None, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: Path | str,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        looked: bool = True,
+    ) -> None:
         self.path = Path(run_dir) / METRICS_FILE
         records = read_metrics(run_dir)
         if resume_step is None:
@@ -105,7 +116,9 @@ class MetricsLog:
                 )
             kept = []
         else:
-            kept = [record for record in records if record["step"] <= resume_step]
+            last = resume_step - (not looked)
+            again = [r for r in records if r["step"] == resume_step and not looked and not _evaluates(r)]
+            kept = [record for record in records if record["step"] <= last] + again
         write_atomic(self.path, "".join(to_json(record) + "\n" for record in kept))
         self._file = _open_to_append(self.path)
         self._events: io.FileIO | None = None

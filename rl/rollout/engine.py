@@ -102,8 +102,8 @@ def with_pictures(prompt: Prompt) -> Prompt:
     )
 
 
-def reward_request(groups: Sequence[RolloutGroup], step: int = 0) -> RewardRequest:
-    """Make the request that shows rewards some groups of equal size, at a training step."""
+def reward_request(groups: Sequence[RolloutGroup], step: int = 0, steps: int = 0) -> RewardRequest:
+    """Make the request that shows rewards some groups of equal size, at a training step of so many."""
     size = len(groups[0].images)
     decodes = size // len(groups[0].tokens)
     repeated = [group.prompt for group in groups for _ in range(size)]
@@ -114,6 +114,7 @@ def reward_request(groups: Sequence[RolloutGroup], step: int = 0) -> RewardReque
         columns={name: [prompt.columns[name] for prompt in repeated] for name in groups[0].prompt.columns},
         group_size=size,
         step=step,
+        progress=step / steps if steps else 0.0,
     )
 
 
