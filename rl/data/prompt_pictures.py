@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.files.reading import as_picture, check_picture, is_regular, open_undecoded, read_picture
+from imagerl.rl.files.reading import as_picture, check_picture, is_regular, open_undecoded
 from imagerl.rl.types import Prompt
 
 PICTURE_COLUMNS = ("reference", "mask", "ideal")  # the picture to edit, where it may change, a perfect result
@@ -42,18 +40,6 @@ def picture_paths(columns: Mapping[str, object], folder: Path, place: str) -> di
     return found
 
 
-def with_pictures(prompt: Prompt) -> Prompt:
-    """Return the prompt with its pictures opened, RGB.
-
-    Raises ImageRLError when a file is no picture that can be read."""
-    paths = {name: value for name, value in prompt.columns.items() if isinstance(value, Path | bytes)}
-    if not paths:
-        return prompt
-    return replace(
-        prompt, columns={**prompt.columns, **{name: read_picture(path, name) for name, path in paths.items()}}
-    )
-
-
 def identity(prompt: Prompt) -> str:
     """Return what makes two prompts the same: the text, and for an edit the picture too."""
     picture = prompt.columns.get("reference")
@@ -69,20 +55,3 @@ def picture_hash(prompt: Prompt) -> str:
         return hashlib.sha256(picture.tobytes()).hexdigest()
     data = picture.read_bytes() if isinstance(picture, Path) else picture
     return hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else ""
-
-
-def with_sources(
-    images: Sequence[np.ndarray], prompts: Sequence[Prompt]
-) -> tuple[list[np.ndarray], list[str]]:
-    """Return pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
-    prompts = [with_pictures(prompt) for prompt in prompts]
-    shown: list[np.ndarray] = []
-    captions: list[str] = []
-    for image, prompt in zip(images, prompts, strict=True):
-        if prompt.reference is not None:
-            source = prompt.reference.convert("RGB").resize((image.shape[1], image.shape[0]))
-            shown.append(np.asarray(source))
-            captions.append("to edit")
-        shown.append(image)
-        captions.append(prompt.text)
-    return shown, captions

@@ -13,7 +13,6 @@ from imagerl.rl.files import metrics as metrics_module
 from imagerl.rl.files.metrics import (
     METRICS_FILE,
     MetricsLog,
-    PhaseTimer,
     Progress,
     fixed,
     is_timing,
@@ -21,6 +20,7 @@ from imagerl.rl.files.metrics import (
     read_metrics,
     to_json,
 )
+from imagerl.rl.training.step_metrics import PhaseTimer
 
 
 def _log(run_dir, steps, resume_step=None):
