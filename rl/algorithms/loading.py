@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from imagerl.rl.algorithms.advantages import AdvantageInputs, AdvantageOutput, advantages_of, user_advantages
@@ -19,6 +13,7 @@ from imagerl.rl.algorithms.kl import kl_sums
 from imagerl.rl.algorithms.losses import policy_loss
 from imagerl.rl.config.algorithm import AlgorithmConfig
 from imagerl.rl.errors import ImageRLError
+from imagerl.rl.files.user_code import import_name
 from imagerl.rl.types import LossInputs, LossOutput
 
 Loss = Callable[..., LossOutput]
@@ -43,7 +38,7 @@ def load_loss(algorithm: AlgorithmConfig) -> Loss:
             )
         return policy_loss
     key = "algorithm.import_path"
-    loss = load_function(algorithm.import_path, key)
+    loss = import_name(algorithm.import_path, key)
     call = taking(loss, loss_settings(algorithm, algorithm.kl_coef), algorithm.arguments, key)
 
     def checked(inputs: LossInputs, **settings: Any) -> LossOutput:
@@ -81,7 +76,7 @@ def load_advantages(algorithm: AlgorithmConfig) -> Advantages:
             decouple=algorithm.decouple_rewards,
         )
     target, key = algorithm.advantage_import_path, "algorithm.advantage_import_path"
-    function = load_function(target, key)
+    function = import_name(target, key)
 
     def checked(inputs: AdvantageInputs) -> AdvantageOutput:
         try:
@@ -90,44 +85,6 @@ def load_advantages(algorithm: AlgorithmConfig) -> Advantages:
             raise ImageRLError(f"{key} {target!r}: {error}") from error
 
     return checked
-
-
-def load_function(target: str, key: str) -> Callable[..., Any]:
-    """Import the function at `file.py:function` or `package.module:function`; `key` of the recipe names it in errors.
-
-    Raises:
-        ImageRLError: no such file, module or function, or an error while importing.
-    """
-    place, _, name = target.rpartition(":")
-    try:
-        module = (
-            _module_of_file(Path(place), key) if place.endswith(".py") else importlib.import_module(place)
-        )
-    except ImageRLError:
-        raise
-    except Exception as error:
-        message = " ".join(str(error).split())[:200]
-        raise ImageRLError(
-            f"{key} {target!r}: importing it failed: {type(error).__name__}: {message}"
-        ) from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        names = [n for n, value in vars(module).items() if inspect.isfunction(value) and n[0] != "_"]
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(names) or 'no function'}"
-        raise ImageRLError(f"{key} {target!r}: {place} has no function {name}; {hint}")
-    return found
-
-
-def _module_of_file(path: Path, key: str) -> ModuleType:
-    path = path.resolve()
-    spec = importlib.util.spec_from_file_location(f"user_code_{path.stem}", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ImageRLError(f"{key}: {path} does not exist; correct it")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def taking(

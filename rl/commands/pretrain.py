@@ -55,7 +55,7 @@ def starting_policy(recipe: PretrainRecipe) -> tuple[ImagePolicy, dict[str, Any]
     """Return an untrained policy, or `init`, for `tasks` made able to learn editing and reading."""
     from imagerl.models.blip3o_next.building import new_policy
     from imagerl.models.blip3o_next.growing import grow, turns
-    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.models.families import load_policy
     from imagerl.rl.sft.pretraining.stages import captions
     from imagerl.rl.sft.pretraining.tasks import edits, questions
 
@@ -63,8 +63,9 @@ def starting_policy(recipe: PretrainRecipe) -> tuple[ImagePolicy, dict[str, Any]
     if recipe.init is None:
         assert recipe.model is not None  # the schema wants one of the two
         return new_policy(recipe.model, captions(seed, 500), vocabulary)
-    policy, config = load_policy(recipe.init)
-    policy.trainable.merge_adapter()
+    policy: Any = load_policy(recipe.init)
+    policy.merge_lora()
+    config = policy.config
     if recipe.tasks is None:
         return policy, config
     instructions = [edit.instruction for edit in edits(seed, "captions", 0, 500, 1 / 3)]

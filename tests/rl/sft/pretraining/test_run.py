@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from imagerl.models.blip3o_next.loading import load_policy, load_state, read_weights, save_policy
+from imagerl.models.blip3o_next.loading import load_state, read_weights, save_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.commands.pretrain import pretrain as pretrain_command
 from imagerl.rl.config.recipe import validate_recipe
@@ -17,7 +17,7 @@ from imagerl.rl.errors import ImageRLError
 from imagerl.rl.sft.pretraining.config import PretrainRecipe
 from imagerl.rl.sft.pretraining.run import pretrain, refuse_foreign_stages
 from tests.micro import MODEL, micro_folder, micro_policy
-from tests.models.helpers import edit_policy
+from tests.models.helpers import edit_policy, load_policy
 
 
 @pytest.mark.parametrize("kept", [["tokenizer"], ["tokenizer", "autoencoder", "generator"]])
