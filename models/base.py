@@ -1,4 +1,4 @@
-"""What a family of image generators must be able to do, to be trained, evaluated, exported, planned, served and asked.
+"""Say what a family of image generators must be able to do to be trained, evaluated, exported, planned, served, asked.
 
 A family is one folder here, or one file of a user's, and one line in `models.families`. It makes policies of model
 folders. A policy writes image tokens after a prompt and decodes what it wrote to a picture; how its prompts are
@@ -35,7 +35,7 @@ Proof = Mapping[str, tuple[Tensor, Tensor]]  # name of a quantity -> what it is,
 
 
 class PromptReader(Protocol):
-    """What a model can be asked, known without its weights."""
+    """A reader of prompts, known without the weights."""
 
     token_guided: bool  # whether `SamplingParams.token_guidance` may be other than 1
 
@@ -152,7 +152,7 @@ class Policy(Protocol):
 
     @property
     def adapted(self) -> bool:
-        """Whether `trainable` has a LoRA adapter, new or loaded with the model."""
+        """Tell whether `trainable` has a LoRA adapter, new or loaded with the model."""
         ...
 
     def add_lora(self, rank: int, alpha: float, dropout: float, target_modules: Sequence[str] | str) -> None:

@@ -141,7 +141,7 @@ def _resolve(spec: RewardSpec) -> tuple[str, Any]:
 
 
 def _check_types(label: str, found: type, settings: Mapping[str, Any]) -> None:
-    """Raises ImageRLError when a setting of a reward of ours is no value of the type that its constructor names. What
+    """Raise ImageRLError when a setting of a reward of ours is no value of the type that its constructor names. What
     users' annotations mean is theirs to say."""
     hints = get_type_hints(found.__init__, include_extras=True)  # type: ignore[misc]
     fields: dict[str, Any] = {name: (hints[name], ...) for name in settings}

@@ -19,8 +19,8 @@ PROTOCOLS = "imagerl.models.base"  # by which training knows models
 COMMON = tuple(
     f"imagerl.models.{name}" for name in ("base", "common", "families")
 )  # of models: no one family
-# Makers of one family's tiny models and its image tokenizer.
-OF_A_FAMILY = ("imagerl.rl.commands.pretrain", "imagerl.rl.commands.tokenize", "imagerl.rl.commands.plan")
+# Commands that still know one family.
+OF_A_FAMILY = ("imagerl.rl.commands.tokenize", "imagerl.rl.commands.plan")
 # Seconds each to import: only inside functions, so that `imagerl --help` and recipe errors come at once.
 HEAVY = ("accelerate", "deepspeed", "diffusers", "matplotlib", "onnxruntime", "paddleocr", "paddlex")
 HEAVY += ("open_clip", "peft", "rapidocr", "ray", "tensorboard", "timm", "torchvision", "transformers", "trl")

@@ -80,7 +80,7 @@ def part_of(request: RewardRequest, which: slice) -> RewardRequest:
 
 
 def concatenate(shards: Sequence[RewardValues]) -> RewardValues:
-    """Joins consecutive parts of one request; a breakdown that one of them lacks is NaN there."""
+    """Join consecutive parts of one request; a breakdown that one of them lacks is NaN there."""
     names = dict.fromkeys(name for shard in shards for name in shard.parts)
     lacking = [np.full(shard.values.size, np.nan) for shard in shards]
     return RewardValues(
@@ -169,7 +169,7 @@ def _gate_values(mix: Mix, value: RewardValues) -> np.ndarray:
 
 
 def score_request(functions: Sequence[LoadedReward], request: RewardRequest) -> RewardScores:
-    """Scores whole groups in this process. See `combine` for how missing values are treated.
+    """Score whole groups in this process. See `combine` for how missing values are treated.
 
     Raises ImageRLError when a reward says that the recipe must be mended."""
     values = [call_reward(reward, request) for reward in functions]

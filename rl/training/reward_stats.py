@@ -95,7 +95,8 @@ def _centred(values: np.ndarray, usable: np.ndarray, scaled: bool) -> np.ndarray
 def _deviation(centred: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Return the [P, 1] unbiased standard deviation of groups whose mean is 0."""
     count = known.sum(axis=1, keepdims=True)
-    return np.sqrt(np.square(centred).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
+    spread: np.ndarray = np.sqrt(np.square(centred).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
+    return spread
 
 
 def _divided(values: np.ndarray, by: np.ndarray) -> np.ndarray:

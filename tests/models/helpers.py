@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from imagerl.models import families
-from imagerl.models.blip3o_next.building import new_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.common.settings import stored_sampling
-from imagerl.rl.sft.pretraining.stages import captions
 from imagerl.rl.types import SamplingParams, TokenTrajectory
 from tests.micro import MODEL, micro_policy
+from tools.tiny.model import new_policy
+from tools.tiny.samples import captions
 
 CAPTIONS = ("CAT", 'a sign that says "42" in red', 'ünïcödé and a much longer caption, padded less: "ZEBRA"')
 
