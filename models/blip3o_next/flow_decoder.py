@@ -6,7 +6,6 @@ velocity field from noise to latents, an autoencoder draws the pixels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from imagerl.models.blip3o_next.sana import CaptionKeys, caption_keys, velocity
-from imagerl.rl.types import ImageRLError
+from imagerl.models.common.pictures import drawn
+from imagerl.rl.types import ImageRLError, Rows, TokenTrajectory
 
 CONNECTOR_EPS = 1e-5
 MAX_ENCODED = 1 << 21  # pixels encoded at once: two pictures of 1024x1024, whatever the batch
@@ -46,6 +46,9 @@ class FlowDecoder(nn.Module):
     through which a reference picture's latents join the condition.
 
     Velocities follow v = noise − x with x_σ = (1 − σ)·x + σ·noise (arXiv 2210.02747, 2209.03003)."""
+
+    trained: tuple[str, ...] = ("connector", "sana")
+    adapted: str = "sana"
 
     def __init__(
         self,
@@ -79,9 +82,9 @@ class FlowDecoder(nn.Module):
         _, rows, columns = self.latent_shape
         return rows * self.vae.spatial_compression_ratio, columns * self.vae.spatial_compression_ratio
 
-    def sigmas(self, steps: int) -> Tensor:
+    def sigmas(self, steps: int, shape: Sequence[int] = ()) -> Tensor:
         """Return [steps + 1] noise levels from 1 to 0 on the CPU: linspace(1, 1/steps, steps), shifted as the
-        scheduler says, then 0."""
+        scheduler says, then 0. They are those of every shape."""
         scheduler = self._scheduler_class.from_config(self.scheduler_config)
         scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1.0 / steps, steps).tolist())
         return scheduler.sigmas.float()
@@ -120,6 +123,18 @@ class FlowDecoder(nn.Module):
         for all steps: the caption's branch, and unless guidance is 1 the unconditional one before it."""
         given = caption_keys(self.sana, self.condition(hidden, reference))
         return [given] if guidance == 1.0 else [self._unconditional_keys(hidden, reference), given]
+
+    def flow_condition(self, prompts: Rows, trajectory: TokenTrajectory) -> Rows:
+        """Return what denoising steps that train are conditioned on. Raises ImageRLError for edits."""
+        if "reference" in prompts:
+            raise ImageRLError(
+                "denoising steps are trained on captions only; train edits with a token algorithm"
+            )
+        return {"hidden": trajectory.states["hidden"]}
+
+    def seen(self, condition: Rows, guidance: float) -> list[CaptionKeys]:
+        """Return `branches` of a condition."""
+        return self.branches(condition["hidden"], guidance)
 
     def guided_velocity(
         self,
@@ -164,13 +179,7 @@ class FlowDecoder(nn.Module):
         """Draw latents [B, C, h, w] as pictures [B, 3, H, W] in [0, 1].
 
         Raises ImageRLError for pixels that are not finite, which would be black ones in silence."""
-        pictures = self.vae.decode((latents / self.scaling_factor).to(self.vae.dtype)).sample.float()
-        if not math.isfinite(pictures.sum()):
-            raise ImageRLError(
-                "the model draws pixels that are not finite: its numbers overflow; check its weights and settings, or, "
-                "if it was just trained, go back to an earlier checkpoint and lower optim.lr"
-            )
-        return (pictures / 2 + 0.5).clamp(0, 1)
+        return drawn(self.vae.decode((latents / self.scaling_factor).to(self.vae.dtype)).sample)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
