@@ -53,7 +53,7 @@ class GlmImagePolicy(BasePolicy):
         """Encode captions of one size: ids and mask [P, L] left-padded, their places and those of the image tokens
         that follow on three axes, and with `to_draw` the size and the glyphs that the decoder asks for."""
         self.prompts.require(prompts)
-        encoded = self.prompts.encode(prompts, None)
+        encoded = self.prompts.encode(prompts)
         ids, mask, grids, counts = (
             encoded[name].to(self.device)
             for name in ("input_ids", "attention_mask", "image_grid_thw", "images_per_sample")

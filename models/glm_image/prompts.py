@@ -25,7 +25,7 @@ class PromptEncoder:
         self.positions = positions
         self.default_size = default_size
         self.channels, self.compression = channels, compression
-        self._named = [token for token in processor.tokenizer.get_added_vocab() if token]
+        self._named = {id_: token for token, id_ in processor.tokenizer.get_added_vocab().items()}
 
     def size(self, prompt: Prompt) -> Size:
         """Return the size that a prompt asks for. Raises ImageRLError for one that the model cannot draw."""
@@ -35,7 +35,7 @@ class PromptEncoder:
         """Return the sizes of a picture of a prompt."""
         size = self.size(prompt)
         noise = self.channels, size.height // self.compression, size.width // self.compression
-        return Canvas(size.tokens("reference" in prompt.columns), (size.height, size.width), noise)
+        return Canvas(size.tokens, (size.height, size.width), noise)
 
     def require(self, prompts: Iterable[Prompt], questions: bool = False) -> None:
         """Raise ImageRLError, which begins with its place, for the first prompt that the model cannot draw by."""
@@ -50,13 +50,14 @@ class PromptEncoder:
     def _require(self, prompt: Prompt) -> None:
         if not prompt.text.strip():
             raise ImageRLError("a prompt is empty; every prompt needs a caption")
-        for token in self._named:
-            if token in prompt.text:
-                raise ImageRLError(
-                    f"the prompt holds {token}, which is a token of the model's own; write it otherwise"
-                )
-        size, edit = self.size(prompt), "reference" in prompt.columns
-        length = self.longest([prompt]) + size.tokens(edit)
+        ids = self.processor.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+        if named := next((self._named[id_] for id_ in ids if id_ in self._named), None):
+            raise ImageRLError(
+                f"the prompt holds {named}, which is a token of the model's own; write it otherwise"
+            )
+        if prompt.columns.get("reference") is not None:
+            raise ImageRLError("GLM-Image draws new pictures here; it cannot edit one yet. Remove the column")
+        length = self.longest([prompt]) + self.size(prompt).tokens
         if length > self.positions:
             raise ImageRLError(
                 f"the prompt and its picture are {length} tokens long, and the model has {self.positions} positions; "
@@ -64,25 +65,17 @@ class PromptEncoder:
             )
 
     def longest(self, prompts: Sequence[Prompt]) -> int:
-        """Count the ids of the longest prompt, its grids included. A picture to edit counts as one of the same size."""
+        """Count the ids of the longest prompt, its grids included."""
         texts = sorted(prompts, key=lambda prompt: len(prompt.text))[-100:]
-        return max(
-            len(self.encode([text], None)["input_ids"][0])
-            + (size.large[0] * size.large[1] if "reference" in text.columns else 0)
-            for text in texts
-            for size in [self.size(text)]
-        )
+        return max(len(self.encode([text])["input_ids"][0]) for text in texts)
 
-    def encode(self, prompts: Sequence[Prompt], pictures: Sequence[Any] | None) -> Mapping[str, Any]:
+    def encode(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
         """Return the processor's `input_ids`, `attention_mask` [P, L], `image_grid_thw` and `images_per_sample` of
-        prompts of one size; with `pictures` to edit also their `pixel_values`."""
+        prompts of one size."""
         height, width = self.size(prompts[0])
-        messages = []
-        for row, prompt in enumerate(prompts):
-            content: list[dict[str, Any]] = [{"type": "text", "text": prompt.text}]
-            if pictures is not None:
-                content.insert(0, {"type": "image", "image": pictures[row]})
-            messages.append([{"role": "user", "content": content}])
+        messages = [
+            [{"role": "user", "content": [{"type": "text", "text": prompt.text}]}] for prompt in prompts
+        ]
         settings = {"padding": True, "target_h": height, "target_w": width, "return_tensors": "pt"}
         encoded: Mapping[str, Any] = self.processor.apply_chat_template(
             messages, tokenize=True, return_dict=True, processor_kwargs=settings

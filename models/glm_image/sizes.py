@@ -34,9 +34,10 @@ class Size(NamedTuple):
         ratio = rows / columns
         return int(math.sqrt(ratio) * PREVIEW_SIDE), int(math.sqrt(1 / ratio) * PREVIEW_SIDE)
 
-    def tokens(self, edit: bool) -> int:
-        """Count the tokens that are written of it: an edit has no preview."""
-        return math.prod(self.large) + (0 if edit else math.prod(self.preview))
+    @property
+    def tokens(self) -> int:
+        """Count the tokens that are written of it, preview included."""
+        return math.prod(self.large) + math.prod(self.preview)
 
 
 def size_of(columns: Mapping[str, object], default: Size) -> Size:

@@ -51,9 +51,9 @@ def blip3o_next(folder: Path) -> None:
 
 
 def glm_image(folder: Path) -> None:
-    from tests.models.glm_image.small import saved
+    from tests.models.glm_image.small import small_folder
 
-    saved(folder, height=64, width=32)
+    small_folder(folder)
 
 
 # name in `models.families` -> writes a model folder with random weights of a lively size

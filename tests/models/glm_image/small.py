@@ -19,12 +19,7 @@ PROMPTS = (
     "a cup with 'TEA' and “milk” beside \"ICE\"",
 )
 START, END, GRID_BEGIN, GRID_END = "<image_begin>", "<image_end>", "<sop>", "<eop>"
-# A source picture stands between the tokens that begin and end an image.
-CHAT = (
-    "{%- for message in messages %}{%- for part in message['content'] %}"
-    "{%- if part['type'] == 'image' %}<image_begin><image><image_end>{%- else %}{{ part['text'] }}{%- endif %}"
-    "{%- endfor %}{%- endfor %}"
-)
+CHAT = "{%- for message in messages %}{%- for part in message['content'] %}{{ part['text'] }}{%- endfor %}{%- endfor %}"
 
 
 def sizes() -> dict[str, Any]:
@@ -62,7 +57,8 @@ def pipeline() -> Any:
     return build_pipeline()
 
 
-def build_pipeline() -> Any:
+def build_pipeline(layers: int | None = None) -> Any:
+    """The same anew, or with another number of layers in both halves."""
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
@@ -80,6 +76,9 @@ def build_pipeline() -> Any:
     from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 
     given = sizes()
+    if layers is not None:
+        given["vision_language_encoder"]["text_config"]["num_hidden_layers"] = layers
+        given["transformer"]["num_layers"] = layers
     codes, names = given["codes"], text_tokenizer(given["codes"])
     ar = given["vision_language_encoder"]
     config = GlmImageConfig(
@@ -132,10 +131,14 @@ def seed_weights(module: nn.Module, seed: int) -> None:
     module.requires_grad_(False).eval()
 
 
-def saved(folder: Path, height: int | None = None, width: int | None = None) -> Path:
-    """Write the pipeline as the library does: the layout of the hub. With a size it draws that where a prompt names
-    none, not one of 1024 pixels."""
+def saved(folder: Path) -> Path:
+    """Write the pipeline as the library does: the layout of the hub."""
     pipeline().save_pretrained(folder)
-    if height is not None:
-        (folder / "sampling.json").write_text(json.dumps({"height": height, "width": width}))
+    return folder
+
+
+def small_folder(folder: Path) -> Path:
+    """Write a pipeline of one layer that draws 64x32 pixels, not 1024x1024, where a prompt names no size."""
+    build_pipeline(layers=1).save_pretrained(folder)
+    (folder / "sampling.json").write_text('{"height": 64, "width": 32}')
     return folder

@@ -13,12 +13,12 @@ import torch
 from imagerl.models import families
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.types import Prompt
-from tests.models.glm_image.small import saved
+from tests.models.glm_image.small import build_pipeline, small_folder
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("whole") / "model", 64, 32)
+    return small_folder(tmp_path_factory.mktemp("whole") / "model")
 
 
 def index(**changes: object) -> Callable[[Path], None]:
@@ -91,6 +91,7 @@ def test_prompts_that_the_model_cannot_draw_are_refused_at_their_place(whole: Pa
             "signs.csv, line 7: height is 100",
         ),
         (Prompt(1, "write <sop>9 9<eop>"), "prompt 2: the prompt holds <"),
+        (Prompt(1, "a hat", {"reference": "cup.png"}), "prompt 2: .* cannot edit one yet"),
         (Prompt(1, "word " * 400), "prompt 2: .* tokens long, and the model has 1024 positions"),
     ):
         with pytest.raises(ImageRLError, match=message):
@@ -101,13 +102,11 @@ def test_prompts_that_the_model_cannot_draw_are_refused_at_their_place(whole: Pa
 
 def test_a_checkpoint_in_shards_loads_too(whole: Path, tmp_path: Path) -> None:
     """As the published one is stored, in either library's way."""
-    from tests.models.glm_image.small import pipeline
-
-    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    folder, pipeline = Path(shutil.copytree(whole, tmp_path / "model")), build_pipeline(layers=1)
     for part in ("transformer", "vision_language_encoder"):
         for file in (folder / part).glob("*.safetensors"):
             file.unlink()
-        getattr(pipeline(), part).save_pretrained(folder / part, max_shard_size="60KB")
+        getattr(pipeline, part).save_pretrained(folder / part, max_shard_size="60KB")
         assert len(list((folder / part).glob("*.safetensors"))) > 1
     policy = families.load_policy(str(folder), dtype=torch.bfloat16)
     assert {p.dtype for part in policy.parts() for p in part.parameters()} == {torch.bfloat16}

@@ -56,7 +56,7 @@ def inputs() -> Any:
 @pytest.fixture(scope="module")
 def greedy(inputs: Any) -> Any:
     """The library's own generation: the most probable tokens, with their logits."""
-    tokens = Size(HEIGHT, WIDTH).tokens(edit=False)
+    tokens = Size(HEIGHT, WIDTH).tokens
     return pipeline().vision_language_encoder.generate(
         **inputs, max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
@@ -92,7 +92,7 @@ def test_scores_are_the_librarys(policy: GlmImagePolicy, rows: Rows, greedy: Any
 
 def test_prior_tokens_are_the_librarys(trajectory: TokenTrajectory) -> None:
     size = Size(96, 160)
-    tokens = torch.arange(2 * size.tokens(edit=False)).view(2, -1)
+    tokens = torch.arange(2 * size.tokens).view(2, -1)
     rows, columns = size.large
     for own, row in zip(upsampled(tokens, size.large), tokens, strict=True):
         theirs = pipeline()._upsample_token_ids(row[-rows * columns :], rows, columns)

@@ -18,12 +18,11 @@ def test_grids_are_the_librarys(size: tuple[int, int]) -> None:
     theirs = pipeline().processor._get_target_shape(*size)
     own = Size(*size)
     assert (*own.large, *own.preview) == theirs
-    assert own.tokens(edit=False) == theirs[0] * theirs[1] + theirs[2] * theirs[3]
-    assert own.tokens(edit=True) == theirs[0] * theirs[1]
+    assert own.tokens == theirs[0] * theirs[1] + theirs[2] * theirs[3]
 
 
 def test_a_square_has_a_preview_of_256_tokens() -> None:
-    assert Size(1024, 1024).preview == (16, 16) and Size(1024, 1024).tokens(edit=False) == 1280
+    assert Size(1024, 1024).preview == (16, 16) and Size(1024, 1024).tokens == 1280
 
 
 def test_the_preview_comes_first_and_both_grids_have_places_of_their_own() -> None:
