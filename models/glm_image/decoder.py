@@ -23,6 +23,7 @@ from imagerl.rl.types import Rows, TokenTrajectory
 
 QUOTED = (r"'([^']*)'", "“([^“”]*)”", r'"([^"]*)"', "「([^「」]*)」")
 MAX_GLYPHS = 2048  # tokens of a quoted text
+MAX_PIXELS = 1 << 21  # in the autoencoder at once: two pictures of 1024x1024
 KEPT_GLYPHS = 1024  # prompts whose glyph embeddings stay in memory
 
 
@@ -211,16 +212,11 @@ class FlowDecoder(nn.Module):
 
     @torch.no_grad()
     def draw(self, latents: Tensor) -> Tensor:
-        """Draw latents [B, C, h, w] as pictures [B, 3, H, W] in [0, 1].
+        """Draw latents [B, C, h, w] as pictures [B, 3, H, W] in [0, 1]. Memory is that of a few pictures, whatever B.
 
         Raises ImageRLError for pixels that are not finite, which would be black ones in silence."""
         latents = latents.to(self.vae.dtype)
         mean, std = self._statistics(latents)
-        return drawn(self.vae.decode(latents * std + mean).sample)
-
-    @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Encode pictures [B, 3, H, W] in [-1, 1] as latents [B, C, h, w]."""
-        latents: Tensor = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist.mode()
-        mean, std = self._statistics(latents)
-        return (latents - mean) / std
+        pixels = latents.shape[-2] * latents.shape[-1] * self.compression**2
+        few = (latents * std + mean).split(max(1, MAX_PIXELS // pixels))
+        return drawn(torch.cat([self.vae.decode(part).sample.float() for part in few]))
