@@ -17,6 +17,7 @@ from imagerl.models.common.flow_step import (
     transition_logprob,
     transition_mean,
 )
+from imagerl.rl.errors import one_line
 from imagerl.rl.types import (
     FlowSampling,
     FlowSchedule,
@@ -187,7 +188,7 @@ class FlowPolicy(Generic[S]):
         try:
             self._adapter = get_peft_model(getattr(self.decoder, self.decoder.adapted), config)
         except ValueError as error:
-            raise ImageRLError(f"algorithm.flow.lora: {' '.join(str(error).split())[:300]}") from error
+            raise ImageRLError(f"algorithm.flow.lora: {one_line(error, 300)}") from error
 
     def merge_lora(self) -> None:
         """Fold the adapters into the weights for good. Nothing to do without."""
