@@ -4,6 +4,7 @@ Weights are safetensors only. Nothing is unpickled, no code from a folder is run
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from imagerl.models.common.settings import SamplingSettings, stored_sampling
 from imagerl.models.common.shards import WEIGHTS, Shards, require_finite
@@ -106,6 +108,29 @@ def save_policy(policy: GlmImagePolicy, folder: Path, base: Path, dtype: torch.d
                 shutil.copy(base / name / "config.json", folder / name / "config.json")
     settings = stored_sampling(policy.sampling) | policy.default_size._asdict()
     (folder / SAMPLING).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def weights_again(policy: GlmImagePolicy, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Digest the weights of a policy's parts, and the same as the library's pipeline loads them from a folder."""
+    from diffusers import GlmImagePipeline
+
+    with quiet():
+        again = GlmImagePipeline.from_pretrained(
+            folder, torch_dtype=policy.model.dtype, local_files_only=True, use_safetensors=True
+        )
+    return {
+        f"{name} weights": (_digest(getattr(policy.pipeline, name)), _digest(getattr(again, name)))
+        for name in MODELS
+    }
+
+
+def _digest(part: Any) -> Tensor:
+    """Return SHA-256 over the names and numbers of a module's weights, [32] bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(part.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
 def check_index(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imagerl.models.base import Proof
 from imagerl.models.common.flow_policy import FlowPolicy
 from imagerl.models.common.policy import BasePolicy
 from imagerl.models.glm_image.ar import TokenWriter
@@ -92,3 +93,10 @@ class GlmImagePolicy(BasePolicy):
         from imagerl.models.glm_image.loading import save_policy
 
         save_policy(self, folder, base, dtype)
+
+    def proof(self, folder: Path, layout: str, prompts: Sequence[Prompt]) -> Proof:
+        """Return a digest of each part's weights, and of what diffusers' pipeline loads. Pixels would not do: drawn by
+        equal weights they differ by 1e-6 from one load to the next."""
+        from imagerl.models.glm_image.loading import weights_again
+
+        return weights_again(self, folder)
