@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ PROOF_PROMPTS = (
 )
 PROOF_SEED = 20_240_203
 PROVENANCE = "provenance.json"
+RunRecipe = TypeVar("RunRecipe", Recipe, SFTRecipe)
 
 
 def checkpoint_of(source: Path) -> Path:
@@ -91,13 +92,15 @@ def as_model(path: str) -> str:
     return str(target)
 
 
-def with_model(recipe: AnyRecipe, resumed: bool = False) -> AnyRecipe:
+def with_model(recipe: RunRecipe, resumed: bool = False) -> RunRecipe:
     """Return a recipe whose `model.path` is `as_model`'s. A resumed run keeps the one that it began from, whatever the
     run that this is of has made since."""
     stored = Path(recipe.run.output_dir) / RECIPE_FILE
     if resumed and stored.is_file():
-        began = read_stored_recipe(stored, type(recipe)).model.path
-        path = began if Path(began).is_relative_to(Path(recipe.model.path).resolve()) else recipe.model.path
+        began, given = read_stored_recipe(stored, type(recipe)).model.path, Path(recipe.model.path).resolve()
+        run = Path(began).resolve().parents[Path(began).parent.name == EXPORTS]
+        ours = Path(began).parent.name == EXPORTS or Path(began).name == MODEL
+        path = began if ours and given.is_dir() and given.is_relative_to(run) else recipe.model.path
     else:
         path = as_model(recipe.model.path)
     model = recipe.model.model_copy(update={"path": path})

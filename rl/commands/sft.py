@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from imagerl.rl.commands.options import Overrides, Overwrite, Resume, refuse_both
+from imagerl.rl.commands.options import Overrides, Overwrite, Resume, refuse_both, resume_point
 
 
 def sft(
@@ -19,8 +19,9 @@ def sft(
     from imagerl.api.fine_tuning import closing_line, run_sft
     from imagerl.rl.config.sft import load_sft_recipe
 
-    settings = load_sft_recipe(recipe, overrides or [])
-    refuse_both(resume, overwrite)
-    comparison = run_sft(settings, resume, overwrite)
+    point, words = resume_point(resume, overrides)
+    settings = load_sft_recipe(recipe, words)
+    refuse_both(point, overwrite)
+    comparison = run_sft(settings, point, overwrite)
     if comparison:
         print(closing_line(comparison))

@@ -61,7 +61,7 @@ class SFTRun(Loop):
     def execute(self, resumed: bool) -> dict[str, Any] | None:
         comparison = super().execute(resumed)
         if self.finished:
-            with self.engine.gathered_parameters():
+            with self.engine.averaged(), self.engine.gathered_parameters():
                 if self.engine.is_main:
                     with atomic_folder(self.folder.path / MODEL, replace=True) as folder:
                         self.save_model(folder)
@@ -74,7 +74,7 @@ class SFTRun(Loop):
 
     def _evaluate(self, step: int) -> None:
         rows: list[dict[str, Any]] = []
-        with self.engine.gathered_parameters():
+        with self.engine.averaged(), self.engine.gathered_parameters():
             for numbers, batch in self._batches:
                 for number, losses in zip(numbers, self.trainer.measure(batch), strict=True):
                     rows.append({"index": number, "prompt": self.captions[number], **losses})

@@ -89,6 +89,9 @@ def test_a_resumed_run_keeps_the_model_that_it_began_from(
     RunFolder(recipe.run.output_dir).begin(began, ["imagerl"])
     save_checkpoint(first.checkpoints, 4, {}, {}, keep=9)
     assert exporting.with_model(recipe, resumed=True).model.path == began.model.path
+    for place in (first.path / "exports" / "step_000002", first.checkpoints / "step_000002"):
+        from_place = _recipe(tmp_path, f"model.path={place}", f"run.output_dir={tmp_path / 'second'}")
+        assert exporting.with_model(from_place, resumed=True).model.path == began.model.path
     assert exporting.with_model(recipe).model.path.endswith("step_000004")
 
 
