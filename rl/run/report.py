@@ -253,7 +253,7 @@ def _rows(
 def _best_row(comparison: Mapping[str, Any], rows: Sequence[Row]) -> Row | None:
     """Return the headline's row with each model at its best temperature; None where one was tried only."""
     told = comparison.get("best_temperature") or {}
-    name = told.get("metric")
+    name = str(told.get("metric"))
     usual = next((row for row in rows if row.metric == name), None)
     if usual is None or name not in told["metrics"]:
         return None

@@ -13,9 +13,10 @@ from PIL import Image
 
 from imagerl.rl.config.recipe import validate_recipe
 from imagerl.rl.config.train import PromptSetConfig
-from imagerl.rl.data.prompt_pictures import picture_hash, with_pictures
+from imagerl.rl.data.prompt_pictures import picture_hash
 from imagerl.rl.data.prompt_sets import PromptSet, load_prompt_set
 from imagerl.rl.errors import ImageRLError
+from imagerl.rl.rollout.engine import with_pictures
 
 ROWS = {"caption": ["a cat", "a dog", "a sign"], "answer": ["CAT", "DOG", None]}
 
