@@ -20,12 +20,14 @@ ROOT = Path(__file__).parents[3]
 ZERO2 = ("engine.name=deepspeed", "engine.zero_stage=2")
 # After two steps the other rank gets no further, or ends; the first one waits for it in a collective.
 FATE = """
-def {name}(completions, **_):
+shares = low_tokens
+
+def low_tokens(completions, **_):
     import os, pathlib, time
     done = pathlib.Path({metrics!r})
     if os.environ.get("RANK") == "1" and done.exists() and done.read_text().count('"loss"') == 2:
         {what}
-    return low_tokens(completions)
+    return shares(completions)
 """
 
 
@@ -53,9 +55,9 @@ class Ranks:
 def with_fate(place: Path, name: str, what: str) -> list[str]:
     """The arguments of a run of two ranks on which a fate falls."""
     file = place / f"{name}.py"
-    fate = FATE.format(name=name, metrics=str(place / name / "metrics.jsonl"), what=what)
+    fate = FATE.format(metrics=str(place / name / "metrics.jsonl"), what=what)
     file.write_text((place / "reward.py").read_text() + fate)
-    reward = f"rewards.functions=[{{import_path: {file}:{name}, name: low_tokens}}]"
+    reward = f"rewards.functions=[{{import_path: {file}:low_tokens}}]"
     return arguments(place, "full", name, reward, "checkpoint.every=0", "checkpoint.grace_s=1", *ZERO2)
 
 
@@ -99,7 +101,7 @@ def test_other_processes_take_over(
     assert "Traceback" not in output.split("held-out after step 0")[-1].split("torch/distributed")[0]
     assert [path.name for path in list_checkpoints(killed / "checkpoints")] == ["step_000002"]
 
-    reward = f"rewards.functions=[{{import_path: {killed}.py:killed, name: low_tokens}}]"
+    reward = f"rewards.functions=[{{import_path: {killed}.py:low_tokens}}]"
     assert call(*arguments(place, "full", "killed", reward, "--resume")) == 0
     assert_like(killed, undisturbed["full"])
 
