@@ -62,7 +62,11 @@ def with_fate(place: Path, name: str, what: str) -> list[str]:
 
 
 def assert_like(run: Path, whole: Path) -> None:
-    for one, other in zip(measured(run), measured(whole), strict=True):
+    """Every step and the last evaluation; one that ended early in between has evaluated more often."""
+    ours, theirs = (
+        [*filter(lambda r: "loss" in r, records), records[-1]] for records in map(measured, (run, whole))
+    )
+    for one, other in zip(ours, theirs, strict=True):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
