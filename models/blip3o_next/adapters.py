@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -98,7 +98,7 @@ def load_adapter(policy: ImagePolicy, folder: Path) -> None:
     policy.trainable.attach_adapter(adapter)
 
 
-def adapter_sampling(folder: Path) -> dict[str, Any]:
+def adapter_sampling(folder: Path) -> dict[str, object]:
     """Return how the policy with a folder's adapter draws, where its base says otherwise."""
     file = folder / SAMPLING
     return validated(SamplingSettings, read_json(file), str(file)).model_dump() if file.exists() else {}

@@ -180,7 +180,7 @@ def _read_tensors(path: Path) -> Mapping[str, Tensor]:
         raise ImageRLError(f"{path} cannot be read as TA-Tok weights ({why}); copy it again") from e
 
 
-def _config_of(state: Mapping[str, Tensor], heads: int, image_size: int) -> dict[str, Any]:
+def _config_of(state: Mapping[str, Tensor], heads: int, image_size: int) -> dict[str, object]:
     def depth(prefix: str) -> int:
         numbers = {name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)}
         return len(numbers)
