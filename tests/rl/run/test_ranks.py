@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from imagerl.rl.engine.checkpoint import list_checkpoints
-from tests.command import exit_code
+from tests.command import call
 from tests.rl.run.helpers import arguments, logged_steps, measured
 from tests.small_run import RANK_PROGRAM, Command
 
@@ -96,7 +96,7 @@ def test_other_processes_take_over(
     assert "stopped after step 2; continue with --resume" in output, output
     assert [path.name for path in list_checkpoints(stuck / "checkpoints")] == ["step_000002"]
 
-    assert exit_code(*arguments(place, "full", "moved", "run.steps=4", "eval.batch_size=1", "--resume")) == 0
+    assert call(*arguments(place, "full", "moved", "run.steps=4", "eval.batch_size=1", "--resume")) == 0
     told = capfd.readouterr().err
     for change in ('engine.name "torch" (was "deepspeed")', "engine.zero_stage null (was 2)",
                    "engine.micro_batch_size 8 (was 3)", "the number of processes 1 (was 2)"):  # fmt: skip
@@ -111,7 +111,7 @@ def test_other_processes_take_over(
     assert [path.name for path in list_checkpoints(killed / "checkpoints")] == ["step_000002"]
 
     reward = f"rewards.functions=[{{import_path: {killed}.py:low_tokens}}]"
-    assert exit_code(*arguments(place, "full", "killed", reward, "--resume")) == 0
+    assert call(*arguments(place, "full", "killed", reward, "--resume")) == 0
     assert_like(killed, undisturbed["full"])
 
 
