@@ -30,13 +30,16 @@ def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
     """Read the prompts to train on and the held-out ones. No weights are read.
 
     Raises ImageRLError when they overlap, or for one that the model cannot read."""
-    from imagerl.models.blip3o_next.loading import load_prompts
+    from imagerl.models.families import load_prompts
     from imagerl.rewards.ocr.reward import wanted_text
     from imagerl.rl.data.prompt_sets import load_prompt_set, refuse_overlap
+    from imagerl.rl.rollout.engine import refuse_impossible, training_sampling
 
     prompts, heldout = load_prompt_set(recipe.data.train), load_prompt_set(recipe.data.heldout)
     refuse_overlap(prompts, heldout, wanted_text)
-    load_prompts(recipe.model.path).require((*prompts, *heldout))
+    reader = load_prompts(recipe.model.path, recipe.model.family)
+    reader.require((*prompts, *heldout))
+    refuse_impossible(reader, prompts, training_sampling(recipe), recipe.algorithm.flow is not None)
     return prompts, heldout
 
 
@@ -47,7 +50,7 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     import torch
 
     from imagerl.api.running import begin_run, open_run
-    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.models.families import load_policy
     from imagerl.rewards.base import check_entries
     from imagerl.rewards.workers.pool import RewardWorkers
     from imagerl.rl.config.rewards import refuse_hidden
@@ -75,7 +78,7 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
         entries = [[spec.model_dump() for spec in specs] for specs in (recipe.rewards.functions, recipe.gold)]
         check_entries([*entries[0], *entries[1]], prompts.columns)  # before time goes into loading
         storage = torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
-        policy, _ = load_policy(recipe.model.path, engine.device, storage)
+        policy = load_policy(recipe.model.path, engine.device, storage, recipe.model.family)
         if recipe.engine.precision == "bf16":
             policy.sampler_dtype = torch.bfloat16
         module = trained_module(policy, recipe)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imagerl.models.base import Policy
 from imagerl.rl.algorithms.advantages import AdvantageInputs
 from imagerl.rl.algorithms.kl import adapted_coef, kl_penalty
 from imagerl.rl.algorithms.loading import load_loss, loss_settings
@@ -17,11 +18,21 @@ from imagerl.rl.algorithms.losses import action_weights, loss_denominator
 from imagerl.rl.algorithms.policy_weights import entropy_threshold, highest_entropy, policy_weights
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.rollout.decodes import average_decodes
-from imagerl.rl.rollout.engine import encode
+from imagerl.rl.rollout.engine import training_sampling
 from imagerl.rl.training.half import HalfLoss, reward_inputs
 from imagerl.rl.training.step_checks import refuse_gap
 from imagerl.rl.training.step_metrics import Metrics, microbatch_sums, replay_gap, update_metrics
-from imagerl.rl.types import LossInputs, Policy, RewardScores, RolloutGroup, TokenScores, TrainBatch
+from imagerl.rl.types import (
+    LossInputs,
+    RewardScores,
+    RolloutGroup,
+    Rows,
+    SamplingParams,
+    TokenScores,
+    TrainBatch,
+    repeat,
+    select,
+)
 
 Gather = Callable[[Any], list[Any]]
 
@@ -40,7 +51,7 @@ class TokenHalf:
         self.policy = policy
         self.gather = gather
         self.policy_loss = load_loss(recipe.algorithm)
-        self.temperature = recipe.rollout.temperature
+        self.sampled_with = training_sampling(recipe)
         self.kl_coef = recipe.algorithm.kl_coef  # adapted where there is a target
         self.several = recipe.algorithm.updates_per_rollout > 1
         self.choosy = recipe.algorithm.top_entropy < 1
@@ -51,24 +62,24 @@ class TokenHalf:
 
     def assemble(self, groups: Sequence[RolloutGroup], step: int) -> TrainBatch:
         """Assemble the tokens of some groups, without advantages yet."""
-        encoded = encode(self.policy, [group.prompt for group in groups], to_draw=False)
+        encoded = self.policy.encode([group.prompt for group in groups], to_draw=False)
         size = len(groups[0].tokens)
+        tokens = torch.cat([group.tokens for group in groups])
         return TrainBatch(
-            prompt_ids=encoded.ids.repeat_interleave(size, 0),
-            prompt_mask=encoded.mask.repeat_interleave(size, 0),
-            tokens=torch.cat([group.tokens for group in groups]),
+            prompts=repeat(encoded, size),
+            tokens=tokens,
             action_mask=torch.cat([group.action_mask for group in groups]),
             rollout_logprobs=torch.cat([group.rollout_logprobs for group in groups]),
             old_logprobs=None,
             ref_logprobs=None,
-            advantages=torch.zeros(len(groups) * size, 1, device=encoded.ids.device),
+            advantages=torch.zeros(len(groups) * size, 1, device=tokens.device),
         )
 
-    def arguments(self, part: TrainBatch) -> tuple[Tensor, Tensor, Tensor, float]:
+    def arguments(self, part: TrainBatch) -> tuple[Rows, Tensor, SamplingParams]:
         """Return the policy's arguments for a microbatch. One of whole groups names each prompt once."""
         group = self.recipe.rollout.group_size
         share = group if self.recipe.engine.micro_batch_size % group == 0 else 1
-        return part.prompt_ids[::share], part.prompt_mask[::share], part.tokens, self.temperature
+        return select(part.prompts, slice(None, None, share)), part.tokens, self.sampled_with
 
     def frozen(self, part: TrainBatch, old: TokenScores | None) -> dict[str, Tensor]:
         """Return the log-probs that need no gradient: the reference's, and the trainer's own before several updates."""

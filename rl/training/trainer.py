@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imagerl.models.base import Policy
 from imagerl.rl.algorithms.advantages import AdvantageInputs, AdvantageOutput, moved_mean, shuffled
 from imagerl.rl.algorithms.loading import load_advantages
 from imagerl.rl.config.train import Recipe
@@ -30,7 +31,7 @@ from imagerl.rl.training.resampling import Drawn, resample
 from imagerl.rl.training.reward_stats import mixing_metrics
 from imagerl.rl.training.step_checks import refuse_failures
 from imagerl.rl.training.step_metrics import Metrics, reward_metrics
-from imagerl.rl.types import Policy, Prompt, RewardScorer, RewardScores, RolloutGroup
+from imagerl.rl.types import Prompt, RewardScorer, RewardScores, RolloutGroup
 
 Batches = list[Any]  # one per half
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from imagerl.models.blip3o_next.loading import load_policy, load_state, read_weights, save_policy
+from imagerl.models.blip3o_next.loading import load_state, read_weights, save_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.config.recipe import validate_recipe
 from imagerl.rl.errors import ImageRLError
 from tests.micro import MODEL, micro_folder, micro_policy
-from tests.models.helpers import edit_policy
+from tests.models.helpers import edit_policy, load_policy
 from tools.tiny.config import PretrainRecipe
 from tools.tiny.pretrain import pretrain, refuse_foreign_stages, run
 
