@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from imagerl.models.base import Policy, PromptReader
-from imagerl.rl.data.prompt_pictures import with_pictures
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.errors import ImageRLError
+from imagerl.rl.files.reading import read_picture
 from imagerl.rl.types import (
     Canvas,
     FlowSampling,
@@ -87,6 +88,18 @@ def refuse_impossible(
                 f"{what}, but this model's decoder has no noise: the same tokens always give the same picture; "
                 "remove the setting"
             )
+
+
+def with_pictures(prompt: Prompt) -> Prompt:
+    """Return the prompt with its pictures opened, RGB.
+
+    Raises ImageRLError when a file is no picture that can be read."""
+    paths = {name: value for name, value in prompt.columns.items() if isinstance(value, Path)}
+    if not paths:
+        return prompt
+    return replace(
+        prompt, columns={**prompt.columns, **{name: read_picture(path, name) for name, path in paths.items()}}
+    )
 
 
 def reward_request(groups: Sequence[RolloutGroup], step: int = 0, steps: int = 0) -> RewardRequest:

@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 
 from imagerl.models.blip3o_next import flow_decoder
-from imagerl.models.blip3o_next.flow_decoder import FlowDecoder, build_connector
+from imagerl.models.blip3o_next.flow_decoder import FlowDecoder, build_connector, caption_keys, velocity
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.models.blip3o_next.sana import caption_keys, velocity
 from imagerl.rl.types import ImageRLError
 from tests.micro import MODEL
 from tests.models.helpers import decode, lively_policy, stir
