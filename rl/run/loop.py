@@ -113,8 +113,8 @@ class Loop:
         if not self.finished:
             self.saver.wait()
             self.note(self._where_stopped())
-        told = self.engine.is_main and self.finished
-        comparison = compare(self.first or [], self.last or []) if told else None
+        done = self.engine.is_main and self.finished
+        comparison = compare(self.first or [], self.last or []) if done else None
         self._finish(comparison)
         self.saver.wait()
         return comparison
@@ -164,11 +164,10 @@ class Loop:
         if not self.engine.is_main:
             yield
             return
-        run, settings = self.recipe.run, self.recipe.model_dump(mode="json")
+        names = self.recipe.run.report_to, self.recipe.run.project
+        settings = self.recipe.model_dump(mode="json")
         with MetricsLog(self.folder.path, resume_step, self.looked >= self.start_step) as self.log:
-            self.trackers = Trackers.begin(
-                run.report_to, run.project, self.folder.path, settings, resume_step
-            )
+            self.trackers = Trackers.begin(*names, self.folder.path, settings, resume_step)
             try:
                 yield
             except KeyboardInterrupt:  # stop at once: wait for no thread and no upload
@@ -186,13 +185,6 @@ class Loop:
     def _show(self, step: int, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
         """Save a grid of samples, and show it in the trackers."""
         self.trackers.pictures(step, self.folder.save_grid(step, images, captions), images, captions)
-
-    def _tell_results(
-        self, comparison: Mapping[str, Any], suite: str, best: Mapping[str, Any] | None = None
-    ) -> None:
-        """Write the held-out comparison into the run folder, and as a table into the trackers."""
-        self.folder.write_comparison(comparison, suite, self.done, best)
-        self.trackers.table(self.done, *results_table(comparison))
 
     @staticmethod
     def _due(step: int, every: int) -> bool:
@@ -310,9 +302,8 @@ class Run(Loop):
             self.trainer.policy.refresh_sampler()
         found: dict[float, Rows] = {usual.sampling.temperature: self.last or []}
         for temperature in settings.temperatures:
-            rollout = usual.at(temperature)
-            heldout, scorer, size = self.heldout, self.trainer.scorer, settings.batch_size
-            drawn = evaluate(settings.suite, heldout, rollout, scorer, size, shown=0, ranks=self.engine)
+            source, scorer, size = usual.at(temperature), self.trainer.scorer, settings.batch_size
+            drawn = evaluate(settings.suite, self.heldout, source, scorer, size, shown=0, ranks=self.engine)
             found[temperature] = drawn.per_prompt
         return found
 
@@ -394,12 +385,13 @@ class Run(Loop):
         if not self.engine.is_main:
             return
         if comparison is not None:
-            self._tell_results(comparison, self.recipe.eval.suite, compare_at_best(self.before, self.after))
+            best = compare_at_best(self.before, self.after)
+            self.folder.write_comparison(comparison, self.recipe.eval.suite, self.done, best)
+            self.trackers.table(self.done, *results_table(comparison))
             if told := told_at_best(self.before, self.after):
                 self.note(told)
             if self.watch.halts and self.done < self.recipe.run.steps:
-                told = f"by monitors.stop; {self._where_best()}"
-                if self.watch.plateaued:
-                    told = f"by monitors.patience: the held-out total was {self.watch.waited} evaluations no higher"
-                self.note(f"ended after step {self.done} {told}")
+                flat = f"patience: the held-out total was {self.watch.waited} evaluations no higher"
+                told = flat if self.watch.plateaued else f"stop; {self._where_best()}"
+                self.note(f"ended after step {self.done} by monitors.{told}")
         self.note(f"report: {write_report(self.folder.path)}")
