@@ -87,7 +87,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(place: Path, name: str, *more: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "render", lambda chart, prefix: "")
+        patch.setattr(report, "render", lambda chart: "")
         with pytest.raises(SystemExit) as ended:
             main(["train", str(place / "recipe.yaml"), f"run.output_dir={place / name}", *more])
     assert not ended.value.code
