@@ -1,15 +1,22 @@
-"""Score and draw tokens by their logits: the arithmetic that must be the same where samples are drawn and replayed."""
+"""Score and draw tokens by their logits: the arithmetic that must be the same where samples are drawn and replayed.
+
+With guidance on the logits (arXiv 2306.17806) a token's distribution is softmax(u + guidance·(c − u)) of the logits c
+after the prompt and u after the unconditional one, and the gradient flows through both."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from imagerl.rl.types import TokenScores
 
 MAX_LOGITS_PER_CHUNK = 1 << 25  # float32 logits alive at once while scoring: 128 MiB, whatever the vocabulary
+Logits = Callable[
+    [Tensor], Tensor
+]  # final-norm hidden states [..., D] -> logits [..., V] of the image tokens
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -25,20 +32,36 @@ def pad_left(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def score_tokens(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float) -> TokenScores:
-    """Return log-probs and entropies of `tokens` [B, T] given hidden states [B, T, D] and the head's image
-    columns [V, D]. The softmax is in float32: in bfloat16 its log-probs carry errors of 1e-2. Peak memory is
-    one chunk of logits, whatever B, T and V; chunks are recomputed in the backward pass."""
+def guided_logits(logits: Logits, branches: Sequence[Tensor], guidance: float) -> Tensor:
+    """Return float32 logits [..., V] of hidden states, or guided ones of two branches: conditional, unconditional."""
+    conditional, *rest = (logits(hidden).float() for hidden in branches)
+    if not rest:
+        return conditional
+    return rest[0] + guidance * (conditional - rest[0])
 
-    def score(chunk_hidden: Tensor, chunk_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logits = F.linear(chunk_hidden, head).float() / temperature
-        logprobs = logits.log_softmax(-1)
+
+def score_tokens(
+    branches: Sequence[Tensor],
+    logits: Logits,
+    codes: int,
+    tokens: Tensor,
+    temperature: float,
+    guidance: float = 1.0,
+) -> TokenScores:
+    """Return log-probs and entropies of `tokens` [B, T] given the hidden states [B, T, D] of one branch, or of two, and
+    `logits` of V = `codes` columns.
+
+    The softmax is in float32: in bfloat16 its log-probs carry errors of 1e-2. Peak memory is one chunk of logits,
+    whatever B, T and V; chunks are recomputed in the backward pass."""
+
+    def score(chunk_tokens: Tensor, *hidden: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = (guided_logits(logits, hidden, guidance) / temperature).log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, chunk_tokens[:, None])[:, 0], entropy
 
-    flat_hidden, flat_tokens = hidden.flatten(0, 1), tokens.flatten()
-    rows = max(1, MAX_LOGITS_PER_CHUNK // head.shape[0])
-    chunks = list(zip(flat_hidden.split(rows), flat_tokens.split(rows), strict=True))
+    flat = [hidden.flatten(0, 1) for hidden in branches]
+    rows = max(1, MAX_LOGITS_PER_CHUNK // (codes * len(flat)))
+    chunks = list(zip(tokens.flatten().split(rows), *(hidden.split(rows) for hidden in flat), strict=True))
     if len(chunks) == 1:
         logprobs, entropy = score(*chunks[0])
     else:

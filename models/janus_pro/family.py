@@ -1,0 +1,27 @@
+"""Janus-Pro as a family: a Llama writes image tokens, guided on their logits, and a VQ decoder draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from imagerl.models.janus_pro.loading import MODEL_TYPE, OLD_MODEL_TYPE, load_policy, load_prompts
+from imagerl.models.janus_pro.policy import JanusPolicy
+from imagerl.models.janus_pro.prompts import JanusPrompts
+
+
+class JanusPro:
+    """Implements `models.base.Family`."""
+
+    layouts = {"janus": "the hub's layout, for transformers' JanusForConditionalGeneration and for imagerl"}
+
+    def recognises(self, settings: Mapping[str, object]) -> bool:
+        return settings.get("model_type") in (MODEL_TYPE, OLD_MODEL_TYPE)
+
+    def load(self, folder: Path, device: torch.device | str, dtype: torch.dtype) -> JanusPolicy:
+        return load_policy(folder, device, dtype)
+
+    def prompts(self, folder: Path) -> JanusPrompts:
+        return load_prompts(folder)
