@@ -1,4 +1,4 @@
-"""What a family of image generators must be able to do, to be trained, evaluated, exported, planned, served and asked.
+"""Say what a family of image generators must be able to do to be trained, evaluated, exported, planned, served, asked.
 
 A family is one folder here, or one file of a user's, and one line in `models.families`. It makes policies of model
 folders. A policy writes image tokens after a prompt and decodes what it wrote to a picture; how its prompts are
@@ -35,7 +35,7 @@ Proof = Mapping[str, tuple[Tensor, Tensor]]  # name of a quantity -> what it is,
 
 
 class PromptReader(Protocol):
-    """What a model can be asked, known without its weights."""
+    """A reader of prompts, known without the weights."""
 
     token_guided: bool  # whether `SamplingParams.token_guidance` may be other than 1
 
@@ -152,7 +152,7 @@ class Policy(Protocol):
 
     @property
     def adapted(self) -> bool:
-        """Whether `trainable` has a LoRA adapter, new or loaded with the model."""
+        """Tell whether `trainable` has a LoRA adapter, new or loaded with the model."""
         ...
 
     def add_lora(self, rank: int, alpha: float, dropout: float, target_modules: Sequence[str] | str) -> None:
@@ -197,19 +197,19 @@ class Policy(Protocol):
     # ---- export ----------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, layout: str, base: Path, dtype: torch.dtype | None) -> None:
-        """Write the policy, without adapters, into an empty folder in one of the family's layouts, weights stored as `dtype` (None:
-        as they are). `base` is the folder that training began from, for files that are copied."""
+        """Write the policy, without adapters, into an empty folder in one of the family's layouts, weights stored as
+        `dtype` (None: as they are). `base` is the folder that training began from, for files that are copied."""
         ...
 
     def proof(self, folder: Path, layout: str, prompts: Sequence[Prompt]) -> Proof | None:
-        """Return what the policy computes of prompts, and what comes of it as `save` wrote it, loaded as its users will;
-        None where that is a whole model again, which must draw the same tokens and pixels."""
+        """Return what the policy computes of prompts, and what comes of it as `save` wrote it, loaded as its users
+        will; None where that is a whole model again, which must draw the same tokens and pixels."""
         ...
 
     # ---- reading ---------------------------------------------------------------------------------------------
 
     def answer(
-        self, pictures: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int
+        self, pictures: Iterable[Image.Image], questions: Sequence[str], max_new_tokens: int
     ) -> list[str]:
         """Answer a question about each picture. Raises ImageRLError when the model cannot read pictures."""
         ...
@@ -218,7 +218,9 @@ class Policy(Protocol):
 class Family(Protocol):
     """A kind of model folder."""
 
-    layouts: Mapping[str, str]  # of exports: name -> what it is, in words; the first is the family's own, to go on with
+    layouts: Mapping[
+        str, str
+    ]  # of exports: name -> what it is, in words; the first is the family's own, to go on with
 
     def recognises(self, settings: Mapping[str, object]) -> bool:
         """Tell whether a folder is of the family, by its config.json or model_index.json."""

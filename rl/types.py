@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from imagerl.rl.errors import ImageRLError as ImageRLError
 
@@ -298,6 +298,8 @@ class RewardScores:
     # gates applied, NaN where missing or not applicable, and their weights at this step.
     gated: dict[str, np.ndarray] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    # Totals [B] of "tokens" and "flow" where some rewards teach one half only; empty: both learn from `totals`.
+    halves: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,7 @@ def language_model_proof(policy: ImagePolicy, folder: Path, prompts: Sequence[Pr
 
 @torch.no_grad()
 def decoder_proof(policy: ImagePolicy, folder: Path, count: int) -> Proof:
-    """Return the pixels of `count` random conditions by a policy's decoder, and by what `save_diffusers` wrote of it."""
+    """Return the pixels of `count` random conditions by a policy's decoder, and by what `save_diffusers` wrote."""
     width, sampling = policy.trainable.lm.config.hidden_size, policy.sampling
     decoder = load_diffusers(folder, width, policy.latent_shape[1:])
     draws = torch.Generator().manual_seed(0)

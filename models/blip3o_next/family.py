@@ -12,16 +12,18 @@ from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.prompts import PromptEncoder
 from imagerl.models.blip3o_next.published import is_published
 
+LAYOUTS = {
+    "imagerl": "a model folder for imagerl",
+    "blip3o": "the layout of the published BLIP3o-NEXT checkpoints, for its own code and for imagerl",
+    "qwen3": "the language model alone, for transformers, vLLM and SGLang",
+    "diffusers": "the decoder alone, as a diffusers pipeline",
+}
+
 
 class Blip3oNext:
     """Implements `models.base.Family`."""
 
-    layouts = {
-        "imagerl": "a model folder for imagerl",
-        "blip3o": "the layout of the published BLIP3o-NEXT checkpoints, for its own code and for imagerl",
-        "qwen3": "the language model alone, for transformers, vLLM and SGLang",
-        "diffusers": "the decoder alone, as a diffusers pipeline",
-    }
+    layouts: Mapping[str, str] = LAYOUTS
 
     def recognises(self, settings: Mapping[str, object]) -> bool:
         return is_published(settings) or any(key in settings for key in REQUIRED)

@@ -87,7 +87,7 @@ def load_text_tokenizer(folder: Path) -> Any:
 
 
 def _require_image_tokens(text_tokenizer: Any, config: Mapping[str, Any], folder: Path) -> None:
-    """Raises ImageRLError when the tokenizer gives image tokens other ids than config.json, or any token an id that
+    """Raise ImageRLError when the tokenizer gives image tokens other ids than config.json, or any token an id that
     the language model does not have."""
     highest, size = max(text_tokenizer.get_vocab().values(), default=0), config["qwen3"]["vocab_size"]
     if highest >= size:
@@ -137,8 +137,8 @@ def _open(folder: Path) -> tuple[dict[str, Any], Any, Shards, dict[str, Any] | N
 def load_policy(
     folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[ImagePolicy, dict[str, Any]]:
-    """Load a policy with all its parts in `dtype`, and its config in our form, from a folder of ours or of the published
-    layout. Beside the policy one tensor at a time is in memory.
+    """Load a policy with all its parts in `dtype`, and its config in our form, from a folder of ours or of the
+    published layout. Beside the policy one tensor at a time is in memory.
 
     Raises ImageRLError with one line when the folder is not a model, or its files are damaged or do not fit."""
     folder = Path(folder)

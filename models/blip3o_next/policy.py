@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +130,7 @@ class ImagePolicy(BasePolicy):
 
     @torch.no_grad()
     def answer(
-        self, pictures: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int = 64
+        self, pictures: Iterable[Image.Image], questions: Sequence[str], max_new_tokens: int = 64
     ) -> list[str]:
         """Return the model's own words about pictures: greedy decoding up to the end of its turn."""
         ids, mask = self.encode_questions(questions, self._read(pictures))
@@ -158,7 +158,7 @@ class ImagePolicy(BasePolicy):
         self.decoder.require_edit()
         return self._read(pictures)
 
-    def _read(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def _read(self, pictures: Iterable[Image.Image]) -> Tensor:
         tokenizer = self.require_tokenizer()
         small = torch.stack([prepare_picture(picture, tokenizer.picture_size) for picture in pictures])
         return tokenizer.encode(small.to(self.device))
@@ -179,7 +179,7 @@ class ImagePolicy(BasePolicy):
         return tokenizer.encode(pictures.to(self.device))
 
     def require_tokenizer(self) -> ImageTokenizer:
-        """Raises ImageRLError when the model came without its image tokenizer."""
+        """Raise ImageRLError when the model came without its image tokenizer."""
         if self.image_tokenizer is None:
             raise ImageRLError("this model has no image tokenizer: it cannot read pictures")
         return self.image_tokenizer

@@ -89,7 +89,9 @@ class PromptEncoder:
     def longest(self, prompts: Sequence[Prompt]) -> int:
         """Count the ids of the longest prompt, or of one of the longest texts where there are many."""
         return max(
-            len(self.encode(prompt.text, "edit" if prompt.columns.get("reference") is not None else "caption"))
+            len(
+                self.encode(prompt.text, "edit" if prompt.columns.get("reference") is not None else "caption")
+            )
             for prompt in sorted(prompts, key=lambda prompt: len(prompt.text))[-100:]
         )
 

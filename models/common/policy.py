@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imagerl.models.common.adaptable import Adaptable, freeze
-from imagerl.rl.types import ImageRLError, Prompt, Rows, SamplingParams, TokenScores
+from imagerl.rl.types import Canvas, ImageRLError, Prompt, Rows, SamplingParams, TokenScores
 
 if TYPE_CHECKING:
     from imagerl.models.base import DecoderPolicy, Proof
@@ -51,7 +51,7 @@ class BasePolicy:
         )
 
     def answer(
-        self, pictures: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int
+        self, pictures: Iterable[Image.Image], questions: Sequence[str], max_new_tokens: int
     ) -> list[str]:
         raise ImageRLError("this model cannot read pictures")
 
@@ -125,8 +125,22 @@ class BasePolicy:
         return scores
 
 
-def require_words(prompts: Iterable[Prompt]) -> None:
-    """Raises ImageRLError for the first prompt without a word."""
-    for prompt in prompts:
-        if not prompt.text.strip():
-            raise ImageRLError(f"{prompt.place}: a prompt is empty; every prompt needs a caption")
+class PlainPrompts:
+    """Implements `models.base.PromptReader` for models that draw pictures of one size, and read any text."""
+
+    def __init__(self, canvas: Canvas, token_guided: bool = False) -> None:
+        self.token_guided = token_guided
+        self._canvas = canvas
+
+    def canvas(self, prompt: Prompt) -> Canvas:
+        return self._canvas
+
+    def require(self, prompts: Iterable[Prompt], questions: bool = False) -> None:
+        for prompt in prompts:
+            if questions or prompt.columns.get("reference") is not None:
+                raise ImageRLError(f"{prompt.place}: this model cannot read pictures")
+            if not prompt.text.strip():
+                raise ImageRLError(f"{prompt.place}: a prompt is empty; every prompt needs a caption")
+
+    def longest(self, prompts: Sequence[Prompt]) -> int:
+        return max(len(prompt.text) for prompt in prompts)

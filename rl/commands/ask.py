@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from imagerl.rl.commands.options import Family, Reader, loaded_policy, picture_for
+from imagerl.rl.commands.options import Family, Reader
 from imagerl.rl.errors import one_line
 
 
@@ -19,6 +19,7 @@ def ask(
     family: Family = None,
 ) -> None:
     """Let a model that reads pictures answer questions about one, each on a line of its own."""
+    from imagerl.api.drawing import loaded_policy, picture_for
     from imagerl.rl.types import Prompt
 
     policy = loaded_policy(model, family)

@@ -57,8 +57,8 @@ def run_comparison(plan: Plan, folder: Path, jobs: int, resume: bool, keep_basel
     """Run what is missing of a plan, then write page and tables of all that its folder holds.
 
     Raises ImageRLError for what cannot be compared, before anything runs, and at the end when runs failed."""
+    from imagerl.api.training import read_prompts
     from imagerl.rewards.base import check_entries
-    from imagerl.rl.commands.train import read_prompts
     from imagerl.rl.compare import jobs as comparison_jobs
     from imagerl.rl.compare.plan import plan_runs
     from imagerl.rl.files.environment import write_environment
@@ -104,7 +104,7 @@ def tell(folder: Path, outcomes: dict[PlannedRun, Outcome]) -> None:
 
 
 def refuse_failures(runs: Sequence[PlannedRun], outcomes: dict[PlannedRun, Outcome]) -> None:
-    """Raises ImageRLError when a run failed: the command did not do all it was asked to."""
+    """Raise ImageRLError when a run failed: the command did not do all it was asked to."""
     from imagerl.rl.compare.jobs import log_path
 
     failed = [run for run in runs if outcomes[run] == "failed"]

@@ -11,7 +11,7 @@ from imagerl.rl.commands.options import Family, FlowSteps, Guidance, Seed, Tempe
 from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
-    from imagerl.rl.commands.measuring import Drawing
+    from imagerl.api.evaluating import Drawing
     from imagerl.rl.evaluation.stats import Interval
     from imagerl.rl.evaluation.suites import Suite
 
@@ -57,12 +57,10 @@ def evaluate_model(
     family: Family = None,
 ) -> None:
     """Measure a model on held-out prompts with 95 % intervals, compare two, or draw for a benchmark's own scorer."""
-    from imagerl.rl.commands.measuring import Drawing
+    from imagerl.api.evaluating import Drawing
     from imagerl.rl.evaluation.suites import find_suite
 
-    how = Drawing(
-        seed, samples, batch_size, temperature, guidance, flow_steps, token_guidance, family
-    )
+    how = Drawing(seed, samples, batch_size, temperature, guidance, flow_steps, token_guidance, family)
     if layout is not None:
         for given, option in (
             (against, "--against"),
@@ -110,8 +108,8 @@ def compare(
     pictures: Path | None,
 ) -> None:
     """Measure one or two models, tell and write what came out."""
+    from imagerl.api.evaluating import STAND_INS, earlier_results, facts_of, measure
     from imagerl.models.families import load_prompts
-    from imagerl.rl.commands.measuring import STAND_INS, earlier_results, facts_of, measure
     from imagerl.rl.evaluation.against import compared, differing_settings
     from imagerl.rl.evaluation.kept_pictures import refuse_filled
     from imagerl.rl.evaluation.stats import Interval, change, number
@@ -125,7 +123,9 @@ def compare(
     earlier = earlier_results(against, facts) if against and against.endswith(".json") else None
     for name in (measured, against if earlier is None else None):
         if name is not None and name not in STAND_INS:
-            load_prompts(name, how.family).require(prompts, suite.reads)  # a mistake should show before anything is drawn
+            load_prompts(name, how.family).require(
+                prompts, suite.reads
+            )  # a mistake should show before anything is drawn
     result, own_facts = measure(suite, prompts, measured, how, pictures)
     document: dict[str, Any] = result.to_dict(**own_facts, **facts)
     show(result.metrics, facts["gold"])

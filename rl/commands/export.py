@@ -27,7 +27,7 @@ def export(
     """Write a trained policy for others and prove that it does the same when it is loaded again."""
     import torch
 
-    from imagerl.rl.commands.exporting import export as write_export
+    from imagerl.api.exporting import export as write_export
 
     dtypes = {"fp32": None, "bf16": torch.bfloat16}
     if dtype not in dtypes:

@@ -7,16 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imagerl.rl.commands.options import (
-    Family,
-    FlowSteps,
-    Guidance,
-    Seed,
-    Temperature,
-    TokenGuidance,
-    loaded_rollout,
-    picture_for,
-)
+from imagerl.rl.commands.options import Family, FlowSteps, Guidance, Seed, Temperature, TokenGuidance
 
 
 def sample(
@@ -41,6 +32,7 @@ def sample(
     """Draw pictures, or edit one, and a grid of them."""
     import numpy as np
 
+    from imagerl.api.drawing import loaded_rollout, picture_for
     from imagerl.rl.files.metrics import image_grid, save_image
     from imagerl.rl.types import Prompt
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from imagerl.rl.commands.options import Family, Reader, loaded_policy
+from imagerl.rl.commands.options import Family, Reader
 from imagerl.rl.errors import ImageRLError
 
 WAITING = 64  # questions held at a time
@@ -27,6 +27,7 @@ def serve(
     """Serve a model that answers questions about pictures behind an OpenAI-compatible endpoint."""
     from PIL import Image
 
+    from imagerl.api.drawing import loaded_policy
     from imagerl.rl.commands.chat_server import chat_app
     from imagerl.rl.commands.serving import run_app, token_from
     from imagerl.rl.types import Prompt

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from imagerl.rl.commands.options import Overrides, Overwrite, Resume, refuse_both
-from imagerl.rl.errors import ImageRLError
-
-if TYPE_CHECKING:
-    from imagerl.rl.config.sft import ImageDataConfig, SFTRecipe, SourceConfig
-    from imagerl.rl.data.image_data import ShuffledSource
-    from imagerl.rl.data.image_files import Entry, Example, Limits
 
 
 def sft(
@@ -26,6 +16,7 @@ def sft(
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a model on pictures with captions."""
+    from imagerl.api.fine_tuning import closing_line, run_sft
     from imagerl.rl.config.sft import load_sft_recipe
 
     settings = load_sft_recipe(recipe, overrides or [])
@@ -33,118 +24,3 @@ def sft(
     comparison = run_sft(settings, resume, overwrite)
     if comparison:
         print(closing_line(comparison))
-
-
-def closing_line(comparison: Mapping[str, Any]) -> str:
-    """Tell held-out losses before → after."""
-    from imagerl.rl.evaluation.stats import change
-
-    parts = [
-        f"{name.replace('_', ' ')} {result['before']:.4f} → {result['after']:.4f} "
-        f"({change(result['difference'], digits=4)})"
-        for name, result in ((name, comparison[name]) for name in ("cross_entropy", "flow"))
-    ]
-    return f"held-out {'; '.join(parts)}"
-
-
-def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
-    """Put a run together and execute it; returns the held-out comparison (empty when nothing is held out), None when
-    it was stopped early and on all but the main process."""
-    import torch
-
-    from imagerl.models.blip3o_next.loading import load_policy, save_policy
-    from imagerl.models.blip3o_next.prompts import PromptTooLong
-    from imagerl.rl.commands.running import begin_run, open_run
-    from imagerl.rl.data.image_data import ImageStream, first_examples
-    from imagerl.rl.data.image_files import BadSample, load_example
-    from imagerl.rl.engine.engine import Engine
-    from imagerl.rl.rollout.engine import RolloutEngine
-    from imagerl.rl.run.folder import RunFolder
-    from imagerl.rl.sft.objective import part_of, sft_module
-    from imagerl.rl.sft.run import SFTRun
-    from imagerl.rl.sft.trainer import Collator, SFTTrainer
-    from imagerl.rl.types import SamplingParams
-
-    data, seed = recipe.data, recipe.run.seed
-    train_sources = open_sources(data.train, data, seed)
-    heldout_sources = open_sources(data.heldout, data, seed)
-    folder = RunFolder(recipe.run.output_dir)
-    engine = Engine(recipe.engine)
-    stream = None
-    try:
-        if data.batch_size % engine.world_size:
-            raise ImageRLError(
-                f"data.batch_size ({data.batch_size}) must be divisible by the {engine.world_size} processes"
-            )
-        checkpoint = open_run(engine, folder, recipe, resume, overwrite)
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-        policy, config = load_policy(recipe.model.path, engine.device, dtypes[recipe.model.dtype])
-        policy.sampler_dtype = dtypes[recipe.engine.precision]
-        policy.require_tokenizer().float()  # bfloat16 does not tell neighbouring codes apart
-        read = partial(load_example, size=policy.decoder.picture_size, limits=limits(data))
-
-        def load(entry: Entry) -> Example:
-            example = read(entry)
-            try:
-                policy.prompts.encode(example.caption, "caption" if example.reference is None else "edit")
-            except PromptTooLong as error:
-                raise BadSample("long_caption", str(error)) from None
-            return example
-
-        heldout, counts = first_examples(heldout_sources, recipe.eval.size, load)
-        counts.refuse(data.max_bad_share)
-        if heldout_sources and not heldout:
-            raise ImageRLError(f"data.heldout holds no usable sample: {dict(counts.bad) or 'no files'}")
-        module = sft_module(policy, recipe)
-        engine.prepare(
-            module,
-            recipe.optim,
-            recipe.run.steps,
-            checkpoint.tensors if checkpoint else None,
-            lambda name: recipe.optim.factor(part_of(name)),
-        )
-        stream = ImageStream(
-            train_sources,
-            [source.weight for source in data.train],
-            seed,
-            load,
-            rank=engine.rank,
-            world_size=engine.world_size,
-            workers=data.workers,
-            ahead=data.batch_size // engine.world_size if data.workers else 0,
-            max_bad_share=data.max_bad_share,
-            states=checkpoint.state["data"] if checkpoint else None,
-        )
-        trainer = SFTTrainer(recipe, module, stream, Collator(policy, engine), engine)
-        sampling = SamplingParams(**config["sampling"])
-        rollout = RolloutEngine(policy, sampling, recipe.eval.seed, engine.autocast)
-
-        def save_model(target: Path) -> None:
-            save_policy(policy, target, config, dtypes[recipe.run.model_dtype])
-            origin = {"base_model": recipe.model.path, "recipe": recipe.model_dump(mode="json")}
-            (target / "provenance.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-
-        begin_run(engine, folder, recipe, overwrite)
-        run = SFTRun(recipe, folder, trainer, heldout, rollout, checkpoint, save_model)
-        return run.execute(resume)
-    finally:
-        if stream is not None:
-            stream.close()
-        folder.release()
-        engine.close()
-
-
-def open_sources(configs: Sequence[SourceConfig], data: ImageDataConfig, seed: int) -> list[ShuffledSource]:
-    from imagerl.rl.data.image_data import ShuffledSource
-    from imagerl.rl.data.image_sources import open_source
-
-    return [
-        ShuffledSource(one.path, open_source(one.path, one.caption_field), seed, number, data.open_shards)
-        for number, one in enumerate(configs)
-    ]
-
-
-def limits(data: ImageDataConfig) -> Limits:
-    from imagerl.rl.data.image_files import Limits
-
-    return Limits(data.max_pixels, data.min_side, data.max_aspect, data.max_caption_chars)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ class Reader(Protocol):
     """A model that answers questions; see `models.base.Policy`."""
 
     def answer(
-        self, pictures: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int
+        self, pictures: Iterable[Image.Image], questions: Sequence[str], max_new_tokens: int
     ) -> list[str]: ...
 
 

@@ -128,8 +128,8 @@ class RolloutEngine:
         return torch.stack(rows)
 
     def noise(self, occasion: int | str, prompts: Sequence[Prompt], group_size: int) -> Tensor | None:
-        """Draw [P·G·M, C, h, w] decoder noise; with `shared_noise` the m-th is the same for all samples of a prompt. None
-        for a decoder that needs none."""
+        """Draw [P·G·M, C, h, w] decoder noise; with `shared_noise` the m-th is the same for all samples of a prompt.
+        None for a decoder that needs none."""
         shape = self.policy.prompts.canvas(prompts[0]).noise
         if shape is None:
             return None

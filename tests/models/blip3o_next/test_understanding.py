@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.understanding import greedy_text, text_columns
@@ -10,6 +11,7 @@ from tests.models.helpers import lively_policy, random_tokens
 
 QUESTIONS = ["what is written?", "colour?", "what colour is the ink, and what is the background?"]
 NEW = 12
+PICTURE = Image.new("RGB", (64, 32), "red")
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +77,11 @@ def test_an_answer_is_words_up_to_the_end_of_the_turn(
         return [policy.prompts.plain(" RIVER 42"), []]
 
     monkeypatch.setattr("imagerl.models.blip3o_next.policy.greedy_text", scripted)
-    assert policy.answer(random_tokens(policy, 2), QUESTIONS[:2], 5) == ["RIVER 42", ""]
+    assert policy.answer([PICTURE] * 2, QUESTIONS[:2], 5) == ["RIVER 42", ""]
     names = policy.text_tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert asked == {"stop": set(names), "limit": 5}
 
 
 def test_questions_and_pictures_must_pair(policy: ImagePolicy) -> None:
     with pytest.raises(ImageRLError, match="2 prompts need picture tokens"):
-        policy.answer(random_tokens(policy, 3), QUESTIONS[:2])
+        policy.answer([PICTURE] * 3, QUESTIONS[:2])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from imagerl.models.blip3o_next.loading import load_policy
+from imagerl.api import exporting as export_module
+from imagerl.api.drawing import loaded_rollout
+from imagerl.api.exporting import PROVENANCE, export, proof_samples, recipe_of, trained_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.rl.commands import exporting as export_module
 from imagerl.rl.commands.cli import main
-from imagerl.rl.commands.exporting import PROVENANCE, export, proof_samples, trained_policy
-from imagerl.rl.commands.options import loaded_rollout
+from imagerl.rl.config.sft import AnyRecipe
 from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.engine.checkpoint import load_checkpoint
 from imagerl.rl.errors import ImageRLError
@@ -29,6 +28,7 @@ from imagerl.rl.files.metrics import read_metrics
 from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling
 from imagerl.rl.types import SamplingParams
 from tests.micro import micro_folder
+from tests.models.helpers import load_policy
 from tests.small_run import low_tokens, write_recipe
 
 
@@ -49,13 +49,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def equal_samples(one: tuple[ImagePolicy, Mapping[str, Any]], other: tuple[ImagePolicy, Any]) -> bool:
-    pairs = zip(proof_samples(*one), proof_samples(*other), strict=True)
-    return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+def equal_samples(one: tuple[ImagePolicy, Any], other: tuple[ImagePolicy, Any]) -> bool:
+    ours, theirs = proof_samples(one[0]), proof_samples(other[0])
+    return all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def trained(source: Path) -> tuple[ImagePolicy, dict[str, Any]]:
-    return trained_policy(source)[:2]
+def trained(source: Path) -> tuple[ImagePolicy, AnyRecipe]:
+    recipe, checkpoint = recipe_of(source)
+    policy = trained_policy(recipe, checkpoint)
+    assert isinstance(policy, ImagePolicy)
+    return policy, recipe
 
 
 @pytest.fixture(scope="module")
@@ -168,10 +171,10 @@ def test_an_export_draws_as_the_run_was_judged(cold: Path, tmp_path: Path, adapt
     assert provenance["sampling"] == {"guidance": 1.0, "flow_steps": 2, "temperature": 0.5}
     assert load_policy(str(tmp_path / "out"))[1]["sampling"] == provenance["sampling"]
     (groups,) = (
-        loaded_rollout(str(tmp_path / "out"), 0, None, None, None)[1]
+        loaded_rollout(str(tmp_path / "out"), 0)
         .generate(prompt_set("heldout", 4), 1, "eval ocr")
     )  # fmt: skip
-    policy, _, recipe, _ = trained_policy(cold)
+    policy, recipe = trained(cold)
     own = RolloutEngine(policy, evaluation_sampling(recipe), 0, nullcontext)
     (wanted,) = own.generate(prompt_set("heldout", 4), 1, "eval ocr")
     for group, other in zip(groups, wanted, strict=True):
@@ -271,9 +274,8 @@ def test_provenance_tells_the_truth(place: Path, exported: Path) -> None:
         assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == digest
     logged = [record for record in read_metrics(place / "lora") if record["step"] == 2]
     assert provenance["metrics"] == logged[0] | logged[1]
-    tokens, pixels = proof_samples(*load_policy(str(exported)))
-    assert provenance["proof"]["tokens_sha256"] == hashlib.sha256(tokens.tobytes()).hexdigest()
-    assert provenance["proof"]["pixels_sha256"] == hashlib.sha256(pixels.tobytes()).hexdigest()
+    for name, value in proof_samples(load_policy(str(exported))[0]).items():
+        assert provenance["proof"][f"{name}_sha256"] == hashlib.sha256(value.numpy().tobytes()).hexdigest()
 
 
 # ---- the other commands take it ----------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import urllib3
 import yaml
 from PIL import Image
 
+from imagerl.api.fine_tuning import run_sft
 from imagerl.models.blip3o_next.loading import save_policy
 from imagerl.rl.commands.chat_server import chat_app
 from imagerl.rl.commands.cli import main
-from imagerl.rl.commands.sft import run_sft
 from imagerl.rl.files.metrics import read_metrics
 from imagerl.rl.types import ImageRLError
 from tests import small_sft

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imagerl.rl.commands.train import run_training
+from imagerl.api.training import run_training
 from imagerl.rl.config.train import load_recipe
 from imagerl.rl.files.metrics import read_metrics
 from imagerl.rl.run import report

@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from imagerl.models.blip3o_next.loading import load_policy
 from imagerl.rl.commands.cli import main
 from imagerl.rl.engine.checkpoint import list_checkpoints
 from imagerl.rl.files.metrics import is_timing, read_metrics
 from imagerl.rl.sft.trainer import SFTTrainer
 from tests.micro import micro_folder
+from tests.models.helpers import load_policy
 from tests.small_run import RANK_PROGRAM
 from tests.small_sft import recipe, small_trainer, write_pictures, write_recipe
 
@@ -122,7 +122,7 @@ def test_the_model_that_is_left_is_the_trained_one(
     policy, _ = load_policy(str(run / "model"))
     overrides = VARIANTS[variant] if variant == "full" else ()
     trainer = small_trainer(policy, recipe(place, *overrides))
-    from imagerl.rl.commands.sft import open_sources
+    from imagerl.api.fine_tuning import open_sources
     from imagerl.rl.data.image_data import first_examples
     from imagerl.rl.data.image_files import load_example
     from imagerl.rl.data.seeding import generator
