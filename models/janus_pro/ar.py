@@ -1,4 +1,4 @@
-"""The autoregressive half of Janus-Pro (arXiv 2501.17811): a Llama that writes image tokens through layers of their own.
+"""The autoregressive half of Janus-Pro (arXiv 2501.17811): a Llama that writes image tokens by layers of their own.
 
 Image tokens do not pass through the text vocabulary: `generation_embeddings` and `generation_aligner` embed them, and
 `generation_head` scores them.
@@ -38,6 +38,8 @@ class JanusAR(Adaptable):
     def __init__(self, model: JanusForConditionalGeneration, blank: Blank) -> None:
         parts = model.model
         super().__init__(parts.language_model)
+        # Padding is what the unconditional prompt is written in, so it has a gradient like any other id.
+        self.lm.embed_tokens.padding_idx = None
         self.generation_embeddings = parts.generation_embeddings
         self.generation_aligner = parts.generation_aligner
         self.generation_head = parts.generation_head

@@ -11,11 +11,13 @@ from imagerl.models.janus_pro.loading import MODEL_TYPE, OLD_MODEL_TYPE, load_po
 from imagerl.models.janus_pro.policy import JanusPolicy
 from imagerl.models.janus_pro.prompts import JanusPrompts
 
+LAYOUTS = {"janus": "the hub's layout, for transformers' JanusForConditionalGeneration and for imagerl"}
+
 
 class JanusPro:
     """Implements `models.base.Family`."""
 
-    layouts = {"janus": "the hub's layout, for transformers' JanusForConditionalGeneration and for imagerl"}
+    layouts: Mapping[str, str] = LAYOUTS
 
     def recognises(self, settings: Mapping[str, object]) -> bool:
         return settings.get("model_type") in (MODEL_TYPE, OLD_MODEL_TYPE)

@@ -145,8 +145,8 @@ def sampling_of(generation: Mapping[str, Any], folder: Path) -> SamplingParams:
 
 
 def save_policy(policy: JanusPolicy, folder: Path, dtype: torch.dtype | None) -> None:
-    """Write a model folder, which `JanusForConditionalGeneration.from_pretrained` loads as it is. `dtype` is the storage
-    type; the default keeps each tensor's own."""
+    """Write a model folder that `JanusForConditionalGeneration.from_pretrained` loads as it is. `dtype` is what weights
+    are stored in; the default keeps each tensor's own."""
     model, blank = policy.model, policy.trainable.blank
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if model.lm_head.weight is model.get_input_embeddings().weight:
