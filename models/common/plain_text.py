@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Frame(NamedTuple):
+    """What stands around a user's words in a template."""
+
+    head: list[int]  # up to the last named token before them
+    lead: str  # from there to the words
+    trail: str  # from the words to the next named token
+    tail: list[int]
 
 
 class PlainText:
@@ -40,10 +49,13 @@ class PlainText:
             id_ for part in pairwise([0, *sorted(cuts), len(text)]) for id_ in self.plain(text[slice(*part)])
         ]
 
-    def framed(self, before: str, words: str, after: str) -> list[int]:
-        """Return ids of words between parts of a template, whose named tokens are tokens. Between named tokens text is
-        encoded as one piece, so the words are joined to what touches them."""
+    def frame(self, before: str, after: str) -> Frame:
+        """Cut parts of a template where named tokens are: between them text is encoded as one piece, so a user's words
+        must be joined to what touches them."""
         first = max((end for _, end in self.named_spans(before)), default=0)
         last = min((start for start, _ in self.named_spans(after)), default=len(after))
-        middle = self.plain(before[first:] + words + after[:last])
-        return [*self.ids(before[:first]), *middle, *self.ids(after[last:])]
+        return Frame(self.ids(before[:first]), before[first:], after[:last], self.ids(after[last:]))
+
+    def framed(self, frame: Frame, words: str) -> list[int]:
+        """Return ids of words between parts of a template, whose named tokens are tokens."""
+        return [*frame.head, *self.plain(frame.lead + words + frame.trail), *frame.tail]

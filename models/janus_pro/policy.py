@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,7 +98,7 @@ class JanusPolicy(BasePolicy):
 
     @torch.no_grad()
     def answer(
-        self, pictures: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int = 64
+        self, pictures: Iterable[Image.Image], questions: Sequence[str], max_new_tokens: int = 64
     ) -> list[str]:
         """Return the model's own words about pictures: greedy decoding, as transformers' `generate` does it."""
         rows = self._padded([self.prompts.question(question) for question in questions])

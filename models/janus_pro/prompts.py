@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from imagerl.models.common.plain_text import PlainText
+from imagerl.models.common.plain_text import Frame, PlainText
 from imagerl.rl.types import Canvas, ImageRLError, Prompt
 
 if TYPE_CHECKING:
@@ -52,31 +52,30 @@ class JanusPrompts:
                 "the model's folder has no chat template that works; copy chat_template.jinja from the hub's model"
             ) from error
 
-    @cache  # noqa: B019  two frames, which live as long as their prompts
-    def _frame(self, picture: bool) -> tuple[str, str]:
-        """Return what stands before and after a user's words in a caption, or in a question about a picture."""
-        before, *after = self._rendered(MARK, picture).split(MARK)
-        if len(after) != 1:
+    @cache  # noqa: B019  of two kinds, which live as long as their prompts
+    def _frame(self, picture: bool) -> tuple[str, str, Frame]:
+        """Return what stands before and after a user's words in the chat template, and around them in a whole prompt: a
+        caption, or a question about a picture."""
+        before, *rest = self._rendered(MARK, picture).split(MARK)
+        if len(rest) != 1:
             raise ImageRLError(
-                f"the model's chat template shows the user's words {len(after)} times, not once"
+                f"the model's chat template shows the user's words {len(rest)} times, not once"
             )
-        processor = self.processor
+        (after,), processor = rest, self.processor
         if not picture:
-            return before, after[0] + processor.image_start_token
-        if processor.use_default_system_prompt:
-            from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
+            return before, after, self._text.frame(before, after + processor.image_start_token)
+        from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
-            before = DEFAULT_SYSTEM_PROMPT + before
-        shown = processor.image_token * processor.num_image_tokens
-        shown = f"{processor.image_start_token}{shown}{processor.image_end_token}"
-        return before.replace(processor.image_token, shown), after[0]
+        system = DEFAULT_SYSTEM_PROMPT if processor.use_default_system_prompt else ""
+        places = processor.image_token * processor.num_image_tokens
+        shown = f"{processor.image_start_token}{places}{processor.image_end_token}"
+        return before, after, self._text.frame(system + before.replace(processor.image_token, shown), after)
 
     def _framed(self, words: str, picture: bool) -> list[int]:
-        before, after = self._frame(picture)
-        bare = self._rendered(MARK, picture)
+        before, after, frame = self._frame(picture)
         rendered = self._rendered(words, picture)  # the template may strip the words
-        start, end = bare.index(MARK), len(bare) - bare.index(MARK) - 1
-        return [*self._start, *self._text.framed(before, rendered[start : len(rendered) - end], after)]
+        words = rendered[len(before) : len(rendered) - len(after)]
+        return [*self._start, *self._text.framed(frame, words)]
 
     def caption(self, words: str) -> list[int]:
         """Encode a caption, up to the begin of the image."""
