@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from imagerl.models.common.tokens import positions_of
 
@@ -33,7 +34,10 @@ def with_unconditional(ids: Tensor, mask: Tensor, kept: Sequence[int], pad: int)
     share theirs, so that a set of prompts has few."""
     bare = torch.where(torch.isin(ids, torch.tensor(kept, device=ids.device)), ids, pad)
     both = torch.cat([bare, mask.long()], dim=1)
-    bare, which = both.unique(dim=0, return_inverse=True)
+    if isinstance(ids, FakeTensor):  # without content nothing is known to be equal
+        bare, which = both, torch.arange(len(ids))
+    else:
+        bare, which = both.unique(dim=0, return_inverse=True)
     bare_ids, bare_mask = bare.chunk(2, dim=1)
     rows = torch.cat([torch.arange(len(ids), device=ids.device), len(ids) + which])
     return PromptIds(torch.cat([ids, bare_ids]), torch.cat([mask.bool(), bare_mask.bool()]), rows)

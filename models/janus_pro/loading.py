@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +119,14 @@ def load_policy(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
         require_finite(parameter.data, f"{folder}: {name}")
     generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     model.requires_grad_(False).eval().to(device)
-    policy = JanusPolicy(model, processor, blank_of(generation, processor), sampling_of(generation, folder))
+    shown = processor.image_processor
+    policy = JanusPolicy(
+        model,
+        JanusPrompts(config, processor),
+        blank_of(generation, processor),
+        sampling_of(generation, str(folder / GENERATION)),
+        _scale(shown.image_mean, shown.image_std),
+    )
     policy.trainable.requires_grad_(True)
     return policy
 
@@ -133,7 +140,17 @@ def blank_of(generation: Mapping[str, Any], processor: JanusProcessor) -> Blank:
     return Blank((int(kept[0]), int(kept[1])), int(generation.get("pad_token_id", tokenizer.pad_token_id)))
 
 
-def sampling_of(generation: Mapping[str, Any], folder: Path) -> SamplingParams:
+def _scale(mean: Sequence[float], deviation: Sequence[float]) -> tuple[float, float]:
+    """Return how pictures are scaled, the same for all colours in every published model."""
+    if len(set(mean)) > 1 or len(set(deviation)) > 1:
+        raise ImageRLError(
+            f"the processor scales colours apart (image_mean {list(mean)}, image_std {list(deviation)}), which no VQ "
+            "decoder of Janus draws; copy preprocessor_config.json from the hub's model"
+        )
+    return float(mean[0]), float(deviation[0])
+
+
+def sampling_of(generation: Mapping[str, Any], place: str) -> SamplingParams:
     """Return how a model draws: by the whole distribution, guided as its generation_config.json says."""
     given = {
         "temperature": float(generation.get("temperature") or 1.0),
@@ -141,7 +158,7 @@ def sampling_of(generation: Mapping[str, Any], folder: Path) -> SamplingParams:
         "guidance": 1.0,
         "flow_steps": 1,
     }
-    return validated(SamplingSettings, given, str(folder / GENERATION)).params()
+    return validated(SamplingSettings, given, place).params()
 
 
 def save_policy(policy: JanusPolicy, folder: Path, dtype: torch.dtype | None) -> None:
@@ -171,4 +188,4 @@ def save_policy(policy: JanusPolicy, folder: Path, dtype: torch.dtype | None) ->
     )
     for name, content in (("config.json", settings), (GENERATION, generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    policy.processor.save_pretrained(folder)
+    policy.prompts.processor.save_pretrained(folder)

@@ -19,7 +19,7 @@ from imagerl.models.janus_pro.prompts import JanusPrompts
 from imagerl.rl.types import ImageRLError, Prompt, Rows, SamplingParams, TokenTrajectory
 
 if TYPE_CHECKING:
-    from transformers import JanusForConditionalGeneration, JanusProcessor
+    from transformers import JanusForConditionalGeneration
 
     from imagerl.models.base import DecoderPolicy
 
@@ -33,18 +33,42 @@ class JanusPolicy(BasePolicy):
     def __init__(
         self,
         model: JanusForConditionalGeneration,
-        processor: JanusProcessor,
+        prompts: JanusPrompts,
         blank: Blank,
         sampling: SamplingParams,
+        scale: tuple[float, float] = (0.5, 0.5),
     ) -> None:
+        """Take transformers' model; `scale` is the mean and deviation of what its decoder draws, per colour value."""
         super().__init__(JanusAR(model, blank), sampling)
         self.model = model
-        self.processor = processor
-        self.prompts = JanusPrompts(model.config, processor)
+        self.prompts = prompts
+        self.scale = scale
         self._sampler: TokenSampler | None = None
 
-    def parts(self) -> Sequence[nn.Module]:
-        return [self.model]
+    def parts(self) -> dict[str, nn.Module]:
+        parts = self.model.model
+        return {
+            "language model": self.trainable,
+            "VQ decoder": parts.vqmodel,
+            "vision tower": nn.ModuleList([parts.vision_model, parts.aligner]),
+            "text head": self.model.lm_head,
+        }
+
+    def blank(
+        self, prompts: int, length: int, samples: int, edits: bool = False
+    ) -> tuple[Rows, TokenTrajectory]:
+        """Return prompts and a trajectory without content."""
+        shape = (samples, self.prompts.canvas(Prompt(0, "")).tokens)
+        ids, mask = (torch.empty(prompts, length, dtype=kind) for kind in (torch.int64, torch.bool))
+        tokens, actions = (torch.empty(shape, dtype=kind) for kind in (torch.int64, torch.bool))
+        return {"ids": ids, "mask": mask}, TokenTrajectory(tokens, torch.empty(shape), actions)
+
+    def token_bytes(self) -> tuple[int, int]:
+        """Count keys and values, of both branches where tokens are guided. The decoder needs the tokens alone."""
+        config = self.trainable.lm.config
+        cache = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+        branches = 1 if self.sampling.token_guidance == 1 else 2
+        return branches * cache * self.sampler_dtype.itemsize, 0
 
     def encode(self, prompts: Sequence[Prompt], to_draw: bool = True) -> Rows:
         """Encode captions as ids and mask [P, L], left-padded, each ending in the begin of the image."""
@@ -79,9 +103,8 @@ class JanusPolicy(BasePolicy):
     ) -> Tensor:
         """Draw tokens [B, T] as pictures [B, 3, H, W] in [0, 1], as the processor scales them."""
         drawn = self.model.decode_image_tokens(trajectory.tokens).permute(0, 3, 1, 2).float()
-        shown = self.processor.image_processor
-        mean, std = (torch.tensor(each, device=drawn.device) for each in (shown.image_mean, shown.image_std))
-        return (drawn * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
+        mean, deviation = self.scale
+        return (drawn * deviation + mean).clamp(0, 1)
 
     def train_decoder(self) -> DecoderPolicy:
         raise ImageRLError(
@@ -102,7 +125,7 @@ class JanusPolicy(BasePolicy):
     ) -> list[str]:
         """Return the model's own words about pictures: greedy decoding, as transformers' `generate` does it."""
         rows = self._padded([self.prompts.question(question) for question in questions])
-        pixels = self.processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
+        pixels = self.prompts.processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
         written = self.model.generate(
             input_ids=rows["ids"],
             attention_mask=rows["mask"],
@@ -111,7 +134,7 @@ class JanusPolicy(BasePolicy):
             do_sample=False,
             max_new_tokens=max_new_tokens,
         )
-        answers = self.processor.tokenizer.batch_decode(
+        answers = self.prompts.processor.tokenizer.batch_decode(
             written[:, rows["ids"].shape[1] :], skip_special_tokens=True
         )
         return [answer.strip() for answer in answers]
