@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measuring import Report, interleaved
-from imagerl.rl.data.prompt_pictures import with_pictures
-from imagerl.rl.rollout.decodes import crossed_split
-from imagerl.rl.rollout.engine import RolloutEngine, reward_request, to_uint8
+from imagerl.rl.rollout.engine import RolloutEngine, reward_request, to_uint8, with_pictures
+from imagerl.rl.rollout.scores import crossed_split
 from imagerl.rl.types import Prompt, RewardRequest, RewardScores
 
 DECODES = (1, 2, 4)

@@ -11,8 +11,8 @@ import torch
 from imagerl.models.base import Family, Policy, PromptReader
 from imagerl.models.common.adapters import ADAPTER_CONFIG, adapter_base
 from imagerl.models.common.hub import SHIPPED, is_hub_name, snapshot
+from imagerl.rl.files.importing import import_callable
 from imagerl.rl.files.reading import is_regular, read_json
-from imagerl.rl.files.user_code import import_name
 from imagerl.rl.types import ImageRLError
 
 FAMILIES: dict[str, str] = {  # name -> its `models.base.Family`
@@ -33,7 +33,7 @@ def find_family(name: str) -> Family:
         raise ImageRLError(
             f"model.family {name!r} is none of {', '.join(FAMILIES)}; one of your own is file.py:Class"
         )
-    family: Family = import_name(FAMILIES.get(name, name), "model.family", "class")()
+    family: Family = import_callable(FAMILIES.get(name, name), "model.family")()
     return family
 
 

@@ -37,7 +37,7 @@ class Prompt:
     @property
     def reference(self) -> Image.Image | None:
         """The picture to edit, in the column of that name, so that rewards see it too; None: draw a new one. That of
-        a prompt file is there once the prompt is drawn; see `rl.data.prompt_pictures`."""
+        a prompt file is there once the prompt is drawn; see `rl.rollout.engine.with_pictures`."""
         picture = self.columns.get("reference")
         return picture if isinstance(picture, Image.Image) else None
 
@@ -283,6 +283,7 @@ class RewardRequest:
     columns: dict[str, list[Any]]
     group_size: int
     step: int = 0  # of training, counted from 0: weights may depend on it
+    progress: float = 0.0  # share of the training steps that are done, for rewards with a schedule
 
 
 @dataclass(slots=True)

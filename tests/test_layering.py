@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("rl", "models", "rewards")
 MEETING = ("imagerl.api.", "imagerl.rl.commands.")  # where the three meet
 READERS = tuple(
-    f"imagerl.rl.files.{name}" for name in ("bounds", "mistakes", "reading", "user_code", "yaml_text")
+    f"imagerl.rl.files.{name}" for name in ("bounds", "importing", "mistakes", "reading", "yaml_text")
 )
 SHARED = ("imagerl.rl.types", "imagerl.rl.errors", *READERS)
 PROTOCOLS = "imagerl.models.base"  # by which training knows models

@@ -48,7 +48,8 @@ def train_with_trl(recipe: Any, folder: Path) -> tuple[Any, list[float], list[fl
     from imagerl.models.families import load_policy
     from imagerl.rewards.base import RewardSpec, as_trl_reward, load_rewards
     from imagerl.rewards.workers.scoring import to_pil_images
-    from imagerl.rl.data.prompt_sets import GroupedSampler, load_prompt_set
+    from imagerl.rl.data.prompt_sets import load_prompt_set
+    from imagerl.rl.data.seeding import GroupedSampler
     from imagerl.rl.engine.engine import Engine
     from imagerl.rl.rollout.engine import RolloutEngine, reward_request, training_sampling
     from imagerl.rl.training.halves import trained_module
@@ -153,7 +154,8 @@ def train_with_imagerl(recipe: Any) -> tuple[Any, list[float], list[float]]:
 
     from imagerl.models.families import load_policy
     from imagerl.rewards.workers.pool import RewardWorkers
-    from imagerl.rl.data.prompt_sets import GroupedSampler, load_prompt_set
+    from imagerl.rl.data.prompt_sets import load_prompt_set
+    from imagerl.rl.data.seeding import GroupedSampler
     from imagerl.rl.engine.engine import Engine
     from imagerl.rl.rollout.engine import RolloutEngine, training_sampling
     from imagerl.rl.training.halves import lr_factor, trained_module

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from imagerl.rl.engine.checkpoint import Checkpoint, load_checkpoint
+from imagerl.rl.engine.checkpoint import MANIFEST, Checkpoint, load_checkpoint
 from imagerl.rl.engine.engine import Engine
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.run.folder import RunFolder
+from imagerl.rl.files.writing import wait_for
+from imagerl.rl.run.folder import RunFolder, told_changes
 
 T = TypeVar("T")
 
@@ -32,10 +33,15 @@ def open_run(
             folder.refuse_loss(recipe, overwrite)
             return None
         checkpoint = folder.resumable(recipe)
+        if checkpoint and (told := told_changes(checkpoint, recipe, engine.world_size)):
+            print(f"imagerl: {told}", file=sys.stderr)
         return checkpoint.folder if checkpoint else None
 
     chosen = on_main(engine, look)
-    return checkpoint if engine.is_main or chosen is None else load_checkpoint(chosen)
+    if engine.is_main or chosen is None:
+        return checkpoint
+    wait_for(chosen / MANIFEST)
+    return load_checkpoint(chosen, verify=False)
 
 
 def begin_run(engine: Engine, folder: RunFolder, recipe: Any, overwrite: bool) -> None:

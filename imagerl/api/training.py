@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
+    from imagerl.models.base import PromptReader
     from imagerl.rl.config.train import Recipe
     from imagerl.rl.data.prompt_sets import PromptSet
 
@@ -26,8 +27,8 @@ def closing_line(comparison: Mapping[str, Any]) -> str:
     return f"held-out {metric.replace('_', ' ')}: {before} → {after} ({change(result['difference'], rate)})"
 
 
-def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
-    """Read the prompts to train on and the held-out ones. No weights are read.
+def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet, PromptReader]:
+    """Read the prompts to train on, the held-out ones, and what reads them. No weights are read.
 
     Raises ImageRLError when they overlap, or for one that the model cannot read."""
     from imagerl.models.families import load_prompts
@@ -40,7 +41,7 @@ def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
     reader = load_prompts(recipe.model.path, recipe.model.family)
     reader.require((*prompts, *heldout))
     refuse_impossible(reader, prompts, training_sampling(recipe), recipe.algorithm.flow is not None)
-    return prompts, heldout
+    return prompts, heldout, reader
 
 
 def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
@@ -54,7 +55,7 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     from imagerl.rewards.base import check_entries
     from imagerl.rewards.workers.pool import RewardWorkers
     from imagerl.rl.config.rewards import refuse_hidden
-    from imagerl.rl.data.prompt_sets import GroupedSampler
+    from imagerl.rl.data.seeding import GroupedSampler
     from imagerl.rl.engine.engine import Engine
     from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling, training_sampling
     from imagerl.rl.run.folder import RunFolder
@@ -63,16 +64,16 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     from imagerl.rl.training.trainer import Trainer
 
     refuse_hidden([*recipe.rewards.functions, *recipe.gold])
-    prompts, heldout = read_prompts(recipe)
-    sampler = GroupedSampler(prompts, recipe.rollout.prompts_per_step, recipe.run.seed)
+    prompts, heldout, reader = read_prompts(recipe)
+    sampler = GroupedSampler(prompts, recipe.rollout.prompts_per_step, recipe.run.seed, reader.canvas)
     folder = RunFolder(recipe.run.output_dir)
     engine = Engine(recipe.engine)
     scorer = None
     try:
-        if recipe.rollout.prompts_per_step % engine.world_size:
+        if recipe.rollout.prompts_per_step < engine.world_size:
             raise ImageRLError(
-                f"rollout.prompts_per_step ({recipe.rollout.prompts_per_step}) must be divisible by the "
-                f"{engine.world_size} processes"
+                f"{engine.world_size} processes have nothing to do with {recipe.rollout.prompts_per_step} prompts a "
+                "step; raise rollout.prompts_per_step or start fewer processes"
             )
         checkpoint = open_run(engine, folder, recipe, resume, overwrite)
         entries = [[spec.model_dump() for spec in specs] for specs in (recipe.rewards.functions, recipe.gold)]
@@ -90,6 +91,7 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
             timeout_s=recipe.rewards.timeout_s,
             max_restarts=recipe.rewards.max_restarts,
             columns=prompts.columns,
+            policy=policy,
         )
         engine.prepare(
             module,

@@ -91,7 +91,7 @@ class Qwen3Settings(Settings):
 
 
 class SanaSettings(DiffusersSettings):
-    """Arguments of diffusers' `SanaTransformer2DModel`. `models.blip3o_next.sana` gives it no guidance to embed,
+    """Arguments of diffusers' `SanaTransformer2DModel`. `models.blip3o_next.flow_decoder` gives it no guidance to embed,
     and times a thousand."""
 
     in_channels: Width

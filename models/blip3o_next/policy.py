@@ -133,7 +133,7 @@ class ImagePolicy(BasePolicy):
         self, pictures: Iterable[Image.Image], questions: Sequence[str], max_new_tokens: int = 64
     ) -> list[str]:
         """Return the model's own words about pictures: greedy decoding up to the end of its turn."""
-        ids, mask = self.encode_questions(questions, self._read(pictures))
+        ids, mask = self.encode_questions(questions, self.picture_tokens(pictures))
         stop = {
             self.prompts.id_of(TURN_END),
             self.text_tokenizer.eos_token_id,
@@ -152,14 +152,10 @@ class ImagePolicy(BasePolicy):
             return self.tokens_of(pictures), self.decoder.encode(pictures.to(self.device))
         return self.picture_tokens(pictures), self.picture_latents(pictures)
 
-    def picture_tokens(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def picture_tokens(self, pictures: Iterable[Image.Image]) -> Tensor:
         """Return tokens [P, T] of PIL pictures of any size and mode. Raises ImageRLError like `reference_of`."""
-        self.require_tokenizer()
-        self.decoder.require_edit()
-        return self._read(pictures)
-
-    def _read(self, pictures: Iterable[Image.Image]) -> Tensor:
         tokenizer = self.require_tokenizer()
+        self.decoder.require_edit()
         small = torch.stack([prepare_picture(picture, tokenizer.picture_size) for picture in pictures])
         return tokenizer.encode(small.to(self.device))
 

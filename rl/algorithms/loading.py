@@ -13,7 +13,7 @@ from imagerl.rl.algorithms.kl import kl_sums
 from imagerl.rl.algorithms.losses import policy_loss
 from imagerl.rl.config.algorithm import AlgorithmConfig
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.files.user_code import import_name
+from imagerl.rl.files.importing import import_callable
 from imagerl.rl.types import LossInputs, LossOutput
 
 Loss = Callable[..., LossOutput]
@@ -38,7 +38,7 @@ def load_loss(algorithm: AlgorithmConfig) -> Loss:
             )
         return policy_loss
     key = "algorithm.import_path"
-    loss = import_name(algorithm.import_path, key)
+    loss = import_callable(algorithm.import_path, key)
     call = taking(loss, loss_settings(algorithm, algorithm.kl_coef), algorithm.arguments, key)
 
     def checked(inputs: LossInputs, **settings: Any) -> LossOutput:
@@ -76,7 +76,7 @@ def load_advantages(algorithm: AlgorithmConfig) -> Advantages:
             decouple=algorithm.decouple_rewards,
         )
     target, key = algorithm.advantage_import_path, "algorithm.advantage_import_path"
-    function = import_name(target, key)
+    function = import_callable(target, key)
 
     def checked(inputs: AdvantageInputs) -> AdvantageOutput:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from imagerl.rl.errors import ImageRLError, one_line
 if TYPE_CHECKING:
     from imagerl.rewards.base import LoadedReward, RewardSpec
     from imagerl.rewards.check.checks import CheckReport
+    from imagerl.rl.types import CheckPicture
 
 reward = typer.Typer(no_args_is_help=True, help="Check and serve rewards.")
 
@@ -55,9 +57,9 @@ def check_reward(
     from imagerl.rewards.base import LoadedReward, RewardSpec, load_spec
     from imagerl.rewards.base import check_reward as check_signature
     from imagerl.rewards.check.checks import check
-    from imagerl.rewards.check.page import check_page
     from imagerl.rl.data.tiny.pictures import check_edits, check_pictures
     from imagerl.rl.files.writing import write_atomic
+    from imagerl.rl.run.report import render_page
 
     given = parse_settings(settings or [])
     spec = RewardSpec(target, settings=given, python=python).absolute()
@@ -84,7 +86,7 @@ def check_reward(
             f"--prompts={prompts}",
             f"--seed={seed}",
         ]
-        write_atomic(page, check_page(report, pictures, shlex.join(command)))
+        write_atomic(page, render_page("check.html.j2", page_content(report, pictures, shlex.join(command))))
         print(f"written: {page}")
     if report.failed:
         count, first = len(report.failed), report.failed[0]
@@ -146,26 +148,51 @@ def parse_settings(entries: Sequence[str]) -> dict[str, Any]:
 def _shipped(but: str) -> list[LoadedReward]:
     """Load the rewards that ship, without the one that is checked, and those that lack packages or settings here."""
     from imagerl.rewards.base import REWARDS, LoadedReward, load_reward
+    from imagerl.rewards.preference.presets import PRESETS
 
     loaded = []
     for name in REWARDS:
-        if name != but:
+        if name != but and name not in PRESETS:  # these would be fetched
             with suppress(ImageRLError):
                 loaded.append(LoadedReward(*load_reward(name, **SHIPPED_SETTINGS.get(name, {}))))
     return loaded
 
 
+def page_content(report: CheckReport, pictures: Sequence[CheckPicture], command: str) -> dict[str, Any]:
+    """Return what the page of a check shows: the findings, and every picture with what it earned."""
+    from imagerl.rewards.pictures import data_url
+
+    verdicts = {row.kind: row.verdict for row in report.kinds}
+    values = report.values if len(report.values) else [math.nan] * len(pictures)
+    prompts: dict[int, dict[str, Any]] = {}
+    for picture, value in zip(pictures, values, strict=True):
+        entry = prompts.setdefault(picture.prompt.index, {"text": picture.prompt.text, "pictures": []})
+        shown = {"kind": picture.kind, "verdict": verdicts.get(picture.kind, "pass")}
+        entry["pictures"].append({**shown, "value": float(value), "source": data_url(picture.image)})
+    parts = list(dict.fromkeys(name for row in report.kinds for name in row.parts))
+    return {
+        "report": report,
+        "command": command,
+        "parts": parts,
+        "prompts": [*prompts.values()],
+        "three": three,
+    }
+
+
+def three(value: float) -> str:
+    """Write three digits; a dash where there is no value."""
+    return f"{value:.3g}" if math.isfinite(value) else "–"
+
+
 def table(report: CheckReport) -> list[str]:
     """Write the report as lines of text."""
-    from imagerl.rewards.check.page import number
-
     lines = [f"{f.verdict:>4}  {f.check:<12} {one_line(f.sentence)}" for f in report.findings]
     if report.kinds:
         width = max(len(row.kind) for row in report.kinds)
         lines += ["", f"      {'kind':<{width}} {'mean':>7} {'least':>7} {'most':>7}"]
         lines += [
-            f"{row.verdict:>4}  {row.kind:<{width}} {number(row.mean):>7} {number(row.low):>7} "
-            f"{number(row.high):>7}  {row.sentence}".rstrip()
+            f"{row.verdict:>4}  {row.kind:<{width}} {three(row.mean):>7} {three(row.low):>7} "
+            f"{three(row.high):>7}  {row.sentence}".rstrip()
             for row in report.kinds
         ]
     return lines

@@ -118,8 +118,8 @@ def language_model_bytes(
     weights = sum(p.numel() for p in ar.parameters())
     ar.requires_grad_(True).eval()
     if lora is not None:
-        ar.add_lora(**lora)  # here, where PEFT may still move modules about
-    ar.freeze(freeze)
+        policy.add_lora(**lora)  # here, where PEFT may still move modules about
+    policy.freeze(freeze)
     with FakeTensorMode(allow_non_fake_inputs=True):
         without_content(ar, shape.storage)
         if lm.config.tie_word_embeddings:

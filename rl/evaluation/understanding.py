@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from imagerl.rl.data.prompt_pictures import with_pictures
 from imagerl.rl.evaluation.evaluate import Evaluation
 from imagerl.rl.evaluation.stats import summarise
+from imagerl.rl.rollout.engine import with_pictures
 from imagerl.rl.types import Prompt
 
 MAX_ANSWER = 16  # tokens

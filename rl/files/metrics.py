@@ -10,8 +10,7 @@ import os
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,19 +83,30 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     return records
 
 
+def _evaluates(record: Mapping[str, Any]) -> bool:
+    return any(key.startswith("eval/") for key in record)
+
+
 class MetricsLog:
     """Appends metrics to `metrics.jsonl` and to TensorBoard events in `tb/`.
 
     A line is on the disk when `log` returns, so log a step *before* saving its checkpoint: a resumed run
     then finds every step up to that checkpoint. `resume_step` is the step of the checkpoint that the run
     continues from; lines of later steps are dropped. A run killed before its first checkpoint resumes
-    with −1, which drops all. None starts a new file.
+    with −1, which drops all. None starts a new file. With `looked` false the run was stopped before the evaluation
+    after `resume_step` was done, which comes again: its line is dropped too.
 
     Raises:
         ImageRLError: a new run would write into a folder that already holds metrics; disk full.
     """
 
-    def __init__(self, run_dir: Path | str, resume_step: int | None = None, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: Path | str,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        looked: bool = True,
+    ) -> None:
         self.path = Path(run_dir) / METRICS_FILE
         records = read_metrics(run_dir)
         if resume_step is None:
@@ -106,7 +116,9 @@ class MetricsLog:
                 )
             kept = []
         else:
-            kept = [record for record in records if record["step"] <= resume_step]
+            last = resume_step - (not looked)
+            again = [r for r in records if r["step"] == resume_step and not looked and not _evaluates(r)]
+            kept = [record for record in records if record["step"] <= last] + again
         write_atomic(self.path, "".join(to_json(record) + "\n" for record in kept))
         self._file = _open_to_append(self.path)
         self._events: io.FileIO | None = None
@@ -182,49 +194,6 @@ def _event_records(values: Mapping[str, float], step: int | None, begins: bool =
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=float(value))])
         records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
     return buffer.getvalue()
-
-
-class PhaseTimer:
-    """Seconds and shares of the phases of a step: `with timer("rollout"): ...`.
-
-    `synchronise` is called at both ends of a phase; give `torch.cuda.synchronize` on a GPU, where kernels
-    return before they have run.
-    """
-
-    def __init__(
-        self,
-        synchronise: Callable[[], None] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._synchronise = synchronise or (lambda: None)
-        self._clock = clock
-        self._seconds: dict[str, float] = {}
-        self._start = clock()
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        self._synchronise()
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._synchronise()
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
-
-    def start(self) -> None:
-        """Begin a step: forget the phases so far."""
-        self._start = self._clock()
-        self._seconds = {}
-
-    def metrics(self) -> dict[str, float]:
-        """Return `time/<phase>_s`, `share/<phase>` and `time/step_s` since `start`.
-
-        Shares are of that wall time, so what no phase covers shows as `share/other`.
-        """
-        total, seconds = self._clock() - self._start, self._seconds
-        result = {f"time/{phase}_s": value for phase, value in seconds.items()} | {"time/step_s": total}
-        seconds = seconds | {"other": max(0.0, total - sum(seconds.values()))}
-        return result | {f"share/{phase}": value / max(total, 1e-9) for phase, value in seconds.items()}
 
 
 class Progress:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from imagerl.models.base import Policy, PromptReader
-from imagerl.rl.data.prompt_pictures import with_pictures
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.errors import ImageRLError
+from imagerl.rl.files.reading import read_picture
 from imagerl.rl.types import (
     Canvas,
     FlowSampling,
@@ -89,8 +90,20 @@ def refuse_impossible(
             )
 
 
-def reward_request(groups: Sequence[RolloutGroup], step: int = 0) -> RewardRequest:
-    """Make the request that shows rewards some groups of equal size, at a training step."""
+def with_pictures(prompt: Prompt) -> Prompt:
+    """Return the prompt with its pictures opened, RGB.
+
+    Raises ImageRLError when a file is no picture that can be read."""
+    paths = {name: value for name, value in prompt.columns.items() if isinstance(value, Path)}
+    if not paths:
+        return prompt
+    return replace(
+        prompt, columns={**prompt.columns, **{name: read_picture(path, name) for name, path in paths.items()}}
+    )
+
+
+def reward_request(groups: Sequence[RolloutGroup], step: int = 0, steps: int = 0) -> RewardRequest:
+    """Make the request that shows rewards some groups of equal size, at a training step of so many."""
     size = len(groups[0].images)
     decodes = size // len(groups[0].tokens)
     repeated = [group.prompt for group in groups for _ in range(size)]
@@ -101,6 +114,7 @@ def reward_request(groups: Sequence[RolloutGroup], step: int = 0) -> RewardReque
         columns={name: [prompt.columns[name] for prompt in repeated] for name in groups[0].prompt.columns},
         group_size=size,
         step=step,
+        progress=step / steps if steps else 0.0,
     )
 
 

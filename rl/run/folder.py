@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import IO, Any
 
+from imagerl.rl.config.engine import CheckpointConfig, EngineConfig
 from imagerl.rl.config.monitors import MonitorsConfig
 from imagerl.rl.config.recipe import RecipeModel, load_yaml_recipe, validate_recipe
 from imagerl.rl.config.rewards import without_addresses
@@ -26,18 +28,14 @@ MODEL = "model"  # what supervised training leaves
 PEAK = "peak"  # the checkpoint at which the watched metrics were best, with monitors.stop
 # What may change between a run and its continuation without making it another experiment.
 CHANGEABLE = {
-    *(
-        "run.steps",
-        "run.images",
-        "run.minutes",
-        "run.output_dir",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "rollout.max_logprob_diff",
-    ),
-    "algorithm.flow.max_logprob_diff",
+    *("run.steps", "run.images", "run.minutes", "run.output_dir"),
+    *(f"checkpoint.{key}" for key in CheckpointConfig.model_fields),
+    *("rollout.max_logprob_diff", "algorithm.flow.max_logprob_diff"),
     *(f"rewards.{key}" for key in ("workers", "timeout_s", "max_failure_rate", "max_restarts")),
     *("data.workers", "data.max_bad_share", "run.model_dtype"),
+    # how the same numbers are computed
+    *(f"engine.{key}" for key in EngineConfig.model_fields if key != "precision"),
+    *("rollout.sample_chunk", "rollout.decode_chunk", "eval.batch_size"),
     *(f"monitors.{key}" for key in MonitorsConfig.model_fields),
 }
 
@@ -149,6 +147,11 @@ class RunFolder:
         source = str(checkpoint.folder)
         made_by = validate_recipe(type(recipe), checkpoint.state.get("recipe", {}), source)
         self._refuse_other(made_by, recipe, f"has a checkpoint, {checkpoint.folder.name}, that was")
+        if made_by.checkpoint.weights_only:
+            raise ImageRLError(
+                f"{checkpoint.folder} holds weights only (checkpoint.weights_only), no run can go on from it; "
+                "begin one from its export, as model.path"
+            )
         if checkpoint.step > recipe.run.steps:
             raise ImageRLError(
                 f"{self.path} is at step {checkpoint.step} already but run.steps is {recipe.run.steps}; "
@@ -228,6 +231,11 @@ def read_stored_recipe(path: Path, schema: type[AnyRecipe]) -> AnyRecipe:
 
 def differing_keys(stored: RecipeModel, given: RecipeModel) -> list[str]:
     """List the dotted keys in which two recipes differ, those that may change left out."""
+    return [key for key in differences(stored, given) if key not in CHANGEABLE]
+
+
+def differences(stored: RecipeModel, given: RecipeModel) -> dict[str, tuple[Any, Any]]:
+    """Return the values, before and now, of the dotted keys in which two recipes differ."""
 
     def flat(
         values: Mapping[str, Any], prefix: tuple[str, ...] = ()
@@ -240,4 +248,16 @@ def differing_keys(stored: RecipeModel, given: RecipeModel) -> list[str]:
 
     old, new = (dict(flat(without_addresses(recipe.model_dump(mode="json")))) for recipe in (stored, given))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    return [key for key in map(".".join, keys) if key not in CHANGEABLE]
+    return {".".join(key): (old.get(key), new.get(key)) for key in keys}
+
+
+def told_changes(checkpoint: Checkpoint, recipe: AnyRecipe, processes: int) -> str:
+    """Return, in one line, what is other than when the checkpoint was written; empty when nothing is."""
+    before = validate_recipe(type(recipe), checkpoint.state.get("recipe", {}), str(checkpoint.folder))
+    changes = differences(before, recipe)
+    if (were := checkpoint.state.get("processes", processes)) != processes:
+        changes["the number of processes"] = (were, processes)
+    told = ", ".join(
+        f"{key} {json.dumps(now)} (was {json.dumps(old)})" for key, (old, now) in changes.items()
+    )
+    return f"going on from step {checkpoint.step} with {told}" if told else ""

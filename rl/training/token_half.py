@@ -14,14 +14,18 @@ from imagerl.models.base import Policy
 from imagerl.rl.algorithms.advantages import AdvantageInputs
 from imagerl.rl.algorithms.kl import adapted_coef, kl_penalty
 from imagerl.rl.algorithms.loading import load_loss, loss_settings
-from imagerl.rl.algorithms.losses import action_weights, loss_denominator
-from imagerl.rl.algorithms.policy_weights import entropy_threshold, highest_entropy, policy_weights
+from imagerl.rl.algorithms.losses import (
+    action_weights,
+    entropy_threshold,
+    highest_entropy,
+    loss_denominator,
+    policy_weights,
+)
 from imagerl.rl.config.train import Recipe
-from imagerl.rl.rollout.decodes import average_decodes
 from imagerl.rl.rollout.engine import training_sampling
+from imagerl.rl.rollout.scores import average_decodes
 from imagerl.rl.training.half import HalfLoss, reward_inputs
-from imagerl.rl.training.step_checks import refuse_gap
-from imagerl.rl.training.step_metrics import Metrics, microbatch_sums, replay_gap, update_metrics
+from imagerl.rl.training.step_metrics import Metrics, microbatch_sums, refuse_gap, replay_gap, update_metrics
 from imagerl.rl.types import (
     LossInputs,
     RewardScores,
@@ -52,7 +56,7 @@ class TokenHalf:
         self.gather = gather
         self.policy_loss = load_loss(recipe.algorithm)
         self.sampled_with = training_sampling(recipe)
-        self.kl_coef = recipe.algorithm.kl_coef  # adapted where there is a target
+        self._weigh_kl(recipe.algorithm.kl_coef)  # adapted where there is a target
         self.several = recipe.algorithm.updates_per_rollout > 1
         self.choosy = recipe.algorithm.top_entropy < 1
         self.needs_old = self.several or self.choosy
@@ -129,7 +133,7 @@ class TokenHalf:
             denominator=denominator,
             policy_weights=policy_weights(old, part.rollout_logprobs, mask, cap, part.selected),
         )
-        output = self.policy_loss(inputs, **loss_settings(algorithm, self.kl_coef))
+        output = self.policy_loss(inputs, **self.settings)
         loss = output.loss
         if algorithm.entropy_coef:  # else its gradient would be computed and multiplied by 0
             weights = action_weights(mask, algorithm.normaliser).to(loss.dtype)
@@ -146,7 +150,7 @@ class TokenHalf:
         target, first = self.algorithm.kl_target, updates[0]
         if target is not None and first:
             kl = first["kl_k3"] / first["actions"]
-            self.kl_coef = adapted_coef(self.kl_coef, kl, target, self.algorithm.kl_rate)
+            self._weigh_kl(adapted_coef(self.kl_coef, kl, target, self.algorithm.kl_rate))
 
     def metrics(self, updates: Sequence[Metrics]) -> Metrics:
         """Return means per token of the last update; see docs/run-folder.md."""
@@ -161,4 +165,8 @@ class TokenHalf:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` returned."""
-        self.kl_coef = state.get("kl_coef", self.kl_coef)
+        self._weigh_kl(state.get("kl_coef", self.kl_coef))
+
+    def _weigh_kl(self, coef: float) -> None:
+        self.kl_coef = coef
+        self.settings = loss_settings(self.algorithm, coef)

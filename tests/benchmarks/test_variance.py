@@ -10,8 +10,8 @@ from benchmarks.variance import gains, measure
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.data.tiny.edits import edit_set
 from imagerl.rl.data.tiny.world import prompt_set
-from imagerl.rl.rollout.decodes import crossed_split
 from imagerl.rl.rollout.engine import RolloutEngine
+from imagerl.rl.rollout.scores import crossed_split
 from imagerl.rl.types import Prompt, RewardRequest, RewardScores, SamplingParams
 from tests.models.helpers import edit_policy, lively_policy
 

@@ -154,7 +154,7 @@ def test_its_export_repeats_the_run_and_draws(
         ),
         ("model.lora={r: 2}", "this model takes no LoRA adapters; remove model.lora"),
         ("model.family=nobody", "model.family 'nobody' is none of blip3o_next"),
-        ("model.family=my.py:X", "model.family: .*my.py does not exist"),
+        ("model.family=my.py:X", "model.family 'my.py:X': .*my.py does not exist"),
         ("model.family=null", "type 'toy' that is of none of the families .* model.family to file.py:Class"),
     ],
 )
@@ -169,7 +169,7 @@ def test_what_it_cannot_do_is_refused_in_one_line(
 
 
 def test_a_family_without_the_class_says_what_it_has(place: Path) -> None:
-    with pytest.raises(ImageRLError, match=r"has no class YourFamily; did you mean MyFamily\?"):
+    with pytest.raises(ImageRLError, match=r"has no YourFamily; did you mean MyFamily\?"):
         families.find_family(f"{place / 'my_family.py'}:YourFamily")
 
 

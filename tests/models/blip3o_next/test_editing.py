@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from imagerl.models.blip3o_next.flow_decoder import caption_keys, velocity
 from imagerl.models.blip3o_next.loading import read_weights, save_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.models.blip3o_next.sana import caption_keys, velocity
 from imagerl.rl.types import ImageRLError, SamplingParams
 from tests.micro import micro_policy
 from tests.models.helpers import decode, edit_policy, load_policy, uniforms

@@ -7,7 +7,7 @@ from PIL import Image
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.understanding import greedy_text, text_columns
 from imagerl.rl.types import ImageRLError
-from tests.models.helpers import lively_policy, random_tokens
+from tests.models.helpers import edit_policy, lively_policy, random_tokens
 
 QUESTIONS = ["what is written?", "colour?", "what colour is the ink, and what is the background?"]
 NEW = 12
@@ -68,8 +68,9 @@ def test_only_text_is_written(policy: ImagePolicy) -> None:
 
 
 def test_an_answer_is_words_up_to_the_end_of_the_turn(
-    policy: ImagePolicy, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    policy, _ = edit_policy()
     asked: dict[str, object] = {}
 
     def scripted(ar: object, ids: object, mask: object, stop: set[int], limit: int) -> list[list[int]]:
@@ -82,6 +83,7 @@ def test_an_answer_is_words_up_to_the_end_of_the_turn(
     assert asked == {"stop": set(names), "limit": 5}
 
 
-def test_questions_and_pictures_must_pair(policy: ImagePolicy) -> None:
+def test_questions_and_pictures_must_pair() -> None:
+    policy, _ = edit_policy()
     with pytest.raises(ImageRLError, match="2 prompts need picture tokens"):
         policy.answer([PICTURE] * 3, QUESTIONS[:2])

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from imagerl.api import exporting as export_module
 from imagerl.api.exporting import PROVENANCE, export, proof_samples, recipe_of, trained_policy
+from imagerl.models.blip3o_next import exporting as export_module
 from imagerl.models.blip3o_next.exporting import save_published
 from imagerl.models.blip3o_next.family import Blip3oNext
 from imagerl.models.common.shards import Shards

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from imagerl.api import exporting as export_module
 from imagerl.api.drawing import loaded_rollout
 from imagerl.api.exporting import PROVENANCE, export, proof_samples, recipe_of, trained_policy
+from imagerl.models.blip3o_next import loading
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.commands.cli import main
 from imagerl.rl.config.sft import AnyRecipe
@@ -228,7 +229,7 @@ def test_a_model_of_its_own_temperature_is_sampled_at_it(
 def test_a_tampered_export_is_refused(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str
 ) -> None:
-    save = export_module.save_policy
+    save = loading.save_policy
 
     def tampering(policy: ImagePolicy, folder: Path, *arguments: Any) -> None:
         save(policy, folder, *arguments)
@@ -236,7 +237,7 @@ def test_a_tampered_export_is_refused(
         stored[tensor].view(-1)[0] += 0.1
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(export_module, "save_policy", tampering)
+    monkeypatch.setattr(loading, "save_policy", tampering)
     with pytest.raises(
         ImageRLError, match=r"does not repeat the run's (tokens|pixels) .*nothing was written"
     ):

@@ -146,8 +146,9 @@ def test_step_shapes() -> None:
     assert (one.sampled, one.pictures, one.micro_batch, one.share) == (4, 8, 8, 4)
     assert (four.sampled, four.pictures) == (2, 8)
     assert step_shape(recipe("eval.batch_size=64"), 1, 20, 8).pictures == 64
-    with pytest.raises(ImageRLError, match=r"prompts_per_step \(8\) must be divisible by the 3 GPUs"):
-        step_shape(settings, 3, 20, 8)
+    assert step_shape(settings, 3, 20, 8).sampled == 3  # of the busiest
+    with pytest.raises(ImageRLError, match="9 GPUs cannot share 8 prompts"):
+        step_shape(settings, 9, 20, 8)
 
 
 def test_edits_cost_their_pictures(tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(file), "--gpus", "3"])
     assert ended.value.code == 1
-    assert "must be divisible by the 3 GPUs" in capsys.readouterr().err
+    assert "3 GPUs cannot share 2 prompts" in capsys.readouterr().err
 
 
 def test_too_much_is_said() -> None:

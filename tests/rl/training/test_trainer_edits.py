@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.rl.data.prompt_sets import GroupedSampler
+from imagerl.rl.data.seeding import GroupedSampler
 from imagerl.rl.data.tiny.edits import edit_set
 from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.run.loop import with_sources
