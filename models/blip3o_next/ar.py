@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from imagerl.models.common.adaptable import Adaptable
-from imagerl.models.common.sequences import PromptIds, image_states, sequence_states
-from imagerl.models.common.tokens import score_tokens
+from imagerl.models.common.tokens import PromptIds, image_states, score_tokens, sequence_states
 from imagerl.rl.types import ImageRLError, Rows, SamplingParams, TokenScores
 
 if TYPE_CHECKING:

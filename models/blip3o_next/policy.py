@@ -20,10 +20,9 @@ from imagerl.models.blip3o_next.understanding import greedy_text
 from imagerl.models.common.image_tokenizer import ImageTokenizer
 from imagerl.models.common.pictures import prepare_picture
 from imagerl.models.common.policy import BasePolicy
-from imagerl.models.common.sequences import PromptIds
 from imagerl.models.common.settings import SamplingSettings, stored_sampling
 from imagerl.models.common.token_sampler import TokenSampler
-from imagerl.models.common.tokens import pad_left
+from imagerl.models.common.tokens import PromptIds, pad_left
 from imagerl.rl.types import Canvas, ImageRLError, Prompt, Rows, SamplingParams, TokenTrajectory, repeat
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from imagerl.models.common.sequences import PromptIds
-from imagerl.models.common.tokens import Logits, draw_tokens, guided_logits, positions_of
+from imagerl.models.common.tokens import Logits, PromptIds, draw_tokens, guided_logits, positions_of
 from imagerl.rl.types import TokenTrajectory
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from imagerl.models.common.adaptable import Adaptable
-from imagerl.models.common.sequences import PromptIds, image_states, with_unconditional
-from imagerl.models.common.tokens import score_tokens
+from imagerl.models.common.tokens import PromptIds, image_states, score_tokens, with_unconditional
 from imagerl.rl.types import Rows, SamplingParams, TokenScores
 
 if TYPE_CHECKING:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from imagerl.models.common.policy import PlainPrompts
 from imagerl.models.janus_pro.ar import Blank
 from imagerl.models.janus_pro.loading import sampling_of
 from imagerl.models.janus_pro.policy import JanusPolicy
-from imagerl.models.janus_pro.prompts import JanusPrompts
+from imagerl.models.janus_pro.prompts import JanusPrompts, canvas_of
+from imagerl.rl.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import JanusConfig
 
     from imagerl.models.base import PromptReader
 
+TEMPLATE_TOKENS, LETTERS_PER_TOKEN = 12, 3  # of prompts, where the text tokenizer is not at hand
 # name on the hub -> hidden size, layers, heads, intermediate size of the language model
 PUBLISHED = {
     "deepseek-community/Janus-Pro-1B": (2048, 24, 16, 5632),
@@ -38,6 +42,24 @@ def full_size_config(name: str) -> JanusConfig:
     }
     vq = {"projection_dim": width, "image_token_embed_dim": width}
     return JanusConfig(text_config=text, vision_config={"projection_dim": width}, vq_config=vq)
+
+
+class EstimatedPrompts(PlainPrompts):
+    """The prompts of a model that is not here."""
+
+    token_guided = True
+
+    def longest(self, prompts: Sequence[Prompt]) -> int:
+        return TEMPLATE_TOKENS + super().longest(prompts) // LETTERS_PER_TOKEN
+
+
+def published_outline(path: str) -> JanusOutline | None:
+    """Return the sizes behind a name of the hub, which are known without its files."""
+    name = path.partition("@")[0]
+    if name not in PUBLISHED:
+        return None
+    config = full_size_config(name)
+    return JanusOutline(config, EstimatedPrompts(canvas_of(config)))
 
 
 class JanusOutline:

@@ -7,8 +7,7 @@ from torch.distributions import Categorical
 from torch.nn import functional as F
 
 from imagerl.models.common import tokens as common_tokens
-from imagerl.models.common.sequences import with_unconditional
-from imagerl.models.common.tokens import guided_logits, positions_of, score_tokens
+from imagerl.models.common.tokens import guided_logits, positions_of, score_tokens, with_unconditional
 from imagerl.rl.types import TokenScores
 
 
