@@ -47,8 +47,6 @@ def full_size_config(name: str) -> JanusConfig:
 class EstimatedPrompts(PlainPrompts):
     """The prompts of a model that is not here."""
 
-    token_guided = True
-
     def longest(self, prompts: Sequence[Prompt]) -> int:
         return TEMPLATE_TOKENS + super().longest(prompts) // LETTERS_PER_TOKEN
 
@@ -59,7 +57,7 @@ def published_outline(path: str) -> JanusOutline | None:
     if name not in PUBLISHED:
         return None
     config = full_size_config(name)
-    return JanusOutline(config, EstimatedPrompts(canvas_of(config)))
+    return JanusOutline(config, EstimatedPrompts(canvas_of(config), token_guided=True))
 
 
 class JanusOutline:
