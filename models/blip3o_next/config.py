@@ -91,8 +91,8 @@ class Qwen3Settings(Settings):
 
 
 class SanaSettings(DiffusersSettings):
-    """Arguments of diffusers' `SanaTransformer2DModel`. `models.blip3o_next.flow_decoder` gives it no guidance to embed,
-    and times a thousand."""
+    """Arguments of diffusers' `SanaTransformer2DModel`. `models.blip3o_next.flow_decoder` gives it no guidance to
+    embed, and times a thousand."""
 
     in_channels: Width
     out_channels: Width | None = 32

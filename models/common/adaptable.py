@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from imagerl.rl.types import ImageRLError
+from imagerl.rl.errors import ImageRLError, one_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -64,7 +64,7 @@ class Adaptable(nn.Module):
         try:
             self.attach_adapter(get_peft_model(self.lm, config))
         except ValueError as error:
-            raise ImageRLError(f"model.lora: {' '.join(str(error).split())[:300]}") from error
+            raise ImageRLError(f"model.lora: {one_line(error, 300)}") from error
         self._new_adapter = True
 
     @property

@@ -12,6 +12,7 @@ from imagerl.models.common.adaptable import ADAPTER, Adaptable
 from imagerl.models.common.hub import SHIPPED
 from imagerl.models.common.settings import Dropout, SamplingSettings, Settings, stored_sampling
 from imagerl.models.common.shards import Shards, require_finite
+from imagerl.rl.errors import one_line
 from imagerl.rl.files.mistakes import validated
 from imagerl.rl.files.reading import is_regular, read_json
 from imagerl.rl.types import ImageRLError, SamplingParams
@@ -86,8 +87,8 @@ def load_adapter(half: Adaptable, folder: Path) -> None:
         adapter = get_peft_model(half.lm, config)
         outcome = set_peft_model_state_dict(adapter, weights)
     except Exception as error:  # what PEFT and torch say of layers and shapes that do not fit
-        why = " ".join(str(error).split())[:200]
-        raise ImageRLError(f"the adapter in {folder} does not fit its base model {base}: {why}") from error
+        told = one_line(error, 200)
+        raise ImageRLError(f"the adapter in {folder} does not fit its base model {base}: {told}") from error
     absent = [key for key in outcome.missing_keys if "lora_" in key]
     if outcome.unexpected_keys or absent:
         wrong = f"no layer for {outcome.unexpected_keys[0]}" if outcome.unexpected_keys else f"no {absent[0]}"

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -17,7 +16,7 @@ from imagerl.rl.types import Prompt
 PICTURE_COLUMNS = ("reference", "mask", "ideal")  # the picture to edit, where it may change, a perfect result
 
 
-def picture_paths(columns: Mapping[str, Any], folder: Path, place: str) -> dict[str, Any]:
+def picture_paths(columns: Mapping[str, object], folder: Path, place: str) -> dict[str, object]:
     """Return a row's columns with paths for the names of pictures, which are relative to the prompt file's folder.
 
     Raises ImageRLError, beginning with `place`, when one is no name of a file that is there, or the file is no picture

@@ -163,6 +163,7 @@ def refuse_overlap(train: PromptSet, heldout: PromptSet, wanted: Callable[[Any, 
         return wanted(prompt.columns.get("target"), prompt.text)
 
     for what, value_of in (("prompt", whole), ("target", target)):
+        # Reversed, so that of equal prompts the message names the first line.
         trained = {value: prompt for prompt in reversed(train.prompts) if (value := value_of(prompt))}
         shared = [(prompt, trained[value]) for prompt in heldout if (value := value_of(prompt)) in trained]
         if shared:

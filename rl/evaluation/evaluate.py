@@ -98,6 +98,7 @@ def try_rewards(suite: str, prompts: Sequence[Prompt], rollout: Source, scorer: 
     before a whole evaluation is drawn for it.
 
     Raises ImageRLError for the first reward or gold metric that has no value for any of them."""
+    # Spread over the set: its first prompts may be the ones that a reward happens to understand.
     few = prompts[:: -(-len(prompts) // TRIED)]
     groups = [group for part in rollout.generate(few, 1, f"eval {suite}") for group in part]
     scores = scorer.collect(scorer.submit(reward_request(groups), with_gold=True))
@@ -148,6 +149,7 @@ def evaluate(
             elif shown is None or place < shown:
                 images[place] = group.images
     for placed, ticket in tickets:
+        # Collected only now: rewards work on one batch while the next one is drawn.
         scores = scorer.collect(ticket)
         names = _metric_names(scores.components, suite)
         for row, ((place, prompt), sample) in enumerate(product(placed, range(samples))):

@@ -166,5 +166,6 @@ class PhaseTimer:
         """
         total, seconds = self._clock() - self._start, self._seconds
         result = {f"time/{phase}_s": value for phase, value in seconds.items()} | {"time/step_s": total}
+        # Phases within phases may add up to more than the step; a share below 0 would only puzzle.
         seconds = seconds | {"other": max(0.0, total - sum(seconds.values()))}
         return result | {f"share/{phase}": value / max(total, 1e-9) for phase, value in seconds.items()}

@@ -11,7 +11,6 @@ import torch
 
 from imagerl.api.exporting import export, proof_samples, recipe_of, trained_policy
 from imagerl.models.common.adapters import adapter_base
-from imagerl.rl.commands.cli import main
 from imagerl.rl.commands.plan import plans
 from imagerl.rl.config.recipe import load_yaml_recipe, validate_recipe
 from imagerl.rl.config.train import Recipe
@@ -23,6 +22,7 @@ from imagerl.rl.rollout.engine import RolloutEngine
 from imagerl.rl.sft.objective import sft_module
 from imagerl.rl.types import SamplingParams
 from tests import small_sft
+from tests.command import call
 from tests.micro import micro_folder
 from tests.models.helpers import load_policy
 from tests.small_run import low_tokens, recipe_data, small_trainer, write_recipe
@@ -36,12 +36,6 @@ STARTS = {
     "on_an_adapter": ("adapter", "{r: 2}"),
     "on_a_merge": ("merged", "{r: 2}"),
 }
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return int(ended.value.code or 0)
 
 
 def train(place: Path, run: Path, *overrides: str) -> None:

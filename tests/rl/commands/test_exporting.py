@@ -19,7 +19,6 @@ from imagerl.api.drawing import loaded_rollout
 from imagerl.api.exporting import PROVENANCE, export, proof_samples, recipe_of, trained_policy
 from imagerl.models.blip3o_next import loading
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.rl.commands.cli import main
 from imagerl.rl.config.sft import AnyRecipe
 from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.engine.checkpoint import load_checkpoint
@@ -28,15 +27,10 @@ from imagerl.rl.evaluation.suites import SUITES
 from imagerl.rl.files.metrics import read_metrics
 from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling
 from imagerl.rl.types import SamplingParams
+from tests.command import call
 from tests.micro import micro_folder
 from tests.models.helpers import load_policy
 from tests.small_run import low_tokens, write_recipe
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return int(ended.value.code or 0)
 
 
 @pytest.fixture(scope="module")
