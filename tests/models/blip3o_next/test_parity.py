@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagerl.models.blip3o_next import flow_decoder, sana
+from imagerl.models.blip3o_next import flow_decoder
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.weights import full_state
 from imagerl.rl.types import SamplingParams
@@ -48,9 +48,10 @@ def hidden(given: Fixture, policy: ImagePolicy) -> Tensor:
 def drawn(given: Fixture, policy: ImagePolicy) -> tuple[Tensor, list[Tensor]]:
     """Our latents from the fixture's hidden states, and the raw velocity of every step on the way."""
     velocities: list[Tensor] = []
+    velocity = flow_decoder.velocity
 
     def spy(*arguments: Any) -> Tensor:
-        velocities.append(sana.velocity(*arguments))
+        velocities.append(velocity(*arguments))
         return velocities[-1]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -47,7 +47,7 @@ def change(folder: Path, seed: int, shuffled: bool) -> tuple[float, np.ndarray]:
         "rollout.token_guidance=3",
         "rollout.temperature=1",
         "engine.micro_batch_size=32",
-        "optim.lr=0.003",
+        "optim.lr=0.0005",
         f"algorithm.shuffle_rewards={str(shuffled).lower()}",
         policy=policy,
         low_tokens=low_tokens,
@@ -62,7 +62,7 @@ def change(folder: Path, seed: int, shuffled: bool) -> tuple[float, np.ndarray]:
 def test_the_reward_rises_and_by_chance_it_does_not(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     found = {}
-    for seed, shuffled in ((0, False), (1, False), (2, False), (0, True)):
+    for seed, shuffled in ((seed, shuffled) for shuffled in (False, True) for seed in range(3)):
         before, differences = change(folder, seed, shuffled)
         interval = stats.bootstrap([differences], np.mean, rng=np.random.default_rng(0)).confidence_interval
         found[seed, shuffled] = interval
@@ -72,4 +72,5 @@ def test_the_reward_rises_and_by_chance_it_does_not(tmp_path: Path) -> None:
             f"{name}: {before:.3f} -> {before + mean:.3f}, {mean:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
         )
     learnt = [interval.low for (_, shuffled), interval in found.items() if not shuffled]
-    assert min(learnt) > 0 and found[0, True].high < min(learnt)
+    chance = [interval.high for (_, shuffled), interval in found.items() if shuffled]
+    assert min(learnt) > 0 and max(chance) < min(learnt)
