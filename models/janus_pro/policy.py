@@ -45,14 +45,8 @@ class JanusPolicy(BasePolicy):
         self.scale = scale
         self._sampler: TokenSampler | None = None
 
-    def parts(self) -> dict[str, nn.Module]:
-        parts = self.model.model
-        return {
-            "language model": self.trainable,
-            "VQ decoder": parts.vqmodel,
-            "vision tower": nn.ModuleList([parts.vision_model, parts.aligner]),
-            "text head": self.model.lm_head,
-        }
+    def parts(self) -> Sequence[nn.Module]:
+        return [self.model]
 
     def blank(
         self, prompts: int, length: int, samples: int, edits: bool = False
