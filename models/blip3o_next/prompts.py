@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imagerl.models.blip3o_next.ar import ImageVocabulary
-from imagerl.models.common.plain_text import PlainText
+from imagerl.models.common.policy import PlainText
 from imagerl.rl.types import Canvas, ImageRLError, Prompt
 
 if TYPE_CHECKING:

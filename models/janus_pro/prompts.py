@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from imagerl.models.common.plain_text import Frame, PlainText
+from imagerl.models.common.policy import Frame, PlainText
 from imagerl.rl.types import Canvas, ImageRLError, Prompt
 
 if TYPE_CHECKING:
