@@ -1,5 +1,4 @@
-"""What most families share of a policy: adapters, the frozen reference, refusals of what a family lacks, and how the words of
-a user are read."""
+"""What most families share of a policy: adapters, the frozen reference, refusals, and the reading of a user's words."""
 
 from __future__ import annotations
 
