@@ -56,8 +56,18 @@ def janus_pro(folder: Path) -> None:
     saved(folder)
 
 
+def glm_image(folder: Path) -> None:
+    from tests.models.glm_image.small import small_folder
+
+    small_folder(folder)
+
+
 # name in `models.families` -> writes a model folder with random weights of a lively size
-FAMILIES_UNDER_TEST: dict[str, Callable[[Path], None]] = {"blip3o_next": blip3o_next, "janus_pro": janus_pro}
+FAMILIES_UNDER_TEST: dict[str, Callable[[Path], None]] = {
+    "blip3o_next": blip3o_next,
+    "janus_pro": janus_pro,
+    "glm_image": glm_image,
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES_UNDER_TEST)
