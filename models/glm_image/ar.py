@@ -72,10 +72,7 @@ class TokenWriter(Adaptable):
     def forward(self, prompts: Rows, tokens: Tensor, sampling: SamplingParams) -> TokenScores:
         """Score `tokens` [B, T] after prompts [P]."""
         hidden = self.hidden_states(prompts, tokens)
-        head = self.lm_head.weight[: self.codes]
-        return score_tokens(
-            [hidden], lambda states: F.linear(states, head), self.codes, tokens, sampling.temperature
-        )
+        return score_tokens([hidden], self.logits, self.codes, tokens, sampling.temperature)
 
     @torch.no_grad()
     def sample(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> TokenTrajectory:
