@@ -75,7 +75,7 @@ def quicken(patch: pytest.MonkeyPatch) -> None:
     """Runs cost no start, and charts, which others test, are not drawn."""
     patch.setattr(comparison_jobs, "start_training", Training)
     for module in (comparison_page, report):
-        patch.setattr(module, "render", lambda chart: f'<svg id="{prefix}"></svg>')
+        patch.setattr(module, "render", lambda chart: "<svg></svg>")
     Training.started, Training.stops = [], set()
 
 
