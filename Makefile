@@ -69,8 +69,8 @@ results: $(STAMP) ## the README's table: 3 seeds, and a control run on shuffled 
 docs: $(STAMP) ## the tables of docs/recipes.md, from the schemas
 	@$(BIN)/python docs/make_recipes.py
 
-pretrain: $(STAMP) ## train the tiny model itself again: recipes/tiny_pretrain.yaml
-	@$(BIN)/imagerl pretrain recipes/tiny_pretrain.yaml
+pretrain: $(STAMP) ## train the tiny model itself again: tools/tiny/tiny_pretrain.yaml
+	@$(BIN)/python -m tools.tiny pretrain tools/tiny/tiny_pretrain.yaml
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -17,15 +17,11 @@ from imagerl.rl.config.recipe import RecipeModel
 from imagerl.rl.config.sft import SFTRecipe
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.files.mistakes import iter_fields
-from imagerl.rl.sft.pretraining.clip_config import ClipRecipe
-from imagerl.rl.sft.pretraining.config import PretrainRecipe
 
 PAGE = Path(__file__).with_name("recipes.md")
 SCHEMAS: dict[str, type[RecipeModel]] = {
     "train": Recipe,
-    "pretrain": PretrainRecipe,
     "sft": SFTRecipe,
-    "clip": ClipRecipe,
 }
 MARKERS = re.compile(r"(<!-- keys of (\w+), from the schema: make docs -->\n).*?(<!-- end -->)", re.DOTALL)
 TYPES = {bool: "true, false", int: "integer", float: "number", str: "text", dict: "mapping"}

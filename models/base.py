@@ -1,4 +1,4 @@
-"""What a family of image generators must be able to do, to be trained, evaluated, exported, planned, served and asked.
+"""Say what a family of image generators must be able to do to be trained, evaluated, exported, planned, served, asked.
 
 A family is one folder here, or one file of a user's, and one line in `models.families`. It makes policies of model
 folders. A policy writes image tokens after a prompt and decodes what it wrote to a picture; how its prompts are
@@ -33,7 +33,7 @@ from imagerl.rl.types import (
 
 
 class PromptReader(Protocol):
-    """What a model can be asked, known without its weights."""
+    """A reader of prompts, known without the weights."""
 
     def require(self, prompts: Iterable[Prompt], questions: bool = False) -> None:
         """Raise ImageRLError, which begins with its place, for the first prompt that the model cannot draw or edit by,
@@ -146,7 +146,7 @@ class Policy(Protocol):
 
     @property
     def adapted(self) -> bool:
-        """Whether `trainable` has a LoRA adapter, new or loaded with the model."""
+        """Tell whether `trainable` has a LoRA adapter, new or loaded with the model."""
         ...
 
     def add_lora(self, rank: int, alpha: float, dropout: float, target_modules: Sequence[str] | str) -> None:

@@ -30,7 +30,7 @@ from imagerl.rewards.boundary.targets import (
     setting_parameters,
     split_target,
 )
-from imagerl.rewards.mixing import Gate, Weight
+from imagerl.rewards.mixing import Gate, Half, Weight
 from imagerl.rl.files.mistakes import explain
 from imagerl.rl.types import ImageRLError, RewardFn, RewardOutput
 
@@ -60,16 +60,18 @@ class RewardSpec:
     gate: Gate | None = None
     python: str | None = None
     runtime_env: Mapping[str, Any] | None = None
+    half: Half = "both"
     function: RewardFn | None = None  # given in Python; `target` is then only its name
 
     @classmethod
     def from_mapping(cls, entry: Mapping[str, Any]) -> RewardSpec:
-        """Read `{name | import_path | url, weight, gate, function, python, runtime_env, **settings}`; a None stands for
-        an absent key."""
+        """Read `{name | import_path | url, weight, gate, function, python, runtime_env, half, **settings}`; a None
+        stands for an absent key."""
         settings = dict(entry)
         weight, gate = settings.pop("weight", None), settings.pop("gate", None)
         python, runtime_env = settings.pop("python", None), settings.pop("runtime_env", None)
         function = settings.pop("function", None)
+        half: Half = settings.pop("half", None) or "both"
         sources = [settings.pop(key, None) for key in ("name", "import_path", "url")]
         targets = [target for target in sources if target is not None]
         if len(targets) != 1:
@@ -87,6 +89,7 @@ class RewardSpec:
             None if gate is None else Gate.from_mapping(gate),
             python,
             runtime_env,
+            half,
             function,
         )
 
@@ -128,6 +131,7 @@ class LoadedReward:
     fn: RewardFn
     weight: Weight = 1.0
     gate: Gate | None = None
+    half: Half = "both"
 
 
 def _resolve(spec: RewardSpec) -> tuple[str, Any]:
@@ -153,7 +157,7 @@ def _resolve(spec: RewardSpec) -> tuple[str, Any]:
 
 
 def _check_types(label: str, found: type, settings: Mapping[str, Any]) -> None:
-    """Raises ImageRLError when a setting of a reward of ours is no value of the type that its constructor names. What
+    """Raise ImageRLError when a setting of a reward of ours is no value of the type that its constructor names. What
     users' annotations mean is theirs to say."""
     hints = get_type_hints(found.__init__, include_extras=True)  # type: ignore[misc]
     fields: dict[str, Any] = {name: (hints[name], ...) for name in settings}
@@ -279,7 +283,7 @@ def load_rewards(
     loaded = [load_spec(spec, patience_s, columns) for spec in specs]
     labels = unique_labels([label for label, _ in loaded])
     return [
-        LoadedReward(label, fn, spec.weight, spec.gate)
+        LoadedReward(label, fn, spec.weight, spec.gate, spec.half)
         for label, (_, fn), spec in zip(labels, loaded, specs, strict=True)
     ]
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from imagerl.rl.types import ImageRLError
 
 Weight = float | Mapping[int, float]
+Half = Literal["tokens", "flow", "both"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Mix:
     label: str
     weight: Weight = 1.0
     gate: Gate | None = None
+    half: Half = "both"  # of the generator, which it teaches
 
 
 def weight_at(weight: Weight, step: int) -> float:

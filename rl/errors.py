@@ -1,4 +1,4 @@
-"""What the user can mend, and text of others made fit for one line of a terminal or log.
+"""Errors that the user can mend, and text of others made fit for one line of a terminal or log.
 
 Standard library only: this file also runs in interpreters that have none of our dependencies
 (`rewards.boundary.child`)."""
@@ -16,7 +16,7 @@ TERMINAL_COMMANDS = re.compile(
 
 
 def one_line(text: object, most: int | None = None) -> str:
-    """Text from anywhere (a server, a file, an exception) as one line of at most `most` characters.
+    """Write text from anywhere (a server, a file, an exception) as one line of at most `most` characters.
 
     White space becomes single blanks and terminal commands are left out; every other character that cannot be
     printed, a lone surrogate or a bidirectional mark for example, becomes a question mark in a diamond."""

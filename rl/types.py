@@ -276,6 +276,8 @@ class RewardScores:
     # gates applied, NaN where missing or not applicable, and their weights at this step.
     gated: dict[str, np.ndarray] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    # Totals [B] of "tokens" and "flow" where some rewards teach one half only; empty: both learn from `totals`.
+    halves: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

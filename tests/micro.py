@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from imagerl.models.blip3o_next.building import new_policy
 from imagerl.models.blip3o_next.loading import save_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.rl.sft.pretraining.stages import captions
+from tools.tiny.model import new_policy
+from tools.tiny.samples import captions
 
 MODEL: dict[str, Any] = {
     "qwen3": {

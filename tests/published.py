@@ -22,7 +22,7 @@ def text_tokenizer(image_tokens: int = 256) -> Any:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from imagerl.models.blip3o_next.building import CHAT_TEMPLATE
+    from tools.tiny.model import CHAT_TEMPLATE
 
     special = [PAD, TURN_START, TURN_END, UNKNOWN, *VISION]
     letters = [chr(code) for code in range(32, 127) if chr(code) not in "~^"] + ["\n"]

@@ -101,11 +101,13 @@ def small_trainer(
     *overrides: str,
     policy: ImagePolicy | None = None,
     state: Mapping[str, Any] | None = None,
+    specs: Sequence[Mapping[str, Any]] | None = None,
     **rewards: Callable[..., Any],
 ) -> Trainer:
-    """A trainer on a fresh micro policy, put together as the command line does it; `state` is the engine's."""
+    """A trainer on a fresh micro policy, put together as the command line does it; `state` is the engine's, `specs` the
+    recipe's entries for the rewards."""
     rewards = rewards or {"low_tokens": low_tokens}
-    named = [{"import_path": f"unused.py:{name}"} for name in rewards]
+    named = specs or [{"import_path": f"unused.py:{name}"} for name in rewards]
     recipe = validate_recipe(Recipe, recipe_data(Path("unused"), *overrides, f"rewards={named}"), "test")
     policy = policy or micro_policy()[0]
     engine = Engine(recipe.engine)

@@ -13,10 +13,10 @@ from imagerl.rl.config.recipe import apply_override, validate_recipe
 from imagerl.rl.config.sft import SFTRecipe
 from imagerl.rl.data.image_data import ImageStream
 from imagerl.rl.data.image_files import Example, Limits, load_example
-from imagerl.rl.data.tiny.render_folder import rendered, write_folder, write_shards
 from imagerl.rl.engine.engine import Engine
 from imagerl.rl.sft.objective import part_of, sft_module
 from imagerl.rl.sft.trainer import Collator, SFTTrainer
+from tools.tiny.render import rendered, write_folder, write_shards
 
 LIMITS = Limits(max_pixels=1 << 20, min_side=8, max_aspect=4.0, max_caption_chars=200)
 

@@ -27,8 +27,6 @@ from imagerl.rl.config.recipe import RecipeModel, load_yaml_recipe
 from imagerl.rl.config.sft import SFTRecipe
 from imagerl.rl.config.train import Recipe, load_recipe
 from imagerl.rl.run.monitors import Watch
-from imagerl.rl.sft.pretraining.clip_config import ClipRecipe
-from imagerl.rl.sft.pretraining.config import PretrainRecipe
 from imagerl.rl.training.flow_half import PER_ACTION as FLOW_PER_ACTION
 from imagerl.rl.training.picture_stats import group_stats, mean_of_groups
 from imagerl.rl.training.step_metrics import OTHER_SUMS, PER_ACTION, update_metrics
@@ -79,12 +77,8 @@ def check_command(words: Sequence[str]) -> None:
             for path in found:
                 load_recipe(path, overrides)
     if "recipe" in values:
-        schemas: dict[str, type[RecipeModel]] = {
-            "pretrain": PretrainRecipe,
-            "sft": SFTRecipe,
-            "clip": ClipRecipe,
-        }
-        load_yaml_recipe(schemas.get(words[0], Recipe), values["recipe"], values["overrides"] or [])
+        schema: type[RecipeModel] = SFTRecipe if words[0] == "sft" else Recipe
+        load_yaml_recipe(schema, values["recipe"], values["overrides"] or [])
 
 
 def example_rewards() -> list[tuple[str, str]]:
@@ -143,7 +137,7 @@ def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("train recipes/no_such.yaml", "no file"),
         ("train recipes/tiny_ocr_grpo.yaml run.step=5", "run.steps"),
-        ("pretrain recipes/tiny_ocr_grpo.yaml", "kind"),
+        ("sft recipes/tiny_ocr_grpo.yaml", "kind"),
         ("eval --modle tiny", "--modle"),
         ("trian recipes/tiny_ocr_grpo.yaml", "trian"),
         ("export runs/x", "target"),

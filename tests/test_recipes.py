@@ -13,8 +13,7 @@ from imagerl.rl.config.recipe import RecipeModel, load_yaml_recipe, read_recipe
 from imagerl.rl.config.sft import SFTRecipe
 from imagerl.rl.config.train import Recipe, load_recipe
 from imagerl.rl.run.folder import differing_keys
-from imagerl.rl.sft.pretraining.clip_config import ClipRecipe
-from imagerl.rl.sft.pretraining.config import PretrainRecipe
+from tools.tiny.config import ClipRecipe, PretrainRecipe
 
 SCHEMAS: dict[str, type[RecipeModel]] = {
     "train": Recipe,
@@ -24,6 +23,7 @@ SCHEMAS: dict[str, type[RecipeModel]] = {
 }
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.y*ml"))
+TINY = sorted((FOLDER.parent / "tools" / "tiny").glob("*.yaml"))
 COMPARED = sorted((FOLDER / "compare").glob("*.yaml"))
 
 
@@ -31,7 +31,7 @@ def test_there_are_recipes() -> None:
     assert "tiny_ocr_grpo.yaml" in [path.name for path in RECIPES]
 
 
-@pytest.mark.parametrize("path", RECIPES + COMPARED, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", RECIPES + COMPARED + TINY, ids=lambda path: path.name)
 def test_recipe_is_valid_and_round_trips(path: Path, tmp_path: Path) -> None:
     schema = SCHEMAS[read_recipe(path).get("kind", "train")]
     recipe = load_yaml_recipe(schema, path)
@@ -39,12 +39,12 @@ def test_recipe_is_valid_and_round_trips(path: Path, tmp_path: Path) -> None:
     assert load_yaml_recipe(schema, tmp_path / path.name) == recipe
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", RECIPES + TINY, ids=lambda path: path.name)
 def test_recipe_header_gives_the_command(path: Path) -> None:
     header = [line for line in path.read_text().splitlines()[:15] if line.startswith("#")]
-    assert any(
-        f"imagerl {read_recipe(path).get('kind', 'train')} recipes/{path.name}" in line for line in header
-    )
+    program = "python -m tools.tiny" if path in TINY else "imagerl"
+    command = f"{program} {read_recipe(path).get('kind', 'train')} {path.relative_to(FOLDER.parent)}"
+    assert any(command in line for line in header)
 
 
 def test_compared_recipes_differ_in_their_algorithm_alone() -> None:

@@ -39,7 +39,13 @@ RUNS: dict[str, tuple[str, ...]] = {
         "data.train=[{data}/train]",
         "data.heldout=[{data}/heldout]",
     ),
-    "tiny_pretrain": ("pretrain", "recipes/tiny_pretrain.yaml", *STAGES, "decoder.pictures=64"),
+    "tiny_pretrain": (
+        "pretrain",
+        "tools/tiny/tiny_pretrain.yaml",
+        *STAGES,
+        "decoder.pictures=64",
+        "run.threads=1",
+    ),
 }
 
 
@@ -57,7 +63,7 @@ def main(action: str, *names: str) -> None:
                 "--font",
                 "DejaVuSerif-Bold.ttf",
             ]
-            render = [sys.executable, "-m", "imagerl.rl.data.tiny.render_folder", *place]
+            render = [sys.executable, "-m", "tools.tiny", "render", *place]
             subprocess.run(render, cwd=ROOT, check=True, stdout=sys.stderr)
         found = {}
         for name in names or RUNS:
@@ -82,7 +88,8 @@ def run(command: tuple[str, ...], folder: Path, data: Path) -> dict[str, Any]:
     arguments = [part.replace("{data}", str(data)) for part in command]
     arguments += [f"run.output_dir={folder}"] + (["checkpoint.every=3"] if command[0] != "pretrain" else [])
     print("golden:", *arguments, file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "imagerl", *arguments], cwd=ROOT, check=True, stdout=sys.stderr)
+    program = "tools.tiny" if command[0] == "pretrain" else "imagerl"
+    subprocess.run([sys.executable, "-m", program, *arguments], cwd=ROOT, check=True, stdout=sys.stderr)
     lines = [json.loads(line) for line in _text(folder / "metrics.jsonl").splitlines()]
     evaluations = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("eval/*.json"))}
     return {

@@ -128,7 +128,7 @@ def load_text_tokenizer(folder: Path) -> Any:
 
 
 def _require_image_tokens(text_tokenizer: Any, config: Mapping[str, Any], folder: Path) -> None:
-    """Raises ImageRLError when the tokenizer gives image tokens other ids than config.json, or any token an id that
+    """Raise ImageRLError when the tokenizer gives image tokens other ids than config.json, or any token an id that
     the language model does not have."""
     highest, size = max(text_tokenizer.get_vocab().values(), default=0), config["qwen3"]["vocab_size"]
     if highest >= size:

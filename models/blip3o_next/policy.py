@@ -150,7 +150,7 @@ class ImagePolicy:
         return tokenizer.encode(pictures.to(self.device))
 
     def require_tokenizer(self) -> ImageTokenizer:
-        """Raises ImageRLError when the model came without its image tokenizer."""
+        """Raise ImageRLError when the model came without its image tokenizer."""
         if self.image_tokenizer is None:
             raise ImageRLError("this model has no image tokenizer: it cannot read pictures")
         return self.image_tokenizer

@@ -42,7 +42,7 @@ class ImageTokenizer(nn.Module):
         raise NotImplementedError
 
     def require_size(self, pictures: Tensor) -> None:
-        """Raises ImageRLError when pictures [B, 3, H, W] have another size than the tokenizer reads."""
+        """Raise ImageRLError when pictures [B, 3, H, W] have another size than the tokenizer reads."""
         if pictures.ndim != 4 or tuple(pictures.shape[1:]) != (3, *self.picture_size):
             height, width = self.picture_size
             raise ImageRLError(

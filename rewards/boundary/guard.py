@@ -142,7 +142,7 @@ def _state() -> dict[str, Any]:
 
 
 def _switch(wanted: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """Sets what differs. Whatever cannot be set, such as a folder that is gone, stays as it is."""
+    """Set what differs. Whatever cannot be set, such as a folder that is gone, stays as it is."""
     for name, _, write in _switches():
         if name in wanted and not _same(wanted[name], present.get(name)):
             with suppress(Exception):
@@ -201,7 +201,7 @@ def users_code() -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Puts signal handlers back; yields a list of the interruptions that came from outside."""
+    """Put signal handlers back; yield a list of the interruptions that came from outside."""
     heard: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield heard

@@ -104,7 +104,7 @@ class InterpreterReward:
         return RewardOutput(*unpack_reply(answer, size))
 
     def _start(self) -> None:
-        """Starts the process and has it load the reward. Raises _Died, or ImageRLError for what must be mended."""
+        """Start the process and have it load the reward. Raises _Died, or ImageRLError for what must be mended."""
         environment = {name: value for name, value in os.environ.items() if name not in OURS}
         self._stderr.truncate(0)
         try:
@@ -133,7 +133,7 @@ class InterpreterReward:
         self.parameters: list[str] = told["parameters"]
 
     def _exchange(self, body: bytes, patience_s: float) -> bytes:
-        """Sends a frame and waits for the answer. Raises _Died, or TimeoutError."""
+        """Send a frame and wait for the answer. Raises _Died, or TimeoutError."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         if os.fstat(self._stderr.fileno()).st_size > MOST_PRINTED:
@@ -155,7 +155,7 @@ class InterpreterReward:
         return " ".join(lines[-1].split())[:200] if lines else f"exit code {code}"
 
     def close(self) -> None:
-        """Ends the process; the next call starts another one."""
+        """End the process; the next call starts another one."""
         self._process = None
         self._stop()
 
@@ -170,7 +170,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _prepare(descriptor: int) -> None:
-    """Makes writing to a pipe return instead of wait, and the pipe large where the system lets us: with 64 KiB the two
+    """Make writing to a pipe return instead of wait, and the pipe large where the system lets us: with 64 KiB the two
     processes would take turns a thousand times for a large picture."""
     os.set_blocking(descriptor, False)
     with contextlib.suppress(AttributeError, OSError):
@@ -178,7 +178,7 @@ def _prepare(descriptor: int) -> None:
 
 
 def _wait(descriptor: int, writing: bool, deadline: float) -> None:
-    """Returns when a pipe is ready. Raises TimeoutError."""
+    """Return when a pipe is ready. Raises TimeoutError."""
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT if writing else select.POLLIN)
     if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):

@@ -141,7 +141,7 @@ def setting_parameters(label: str, found: Any) -> list[inspect.Parameter]:
 
 
 def check_settings(label: str, found: Any, settings: Mapping[str, Any]) -> None:
-    """Raises ImageRLError when a function or class cannot be a reward with these settings."""
+    """Raise ImageRLError when a function or class cannot be a reward with these settings."""
     is_class = inspect.isclass(found)
     if inspect.iscoroutinefunction(_instance_call(found) if is_class else found):
         raise ImageRLError(f"reward {label!r} is async; make it an ordinary function")
@@ -172,7 +172,7 @@ def needed_columns(found: Any, settings: Mapping[str, Any]) -> list[str]:
 
 
 def check_columns(label: str, needed: Iterable[str], columns: Iterable[str]) -> None:
-    """Raises ImageRLError when a prompt set with these columns lacks one."""
+    """Raise ImageRLError when a prompt set with these columns lacks one."""
     given = [*SAMPLE_NAMES, *columns]
     for name in needed:
         if name not in given:

@@ -170,7 +170,7 @@ def _compare(
     good: str,
     bad: str,
 ) -> Finding:
-    """Compares two calls on the same pictures; `bad` may use {picture}, {before} and {after}."""
+    """Compare two calls on the same pictures; `bad` may use {picture}, {before} and {after}."""
     try:
         before, after = call()
     except (Failure, ImageRLError) as error:
@@ -258,7 +258,7 @@ def _by_prompt(pictures: Sequence[CheckPicture]) -> Iterator[list[CheckPicture]]
 def _refusals(
     reward: LoadedReward, pictures: Sequence[tuple[str, CheckPicture]]
 ) -> tuple[list[str], list[RewardValues]]:
-    """Scores pictures one by one; returns the error of each that failed, and the values of the others."""
+    """Score pictures one by one; return the error of each that failed, and the values of the others."""
     wrong, values = [], []
     for name, picture in pictures:
         try:

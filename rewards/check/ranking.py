@@ -93,7 +93,7 @@ def _judge(kind: str, role: str, behind: float, margin: float) -> tuple[Verdict,
 
 
 def judge_ranking(rows: Sequence[KindRow]) -> Finding:
-    """Fails when a kind that must earn less does not."""
+    """Fail when a kind that must earn less does not."""
     worst = [row for row in rows if row.verdict == "fail"]
     means = {row.role: row.mean for row in rows if row.role == "honest"}
     if worst:

@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def cosine(pictures: Tensor, captions: Tensor) -> Tensor:
-    """Raises ImageRLError when the features are not of one size."""
+    """Raise ImageRLError when the features are not of one size."""
     if pictures.shape[-1] != captions.shape[-1]:
         raise ImageRLError(
             f"reward 'clip': the model makes {pictures.shape[-1]} numbers of a picture and {captions.shape[-1]} of a "
@@ -89,7 +89,7 @@ class PictureHead:
         self.width = sizes[0][0]
 
     def check_width(self, width: int) -> None:
-        """Raises ImageRLError when a model's features are not what the head was trained on."""
+        """Raise ImageRLError when a model's features are not what the head was trained on."""
         if width != self.width:
             raise ImageRLError(
                 f"reward 'clip': head {self._path} takes {self.width} numbers of a picture, the model makes {width}; "
@@ -127,5 +127,5 @@ def _is_matrix(name: str, value: Tensor) -> bool:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layers.10 behind layers.2."""
+    """Sort layers.10 behind layers.2."""
     return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]

@@ -144,7 +144,7 @@ def _load_open_clip(
 
 
 def _check_pretrained(open_clip: Any, name: str, pretrained: str | None) -> None:
-    """Raises ImageRLError unless `pretrained` is a file or a tag of this architecture."""
+    """Raise ImageRLError unless `pretrained` is a file or a tag of this architecture."""
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
         raise ImageRLError(

@@ -112,7 +112,7 @@ class CompositionReward:
         return row | ({f"tag_{spec.tag}": row["correct"]} if spec.tag else {})
 
     def _check_colours(self, spec: Specification) -> None:
-        """Raises ImageRLError when a colour is asked for that nothing here could tell."""
+        """Raise ImageRLError when a colour is asked for that nothing here could tell."""
         for wanted in spec.include:
             if wanted.colour is None or self._drawn:
                 continue

@@ -134,13 +134,13 @@ class Worker(threading.Thread):
                 call.answer.set_exception(error)
 
     def stop(self) -> None:
-        """Ends the actor, also under a call, and one of the threads that share the queue, at its next call."""
+        """End the actor, also under a call, and one of the threads that share the queue, at its next call."""
         self._closing = True
         self._calls.put(None)
         self._kill_actor()
 
     def _start_actor(self) -> None:
-        """Starts an actor and has it load its rewards. Raises _Died, and ImageRLError for what must be mended."""
+        """Start an actor and have it load its rewards. Raises _Died, and ImageRLError for what must be mended."""
         import ray
 
         end = time.monotonic() + START_TIMEOUT_S
@@ -250,7 +250,7 @@ def ended_part_of_ray() -> str | None:
 
 
 def refuse_ended_ray() -> None:
-    """Raises ImageRLError when Ray itself is gone: its library would end this process at the next call, without a
+    """Raise ImageRLError when Ray itself is gone: its library would end this process at the next call, without a
     word."""
     ended = ended_part_of_ray()
     if ended is not None:
@@ -262,7 +262,7 @@ def refuse_ended_ray() -> None:
 
 @contextmanager
 def _environment(**variables: str) -> Any:
-    """Sets environment variables for the processes started inside."""
+    """Set environment variables for the processes started inside."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -282,7 +282,7 @@ def cluster_address() -> str | None:
 
 
 def _join_cluster(address: str) -> None:
-    """Connects to a running cluster. Raises ImageRLError when that fails or takes too long: Ray itself tries for
+    """Connect to a running cluster. Raises ImageRLError when that fails or takes too long: Ray itself tries for
     minutes, for example when the variable still names yesterday's cluster."""
     import ray
 
@@ -326,7 +326,7 @@ def _private_folder() -> str:
 
 
 def stop_ray() -> None:
-    """Ends the Ray that `start_ray` started, and waits until nothing of it is left."""
+    """End the Ray that `start_ray` started, and wait until nothing of it is left."""
     import ray
 
     global _reaper
@@ -337,7 +337,7 @@ def stop_ray() -> None:
 
 
 def start_ray(workers: int) -> bool:
-    """Connects to the cluster of RAY_ADDRESS or starts one on loopback; True when it is ours to stop.
+    """Connect to the cluster of RAY_ADDRESS or start one on loopback; True when it is ours to stop.
 
     Must be called from the main thread: Ray's processes die with the thread that started them."""
     address = cluster_address()

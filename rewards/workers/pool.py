@@ -84,7 +84,8 @@ class RewardWorkers:
         self._specs = read_entries((*specs, *gold))
         self.labels = unique_labels([check_reward(spec, names) for spec in self._specs])
         self._mixes = [
-            Mix(label, spec.weight, spec.gate) for label, spec in zip(self.labels, self._specs, strict=True)
+            Mix(label, spec.weight, spec.gate, spec.half)
+            for label, spec in zip(self.labels, self._specs, strict=True)
         ]
         if workers == 0 and any(spec.runtime_env is not None for spec in self._specs):
             raise ImageRLError("runtime_env needs rewards.workers of 1 or more: it is that of a Ray actor")
@@ -135,12 +136,12 @@ class RewardWorkers:
         atexit.register(self.close)
 
     def wait_until_ready(self) -> None:
-        """Returns when every actor has loaded its rewards. Raises ImageRLError when one cannot."""
+        """Return when every actor has loaded its rewards. Raises ImageRLError when one cannot."""
         for worker in self._workers:
             worker.ready.result()
 
     def submit(self, request: RewardRequest, with_gold: bool = False) -> int:
-        """Starts scoring whole groups and returns a ticket for `collect` (workers=0: scores them first).
+        """Start scoring whole groups and return a ticket for `collect` (workers=0: scores them first).
 
         `with_gold` measures the gold metrics too. They become components and never enter a total."""
         ticket, self._next = self._next, self._next + 1
@@ -163,7 +164,7 @@ class RewardWorkers:
         return ticket
 
     def collect(self, ticket: int) -> RewardScores:
-        """Waits for the scores of a ticket; each ticket once. Raises ImageRLError when a reward needs mending."""
+        """Wait for the scores of a ticket; each ticket once. Raises ImageRLError when a reward needs mending."""
         if ticket in self._done:
             return self._done.pop(ticket)
         group_size, step, answers = self._tickets.pop(ticket)
@@ -181,7 +182,7 @@ class RewardWorkers:
         return scores
 
     def close(self) -> None:
-        """Ends all actors, and Ray if it was started here. Open tickets are lost. May be called twice."""
+        """End all actors, and Ray if it was started here. Open tickets are lost. May be called twice."""
         workers, self._workers = self._workers, []
         for worker in workers:
             worker.stop()

@@ -80,7 +80,7 @@ def part_of(request: RewardRequest, which: slice) -> RewardRequest:
 
 
 def concatenate(shards: Sequence[RewardValues]) -> RewardValues:
-    """Joins consecutive parts of one request; a breakdown that one of them lacks is NaN there."""
+    """Join consecutive parts of one request; a breakdown that one of them lacks is NaN there."""
     names = dict.fromkeys(name for shard in shards for name in shard.parts)
     lacking = [np.full(shard.values.size, np.nan) for shard in shards]
     return RewardValues(
@@ -99,7 +99,8 @@ def combine(
     A component that returned None for every sample of a group does not apply to that prompt and is left out
     of the group's sums; a gate by it stands open there. Any other missing component, or value to gate by, makes
     the sample's total NaN and is one failure of that reward; so is a sample to which no reward applies, because
-    it has no total either. A reward of weight 0 is measured only: what it lacks is counted and costs nothing.
+    it has no total either. A reward of weight 0 is measured only: what it lacks is counted and costs nothing. Where
+    rewards teach one half of the generator only, each half has a total of its own, by the same rules.
 
     Raises ValueError when the samples are not whole groups, and ImageRLError when a gate names a part that its
     reward does not have."""
@@ -110,9 +111,12 @@ def combine(
         ~np.repeat(value.not_applicable.reshape(-1, group_size).all(axis=1), group_size) for value in values
     ]
     weights = [weight_at(mix.weight, step) for mix in mixes]
+    parts: list[
+        tuple[Mix, np.ndarray, np.ndarray]
+    ] = []  # of the totals: where each applies, and what it adds
     weighted = [used for used, weight in zip(applies, weights, strict=True) if weight]
     orphaned = ~np.any(weighted, axis=0) if weighted else np.zeros(size, dtype=bool)  # [B]
-    scores = RewardScores(np.where(orphaned, np.nan, 0.0), {}, {}, {})
+    scores = RewardScores(np.zeros(size), {}, {}, {})
     places = {mix.label: place for place, mix in enumerate(mixes)}
     for mix, weight, value, used in zip(mixes, weights, values, applies, strict=True):
         gated = value.values
@@ -121,7 +125,7 @@ def combine(
             opening = mix.gate.opening(_gate_values(mix, values[by]))
             gated = gated * np.where(applies[by], opening, 1.0)
         if weight:
-            scores.totals += np.where(used, weight * gated, 0.0)
+            parts.append((mix, used, np.where(used, weight * gated, 0.0)))
         scores.components[mix.label] = value.values
         scores.components |= {f"{mix.label}/{part}": column for part, column in value.parts.items()}
         scores.gated[mix.label] = np.where(used, gated, np.nan)
@@ -132,7 +136,22 @@ def combine(
             gate_missing = mix.gate and np.isfinite(value.values[lost]).all()
             reason = f"{mix.gate.by}, its gate, has no value" if mix.gate and gate_missing else value.reason
             scores.reasons[mix.label] = one_line(reason or "returned None")
+    scores.totals = _total(parts, size)
+    if any(mix.half != "both" for mix in mixes):
+        scores.halves = {
+            half: _total([part for part in parts if part[0].half in (half, "both")], size)
+            for half in ("tokens", "flow")
+        }
     return scores
+
+
+def _total(parts: Sequence[tuple[Mix, np.ndarray, np.ndarray]], size: int) -> np.ndarray:
+    """Add up what rewards give to samples [B], NaN where none of them applies."""
+    total = np.zeros(size)
+    for _, _, share in parts:
+        total += share
+    orphaned = ~np.any([used for _, used, _ in parts], axis=0) if parts else np.zeros(size, dtype=bool)
+    return np.where(orphaned, np.nan, total)
 
 
 def _gate_values(mix: Mix, value: RewardValues) -> np.ndarray:
@@ -150,9 +169,9 @@ def _gate_values(mix: Mix, value: RewardValues) -> np.ndarray:
 
 
 def score_request(functions: Sequence[LoadedReward], request: RewardRequest) -> RewardScores:
-    """Scores whole groups in this process. See `combine` for how missing values are treated.
+    """Score whole groups in this process. See `combine` for how missing values are treated.
 
     Raises ImageRLError when a reward says that the recipe must be mended."""
     values = [call_reward(reward, request) for reward in functions]
-    mixes = [Mix(reward.label, reward.weight, reward.gate) for reward in functions]
+    mixes = [Mix(reward.label, reward.weight, reward.gate, reward.half) for reward in functions]
     return combine(mixes, values, request.group_size, request.step)

@@ -118,7 +118,8 @@ def matching_logprobs(velocity: Tensor, inputs: MatchingInputs, weight: Matching
     tiny = 1e-10  # keeps the roots' gradients finite
     power = 0.5 if weight == "huber" else GHUBER_POWER
     scale = 1.0 if weight == "huber" else 1 / GHUBER_POWER
-    return -((error + tiny) ** power - tiny**power) * scale * inputs.sigma
+    bent: Tensor = (error + tiny) ** power - tiny**power
+    return -bent * scale * inputs.sigma
 
 
 def _adaptive_error(inputs: MatchingInputs, velocity: Tensor, min_weight: float) -> Tensor:

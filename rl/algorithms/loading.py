@@ -110,7 +110,7 @@ def load_function(target: str, key: str) -> Callable[..., Any]:
         raise ImageRLError(
             f"{key} {target!r}: importing it failed: {type(error).__name__}: {message}"
         ) from error
-    found = getattr(module, name, None)
+    found: Callable[..., Any] | None = getattr(module, name, None)
     if not callable(found):
         names = [n for n, value in vars(module).items() if inspect.isfunction(value) and n[0] != "_"]
         close = difflib.get_close_matches(name, names, n=1)

@@ -170,7 +170,7 @@ def chat_app(
                 future.set_result(text)
 
     async def read() -> None:
-        """Answers what waits, batch by batch."""
+        """Answer what waits, batch by batch."""
         while True:
             together = [await questions.get()]
             while len(together) < batch and not questions.empty():

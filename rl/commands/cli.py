@@ -12,12 +12,10 @@ import typer
 from typer.exceptions import TyperException
 
 from imagerl.rl.commands.ask import ask
-from imagerl.rl.commands.clip import clip
 from imagerl.rl.commands.compare import compare
 from imagerl.rl.commands.evaluate import evaluate_model
 from imagerl.rl.commands.export import export
 from imagerl.rl.commands.plan import plan
-from imagerl.rl.commands.pretrain import pretrain
 from imagerl.rl.commands.recipes import recipes
 from imagerl.rl.commands.reward import reward
 from imagerl.rl.commands.sample import sample
@@ -61,8 +59,6 @@ app.command("eval")(evaluate_model)
 app.command()(tokenize)
 app.command()(export)
 app.command()(compare)
-app.command()(pretrain)
-app.command()(clip)
 app.command()(plan)
 app.add_typer(recipes, name="recipes")
 app.add_typer(reward, name="reward")

@@ -104,7 +104,7 @@ def tell(folder: Path, outcomes: dict[PlannedRun, Outcome]) -> None:
 
 
 def refuse_failures(runs: Sequence[PlannedRun], outcomes: dict[PlannedRun, Outcome]) -> None:
-    """Raises ImageRLError when a run failed: the command did not do all it was asked to."""
+    """Raise ImageRLError when a run failed: the command did not do all it was asked to."""
     from imagerl.rl.compare.jobs import log_path
 
     failed = [run for run in runs if outcomes[run] == "failed"]

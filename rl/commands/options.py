@@ -29,6 +29,6 @@ FlowSteps = Annotated[
 
 
 def refuse_both(resume: bool, overwrite: bool) -> None:
-    """Raises ImageRLError when a run is to be continued and deleted."""
+    """Raise ImageRLError when a run is to be continued and deleted."""
     if resume and overwrite:
         raise ImageRLError("--resume continues the run and --overwrite deletes it; give only one")

@@ -40,7 +40,7 @@ def token_from(variable: str) -> str:
 
 
 def guard(app: web.Application, token: str, waiting: int = WAITING, body_s: float = BODY_S) -> None:
-    """Lets in whole requests of those who know the token; handlers find the body read.
+    """Let in whole requests of those who know the token; handlers find the body read.
 
     401 without `Authorization: Bearer <token>`, before the body is read. 413 for a body above the application's
     `client_max_size`, and 408 for one that is not there after `body_s` seconds. 503 when `waiting` requests are being
@@ -65,7 +65,7 @@ def guard(app: web.Application, token: str, waiting: int = WAITING, body_s: floa
         return True
 
     async def body_refusal(request: web.Request) -> web.Response | None:
-        """Reads the body; returns the answer where that fails."""
+        """Read the body; return the answer where that fails."""
         most = request.client_max_size
         if (request.content_length or 0) > most:
             return refused(413, f"the request has {request.content_length} bytes; at most {most} are taken")
@@ -108,7 +108,7 @@ def guard(app: web.Application, token: str, waiting: int = WAITING, body_s: floa
 async def serve(
     app: web.Application, host: str, port: int, announce: Callable[[str], None], stop: asyncio.Event
 ) -> None:
-    """Serves until `stop` is set. `announce` is called once with the address, "http://host:port".
+    """Serve until `stop` is set. `announce` is called once with the address, "http://host:port".
 
     Raises ImageRLError when it cannot listen there."""
     from aiohttp import web
@@ -143,7 +143,7 @@ def run_app(
     announce: Callable[[str], None],
     waiting: int = WAITING,
 ) -> None:
-    """Serves to holders of the token until Ctrl-C or SIGTERM; `waiting` is that of `guard`. Raises ImageRLError like
+    """Serve to holders of the token until Ctrl-C or SIGTERM; `waiting` is that of `guard`. Raises ImageRLError like
     `serve`."""
     guard(app, token, waiting)
 

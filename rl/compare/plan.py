@@ -55,7 +55,7 @@ class PlannedRun:
         return (self.folder / "eval" / "comparison.json").exists()
 
     def refuse_other(self) -> None:
-        """Raises ImageRLError when the folder holds another recipe's run."""
+        """Raise ImageRLError when the folder holds another recipe's run."""
         stored = self.folder / RECIPE_FILE
         changed = stored.exists() and differing_keys(read_stored_recipe(stored, Recipe), self.recipe)
         if changed:
@@ -212,7 +212,7 @@ def spending(recipe: Recipe, budget: BudgetSpec, evals: int | None, label: str) 
 
 
 def refuse_incomparable(recipes: Mapping[str, Recipe]) -> None:
-    """Raises ImageRLError, naming the key, when two recipes would be judged differently or begin differently."""
+    """Raise ImageRLError, naming the key, when two recipes would be judged differently or begin differently."""
     (first, standard), *others = ((label, measured(recipe)) for label, recipe in recipes.items())
     for label, theirs in others:
         for key in dict.fromkeys([*standard, *theirs]):

@@ -189,7 +189,7 @@ def read_run(label: str, seed: int, folder: Path) -> RunResult | None:
 
 
 def refuse_other_prompts(runs: Sequence[RunResult]) -> None:
-    """Raises ImageRLError when two runs were evaluated on other held-out prompts, as after a change of the file."""
+    """Raise ImageRLError when two runs were evaluated on other held-out prompts, as after a change of the file."""
     for run in runs[1:]:
         if run.prompts != runs[0].prompts:
             raise ImageRLError(

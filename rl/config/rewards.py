@@ -6,7 +6,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_serializer, field_validator, model_validator
 
@@ -68,6 +68,9 @@ class RewardSpec(RecipeModel):
     gate: GateConfig | None = Field(
         None, description="count it only where another reward passes, as 0 elsewhere"
     )
+    half: Literal["tokens", "flow", "both"] = Field(
+        "both", description="what it teaches, where tokens and decoder train jointly: one half, or both"
+    )
 
     @field_serializer("runtime_env", when_used="json")
     def _without_secrets(self, runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -84,6 +87,11 @@ class RewardSpec(RecipeModel):
     @property
     def scheduled(self) -> bool:
         return isinstance(self.weight, dict)
+
+    @property
+    def teaches(self) -> bool:
+        """Tell whether it ever has a weight; else it only measures."""
+        return any(self.weight.values()) if isinstance(self.weight, dict) else bool(self.weight)
 
     @field_validator("weight")
     @classmethod
@@ -150,8 +158,7 @@ class RewardsConfig(RecipeModel):
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f'two rewards are called "{label}"; metrics could not tell them apart')
-        weights = [spec.weight for spec in functions]
-        if not any(any(w.values()) if isinstance(w, dict) else w for w in weights):
+        if not any(spec.teaches for spec in functions):
             raise ValueError("the weights are all 0: there is nothing to learn from")
         for spec in functions:
             by = spec.gate.by.partition("/")[0] if spec.gate else None
@@ -162,6 +169,24 @@ class RewardsConfig(RecipeModel):
                     f"there is: {others}"
                 )
         return functions
+
+    def labels_of(self, half: str) -> list[str]:
+        """Return the labels of the rewards that teach a half of the generator."""
+        return [spec.label for spec in self.functions if spec.half in (half, "both")]
+
+    def require_halves(self, joint: bool) -> None:
+        """Raise ValueError where a reward is for a half that does not train apart, or a half has no reward."""
+        apart = [spec for spec in self.functions if spec.half != "both"]
+        if apart and not joint:
+            raise ValueError(
+                f'the half of reward "{apart[0].label}" is {apart[0].half}, which has no meaning where one half '
+                "trains; remove it, or train both: algorithm.flow.joint: true"
+            )
+        for half in ("tokens", "flow"):
+            if not any(spec.teaches and spec.half in (half, "both") for spec in self.functions):
+                raise ValueError(
+                    f"no reward with a weight teaches the {half}; give one half: {half} or half: both"
+                )
 
 
 def source_of(function: Callable[..., Any]) -> str:

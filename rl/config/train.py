@@ -217,9 +217,9 @@ class Recipe(RecipeModel):
                 raise ValueError(
                     f'gold.{index} ("{spec.label}") is among the rewards; a gold metric must not be'
                 )
-            if spec.gate or spec.scheduled:
+            if spec.gate or spec.scheduled or spec.half != "both":
                 raise ValueError(
-                    f'gold.{index} ("{spec.label}") enters no total; remove its gate and schedule'
+                    f'gold.{index} ("{spec.label}") enters no total; remove its gate, schedule and half'
                 )
         gold = [spec.label for spec in self.gold]
         if len(set(gold)) < len(gold):
@@ -239,8 +239,10 @@ class Recipe(RecipeModel):
             raise ValueError(
                 "algorithm.reference_every needs full weights: with model.lora the reference is the base model"
             )
-        if self.algorithm.flow is not None:
-            self.algorithm.flow.check(self)
+        flow = self.algorithm.flow
+        self.rewards.require_halves(joint=flow is not None and flow.joint)
+        if flow is not None:
+            flow.check(self)
         if self.model.dtype == "bf16" and self.engine.precision != "bf16":
             raise ValueError(
                 "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "

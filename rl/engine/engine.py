@@ -76,10 +76,12 @@ class Engine:
         total_updates: int,
         state: Mapping[str, Mapping[str, Tensor]] | None = None,
         lr_factor: Callable[[str], float] = lambda name: 1.0,
+        fused: bool = False,
     ) -> None:
         """Take over a module's trainable parameters, fresh or as `state_dict` once described them.
 
-        `lr_factor` maps a parameter's name to its share of the scheduled learning rate.
+        `lr_factor` maps a parameter's name to its share of the scheduled learning rate. `fused` takes torch's fused
+        AdamW, which rounds otherwise.
 
         Trainable parameters become float32: at learning rates of RL an update is smaller than the spacing
         of bfloat16 numbers and would be rounded away.
@@ -110,6 +112,7 @@ class Engine:
             betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
             weight_decay=optim.weight_decay,
+            fused=fused or None,
         )
         self._module, self._optimizer = self.accelerator.prepare(module, self._base_optimizer)
         if state is not None:

@@ -18,6 +18,6 @@ def save_group(folder: Path, group: RolloutGroup) -> None:
 
 
 def refuse_filled(folder: Path) -> None:
-    """Raises ImageRLError when a folder for pictures holds something already, or is none."""
+    """Raise ImageRLError when a folder for pictures holds something already, or is none."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ImageRLError(f"{folder} is not empty; choose another folder for the pictures, or remove it")

@@ -38,7 +38,7 @@ PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "J
 
 
 def _at_once(path: str, flags: int) -> int:
-    """Opens a pipe that nobody writes to as well, which would otherwise wait for ever."""
+    """Open a pipe that nobody writes to as well, which would otherwise wait for ever."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 

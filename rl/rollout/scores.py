@@ -1,5 +1,6 @@
-"""Functions of `RewardScores` as a whole. Both functions go by what a field holds, not by its name, so that none can
-be forgotten: an array has a row for each sample, a mapping of arrays has them by name, all else is of the request."""
+"""Functions of `RewardScores` as a whole. To map and to merge go by what a field holds, not by its name, so that none
+can be forgotten: an array has a row for each sample, a mapping of arrays has them by name, all else is of the
+request."""
 
 from __future__ import annotations
 
@@ -22,6 +23,20 @@ def map_samples(scores: RewardScores, rows: Callable[[np.ndarray], np.ndarray]) 
         return rows(value) if isinstance(value, np.ndarray) else value
 
     return replace(scores, **{field.name: mapped(getattr(scores, field.name)) for field in fields(scores)})
+
+
+def scores_of_half(scores: RewardScores, half: str, labels: Sequence[str]) -> RewardScores:
+    """Return the scores that a half of the generator learns from: its own total, and of the rewards those with the
+    `labels` that teach it. Without totals by half they are the scores themselves."""
+    if not scores.halves:
+        return scores
+    return replace(
+        scores,
+        totals=scores.halves[half],
+        gated={label: scores.gated[label] for label in labels},
+        weights={label: scores.weights[label] for label in labels},
+        halves={},
+    )
 
 
 def merge_scores(parts: Sequence[RewardScores]) -> RewardScores:

@@ -94,7 +94,7 @@ class RunFolder:
         self._lock, self._made = None, []
 
     def refuse_loss(self, recipe: RecipeModel, overwrite: bool) -> None:
-        """Raises ImageRLError when a new run would write over anything, other than, with `overwrite`, the files of
+        """Raise ImageRLError when a new run would write over anything, other than, with `overwrite`, the files of
         a run by its own record; and when the folder is one that people and models live in."""
         self.refuse_shared(recipe)
         own, written = self._recorded(), self._found(contents(recipe))
@@ -113,7 +113,7 @@ class RunFolder:
             )
 
     def refuse_shared(self, recipe: RecipeModel) -> None:
-        """Raises ImageRLError when people or the model in use live in the folder."""
+        """Raise ImageRLError when people or the model in use live in the folder."""
         folder = self.path.resolve()
         model = getattr(getattr(recipe, "model", None), "path", None)
         for place, what in (

@@ -185,7 +185,7 @@ class FlowHalf:
     def advantage_inputs(self, scores: RewardScores, batch: FlowBatch) -> AdvantageInputs:
         """Compare a picture with those of the same tokens where there are several, else with its group."""
         size = batch.decodes if batch.decodes > 1 else self.recipe.rollout.group_size
-        return reward_inputs(self.recipe, scores, size, batch.action_mask)
+        return reward_inputs(scores, size, batch.action_mask)
 
     def select(self, batch: FlowBatch) -> FlowBatch:
         """Return the batch as it is: all its denoising steps train."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from imagerl.rl.algorithms.advantages import AdvantageInputs, AdvantageOutput
-from imagerl.rl.config.train import Recipe
 from imagerl.rl.training.step_metrics import Metrics
 from imagerl.rl.types import FlowSampling, RewardScores, RolloutGroup
 
@@ -58,7 +57,9 @@ class Half(Protocol[B]):
         """Choose the actions that the policy term trains, now that all ranks' are known."""
         ...
 
-    def advantage_inputs(self, scores: RewardScores, batch: B) -> AdvantageInputs: ...
+    def advantage_inputs(self, scores: RewardScores, batch: B) -> AdvantageInputs:
+        """Return what advantages are made of, from the scores of this half's own rewards."""
+        ...
 
     def denominator(self, batch: B) -> float:
         """Return this rank's part of the loss's denominator; 0 where nothing trains."""
@@ -96,16 +97,12 @@ def train_on(batch: B, advantages: AdvantageOutput) -> B:
     )
 
 
-def reward_inputs(
-    recipe: Recipe, scores: RewardScores, group_size: int, action_mask: Tensor
-) -> AdvantageInputs:
-    """Return the advantages' inputs without what only one half knows."""
-    labels = [reward.label for reward in recipe.rewards.functions]
-    components = [scores.gated[label] for label in labels]
+def reward_inputs(scores: RewardScores, group_size: int, action_mask: Tensor) -> AdvantageInputs:
+    """Return the advantages' inputs of the scores of a half, without what only that half knows."""
     return AdvantageInputs(
         rewards=torch.from_numpy(scores.totals),
-        components=torch.from_numpy(np.stack(components, axis=1)),
-        weights=tuple(scores.weights[label] for label in labels),
+        components=torch.from_numpy(np.stack(list(scores.gated.values()), axis=1)),
+        weights=tuple(scores.weights[label] for label in scores.gated),
         group_size=group_size,
         action_mask=action_mask.cpu(),
     )

@@ -61,7 +61,8 @@ def thumbnails(images: np.ndarray) -> np.ndarray:
     block = min(-(-max(height, width) // THUMBNAIL), height, width)
     rows, columns = height // block, width // block
     blocks = sampled[:, : rows * block, : columns * block].reshape(batch, rows, block, columns, block, 3)
-    return blocks.mean(axis=(2, 4), dtype=np.float32) / np.float32(255)
+    means: np.ndarray = blocks.mean(axis=(2, 4), dtype=np.float32) / np.float32(255)
+    return means
 
 
 def thinned(images: np.ndarray) -> np.ndarray:

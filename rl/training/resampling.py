@@ -36,7 +36,8 @@ def resample(
     """
     groups, size, drawn = list(groups), len(groups[0].images), [scores]
     for _ in range(rounds):
-        silent = silent_groups(scores.totals, size)
+        of_halves = [silent_groups(totals, size) for totals in scores.halves.values() or [scores.totals]]
+        silent = [group for group in of_halves[0] if all(group in own for own in of_halves)]
         counts = gather(len(silent))
         if not sum(counts) or not others:
             break

@@ -14,22 +14,26 @@ Scale = Literal["group", "batch", "none"]
 
 
 def mixing_metrics(
-    scores: RewardScores, group_size: int, scale: str = "group", decoupled: bool = False
+    scores: RewardScores,
+    group_size: int,
+    scale: str = "group",
+    decoupled: bool = False,
+    prefix: str = "",
 ) -> dict[str, float]:
     """Return for each of two or more rewards its weight at this step, its part of the advantages' variance, and the
     correlation of its values with those of each other one. Empty for a single reward.
 
-    `scores` are those of the whole step, of all ranks."""
+    `scores` are those of the whole step, of all ranks; those of one half have a `prefix` for the names."""
     labels = list(scores.gated)
     if len(labels) < 2:
         return {}
     parts = variance_parts(scores.gated, scores.weights, scores.totals, group_size, scale, decoupled)
     metrics: dict[str, float] = {}
     for label in labels:
-        metrics[f"reward/{label}/weight"] = scores.weights[label]
-        metrics[f"reward/{label}/variance_part"] = parts[label]
+        metrics[f"reward/{prefix}{label}/weight"] = scores.weights[label]
+        metrics[f"reward/{prefix}{label}/variance_part"] = parts[label]
     for one, other in combinations(labels, 2):
-        metrics[f"reward/{one}/correlation_{other}"] = correlation(
+        metrics[f"reward/{prefix}{one}/correlation_{other}"] = correlation(
             scores.components[one], scores.components[other]
         )
     return metrics
@@ -91,7 +95,8 @@ def _centred(values: np.ndarray, usable: np.ndarray, scaled: bool) -> np.ndarray
 def _deviation(centred: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Return the [P, 1] unbiased standard deviation of groups whose mean is 0."""
     count = known.sum(axis=1, keepdims=True)
-    return np.sqrt(np.square(centred).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
+    spread: np.ndarray = np.sqrt(np.square(centred).sum(axis=1, keepdims=True) / np.maximum(count - 1, 1))
+    return spread
 
 
 def _divided(values: np.ndarray, by: np.ndarray) -> np.ndarray:

@@ -36,7 +36,8 @@ OTHER_SUMS = ("actions", "loss", "grad_norm", "lr", "replay_gap", "replay_gap_ma
 def reward_metrics(scores: RewardScores) -> Metrics:
     """Return means and spreads of the totals and of each component, over all samples that have them."""
     metrics: Metrics = {}
-    for name, values in {"": scores.totals, **scores.components}.items():
+    of_halves = {f"of_{half}": totals for half, totals in scores.halves.items()}
+    for name, values in {"": scores.totals, **of_halves, **scores.components}.items():
         known, key = values[np.isfinite(values)], f"reward/{name}/" if name else "reward/"
         metrics[f"{key}mean"] = float(known.mean()) if len(known) else math.nan
         metrics[f"{key}std"] = float(known.std(ddof=1)) if len(known) > 1 else math.nan

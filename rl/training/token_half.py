@@ -84,9 +84,8 @@ class TokenHalf:
     def advantage_inputs(self, scores: RewardScores, batch: TrainBatch) -> AdvantageInputs:
         """Give each token sequence the mean reward of its pictures."""
         rollout = self.recipe.rollout
-        inputs = reward_inputs(
-            self.recipe, average_decodes(scores, rollout.decodes), rollout.group_size, batch.action_mask
-        )
+        averaged = average_decodes(scores, rollout.decodes)
+        inputs = reward_inputs(averaged, rollout.group_size, batch.action_mask)
         if self.algorithm.kl_in != "reward":
             return inputs
         assert batch.ref_logprobs is not None  # the recipe refuses kl_in=reward without kl_coef

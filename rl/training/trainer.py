@@ -22,8 +22,8 @@ from imagerl.rl.engine.engine import Engine
 from imagerl.rl.files.metrics import PhaseTimer
 from imagerl.rl.rollout.decodes import average_decodes, variance_split
 from imagerl.rl.rollout.engine import RolloutEngine, reward_request
-from imagerl.rl.rollout.scores import merge_scores
-from imagerl.rl.training.half import train_on
+from imagerl.rl.rollout.scores import merge_scores, scores_of_half
+from imagerl.rl.training.half import Half, train_on
 from imagerl.rl.training.halves import halves_in_training
 from imagerl.rl.training.picture_stats import group_stats, mean_of_groups
 from imagerl.rl.training.resampling import Drawn, resample
@@ -37,7 +37,8 @@ Batches = list[Any]  # one per half
 
 class Trainer:
     """A trainer for every algorithm of `rl.config.algorithm_table` on the tokens of the autoregressive half, every
-    one of `rl.config.flow_table` on the denoising steps of the decoder, or both in one step from the same rewards."""
+    one of `rl.config.flow_table` on the denoising steps of the decoder, or both in one step, from the same rewards or
+    each from its own."""
 
     def __init__(
         self,
@@ -57,7 +58,8 @@ class Trainer:
         self.engine = engine
         self.halves = halves_in_training(recipe, policy, engine.gather_objects)
         self.advantages = load_advantages(recipe.algorithm)
-        self.moving_mean: float | None = None  # of the rewards so far, for that baseline
+        # Of each half's rewards so far, for that baseline; None: there were none.
+        self.moving_means: dict[str, float | None] = {half.name: None for half in self.halves}
         synchronise = torch.cuda.synchronize if engine.device.type == "cuda" else None
         self.timer = PhaseTimer(synchronise)
 
@@ -99,7 +101,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return all but weights and optimizer that the next step depends on, as JSON takes it."""
-        state: dict[str, Any] = {"moving_mean": self.moving_mean}
+        state: dict[str, Any] = {"moving_means": self.moving_means}
         for half in self.halves:
             state |= half.state()
         return state
@@ -110,7 +112,7 @@ class Trainer:
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Continue from what `state` and `tensors` returned."""
-        self.moving_mean = state.get("moving_mean")
+        self.moving_means |= state.get("moving_means", {})
         for half in self.halves:
             half.restore(state)
         if "reference" in tensors:
@@ -204,10 +206,13 @@ class Trainer:
     # ---- update --------------------------------------------------------------------------------------------
 
     def _advantages(self, scores: RewardScores, batches: Batches, step: int) -> list[AdvantageOutput]:
-        """Compute the advantages of this rank's samples from the rewards of all ranks, once for every half."""
-        outputs, mean = [], self.moving_mean
+        """Compute the advantages of this rank's samples from the rewards of all ranks, once for every half: each is
+        normalised among its own rewards."""
+        outputs = []
         for half, batch in zip(self.halves, batches, strict=True):
-            inputs = AdvantageInputs.join(self.engine.gather_objects(half.advantage_inputs(scores, batch)))
+            own_inputs = half.advantage_inputs(self._scores_of(half, scores), batch)
+            inputs = AdvantageInputs.join(self.engine.gather_objects(own_inputs))
+            mean = self.moving_means[half.name]
             inputs = replace(inputs, moving_mean=mean)
             if self.algorithm.shuffle_rewards:
                 seed = self.recipe.run.seed, "shuffle", step
@@ -217,14 +222,15 @@ class Trainer:
                     # A fresh generator of the same seed: the same order as the totals, which are made of these.
                     components=shuffled(inputs.components, generator(*seed)),
                 )
-            # Moved once a step, by one half: both have the rewards of the same pictures.
-            if half is self.halves[0]:
-                self.moving_mean = moved_mean(mean, inputs.rewards, self.algorithm.baseline_decay)
+            self.moving_means[half.name] = moved_mean(mean, inputs.rewards, self.algorithm.baseline_decay)
             own = len(batch.action_mask)
             # `join` puts ranks one after another, and all hold equally many samples.
             mine = slice(self.engine.rank * own, (self.engine.rank + 1) * own)
             outputs.append(self.advantages(inputs).rows(mine))
         return outputs
+
+    def _scores_of(self, half: Half[Any], scores: RewardScores) -> RewardScores:
+        return scores_of_half(scores, half.name, self.recipe.rewards.labels_of(half.name))
 
     def _update(self, batches: Batches) -> list[Metrics]:
         """Make one optimizer step over all microbatches; returns for every half sums over ranks, and the norm of
@@ -274,12 +280,15 @@ class Trainer:
     ) -> Metrics:
         rollout = self.recipe.rollout
         metrics = reward_metrics(drawn)
-        metrics |= mixing_metrics(
-            average_decodes(drawn, rollout.decodes),
-            rollout.group_size,
-            self.algorithm.scale_rewards,
-            self.algorithm.decouple_rewards,
-        )
+        mixed = {f"of_{half.name}/": self._scores_of(half, drawn) for half in self.halves}
+        for prefix, scores in (mixed if drawn.halves else {"": drawn}).items():
+            metrics |= mixing_metrics(
+                average_decodes(scores, rollout.decodes),
+                rollout.group_size,
+                self.algorithm.scale_rewards,
+                self.algorithm.decouple_rewards,
+                prefix,
+            )
         split = variance_split(drawn.totals, rollout.group_size, rollout.decodes)
         metrics |= {f"reward/variance/{name}": value for name, value in split.items()}
         for half, output, own in zip(self.halves, advantages, zip(*updates, strict=True), strict=True):

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from imagerl.models.blip3o_next.building import new_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.rl.sft.pretraining.stages import captions
 from tests.micro import MODEL, micro_policy
+from tools.tiny.model import new_policy
+from tools.tiny.samples import captions
 
 CAPTIONS = ("CAT", 'a sign that says "42" in red', 'ünïcödé and a much longer caption, padded less: "ZEBRA"')
 

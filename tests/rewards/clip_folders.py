@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from imagerl.rewards.clip.building import build_tokenizer, new_model, save_model
 from imagerl.rewards.clip.packages import import_open_clip
 from imagerl.rl.types import ImageRLError
+from tools.tiny.clip_model import build_tokenizer, new_model, save_model
 
 CAPTIONS = ["a red ball", "a blue box on a table", "three green birds"]
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}

@@ -13,10 +13,8 @@ from dataclasses import dataclass, replace
 from imagerl.rl.data.seeding import derive_seed
 from imagerl.rl.data.tiny.world import (
     BACKGROUNDS,
-    FONTS,
     INKS,
     Scene,
-    pretraining_text,
     random_scene,
     render,
     texts,
@@ -90,26 +88,6 @@ def new_value(rng: random.Random, source: Scene, part: str, text: str) -> str:
     if part == "text":
         return text
     return rng.choice([name for name in COLOURS[part] if name != getattr(source, part)])
-
-
-def other_text(rng: random.Random, text: str) -> str:
-    """Draw a pretraining text that differs from `text`."""
-    while (drawn := pretraining_text(rng)) == text:
-        pass
-    return drawn
-
-
-def random_edit(rng: random.Random, fonts: Sequence[str] = FONTS, text_share: float = 1 / 3) -> Edit:
-    """Draw an edit of a pretraining picture. `text_share` of them replace the text, the others change a colour."""
-    source = random_scene(rng, pretraining_text(rng), fonts)
-    part = "text" if rng.random() < text_share else rng.choice(PARTS[1:])
-    return Edit(source, part, new_value(rng, source, part, other_text(rng, source.text)))
-
-
-def random_question(rng: random.Random, fonts: Sequence[str] = FONTS, text_share: float = 1 / 3) -> Question:
-    """Draw a question about a pretraining picture, `text_share` of them for its text."""
-    scene = random_scene(rng, pretraining_text(rng), fonts)
-    return Question(scene, "text" if rng.random() < text_share else rng.choice(PARTS[1:]))
 
 
 def edits_of(split: str, size: int | None = None, seed: int = 0, parts: Sequence[str] = PARTS) -> list[Edit]:

@@ -154,8 +154,6 @@ KINDS: tuple[tuple[str, str, Draw], ...] = (
     ("word repeated", "hack", _repeated),
     ("prompt in a corner", "hack", _corner),
 )
-# What answers no prompt at all, to train a judge of pictures on.
-POOR: tuple[Draw, ...] = (_blank, _noise, _saturated, _everywhere, _repeated, _corner)
 
 DrawEdit = Callable[[Scene, Scene, random.Random], Image.Image]
 EDIT_KINDS: tuple[tuple[str, str, DrawEdit], ...] = (

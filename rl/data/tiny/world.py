@@ -107,18 +107,6 @@ def random_scene(rng: random.Random, text: str, fonts: Sequence[str] = FONTS) ->
     return Scene(text, rng.choice(list(INKS)), rng.choice(list(BACKGROUNDS)), rng.choice(fonts))
 
 
-def pretraining_text(rng: random.Random) -> str:
-    """Draw a word, random letters or a number, never a held-out text. Random letters teach spelling as such."""
-    while True:
-        kind = rng.random()
-        if kind < 0.35:
-            return rng.choice(texts("train"))
-        alphabet = LETTERS if kind < 0.85 else DIGITS
-        text = "".join(rng.choices(alphabet, k=rng.randint(3, 6)))
-        if split_of(text) == "train":
-            return text
-
-
 def prompt_set(split: str, size: int | None = None, seed: int = 0) -> list[Prompt]:
     """Return `size` prompts of a split (all texts when None), one text each, colours drawn from `seed`.
 

@@ -3,13 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from imagerl.models.blip3o_next.building import build_image_tokenizer, build_text_tokenizer, new_policy
+from imagerl.models.blip3o_next.building import build_image_tokenizer
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.ta_tok import TATokenizer
 from imagerl.models.common.image_tokenizer import FSQTokenizer
 from imagerl.rl.data.tiny.world import DIGITS, LETTERS
 from imagerl.rl.types import ImageRLError
 from tests.micro import MODEL, micro_policy
+from tools.tiny.model import build_text_tokenizer, new_policy
 
 
 @pytest.fixture(scope="module")

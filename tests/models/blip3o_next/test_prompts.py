@@ -11,10 +11,10 @@ from imagerl.models.blip3o_next.loading import load_policy, load_prompts
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.prompts import EDIT, REQUEST, SYSTEM, PromptEncoder, PromptTooLong
 from imagerl.models.blip3o_next.understanding import greedy_text
-from imagerl.rl.sft.pretraining.stages import captions
 from imagerl.rl.types import ImageRLError, Prompt
 from tests.micro import micro_folder, micro_policy
 from tests.models.helpers import edit_policy
+from tools.tiny.samples import captions
 
 HEAD = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"

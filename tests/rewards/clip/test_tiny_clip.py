@@ -14,12 +14,12 @@ from imagerl.rewards.clip.models import load_clip
 from imagerl.rl.commands.cli import main
 from imagerl.rl.config.recipe import load_yaml_recipe
 from imagerl.rl.data.tiny.pictures import check_edits, check_pictures
-from imagerl.rl.sft.pretraining.clip import PARTS, measure
-from imagerl.rl.sft.pretraining.clip_config import ClipRecipe
 from tests.rewards.clip_folders import need_open_clip
+from tools.tiny.clip import PARTS, measure
+from tools.tiny.config import ClipRecipe
 
 FOLDER = Path(str(files("rewards"))) / "tiny_clip"
-RECIPE = Path(__file__).parents[3] / "recipes" / "tiny_clip.yaml"
+RECIPE = Path(__file__).parents[3] / "tools" / "tiny" / "tiny_clip.yaml"
 
 
 def test_it_is_small_and_its_recipe_is_the_one_that_ships() -> None:

@@ -16,11 +16,11 @@ from imagerl.rewards.composition.detectors import ClipColours, OpenVocabularyDet
 from imagerl.rewards.composition.reward import CompositionReward
 from imagerl.rewards.composition.rule import Found
 from imagerl.rewards.composition.tiny import GREY, GROUNDS, INKS, SHAPE_COLOURS, find_words
-from imagerl.rl.data.tiny import shapes as tiny_shapes
 from imagerl.rl.data.tiny import world as tiny_world
 from imagerl.rl.data.tiny.pictures import check_pictures
-from imagerl.rl.data.tiny.shapes import COLOURS, SHAPES, TAGS, answer, draw, shape_set, specification
 from imagerl.rl.types import ImageRLError, RewardOutput
+from tests.rewards.composition import shapes as tiny_shapes
+from tests.rewards.composition.shapes import COLOURS, SHAPES, TAGS, answer, draw, shape_set, specification
 
 
 def judge(images: Sequence[Image.Image], wanted: Sequence[Any], **settings: Any) -> RewardOutput:
@@ -214,7 +214,7 @@ def owlv2(folder: Path) -> str:
     from transformers import Owlv2Config, Owlv2ForObjectDetection, Owlv2Processor
     from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
-    from imagerl.rewards.clip.building import build_tokenizer
+    from tools.tiny.clip_model import build_tokenizer
 
     tokenizer = build_tokenizer(["a photo of a cup", "a photo of a dog"] * 4, 270)
     sizes: dict[str, Any] = {

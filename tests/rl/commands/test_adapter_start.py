@@ -15,7 +15,6 @@ from imagerl.models.blip3o_next.adapters import adapter_base
 from imagerl.models.blip3o_next.loading import load_policy
 from imagerl.rl.commands.cli import main
 from imagerl.rl.commands.plan import plans
-from imagerl.rl.commands.pretrain import starting_policy
 from imagerl.rl.config.recipe import load_yaml_recipe, validate_recipe
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.data.tiny.world import prompt_set
@@ -24,11 +23,12 @@ from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import read_metrics
 from imagerl.rl.rollout.engine import RolloutEngine
 from imagerl.rl.sft.objective import sft_module
-from imagerl.rl.sft.pretraining.config import PretrainRecipe
 from imagerl.rl.types import SamplingParams
 from tests import small_sft
 from tests.micro import micro_folder
 from tests.small_run import low_tokens, recipe_data, small_trainer, write_recipe
+from tools.tiny.config import PretrainRecipe
+from tools.tiny.pretrain import starting_policy
 
 ROOT = Path(__file__).parents[3]
 # how a run begins: from what export of the first one, with which adapters
@@ -170,7 +170,7 @@ def test_zero_3_keeps_the_reference_too(place: Path) -> None:
 
 def test_pretraining_goes_on_with_all_weights_of_the_merged_adapter(place: Path) -> None:
     recipe = load_yaml_recipe(
-        PretrainRecipe, "recipes/tiny_unified_pretrain.yaml", [f"init={place / 'adapter'}"]
+        PretrainRecipe, "tools/tiny/tiny_unified_pretrain.yaml", [f"init={place / 'adapter'}"]
     )
     policy, _ = starting_policy(recipe)
     assert policy.trainable.adapter is None

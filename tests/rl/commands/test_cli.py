@@ -166,7 +166,7 @@ def test_what_a_reward_leaves_changed_changes_no_weight(
     ("arguments", "message"),
     [
         (["train", "nowhere.yaml"], 'no file "nowhere.yaml"'),
-        (["pretrain", "{place}/recipe.yaml"], 'a recipe of kind "train"'),
+        (["sft", "{place}/recipe.yaml"], 'a recipe of kind "train"'),
         (["sample", "--model", "{place}/none", "a word"], "is no folder"),
         (["sample", "--model", "{place}/model", " "], "a prompt is empty"),
         (["sample", "--model", "{place}/model", "--out", "{place}/recipe.yaml", "a word"], "recipe.yaml"),
@@ -260,7 +260,7 @@ def test_help_and_completion_import_no_schema_and_nothing_heavy() -> None:
 def test_help_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     ended = imagerl(capsys)
     assert ended.code == 0
-    assert all(command in ended.out for command in ("train", "sample", "eval", "export", "pretrain"))
+    assert all(command in ended.out for command in ("train", "sample", "eval", "export", "compare"))
 
 
 # ---- train -------------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from imagerl.models.blip3o_next.building import new_policy
 from imagerl.models.blip3o_next.loading import save_policy
 from imagerl.rl.commands.cli import main
-from imagerl.rl.sft.pretraining.stages import captions
 from tests.micro import MODEL, micro_folder
+from tools.tiny.model import new_policy
+from tools.tiny.samples import captions
 
 
 @pytest.fixture(scope="module")

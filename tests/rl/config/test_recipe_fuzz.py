@@ -23,8 +23,7 @@ from imagerl.rl.config.train import Recipe
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.suites import SuiteFile
 from imagerl.rl.files.mistakes import iter_fields
-from imagerl.rl.sft.pretraining.clip_config import ClipRecipe
-from imagerl.rl.sft.pretraining.config import PretrainRecipe
+from tools.tiny.config import ClipRecipe, PretrainRecipe
 
 FOLDER = Path(__file__).parents[3] / "recipes"
 SCHEMAS: dict[str, type[RecipeModel]] = {
@@ -33,7 +32,8 @@ SCHEMAS: dict[str, type[RecipeModel]] = {
     "sft": SFTRecipe,
     "clip": ClipRecipe,
 }
-SHIPPED = sorted([*FOLDER.glob("*.yaml"), *(FOLDER / "compare").glob("*.yaml")])
+FOLDERS = (FOLDER, FOLDER / "compare", FOLDER.parent / "tools" / "tiny")
+SHIPPED = sorted(path for folder in FOLDERS for path in folder.glob("*.yaml"))
 SUITE = {
     "prompts": {"name": "tiny_world", "split": "heldout", "size": 8},
     "rewards": [{"name": "ocr", "mode": "recognise", "weight": 2.0}],

@@ -199,7 +199,7 @@ def test_mistakes_name_the_key_and_the_way_out(path: Path, override: str, parts:
         ),
         (["rewards=[{name: a, gate: {by: b}}, {name: b}]"], "exactly one of at_least and at_most"),
         (["rewards=[{name: a, gate: {by: b, above: 1}}, {name: b}]"], '"rewards.functions.0.gate.above"'),
-        (["gold=[{name: a, weight: {0: 1}}]"], "enters no total; remove its gate and schedule"),
+        (["gold=[{name: a, weight: {0: 1}}]"], "enters no total; remove its gate, schedule and half"),
         (["gold=[{name: ocr}]"], "a gold metric must not be"),
         (["gold=[{name: a}, {name: a}]"], "two gold metrics"),
         (["data.train.path=x.txt"], "exactly one of name and path"),

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from imagerl.models.blip3o_next.building import vocabulary_of
 from imagerl.models.blip3o_next.weights import empty_policy
 from imagerl.rl.engine.memory import LiveBytes, StepShape, at_depth, decoder_bytes, language_model_bytes
 from tests.micro import MODEL, micro_policy
+from tools.tiny.model import vocabulary_of
 
 SHAPE = StepShape(
     sampled=2,

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagerl.models.blip3o_next.building import new_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.data.image_files import Example
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.sft import objective as sft_objective
 from imagerl.rl.sft.objective import SFTBatch, SFTModule, noise_levels, part_of, prompt_targets, token_nll
-from imagerl.rl.sft.pretraining.stages import captions
 from imagerl.rl.sft.trainer import Collator, counts, of_one_kind
 from tests.micro import MODEL, micro_policy
 from tests.models.helpers import stir
 from tests.small_sft import examples, recipe, small_trainer, write_pictures
+from tools.tiny.model import new_policy
+from tools.tiny.samples import captions
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 

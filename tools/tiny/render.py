@@ -1,12 +1,7 @@
-"""Pictures of the tiny world with captions, as a folder or as tar shards: something to try `imagerl sft` on.
-
-python -m imagerl.rl.data.tiny.render_folder data/serif --count 400 --font DejaVuSerif-Bold.ttf
-python -m imagerl.rl.data.tiny.render_folder data/shards --count 400 --shard 100
-"""
+"""Pictures of the tiny world with captions, as a folder or as tar shards: something to try `imagerl sft` on."""
 
 from __future__ import annotations
 
-import argparse
 import io
 import random
 import tarfile
@@ -14,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from imagerl.rl.data.seeding import derive_seed
-from imagerl.rl.data.tiny.world import FONTS, SPLITS, random_scene, render, texts
+from imagerl.rl.data.tiny.world import FONTS, random_scene, render, texts
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.writing import atomic_folder
 
@@ -59,27 +54,15 @@ def write_shards(target: Path, samples: Iterator[tuple[str, bytes, str]], size: 
             archive.close()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m imagerl.rl.data.tiny.render_folder", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("out", type=Path, help="new folder")
-    parser.add_argument("--count", type=int, default=200, help="pictures")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="whose texts")
-    parser.add_argument("--seed", type=int, default=0, help="seed of colours and fonts")
-    parser.add_argument("--font", action="append", help="matplotlib font file; may be repeated")
-    parser.add_argument("--shard", type=int, default=0, help="samples of a tar shard; 0: loose files")
-    given = parser.parse_args()
-    samples = rendered(given.count, given.split, given.seed, given.font or FONTS)
+def write(out: Path, count: int, split: str, seed: int, fonts: Sequence[str] | None, shard: int) -> None:
+    """Write `count` pictures into a new folder, as shards of `shard` samples, or as loose files for 0.
+
+    Raises ImageRLError when that cannot be done."""
+    samples = rendered(count, split, seed, fonts or FONTS)
     try:
-        if given.shard:
-            write_shards(given.out, samples, given.shard)
+        if shard:
+            write_shards(out, samples, shard)
         else:
-            write_folder(given.out, samples)
-    except (ImageRLError, OSError) as error:  # OSError: no such font
-        raise SystemExit(f"render_folder: {error}") from None
-    print(f"{given.count} pictures in {given.out}")
-
-
-if __name__ == "__main__":
-    main()
+            write_folder(out, samples)
+    except OSError as error:  # no such font
+        raise ImageRLError(f"cannot render {out}: {error}") from None

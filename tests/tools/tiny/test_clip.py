@@ -12,10 +12,11 @@ from PIL import Image
 
 from imagerl.rl.commands.cli import main
 from imagerl.rl.data.tiny.world import BACKGROUNDS, FONTS, INKS, Scene, split_of
-from imagerl.rl.sft.pretraining.clip import BLOCK, PARTS, altered, contrastive_loss, measure, trainable
 from tests.rewards.clip_folders import need_open_clip
+from tools.tiny.__main__ import tiny
+from tools.tiny.clip import BLOCK, PARTS, altered, contrastive_loss, measure, trainable
 
-RECIPE = str(Path(__file__).parents[4] / "recipes" / "tiny_clip.yaml")
+RECIPE = str(Path(__file__).parents[3] / "tools" / "tiny" / "tiny_clip.yaml")
 RIVER = Scene("RIVER", "red", "white", FONTS[0])
 
 
@@ -106,7 +107,7 @@ def test_a_run_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     documents = []
     for name in ("a", "b"):
         with pytest.raises(SystemExit) as leaving:
-            main(["clip", RECIPE, f"run.output_dir={tmp_path / name}", *small])
+            main(["clip", RECIPE, f"run.output_dir={tmp_path / name}", *small], tiny, "tools.tiny")
         assert leaving.value.code == 0
         documents.append(json.loads((tmp_path / name / "model" / "training.json").read_text()))
     assert documents[0]["measured"] == documents[1]["measured"]

@@ -10,19 +10,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imagerl.models.blip3o_next.loading import load_policy, load_state, read_weights, save_policy
+from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.rl.config.engine import EngineConfig
 from imagerl.rl.config.recipe import load_yaml_recipe
+from imagerl.rl.data.seeding import derive_seed
+from imagerl.rl.engine.engine import Engine
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.environment import write_environment
 from imagerl.rl.files.reading import read_json
-from imagerl.rl.files.writing import write_atomic
-from imagerl.rl.run.folder import RECIPE_FILE, differing_keys
-from imagerl.rl.sft.pretraining.config import PretrainRecipe
-from imagerl.rl.sft.pretraining.decoder import fit_decoder
-from imagerl.rl.sft.pretraining.stages import fit_generator, fit_reconstruction, latent_scale
-from imagerl.rl.sft.pretraining.tasks import fit_tasks
+from imagerl.rl.files.writing import atomic_folder, write_atomic
+from imagerl.rl.run.folder import RECIPE_FILE, RunFolder, differing_keys
+from tools.tiny.config import PretrainRecipe
+from tools.tiny.decoder import fit_decoder
+from tools.tiny.model import grow, new_policy, turns
+from tools.tiny.samples import captions, edits, questions
+from tools.tiny.stages import fit_generator, fit_reconstruction, latent_scale
+from tools.tiny.tasks import fit_tasks
 
 RECORD = "pretraining.json"
 STAGES = ("tokenizer", "autoencoder", "generator", "tasks")  # whose weights are kept, in their order
+
+
+def run(recipe: PretrainRecipe) -> Path:
+    """Make the model of a recipe; returns its folder."""
+    place = RunFolder(recipe.run.output_dir)
+    try:
+        place.lock()
+        place.refuse_shared(recipe)
+        torch.manual_seed(derive_seed(recipe.run.seed, "init"))
+        policy, config = starting_policy(recipe)
+        policy.to(Engine(EngineConfig(device=recipe.run.device, threads=recipe.run.threads)).device)
+
+        def save(target: Path) -> None:
+            with atomic_folder(target, replace=True) as folder:
+                save_policy(policy, folder, config, torch.bfloat16)
+
+        pretrain(policy, recipe, save, lambda folder: load_state(policy, read_weights(folder), folder))
+    finally:
+        place.release()
+    return Path(recipe.run.output_dir) / "model"
+
+
+def starting_policy(recipe: PretrainRecipe) -> tuple[ImagePolicy, dict[str, Any]]:
+    """Return an untrained policy, or `init`, for `tasks` made able to learn editing and reading."""
+    seed, vocabulary = recipe.run.seed, recipe.text_tokenizer.vocabulary
+    if recipe.init is None:
+        assert recipe.model is not None  # the schema wants one of the two
+        return new_policy(recipe.model, captions(seed, 500), vocabulary)
+    policy, config = load_policy(recipe.init)
+    policy.trainable.merge_adapter()
+    if recipe.tasks is None:
+        return policy, config
+    instructions = [edit.instruction for edit in edits(seed, "captions", 0, 500, 1 / 3)]
+    asked = questions(seed, "captions", 0, 200, 1 / 3)
+    corpus = turns(
+        captions(seed, 500), instructions, [one.text for one in asked], [one.answer for one in asked]
+    )
+    return grow(policy, config, corpus, vocabulary)
 
 
 def pretrain(
@@ -36,8 +81,6 @@ def pretrain(
     refuse_foreign_stages(out, recipe)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / RECIPE_FILE, recipe.to_yaml())
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
     record = out / "pretrain.jsonl"
 
     def log(stage: str, step: int, metrics: dict[str, float]) -> None:

@@ -1,26 +1,20 @@
-"""Supervised pretraining of a generator on rendered pictures: what all stages share, and those of a model that draws.
-
-Functions take modules and know nothing of how these are built. Every batch is a pure function of (seed, stage,
-step), so a stage can be repeated exactly.
-"""
+"""Supervised training of the tiny models: the one loop of all stages, and the stages of a model that draws."""
 
 from __future__ import annotations
 
-import math
-import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from imagerl.rl.data.seeding import derive_seed, generator
-from imagerl.rl.data.tiny.world import FONTS, Scene, pretraining_text, random_scene, render
-from imagerl.rl.errors import ImageRLError
-from imagerl.rl.sft.pretraining.config import GeneratorStage, StageConfig
+from imagerl.rl.config.engine import EngineConfig
+from imagerl.rl.data.seeding import generator
+from imagerl.rl.engine.engine import Engine
+from tools.tiny.config import GeneratorStage, StageConfig
+from tools.tiny.samples import pictures, scenes
 
 LogFn = Callable[[str, int, dict[str, float]], None]
 LossFn = Callable[[int], tuple[Tensor, dict[str, float]]]
@@ -35,48 +29,26 @@ class ARHalf(Protocol):
     def hidden_states(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor) -> Tensor: ...
 
 
-def scenes(seed: int, stage: str, step: int, count: int, fonts: Sequence[str] = FONTS) -> list[Scene]:
-    rng = random.Random(derive_seed(seed, stage, step))
-    return [random_scene(rng, pretraining_text(rng), fonts) for _ in range(count)]
-
-
-def pictures(batch: Iterable[Scene]) -> Tensor:
-    """Render scenes as [B, 3, H, W] in [-1, 1]."""
-    pixels = np.stack([np.asarray(render(scene)) for scene in batch])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def learning_rate(step: int, stage: StageConfig) -> float:
-    """Return the rate: linear warm-up, constant, then linear decay to zero over the last `decay_share` of the steps."""
-    warm = min(1.0, (step + 1) / max(1, stage.warmup_steps))
-    left = (stage.steps - step) / max(1.0, stage.decay_share * stage.steps)
-    return stage.lr * min(warm, left, 1.0)
-
-
 def fit(
     name: str, module: nn.Module, loss_of: LossFn, stage: StageConfig, log: LogFn, every: int = 50
 ) -> None:
-    """Minimise `loss_of(step)` over the module's trainable parameters with AdamW (arXiv 1711.05101)."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=stage.lr, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay, fused=True
-    )
+    """Minimise `loss_of(step)` over the module's trainable parameters, by the updates of every other run.
+
+    Raises ImageRLError when the gradient is not finite."""
+    device = next(module.parameters()).device
+    engine = Engine(EngineConfig(device="cuda" if device.type == "cuda" else "cpu"))
+    # fused: as the shipped models were trained; another kernel rounds otherwise
+    engine.prepare(module, stage.optim(), stage.steps, fused=True)
     module.train()
     started = time.perf_counter()
     for step in range(stage.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, stage)
         loss, metrics = loss_of(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm)
-        optimizer.step()
+        engine.backward(loss)
+        norm = engine.step()
         if step % every == 0 or step == stage.steps - 1:
-            if not math.isfinite(loss.item()):
-                raise ImageRLError(f"{name}: loss is {loss.item()} at step {step}; lower {name}.lr")
             seconds = time.perf_counter() - started
             rate = (step + 1) * stage.batch_size / seconds
-            values = {"loss": loss.item(), **metrics, "grad_norm": float(norm)}
+            values = {"loss": loss.item(), **metrics, "grad_norm": norm}
             log(name, step, {**values, "images_per_s": rate, "time_minutes": seconds / 60})
     module.eval()
 
@@ -163,14 +135,3 @@ def fit_generator(
         return loss, {"cross_entropy": cross_entropy.item(), "flow": flow.item()}
 
     fit(name, module, loss_of, stage, log)
-
-
-def resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def captions(seed: int, count: int) -> list[str]:
-    """Return captions to train a text tokenizer on."""
-    return [scene.caption for scene in scenes(seed, "captions", 0, count)]

@@ -9,22 +9,19 @@ from torch import nn
 
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.data.tiny.world import FONTS, render
+from imagerl.rl.engine.engine import learning_rate
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.sft.pretraining.config import GeneratorStage, StageConfig
-from imagerl.rl.sft.pretraining.stages import (
-    captions,
+from tests.micro import micro_policy
+from tools.tiny.config import GeneratorStage, StageConfig
+from tools.tiny.samples import captions, pictures, scenes
+from tools.tiny.stages import (
     fit,
     fit_generator,
     fit_reconstruction,
     latent_scale,
-    learning_rate,
-    pictures,
     reconstruction_loss,
-    resolve_device,
-    scenes,
     token_loss,
 )
-from tests.micro import micro_policy
 
 CPU = torch.device("cpu")
 Log = list[tuple[str, int, dict[str, float]]]
@@ -45,17 +42,14 @@ def unfrozen_policy() -> ImagePolicy:
     return policy
 
 
-def test_learning_rate_rises_stays_and_falls() -> None:
-    settings = stage(steps=100, lr=1.0, warmup_steps=10, decay_share=0.5)
-    rates = [learning_rate(step, settings) for step in range(100)]
-    assert rates[:11] == pytest.approx([(i + 1) / 10 for i in range(10)] + [1.0])
-    assert set(rates[10:51]) == {1.0}
-    assert rates[50:] == pytest.approx([(100 - step) / 50 for step in range(50, 100)])
-
-
-def test_learning_rate_can_stay_constant() -> None:
-    settings = stage(lr=2e-3, warmup_steps=0, decay_share=0.0)
-    assert {learning_rate(step, settings) for step in range(30)} == {2e-3}
+@pytest.mark.parametrize(("warmup", "decay"), [(10, 0.5), (0, 0.0), (1, 1.0)])
+def test_the_learning_rate_rises_stays_and_falls(warmup: int, decay: float) -> None:
+    """The engine's schedule: rate k / warm-up at update k, constant, then a line that ends one update before zero."""
+    settings = stage(steps=100, lr=1.0, warmup_steps=warmup, decay_share=decay).optim()
+    rates = [learning_rate(step, 100, settings) for step in range(100)]
+    rising = [min(1.0, (step + 1) / max(1, warmup)) for step in range(100)]
+    falling = [(100 - step) / max(1.0, 100 * decay) for step in range(100)]
+    assert rates == pytest.approx([min(pair) for pair in zip(rising, falling, strict=True)])
 
 
 def test_batches_are_functions_of_seed_stage_and_step() -> None:
@@ -137,7 +131,7 @@ def test_fit_minimises_repeatably_and_leaves_frozen_parts_alone() -> None:
 
 def test_a_diverged_stage_stops_and_says_what_to_do() -> None:
     module = nn.Linear(1, 1)
-    with pytest.raises(ImageRLError, match=r"loss is nan.*lower tokenizer\.lr"):
+    with pytest.raises(ImageRLError, match=r"gradient norm is nan at update 1; lower"):
         fit("tokenizer", module, lambda _: (module.weight.sum() * math.nan, {}), stage(), lambda *_: None)
 
 
@@ -193,8 +187,3 @@ def test_the_flow_loss_sees_its_share_of_the_batch(monkeypatch: pytest.MonkeyPat
     assert seen == [(2, 2, 2)]
     metrics = log[0][2]
     assert metrics["loss"] == pytest.approx(metrics["cross_entropy"] + 0.25 * metrics["flow"], rel=1e-5)
-
-
-def test_devices() -> None:
-    assert resolve_device("cpu").type == "cpu"
-    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

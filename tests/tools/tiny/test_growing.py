@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from imagerl.models.blip3o_next.growing import grow, turns
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.rl.sft.pretraining.stages import captions
 from imagerl.rl.types import ImageRLError
 from tests.micro import micro_policy
 from tests.models.helpers import random_tokens, stir
+from tools.tiny.model import grow, turns
+from tools.tiny.samples import captions
 
 CORPUS = turns(
     captions(0, 30), ["change the background to pink"] * 9, ["what is written?"] * 9, ["red", "RIVER"]

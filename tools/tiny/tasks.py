@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,27 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from imagerl.rl.data.seeding import derive_seed
-from imagerl.rl.data.tiny.edits import Edit, Question, random_edit, random_question
-from imagerl.rl.data.tiny.world import FONTS
-from imagerl.rl.sft.pretraining.config import TasksStage
-from imagerl.rl.sft.pretraining.stages import fit, pictures, scenes, token_loss
+from tools.tiny.config import TasksStage
+from tools.tiny.samples import edits, pictures, questions, scenes
+from tools.tiny.stages import fit, token_loss
 
 IGNORED = -100  # what cross-entropy leaves out
-
-
-def edits(
-    seed: int, stage: str, step: int, count: int, text_share: float, fonts: Sequence[str] = FONTS
-) -> list[Edit]:
-    rng = random.Random(derive_seed(seed, stage, "edits", step))
-    return [random_edit(rng, fonts, text_share) for _ in range(count)]
-
-
-def questions(
-    seed: int, stage: str, step: int, count: int, text_share: float, fonts: Sequence[str] = FONTS
-) -> list[Question]:
-    rng = random.Random(derive_seed(seed, stage, "questions", step))
-    return [random_question(rng, fonts, text_share) for _ in range(count)]
 
 
 def answer_rows(text_tokenizer: Any, answers: Sequence[str]) -> Tensor:

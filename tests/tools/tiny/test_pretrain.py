@@ -11,13 +11,12 @@ import torch
 
 from imagerl.models.blip3o_next.loading import load_policy, load_state, read_weights, save_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.rl.commands.pretrain import pretrain as pretrain_command
 from imagerl.rl.config.recipe import validate_recipe
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.sft.pretraining.config import PretrainRecipe
-from imagerl.rl.sft.pretraining.run import pretrain, refuse_foreign_stages
 from tests.micro import MODEL, micro_folder, micro_policy
 from tests.models.helpers import edit_policy
+from tools.tiny.config import PretrainRecipe
+from tools.tiny.pretrain import pretrain, refuse_foreign_stages, run
 
 
 @pytest.mark.parametrize("kept", [["tokenizer"], ["tokenizer", "autoencoder", "generator"]])
@@ -72,10 +71,8 @@ SHORT = {"steps": 2, "batch_size": 8, "bf16": False}
 
 def test_a_model_that_draws_learns_to_edit_and_to_read(tmp_path: Path) -> None:
     """The whole command, from a model folder to one that does all three tasks."""
-    import yaml
-
     begun = micro_folder(tmp_path / "begun")
-    recipe = {
+    recipe: dict[str, Any] = {
         "kind": "pretrain",
         "run": {"output_dir": str(tmp_path / "out")},
         "init": str(begun),
@@ -83,8 +80,7 @@ def test_a_model_that_draws_learns_to_edit_and_to_read(tmp_path: Path) -> None:
         "tasks": {**SHORT, "snapshot_every": 1},
         "decoder": {**SHORT, "renew": False, "edit_share": 0.5, "pictures": 64},
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    pretrain_command(str(tmp_path / "recipe.yaml"))
+    run(PretrainRecipe(**recipe))
     old, new = read_weights(begun), read_weights(tmp_path / "out" / "model")
     kept = [name for name in old if name.startswith(("image_tokenizer.", "model.sana_vae."))]
     assert kept
@@ -101,21 +97,18 @@ def test_a_model_that_draws_learns_to_edit_and_to_read(tmp_path: Path) -> None:
 
 def test_the_decoder_of_a_finished_model_goes_on_learning(tmp_path: Path) -> None:
     """Without `tasks` the language model, its text tokenizer and what it was taught stay as they are."""
-    import yaml
-
     begun = tmp_path / "begun"
     policy, config = edit_policy()
     begun.mkdir()
     save_policy(policy, begun, config)
     (begun / "pretraining.json").write_text('{"stages": {"tasks": {"step": 7}}}')
-    recipe = {
+    recipe: dict[str, Any] = {
         "kind": "pretrain",
         "run": {"output_dir": str(tmp_path / "out")},
         "init": str(begun),
         "decoder": {**SHORT, "renew": False, "edit_share": 0.5, "pictures": 64},
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    pretrain_command(str(tmp_path / "recipe.yaml"))
+    run(PretrainRecipe(**recipe))
     old, new = (read_weights(folder) for folder in (begun, tmp_path / "out" / "model"))
     assert old.keys() == new.keys()
     changed = {name for name in old if not torch.equal(old[name].bfloat16(), new[name])}
@@ -131,17 +124,14 @@ def test_the_decoder_of_a_finished_model_goes_on_learning(tmp_path: Path) -> Non
 
 
 def test_a_model_that_only_draws_is_not_given_a_decoder_for_edits(tmp_path: Path) -> None:
-    import yaml
-
-    recipe = {
+    recipe: dict[str, Any] = {
         "kind": "pretrain",
         "run": {"output_dir": str(tmp_path / "out")},
         "init": str(micro_folder(tmp_path / "begun")),
         "decoder": {**SHORT, "renew": False, "edit_share": 0.5, "pictures": 64},
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(ImageRLError, match="give a model trained to edit pictures"):
-        pretrain_command(str(tmp_path / "recipe.yaml"))
+        run(PretrainRecipe(**recipe))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The schema of a pretraining recipe."""
+"""The schemas of the recipes that make the tiny models and the small CLIP."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from imagerl.rl.config.engine import OptimConfig
 from imagerl.rl.config.recipe import RecipeModel
 from imagerl.rl.data.tiny.world import FONTS
 from imagerl.rl.files.bounds import (
@@ -38,6 +39,18 @@ class StageConfig(RecipeModel):
         default_factory=lambda: list(FONTS), description="fonts of the rendered pictures"
     )
     bf16: bool = Field(True, description="bfloat16 autocast")
+
+    def optim(self) -> OptimConfig:
+        """Write it as the engine has it, whose warm-up reaches `lr` one update after its last step."""
+        return OptimConfig(
+            lr=self.lr,
+            betas=(0.9, self.beta2),
+            weight_decay=self.weight_decay,
+            schedule="linear" if self.decay_share else "constant",
+            decay_share=self.decay_share or 1.0,
+            warmup_steps=max(0, self.warmup_steps - 1),
+            max_grad_norm=self.max_grad_norm,
+        )
 
 
 class GeneratorStage(StageConfig):
@@ -121,3 +134,34 @@ class PretrainRecipe(RecipeModel):
         elif self.tasks is None and self.decoder is None:
             raise ValueError("tasks, decoder or both must be given where init is")
         return self
+
+
+class ClipStage(StageConfig):
+    """Contrastive training: of all captions of a batch, which one does a picture show, and the reverse."""
+
+    wrong_captions: int = Field(
+        3,
+        ge=0,
+        le=1024,
+        description="captions a picture with one thing wrong in each, beside those of other pictures",
+    )
+    poor_pictures: int = Field(
+        0,
+        ge=0,
+        le=2**16,
+        description="pictures a batch that answer no caption: blank, noise, text over everything",
+    )
+
+
+class ClipRecipe(RecipeModel):
+    """A whole run: what to build, how long to train it, and how it is measured."""
+
+    kind: Literal["clip"] = Field(description="marks the schema")
+    run: PretrainRun = Field(description="seed, place and hardware of the run")
+    vocabulary: int = Field(
+        320, gt=256, le=10**6, description="size of the text tokenizer, trained on captions"
+    )
+    model: dict[str, Any] = Field(description="open_clip's model_cfg: embed_dim, vision_cfg, text_cfg")
+    preprocess: dict[str, Any] = Field(description="open_clip's preprocess_cfg")
+    training: ClipStage = Field(description="how long it is trained, on what")
+    measured: int = Field(512, ge=64, le=10**6, description="held-out pictures that retrieval is measured on")

@@ -9,6 +9,7 @@ from typing import Any
 
 from imagerl.rewards.clip.packages import import_open_clip
 from imagerl.rl.types import ImageRLError
+from tools.tiny.model import byte_pairs
 
 PAD, END = "<pad>", "<end>"
 LARGEST_SIZE = 1 << 13
@@ -16,26 +17,11 @@ CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 
 def build_tokenizer(corpus: Iterable[str], vocabulary: int) -> Any:
-    """Train a byte-level BPE tokenizer: lower-case words may become one token, capitals and digits never
-    merge. `END` follows every text. Any text can be encoded: all 256 bytes are in the vocabulary."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    """Train a byte-level BPE tokenizer: `END` follows every text."""
+    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex('[A-Z0-9"]'), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[PAD, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer = byte_pairs(corpus, vocabulary, [PAD, END])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {END}", special_tokens=[(END, tokenizer.token_to_id(END))]
     )

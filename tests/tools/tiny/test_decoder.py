@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from imagerl.rl.sft.pretraining.config import DecoderStage
-from imagerl.rl.sft.pretraining.decoder import fit_decoder, kept_edits, kept_states
-from imagerl.rl.sft.pretraining.stages import pictures, scenes
-from imagerl.rl.sft.pretraining.tasks import edits
 from tests.micro import micro_policy
 from tests.models.helpers import edit_policy
+from tools.tiny.config import DecoderStage
+from tools.tiny.decoder import fit_decoder, kept_edits, kept_states
+from tools.tiny.samples import edits, pictures, scenes
 
 Log = list[tuple[str, int, dict[str, float]]]
 

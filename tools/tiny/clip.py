@@ -1,12 +1,15 @@
-"""Contrastive training of a small CLIP on the tiny world, and what it has learned. Takes modules; knows no library.
+"""Contrastive training of a small CLIP on the tiny world, and what it has learned.
 
 Every batch is a pure function of (seed, step)."""
 
 from __future__ import annotations
 
+import json
 import random
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from imagerl.rewards.clip.models import load_clip
+from imagerl.rl.config.engine import EngineConfig
 from imagerl.rl.data.seeding import derive_seed
-from imagerl.rl.data.tiny.pictures import POOR
+from imagerl.rl.data.tiny.pictures import KINDS
 from imagerl.rl.data.tiny.world import (
     BACKGROUNDS,
     DIGITS,
@@ -27,13 +32,21 @@ from imagerl.rl.data.tiny.world import (
     render,
     split_of,
 )
-from imagerl.rl.evaluation.stats import Interval, wilson_interval
-from imagerl.rl.sft.pretraining.clip_config import ClipStage
-from imagerl.rl.sft.pretraining.stages import LogFn, fit, scenes
+from imagerl.rl.engine.engine import Engine
+from imagerl.rl.evaluation.stats import Interval, number, span, wilson_interval
+from imagerl.rl.files.environment import write_environment
+from imagerl.rl.files.metrics import to_json
+from imagerl.rl.files.writing import write_atomic
 from imagerl.rl.types import Prompt
+from tools.tiny.clip_model import build_tokenizer, new_model, preprocessing, save_model
+from tools.tiny.config import ClipRecipe, ClipStage
+from tools.tiny.samples import captions, scenes
+from tools.tiny.stages import LogFn, fit
 
 PARTS = ("text", "ink", "background")
 BLOCK = 64  # pictures among which one is looked for
+# Pictures that answer no prompt at all.
+POOR = [draw for _, role, draw in KINDS if role in ("degenerate", "hack")]
 MAX_SCALE = 100.0  # of the logits, as in arXiv 2103.00020
 
 
@@ -127,3 +140,51 @@ def measure(encode_pictures: Encode, encode_captions: Tokenize, count: int, seed
 def _scene(prompt: Prompt, rng: random.Random) -> Scene:
     columns = prompt.columns
     return Scene(columns["target"], columns["ink"], columns["background"], rng.choice(FONTS))
+
+
+def run(recipe: ClipRecipe) -> Path:
+    """Train the model of a recipe, measure it and write its folder, which is returned."""
+    device = Engine(EngineConfig(device=recipe.run.device, threads=recipe.run.threads)).device
+    seed, out = recipe.run.seed, Path(recipe.run.output_dir)
+    tokenizer = build_tokenizer(captions(seed, 2000), recipe.vocabulary)
+    torch.manual_seed(derive_seed(seed, "init"))
+    model, model_cfg = new_model(recipe.model, tokenizer)
+    model.to(device)
+    prepare = preprocessing(recipe.preprocess)
+    length = model_cfg["text_cfg"]["context_length"]
+
+    def log(name: str, step: int, metrics: dict[str, float]) -> None:
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+        print(f"{name} {step}: {shown}", flush=True)
+
+    started, used = time.perf_counter(), time.process_time()
+    fit_clip(
+        model,
+        lambda pictures: torch.stack([prepare(picture) for picture in pictures]),
+        lambda texts: (
+            tokenizer(
+                texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).input_ids
+        ),
+        recipe.training,
+        seed,
+        log,
+    )
+    minutes = {
+        "wall": (time.perf_counter() - started) / 60,
+        "processor": (time.process_time() - used) / 60,
+    }
+    save_model(model, model_cfg, recipe.preprocess, tokenizer, out / "model")
+    judge = load_clip(str(out / "model"))
+    measured = measure(judge.encode_pictures, judge.encode_captions, recipe.measured, seed)
+    for name, interval in measured.items():
+        print(f"{name:>20}  {number(interval.mean)}  ({span(interval)}, n={interval.n})")
+    write_environment(out, [])
+    document = {
+        "recipe": recipe.model_dump(mode="json"),
+        "minutes": minutes,
+        "measured": {name: asdict(interval) for name, interval in measured.items()},
+        "environment": json.loads((out / "environment.json").read_text(encoding="utf-8")),
+    }
+    write_atomic(out / "model" / "training.json", to_json(document, indent=1) + "\n")
+    return out / "model"

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from imagerl.rl.commands.cli import main
 from imagerl.rl.data.image_files import Example, Limits, load_example
 from imagerl.rl.data.image_sources import open_source
-from imagerl.rl.data.tiny import render_folder
 from imagerl.rl.data.tiny.world import HEIGHT, WIDTH, split_of
+from tools.tiny.__main__ import tiny
+from tools.tiny.render import rendered
 
 LIMITS = Limits(max_pixels=1 << 20, min_side=8, max_aspect=4.0, max_caption_chars=200)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["render_folder", *arguments])
-    render_folder.main()
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as leaving:
+        main(["render", *arguments], tiny, "tools.tiny")
+    return int(leaving.value.code or 0)
 
 
 def samples(folder: Path) -> list[Example]:
@@ -27,9 +29,9 @@ def samples(folder: Path) -> list[Example]:
     return [load_example(entry, (HEIGHT, WIDTH), LIMITS) for entry in entries]
 
 
-def test_folder_and_shards_hold_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(monkeypatch, str(tmp_path / "loose"), "--count", "5", "--split", "heldout")
-    run(monkeypatch, str(tmp_path / "tars"), "--count", "5", "--split", "heldout", "--shard", "2")
+def test_folder_and_shards_hold_the_same(tmp_path: Path) -> None:
+    call(str(tmp_path / "loose"), "--count", "5", "--split", "heldout")
+    call(str(tmp_path / "tars"), "--count", "5", "--split", "heldout", "--shard", "2")
     assert sorted(p.name for p in (tmp_path / "tars").iterdir()) == ["000000.tar", "000001.tar", "000002.tar"]
     loose, tars = samples(tmp_path / "loose"), samples(tmp_path / "tars")
     assert [one.caption for one in loose] == [one.caption for one in tars] and len(loose) == 5
@@ -40,7 +42,7 @@ def test_folder_and_shards_hold_the_same(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_seed_and_font_change_pictures_not_words(tmp_path: Path) -> None:
     def drawn(seed: int, font: str) -> list[tuple[bytes, str]]:
-        return [(png, text) for _, png, text in render_folder.rendered(3, "train", seed, [font])]
+        return [(png, text) for _, png, text in rendered(3, "train", seed, [font])]
 
     plain = drawn(0, "DejaVuSansMono.ttf")
     assert drawn(0, "DejaVuSansMono.ttf") == plain
@@ -49,9 +51,9 @@ def test_seed_and_font_change_pictures_not_words(tmp_path: Path) -> None:
     assert [text for _, text in drawn(1, "DejaVuSansMono.ttf")] != [text for _, text in plain]
 
 
-def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "there").mkdir()
-    for arguments in ((str(tmp_path / "there"),), (str(tmp_path / "new"), "--font", "NoSuch.ttf")):
-        with pytest.raises(SystemExit, match=r"^render_folder: [^\n]+$"):
-            run(monkeypatch, *arguments)
+    for arguments in (("there",), ("new", "--font", "NoSuch.ttf"), ("new", "--split", "tset")):
+        assert call(str(tmp_path / arguments[0]), *arguments[1:]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "new").exists()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from imagerl.rl.sft.pretraining.config import DecoderStage
-from imagerl.rl.sft.pretraining.stages import LogFn, fit, pictures, scenes
-from imagerl.rl.sft.pretraining.tasks import edits
+from tools.tiny.config import DecoderStage
+from tools.tiny.samples import edits, pictures, scenes
+from tools.tiny.stages import LogFn, fit
 
 
 @dataclass(frozen=True, slots=True)

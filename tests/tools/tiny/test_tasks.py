@@ -9,21 +9,20 @@ import torch
 
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.data.tiny.world import FONTS
-from imagerl.rl.sft.pretraining.config import TasksStage
-from imagerl.rl.sft.pretraining.stages import pictures, scenes, token_loss
-from imagerl.rl.sft.pretraining.tasks import (
+from tests.models.helpers import edit_policy
+from tools.tiny.config import TasksStage
+from tools.tiny.samples import edits, pictures, questions, scenes
+from tools.tiny.stages import token_loss
+from tools.tiny.tasks import (
     IGNORED,
     answer_loss,
     answer_rows,
     drawing_loss,
     editing_loss,
-    edits,
     fit_tasks,
-    questions,
     reading_loss,
     task_sizes,
 )
-from tests.models.helpers import edit_policy
 
 
 @pytest.fixture(scope="module")
