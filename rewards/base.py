@@ -136,6 +136,7 @@ class LoadedReward:
 
 def _resolve(spec: RewardSpec) -> tuple[str, Any]:
     """Return the label and the function or class of a spec, signature and settings checked, nothing constructed."""
+    found: Any
     if spec.function is not None:
         label, found = spec.target, spec.function
     elif spec.is_remote:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,20 @@ if TYPE_CHECKING:
 
     from imagerl.models.blip3o_next.policy import ImagePolicy
     from imagerl.rl.rollout.engine import RolloutEngine
+
+
+def load_policy(model: str | PathLike[str]) -> ImagePolicy:
+    """Load a model or adapter folder, "tiny", or the result of `train`, for inference, on the GPU where there is one.
+
+    Raises ImageRLError when it is no model."""
+    import torch
+
+    from imagerl.api.runs import TrainingResult
+    from imagerl.models.blip3o_next import loading
+
+    if isinstance(model, TrainingResult):
+        return model.policy()
+    return loading.load_policy(fspath(model), "cuda" if torch.cuda.is_available() else "cpu")[0]
 
 
 def loaded_rollout(

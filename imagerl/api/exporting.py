@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ PROOF_PROMPTS = (
 PROOF_SEED = 20_240_203
 Proof = dict[str, np.ndarray]
 PROVENANCE = "provenance.json"
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 LAYOUTS = {
     "imagerl": "a model folder for imagerl",
     "blip3o": "the layout of the published BLIP3o-NEXT checkpoints, for its own code and for imagerl",
@@ -163,7 +165,41 @@ def round_weights(policy: ImagePolicy, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
+class ExportResult:
+    """A model folder that has been written and proved, with its provenance."""
+
+    def __init__(self, folder: Path, provenance: dict[str, Any]) -> None:
+        self.folder = folder
+        self.provenance = provenance
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __repr__(self) -> str:
+        proof, step = self.provenance["proof"], self.provenance["step"]
+        proved = " and ".join(key.removesuffix("_sha256") for key in proof if key != "prompts")
+        layout = LAYOUTS[self.provenance["layout"]]
+        return f"{self.folder}: step {step}, {layout}; reloaded and proved equal in {proved}"
+
+
 def export(
+    source: str | PathLike[str],
+    target: str | PathLike[str],
+    *,
+    adapter: bool = False,
+    dtype: str = "fp32",
+    layout: str = "imagerl",
+) -> ExportResult:
+    """Write the policy of a run or checkpoint as a model folder, weights stored as fp32 or bf16; see `write_export`.
+
+    Raises ImageRLError like that."""
+    if dtype not in DTYPES:
+        raise ImageRLError(f"dtype must be fp32 or bf16, not {dtype!r}")
+    folder = Path(target)
+    return ExportResult(folder, write_export(Path(source), folder, adapter, DTYPES[dtype], layout))
+
+
+def write_export(
     source: Path,
     target: Path,
     adapter_only: bool = False,

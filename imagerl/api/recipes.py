@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagerl.rl.config.recipe import Override, changed_recipe, load_yaml_recipe, read_recipe
+from imagerl.rl.config.recipe import Override, changed_recipe, load_yaml_recipe, read_recipe, shipped_recipes
 from imagerl.rl.config.rewards import RewardSpec
 from imagerl.rl.config.sft import AnyRecipe, SFTRecipe
 from imagerl.rl.config.train import Recipe
@@ -39,7 +39,14 @@ def load_recipe(
     if isinstance(source, Recipe | SFTRecipe):
         return changed_recipe(source, given)
     kind = read_recipe(source).get("kind", "train")
-    return load_yaml_recipe(SFTRecipe if kind == "sft" else Recipe, source, given)
+    if kind == "sft":
+        return load_yaml_recipe(SFTRecipe, source, given)
+    return load_yaml_recipe(Recipe, source, given)
+
+
+def list_recipes() -> list[str]:
+    """Name the recipes that come with the package, as `load_recipe` and `train` take them."""
+    return list(shipped_recipes())
 
 
 def reward_entries(rewards: Rewards) -> list[dict[str, Any]]:

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from imagerl.rl.errors import ImageRLError
-
 
 def export(
     source: Annotated[Path, typer.Argument(help="run folder, or one of its checkpoints/step_*")],
@@ -20,14 +18,6 @@ def export(
     layout: Annotated[str, typer.Option(help="imagerl, blip3o, qwen3 or diffusers")] = "imagerl",
 ) -> None:
     """Write a trained policy for others and prove that it does the same when it is loaded again."""
-    import torch
+    from imagerl.api import exporting
 
-    from imagerl.api.exporting import LAYOUTS
-    from imagerl.api.exporting import export as write_export
-
-    dtypes = {"fp32": None, "bf16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise ImageRLError(f"--dtype must be fp32 or bf16, not {dtype!r}")
-    provenance = write_export(source, target, adapter, dtypes[dtype], layout)
-    proved = " and ".join(key.removesuffix("_sha256") for key in provenance["proof"] if key != "prompts")
-    print(f"{target}: step {provenance['step']}, {LAYOUTS[layout]}; reloaded and proved equal in {proved}")
+    print(exporting.export(source, target, adapter=adapter, dtype=dtype, layout=layout))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from imagerl.api.exporting import export, proof_samples, trained_policy
+from imagerl.api.exporting import proof_samples, trained_policy, write_export
 from imagerl.models.blip3o_next.adapters import adapter_base
 from imagerl.models.blip3o_next.loading import load_policy
 from imagerl.rl.commands.cli import main
@@ -58,10 +58,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("starts")
     micro_folder(folder / "model")
     train(folder, folder / "first", "model.lora={r: 4}", "run.steps=2")
-    export(folder / "first", folder / "adapter", adapter_only=True)
+    write_export(folder / "first", folder / "adapter", adapter_only=True)
     file = folder / "adapter" / "adapter_config.json"  # as other trainers leave it
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.5}))
-    export(folder / "first", folder / "merged")
+    write_export(folder / "first", folder / "merged")
     for name, (start, lora) in STARTS.items():
         train(folder, folder / name, f"model.path={folder / start}", f"model.lora={lora}", "run.steps=3")
     return folder
@@ -116,7 +116,7 @@ def test_a_resumed_run_ends_bit_for_bit_alike(place: Path, start: str, tmp_path:
 
 @pytest.mark.parametrize("adapter_only", [True, False])
 def test_its_export_repeats_it(place: Path, start: str, tmp_path: Path, adapter_only: bool) -> None:
-    export(place / start, tmp_path / "out", adapter_only=adapter_only)
+    write_export(place / start, tmp_path / "out", adapter_only=adapter_only)
     again, trained = load_policy(str(tmp_path / "out")), trained_policy(place / start)
     for one, other in zip(proof_samples(*again), proof_samples(*trained[:2]), strict=True):
         assert np.array_equal(one, other)
@@ -130,7 +130,7 @@ def test_its_export_repeats_it(place: Path, start: str, tmp_path: Path, adapter_
 
 
 def test_other_layouts_are_of_the_model_underneath(place: Path, start: str, tmp_path: Path) -> None:
-    export(place / start, tmp_path / "out", layout="blip3o")
+    write_export(place / start, tmp_path / "out", layout="blip3o")
     tokens = proof_samples(*load_policy(str(tmp_path / "out")))[0]
     assert np.array_equal(tokens, proof_samples(*trained_policy(place / start)[:2])[0])
 
