@@ -68,10 +68,10 @@ class EvaluationResult:
 
     `document` is what `save` writes; `images` are the first few pictures, in the order of its rows `per_prompt`."""
 
-    def __init__(self, document: dict[str, Any], images: np.ndarray, gold: Sequence[str]) -> None:
+    def __init__(self, document: dict[str, Any], images: np.ndarray, other: str = "") -> None:
         self.document = document
         self.images = images
-        self._gold = tuple(gold)
+        self._other = other  # how the caller named what it is held against
 
     @property
     def metrics(self) -> dict[str, Interval]:
@@ -100,18 +100,19 @@ class EvaluationResult:
         return Path(path)
 
     def __repr__(self) -> str:
+        from imagerl.rl.evaluation.against import differing_settings
         from imagerl.rl.evaluation.stats import Interval, change, number, span
 
         lines = []
         for name, value in self.metrics.items():
-            kind = ", gold" if name.partition("/")[0] in self._gold else ""
+            kind = ", gold" if name.partition("/")[0] in self.document["gold"] else ""
             level = "95 % " if value.bounded else ""
             lines.append(f"{name:>20}  {number(value.mean)}  ({level}{span(value)}, n={value.n}{kind})")
         other = self.document.get("against")
         if other is not None:
-            if other["differing"]:
-                lines.append(f"\nnote: more differs than the model: {', '.join(other['differing'])}")
-            lines.append(f"\nagainst {other['name']}, at the same prompts and random numbers:")
+            if differing := differing_settings(self.document, other):
+                lines.append(f"\nnote: more differs than the model: {', '.join(differing)}")
+            lines.append(f"\nagainst {self._other}, at the same prompts and random numbers:")
             for name, row in other["metrics"].items():
                 means = f"{number(row['model'])} against {number(row['against'])}"
                 lines.append(f"{name:>20}  {means}: {change(Interval.read(row['difference']))}")
@@ -128,7 +129,7 @@ class EvaluationResult:
             [name, interval_cell(told)] for name, told in self.document["metrics"].items()
         ]
         if other is not None:
-            head += [f"Against {other['name']}", "Difference", "Verdict"]
+            head += [f"Against {self._other}", "Difference", "Verdict"]
             for row in rows:
                 told = other["metrics"].get(row[0])
                 if told is not None:
@@ -173,7 +174,7 @@ def evaluate(
 
     from imagerl.api.recipes import reward_specs
     from imagerl.models.blip3o_next.loading import load_prompts
-    from imagerl.rl.evaluation.against import compared, differing_settings
+    from imagerl.rl.evaluation.against import compared
     from imagerl.rl.evaluation.kept_pictures import refuse_filled
     from imagerl.rl.evaluation.suites import find_suite
 
@@ -211,10 +212,10 @@ def evaluate(
             other, other_facts = measure(chosen, prompts, path, how, beside)
             earlier = other.to_dict(**other_facts | {"model": name}, **facts)
     if earlier is not None:
-        name = str(against) if isinstance(against, str) else earlier.get("model", "the earlier result")
-        found = {"name": name, "differing": differing_settings(document, earlier)}
-        document["against"] = compared(earlier, result.per_prompt) | found
-    return EvaluationResult(document, result.images, facts["gold"])
+        document["against"] = compared(earlier, result.per_prompt)
+        given = earlier["model"] if isinstance(against, EvaluationResult) else fspath(against or "")
+        return EvaluationResult(document, result.images, given)
+    return EvaluationResult(document, result.images)
 
 
 @contextmanager
