@@ -9,12 +9,33 @@ import numpy as np
 
 from benchmarks.measuring import Report, interleaved
 from imagerl.rl.data.prompt_pictures import with_pictures
-from imagerl.rl.rollout.decodes import crossed_split
 from imagerl.rl.rollout.engine import RolloutEngine, encode, reward_request, to_uint8
 from imagerl.rl.types import Prompt, RewardRequest, RewardScores
 
 DECODES = (1, 2, 4)
 RESAMPLES = 2000
+
+
+def crossed_split(rewards: np.ndarray) -> dict[str, np.ndarray]:
+    """Split the variance of rewards [P, G, M] within each prompt, where the m-th picture of every sequence of a
+    prompt began from the same noise: unbiased estimates [P] of a two-way analysis of variance.
+
+    `tokens` is the variance of a sequence's expected reward, `noise` that of what a noise does to all sequences alike,
+    and `both` that of what it does to one and not to the other. Single estimates can be negative; means over prompts
+    are what counts.
+
+    With noise of its own each picture's luck is noise + both; with the same noise for a group, what is common to it
+    falls out of every advantage and both is left.
+    """
+    _, group, decodes = rewards.shape
+    rows, columns = rewards.mean(axis=2), rewards.mean(axis=1)  # [P, G], [P, M]
+    rest = rewards - rows[:, :, None] - columns[:, None] + rewards.mean(axis=(1, 2))[:, None, None]
+    both = np.square(rest).sum(axis=(1, 2)) / ((group - 1) * (decodes - 1))
+    return {
+        "tokens": rows.var(axis=1, ddof=1) - both / decodes,
+        "noise": columns.var(axis=1, ddof=1) - both / group,
+        "both": both,
+    }
 
 
 def measure(

@@ -8,7 +8,6 @@ for `images` only.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import shutil
@@ -28,11 +27,13 @@ from imagerl.rewards.boundary.targets import (
     import_target,
     needed_columns,
     setting_parameters,
-    split_target,
 )
 from imagerl.rewards.mixing import Gate, Half, Weight
+from imagerl.rewards.preference.presets import PRESETS
+from imagerl.rl.errors import ImageRLError, hint
+from imagerl.rl.files.importing import split_target
 from imagerl.rl.files.mistakes import explain
-from imagerl.rl.types import ImageRLError, RewardFn, RewardOutput
+from imagerl.rl.types import RewardFn, RewardOutput
 
 REWARDS: dict[str, str] = {
     "clip": "imagerl.rewards.clip.reward:ClipReward",
@@ -41,9 +42,13 @@ REWARDS: dict[str, str] = {
     "composition": "imagerl.rewards.composition.reward:CompositionReward",
     "edit": "imagerl.rewards.edit.success:EditReward",
     "edit_consistency": "imagerl.rewards.edit.consistency:EditConsistencyReward",
+    "image_reward": "imagerl.rewards.preference.image_reward:ImageRewardReward",
     "judge": "imagerl.rewards.judge.reward:JudgeReward",
     "ocr": "imagerl.rewards.ocr.reward:OCRReward",
+    "pairwise": "imagerl.rewards.preference.pairwise:PairwiseReward",
+    "vlm": "imagerl.rewards.preference.vlm:VLMReward",
 }
+NAMES = tuple(dict.fromkeys([*REWARDS, *PRESETS]))
 REMOTE = "imagerl.rewards.boundary.remote:RemoteReward"  # behind an address
 
 
@@ -99,13 +104,13 @@ class RewardSpec:
 
     @property
     def ships(self) -> bool:
-        """Tell whether it is one of REWARDS."""
-        return self.function is None and self.target in REWARDS
+        """Tell whether it is one of NAMES."""
+        return self.function is None and self.target in NAMES
 
     @property
     def asks_server(self) -> bool:
         """Tell whether a server must answer."""
-        return self.is_remote or (self.ships and self.target == "judge")
+        return self.is_remote or (self.ships and _shipped(self.target)[0] in ("judge", "pairwise"))
 
     @property
     def is_isolated(self) -> bool:
@@ -144,12 +149,11 @@ def _resolve(spec: RewardSpec) -> tuple[str, Any]:
     elif ":" in spec.target or spec.target.endswith(".py"):
         label, found = spec.target.rpartition(":")[2], import_target(spec.target)
     elif spec.ships:
-        label, found = spec.target, import_target(REWARDS[spec.target])
+        label, found = spec.target, import_target(REWARDS[_shipped(spec.target)[0]])
     else:
-        close = difflib.get_close_matches(spec.target, REWARDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"use one of: {', '.join(REWARDS)}"
+        meant = hint(spec.target, NAMES, "use one of")
         raise ImageRLError(
-            f"no reward is named {spec.target!r}; {hint} (your own: import_path: file.py:name)"
+            f"no reward is named {spec.target!r}; {meant} (your own: import_path: file.py:name)"
         )
     check_settings(label, found, _all_settings(spec))
     if spec.is_remote or spec.ships:
@@ -182,12 +186,17 @@ def _label_of_address(url: str) -> str:
 
 
 def _all_settings(spec: RewardSpec) -> dict[str, Any]:
-    return {**spec.settings, **({"url": spec.target} if spec.is_remote else {})}
+    return {**_shipped(spec.target)[1], **spec.settings, **({"url": spec.target} if spec.is_remote else {})}
+
+
+def _shipped(target: str) -> tuple[str, dict[str, Any]]:
+    """Return the reward that a preset stands for and its settings; another name stands for itself."""
+    return PRESETS.get(target, (target, {}))
 
 
 def _check_isolated(spec: RewardSpec) -> str:
     """Return the label of a reward that this process must not import."""
-    place, label = split_target(spec.target)
+    place, label = split_target(spec.target, "reward")
     if place.endswith(".py") and not Path(place).is_file():
         raise ImageRLError(f"reward file {place} does not exist; correct its import_path")
     if spec.python is not None and not os.access(shutil.which(spec.python) or spec.python, os.X_OK):
@@ -248,10 +257,14 @@ def load_reward(target: str, /, **settings: Any) -> tuple[str, RewardFn]:
 
 
 def load_spec(
-    spec: RewardSpec, patience_s: float | None = None, columns: Sequence[str] | None = None
+    spec: RewardSpec,
+    patience_s: float | None = None,
+    columns: Sequence[str] | None = None,
+    policy: Any = None,
 ) -> tuple[str, RewardFn]:
     """Return label and callable of a reward. `patience_s` is the time that one call has, for rewards that wait for
-    others; it goes to a setting of that name. `columns` are checked where only loading can.
+    others; it goes to a setting of that name. `columns` are checked where only loading can. `policy` is what a reward
+    gets that names it.
 
     Raises ImageRLError like `load_reward`."""
     if spec.python is not None:
@@ -268,7 +281,7 @@ def load_spec(
     if spec.is_remote or spec.ships:
         with before_scoring(f"reward {label!r} could not be constructed"):
             return label, found(**settings)
-    return label, construct(label, found, settings)
+    return label, construct(label, found, settings, policy)
 
 
 def unique_labels(labels: Sequence[str]) -> list[str]:
@@ -278,10 +291,13 @@ def unique_labels(labels: Sequence[str]) -> list[str]:
 
 
 def load_rewards(
-    specs: Sequence[RewardSpec], patience_s: float | None = None, columns: Sequence[str] | None = None
+    specs: Sequence[RewardSpec],
+    patience_s: float | None = None,
+    columns: Sequence[str] | None = None,
+    policy: Any = None,
 ) -> list[LoadedReward]:
     """Load all rewards of a recipe, under distinct labels. Arguments and errors are those of `load_spec`."""
-    loaded = [load_spec(spec, patience_s, columns) for spec in specs]
+    loaded = [load_spec(spec, patience_s, columns, policy) for spec in specs]
     labels = unique_labels([label for label, _ in loaded])
     return [
         LoadedReward(label, fn, spec.weight, spec.gate, spec.half)

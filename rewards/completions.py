@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import math
@@ -14,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imagerl.rewards.pictures import to_png
+from imagerl.rewards.pictures import data_url
+from imagerl.rl.errors import one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +31,7 @@ class Said:
 
 def picture_part(picture: Any) -> dict[str, Any]:
     """Make a PIL picture a part of a message. Raises ValueError for anything else."""
-    png = to_png(picture)
-    if png is None:
-        raise ValueError(f"{type(picture).__name__} is no picture")
-    return {
-        "type": "image_url",
-        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png).decode()}"},
-    }
+    return {"type": "image_url", "image_url": {"url": data_url(picture)}}
 
 
 def text_part(text: str) -> dict[str, Any]:
@@ -58,7 +52,7 @@ def read_completion(body: bytes, time_s: float, retries: int) -> Said:
     if isinstance(text, list):
         text = "".join(part.get("text", "") for part in text if isinstance(part, dict))
     if refusal:
-        raise ValueError(f"the judge refuses: {' '.join(str(refusal).split())[:80]}")
+        raise ValueError(f"the judge refuses: {one_line(refusal, 80)}")
     if ending == "length":
         raise ValueError("the judge's answer was cut off; raise its max_tokens")
     if not isinstance(text, str):  # an empty one may be the right answer of a judge that reads

@@ -1,13 +1,17 @@
-"""Write and read pictures as PNG files, for rewards that live in another process."""
+"""Write and read pictures as PNG files, and take those that rewards are given as RGB."""
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
+
+from imagerl.rl.errors import why
 
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -52,3 +56,22 @@ def open_png(data: bytes) -> Image.Image:
         raise ValueError("it has two headers")
     picture.load()
     return picture.copy()  # plain, without the file behind it
+
+
+def data_url(picture: Any) -> str:
+    """Write a PIL picture as the address that holds it, data:image/png;base64,… Raises ValueError for anything else."""
+    png = to_png(picture)
+    if png is None:
+        raise ValueError(f"{type(picture).__name__} is no picture")
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def decoded(images: Sequence[Any]) -> list[Image.Image]:
+    """Return RGB pictures. Raises ValueError in one line for one that cannot be decoded."""
+    pictures = []
+    for number, image in enumerate(images, 1):
+        try:
+            pictures.append(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, AttributeError) as error:
+            raise ValueError(f"picture {number} cannot be decoded ({why(error, 120)})") from error
+    return pictures

@@ -5,7 +5,9 @@ Standard library only: this file also runs in interpreters that have none of our
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable, Sequence
 
 # What a terminal obeys instead of showing: colours and cursor (CSI), titles and links (OSC), device strings, and
 # the two-character commands. 7-bit and 8-bit forms.
@@ -24,6 +26,30 @@ def one_line(text: object, most: int | None = None) -> str:
     line = " ".join(plain.split())
     line = "".join(character if character.isprintable() else "\ufffd" for character in line)
     return line if most is None or len(line) <= most else line[: most - 1] + "…"
+
+
+def why(error: BaseException, most: int = 200) -> str:
+    """Write an exception of others' code as "ValueError: too long", in one line."""
+    return f"{type(error).__name__}: {one_line(error, most)}"
+
+
+def nearest(word: str, names: Iterable[str], alike: float = 0.0) -> str | None:
+    """Find the name that a word is a slip of the pen for: case aside it begins alike or has most letters in common, a
+    share of `alike` at least."""
+    known = {name.lower(): name for name in names}
+    word = word[:80].lower()
+    near = difflib.get_close_matches(word, known, 1, max(alike, 0.66 if len(word) <= 4 else 0.75))
+    longer = (
+        name for name in known if len(word) > 1 and (name.startswith(word) or word.startswith(f"{name}_"))
+    )
+    found = near[0] if near else next(longer, None)
+    return None if found is None else known[found]
+
+
+def hint(word: str, names: Sequence[str], otherwise: str = "it has") -> str:
+    """Say which of the names was meant, or which there are: "did you mean width?", "it has: width, height"."""
+    near = nearest(word, names)
+    return f"did you mean {near}?" if near else f"{otherwise}: {', '.join(names) or 'none'}"
 
 
 class ImageRLError(Exception):

@@ -261,6 +261,7 @@ class RewardRequest:
     columns: dict[str, list[Any]]
     group_size: int
     step: int = 0  # of training, counted from 0: weights may depend on it
+    progress: float = 0.0  # share of the training steps that are done, for rewards with a schedule
 
 
 @dataclass(slots=True)

@@ -173,10 +173,9 @@ def test_example_rewards_score_pictures(name: str, source: str, tmp_path: Path) 
     assert defined
     for function in defined:
         label, reward = load_reward(f"{file}:{function}")
-        values = call_reward(LoadedReward(label, reward), request)
-        assert values.reason is None
-        assert np.isfinite(values.values[0])
-        assert (np.isfinite(values.values) | values.not_applicable).all()
+        reply = call_reward(LoadedReward(label, reward), request)
+        assert reply.reason is None and reply.rewards[0] is not None
+        assert all(value is None or np.isfinite(value) for value in reply.rewards)
 
 
 def test_reward_of_the_readme(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rl", "models", "rewards")
 MEETING = ("imagerl.api.", "imagerl.rl.commands.")  # where the three meet
-READERS = tuple(f"imagerl.rl.files.{name}" for name in ("bounds", "mistakes", "reading", "yaml_text"))
+READERS = tuple(
+    f"imagerl.rl.files.{name}" for name in ("bounds", "importing", "mistakes", "reading", "yaml_text")
+)
 SHARED = ("imagerl.rl.types", "imagerl.rl.errors", *READERS)
 # Seconds each to import: only inside functions, so that `imagerl --help` and recipe errors come at once.
 HEAVY = ("accelerate", "deepspeed", "diffusers", "matplotlib", "onnxruntime", "paddleocr", "paddlex")

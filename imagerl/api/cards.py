@@ -4,19 +4,15 @@ and pictures are images, and the style touches nothing outside the card."""
 from __future__ import annotations
 
 import base64
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
 from imagerl.rl.run.charts import Chart, render
 from imagerl.rl.run.report import render_page
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 STYLE = Path(render_page.__code__.co_filename).with_name("style.css.j2")
 FONT = 'font-family: Inter, system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'
@@ -45,13 +41,6 @@ def card(*, charts: Sequence[Chart] = (), **content: Any) -> str:
         "style": Markup(_scoped(STYLE.read_text(encoding="utf-8"))),
         "charts": [(chart, _chart_uri(chart)) for chart in charts],
     })  # fmt: skip
-
-
-def picture_uri(picture: Image.Image) -> str:
-    """Return a picture as a data URI."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _scoped(style: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -45,34 +46,33 @@ class CheckResult:
 
     def save(self, page: str | Path) -> Path:
         """Write an HTML page with every picture and what it earned."""
-        from imagerl.rewards.check.page import check_page
         from imagerl.rl.files.writing import write_atomic
+        from imagerl.rl.run.report import render_page
 
-        write_atomic(Path(page), check_page(self.report, self.pictures, self._command))
+        content = page_content(self.report, self.pictures, self._command)
+        write_atomic(Path(page), render_page("check.html.j2", content))
         return Path(page)
 
     def __repr__(self) -> str:
-        from imagerl.rewards.check.page import number
-
         findings, kinds = self.report.findings, self.report.kinds
         lines = [f"{f.verdict:>4}  {f.check:<12} {one_line(f.sentence)}" for f in findings]
         if kinds:
             width = max(len(row.kind) for row in kinds)
             lines += ["", f"      {'kind':<{width}} {'mean':>7} {'least':>7} {'most':>7}"]
             lines += [
-                f"{row.verdict:>4}  {row.kind:<{width}} {number(row.mean):>7} {number(row.low):>7} "
-                f"{number(row.high):>7}  {row.sentence}".rstrip()
+                f"{row.verdict:>4}  {row.kind:<{width}} {three(row.mean):>7} {three(row.low):>7} "
+                f"{three(row.high):>7}  {row.sentence}".rstrip()
                 for row in kinds
             ]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from imagerl.api.cards import card, picture_uri
-        from imagerl.rewards.check.page import number
+        from imagerl.api.cards import card
+        from imagerl.rewards.pictures import data_url
 
         first, failed = self.pictures[0].prompt.index, len(self.report.failed)
         shown = [
-            {"uri": picture_uri(picture.image.convert("RGB")), "caption": f"{picture.kind}: {number(value)}"}
+            {"uri": data_url(picture.image), "caption": f"{picture.kind}: {three(value)}"}
             for picture, value in zip(self.pictures, self.report.values, strict=False)
             if picture.prompt.index == first
         ]
@@ -124,6 +124,7 @@ def check_reward(
     spec = replace(spec, settings={**spec.settings, **(settings or {})}, python=python).absolute()
     check_signature(spec)
     label, function = load_spec(spec)
+    grouped = grouped or getattr(function, "grouped", False)  # it names `groups`
     pictures = (check_edits if "reference" in parameters_of(spec, function) else check_pictures)(
         prompts, seed
     )
@@ -149,10 +150,37 @@ def parameters_of(spec: RewardSpec, function: Any) -> list[str]:
 def _shipped(but: str | None) -> list[LoadedReward]:
     """Load the rewards that ship, without the one that is checked, and those that lack packages or settings here."""
     from imagerl.rewards.base import REWARDS, LoadedReward, load_reward
+    from imagerl.rewards.preference.presets import PRESETS
 
     loaded = []
     for name in REWARDS:
-        if name != but:
+        if name != but and name not in PRESETS:  # these would be fetched
             with suppress(ImageRLError):
                 loaded.append(LoadedReward(*load_reward(name, **SHIPPED_SETTINGS.get(name, {}))))
     return loaded
+
+
+def page_content(report: CheckReport, pictures: Sequence[CheckPicture], command: str) -> dict[str, Any]:
+    """Return what the page of a check shows: the findings, and every picture with what it earned."""
+    from imagerl.rewards.pictures import data_url
+
+    verdicts = {row.kind: row.verdict for row in report.kinds}
+    values = report.values if len(report.values) else [math.nan] * len(pictures)
+    prompts: dict[int, dict[str, Any]] = {}
+    for picture, value in zip(pictures, values, strict=True):
+        entry = prompts.setdefault(picture.prompt.index, {"text": picture.prompt.text, "pictures": []})
+        shown = {"kind": picture.kind, "verdict": verdicts.get(picture.kind, "pass")}
+        entry["pictures"].append({**shown, "value": float(value), "source": data_url(picture.image)})
+    parts = list(dict.fromkeys(name for row in report.kinds for name in row.parts))
+    return {
+        "report": report,
+        "command": command,
+        "parts": parts,
+        "prompts": [*prompts.values()],
+        "three": three,
+    }
+
+
+def three(value: float) -> str:
+    """Write three digits; a dash where there is no value."""
+    return f"{value:.3g}" if math.isfinite(value) else "–"

@@ -121,7 +121,8 @@ class EvaluationResult:
     def _repr_html_(self) -> str:
         from PIL import Image
 
-        from imagerl.api.cards import card, interval_cell, picture_uri
+        from imagerl.api.cards import card, interval_cell
+        from imagerl.rewards.pictures import data_url
         from imagerl.rl.evaluation.stats import Interval, number, span
 
         head, other = ["Metric", "Mean"], self.document.get("against")
@@ -137,7 +138,7 @@ class EvaluationResult:
                     row += [number(told["against"]), (number(gap.mean, sign=True), span(gap, sign=True))]
                     row.append(told["verdict"])
         pictures = [
-            {"uri": picture_uri(Image.fromarray(image)), "caption": row["prompt"]}
+            {"uri": data_url(Image.fromarray(image)), "caption": row["prompt"]}
             for image, row in zip(self.images[:PICTURES_SHOWN], self.per_prompt, strict=False)
         ]
         notes = [

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from imagerl.rl.engine.checkpoint import Checkpoint, load_checkpoint
+from imagerl.rl.engine.checkpoint import MANIFEST, Checkpoint, load_checkpoint
 from imagerl.rl.engine.engine import Engine
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.run.folder import RunFolder
+from imagerl.rl.files.writing import wait_for
+from imagerl.rl.run.folder import RunFolder, told_changes
+from imagerl.rl.run.trackers import refuse_missing
 
 T = TypeVar("T")
 
@@ -24,6 +27,7 @@ def open_run(
     Raises ImageRLError, on all processes alike, when the folder is in use, cannot be written to, or holds what the
     command must not touch."""
     checkpoint = None
+    refuse_missing(recipe.run.report_to)
 
     def look() -> Path | None:
         nonlocal checkpoint
@@ -32,10 +36,15 @@ def open_run(
             folder.refuse_loss(recipe, overwrite)
             return None
         checkpoint = folder.resumable(recipe)
+        if checkpoint and (told := told_changes(checkpoint, recipe, engine.world_size)):
+            print(f"imagerl: {told}", file=sys.stderr)
         return checkpoint.folder if checkpoint else None
 
     chosen = on_main(engine, look)
-    return checkpoint if engine.is_main or chosen is None else load_checkpoint(chosen)
+    if engine.is_main or chosen is None:
+        return checkpoint
+    wait_for(chosen / MANIFEST)
+    return load_checkpoint(chosen, verify=False)
 
 
 def begin_run(

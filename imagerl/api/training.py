@@ -114,10 +114,10 @@ def run_training(
     engine = Engine(recipe.engine)
     scorer = None
     try:
-        if recipe.rollout.prompts_per_step % engine.world_size:
+        if recipe.rollout.prompts_per_step < engine.world_size:
             raise ImageRLError(
-                f"rollout.prompts_per_step ({recipe.rollout.prompts_per_step}) must be divisible by the "
-                f"{engine.world_size} processes"
+                f"{engine.world_size} processes have nothing to do with {recipe.rollout.prompts_per_step} prompts a "
+                "step; raise rollout.prompts_per_step or start fewer processes"
             )
         checkpoint = open_run(engine, folder, recipe, resume, overwrite)
         entries = [[spec.model_dump() for spec in specs] for specs in (recipe.rewards.functions, recipe.gold)]
@@ -135,6 +135,7 @@ def run_training(
             timeout_s=recipe.rewards.timeout_s,
             max_restarts=recipe.rewards.max_restarts,
             columns=prompts.columns,
+            policy=policy,
         )
         engine.prepare(
             module,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from imagerl.models.blip3o_next.ar import ADAPTER
 from imagerl.models.blip3o_next.config import Dropout, SamplingSettings, Settings
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.common.shards import Shards, require_finite
+from imagerl.rl.errors import one_line
 from imagerl.rl.files.mistakes import validated
 from imagerl.rl.files.reading import is_regular, read_json
 from imagerl.rl.types import ImageRLError
@@ -89,8 +90,8 @@ def load_adapter(policy: ImagePolicy, folder: Path) -> None:
         adapter = get_peft_model(policy.trainable.lm, config)
         outcome = set_peft_model_state_dict(adapter, weights)
     except Exception as error:  # what PEFT and torch say of layers and shapes that do not fit
-        why = " ".join(str(error).split())[:200]
-        raise ImageRLError(f"the adapter in {folder} does not fit its base model {base}: {why}") from error
+        told = one_line(error, 200)
+        raise ImageRLError(f"the adapter in {folder} does not fit its base model {base}: {told}") from error
     absent = [key for key in outcome.missing_keys if "lora_" in key]
     if outcome.unexpected_keys or absent:
         wrong = f"no layer for {outcome.unexpected_keys[0]}" if outcome.unexpected_keys else f"no {absent[0]}"
@@ -98,7 +99,7 @@ def load_adapter(policy: ImagePolicy, folder: Path) -> None:
     policy.trainable.attach_adapter(adapter)
 
 
-def adapter_sampling(folder: Path) -> dict[str, Any]:
+def adapter_sampling(folder: Path) -> dict[str, object]:
     """Return how the policy with a folder's adapter draws, where its base says otherwise."""
     file = folder / SAMPLING
     return validated(SamplingSettings, read_json(file), str(file)).model_dump() if file.exists() else {}

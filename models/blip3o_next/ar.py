@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from imagerl.rl.errors import one_line
 from imagerl.rl.types import ImageRLError, TokenScores
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class ARPolicy(nn.Module):
         try:
             self.attach_adapter(get_peft_model(self.lm, config))
         except ValueError as error:
-            raise ImageRLError(f"model.lora: {' '.join(str(error).split())[:300]}") from error
+            raise ImageRLError(f"model.lora: {one_line(error, 300)}") from error
         self._new_adapter = True
 
     def attach_adapter(self, adapter: PeftModel) -> None:

@@ -18,7 +18,7 @@ from imagerl.models.blip3o_next.sana import CaptionKeys, caption_keys, velocity
 from imagerl.rl.types import ImageRLError
 
 CONNECTOR_EPS = 1e-5
-MAX_ENCODED = 1 << 21  # pixels encoded at once: two pictures of 1024x1024, whatever the batch
+MAX_PIXELS = 1 << 21  # in the autoencoder at once: two pictures of 1024x1024, whatever the batch
 
 
 def build_connector(hidden_size: int, caption_channels: int) -> nn.Sequential:
@@ -161,10 +161,13 @@ class FlowDecoder(nn.Module):
 
     @torch.no_grad()
     def draw(self, latents: Tensor) -> Tensor:
-        """Draw latents [B, C, h, w] as pictures [B, 3, H, W] in [0, 1].
+        """Draw latents [B, C, h, w] as pictures [B, 3, H, W] in [0, 1]. Memory is that of a few pictures, whatever B.
 
         Raises ImageRLError for pixels that are not finite, which would be black ones in silence."""
-        pictures = self.vae.decode((latents / self.scaling_factor).to(self.vae.dtype)).sample.float()
+        height, width = self.picture_size
+        scaled = (latents / self.scaling_factor).to(self.vae.dtype)
+        few = scaled.split(max(1, MAX_PIXELS // (height * width)))
+        pictures = torch.cat([self.vae.decode(part).sample.float() for part in few])
         if not math.isfinite(pictures.sum()):
             raise ImageRLError(
                 "the model draws pixels that are not finite: its numbers overflow; check its weights and settings, or, "
@@ -177,7 +180,7 @@ class FlowDecoder(nn.Module):
         """Encode pictures [B, 3, H, W] in [-1, 1] as latents [B, C, h, w] at the transformer's scale. Memory is that
         of a few pictures, whatever B."""
         height, width = pictures.shape[-2:]
-        few = pictures.to(self.vae.dtype).split(max(1, MAX_ENCODED // (height * width)))
+        few = pictures.to(self.vae.dtype).split(max(1, MAX_PIXELS // (height * width)))
         return torch.cat([self.vae.encode(part).latent for part in few]) * self.scaling_factor
 
     def flow_loss(

@@ -17,6 +17,7 @@ from imagerl.models.common.flow_step import (
     transition_logprob,
     transition_mean,
 )
+from imagerl.rl.errors import one_line
 from imagerl.rl.types import FlowSampling, FlowSchedule, FlowScores, FlowTrajectory, ImageRLError
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class FlowPolicy:
         try:
             self._adapter = get_peft_model(self.decoder.sana, config)
         except ValueError as error:
-            raise ImageRLError(f"algorithm.flow.lora: {' '.join(str(error).split())[:300]}") from error
+            raise ImageRLError(f"algorithm.flow.lora: {one_line(error, 300)}") from error
 
     def merge_lora(self) -> None:
         """Fold the adapters into the weights for good. Nothing to do without."""

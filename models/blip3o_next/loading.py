@@ -122,9 +122,7 @@ def load_text_tokenizer(folder: Path) -> Any:
         tokenizer("a word", add_special_tokens=False, return_offsets_mapping=True)  # as prompts are read
         return tokenizer
     except Exception as error:  # transformers and tokenizers raise anything on files that are not theirs
-        raise ImageRLError(
-            f"{folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise ImageRLError(f"{folder} has no usable tokenizer: {one_line(error, 200)}") from error
 
 
 def _require_image_tokens(text_tokenizer: Any, config: Mapping[str, Any], folder: Path) -> None:

@@ -129,13 +129,13 @@ QWEN3_FIELDS = (
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
-def full_size_config(edit: bool = False, vision_tower: bool = True) -> dict[str, Any]:
+def full_size_config(edit: bool = False, vision_tower: bool = True) -> dict[str, object]:
     """Return the config of the published 3B model, as a model folder of ours would hold it."""
     config = {"qwen3": dict(QWEN3), **STOCK, **IMAGE_TOKENS.to_config()}
     return config | ({"ta_tok": TA_TOK} if vision_tower else {}) | ({"edit": True} if edit else {})
 
 
-def is_published(config: Mapping[str, Any]) -> bool:
+def is_published(config: Mapping[str, object]) -> bool:
     """Tell whether a config.json is of the published layout, not of ours."""
     names = config.get("architectures")
     first = str(names[0]) if isinstance(names, list) and names else ""
@@ -227,7 +227,7 @@ _EDIT_FIELDS: dict[str, Any] = {
 }
 
 
-def _ta_tok_of(shapes: Shapes) -> dict[str, Any]:
+def _ta_tok_of(shapes: Shapes) -> dict[str, object]:
     """Read the tokenizer's sizes off its tensors; heads and picture size, which shapes do not tell, are stock."""
 
     def shape(name: str) -> tuple[int, ...]:

@@ -118,11 +118,6 @@ def cps_logprob_as_flow_grpo(following: Tensor, mean: Tensor) -> Tensor:
     return _reduce(-(following.detach().float() - mean.float()).square(), "mean")
 
 
-def flow_grpo_std(std: Tensor, sigmas: Tensor) -> Tensor:
-    """Return flow_grpo's std_dev_t for `sde`: std / sqrt(-d), the diffusion coefficient g, [N]."""
-    return std / (sigmas[:-1] - sigmas[1:]).sqrt()
-
-
 def _reduce(per_dimension: Tensor, how: str) -> Tensor:
     flat = per_dimension.flatten(1)
     if how == "mean":

@@ -1,22 +1,24 @@
-"""Run a reward in an interpreter that need not have any of our dependencies: `PYTHON rewards/boundary/child.py`.
+"""Serve a reward from an interpreter that need not have any of our dependencies: `PYTHON rewards/boundary/child.py`.
 
-Frames (a length of 8 bytes, then that many) come on stdin and go to stdout. The first one says what to load, every
-other one is a request of `rewards.boundary.wire`; each is answered by one. Pictures are PIL's where Pillow is
-installed, else the bytes of PNG files. What the reward prints goes to stderr. Keep this file to the Python of old
-environments."""
+A line of JSON on stdin says what to load and which token to ask for. A line on stdout says on which port of this
+machine requests of `rewards.boundary.wire` are taken, or what must be mended. The end of stdin ends the process.
+Pictures are PIL's where Pillow is installed, else the bytes of PNG files. What the reward prints goes to stderr. Keep
+this file to the Python of old environments."""
 
 from __future__ import annotations
 
+import hmac
 import io
 import json
 import os
 import queue
-import struct
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import ThreadingTCPServer
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 
 def _own_modules() -> tuple[Any, Any, Any]:
@@ -41,21 +43,6 @@ def _own_modules() -> tuple[Any, Any, Any]:
     return guard, targets, wire
 
 
-def read_frame(stream: BinaryIO) -> bytes | None:
-    """Return the next frame; None at the end of the stream."""
-    start = stream.read(8)
-    if len(start) < 8:
-        return None
-    (size,) = struct.unpack(">Q", start)
-    body = stream.read(size)
-    return body if len(body) == size else None
-
-
-def write_frame(stream: BinaryIO, body: bytes) -> None:
-    stream.write(struct.pack(">Q", len(body)) + body)
-    stream.flush()
-
-
 def opener() -> Any:
     """Return a function from a PNG file to a picture."""
     try:
@@ -71,50 +58,71 @@ def opener() -> Any:
     return open_picture
 
 
+def serve(token: str, jobs: queue.SimpleQueue[Any]) -> int:
+    """Take requests of those who know the token, each in a thread of its own: (body, where the answer goes). Return
+    the port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status, answer = 401, b'{"error": "the token is missing or wrong"}'
+            if hmac.compare_digest(
+                self.headers.get("Authorization", "").encode(), f"Bearer {token}".encode()
+            ):
+                reply: queue.SimpleQueue[Any] = queue.SimpleQueue()
+                jobs.put((self.rfile.read(int(self.headers["Content-Length"])), reply))
+                status, answer = reply.get()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return int(server.server_address[1])
+
+
 def main() -> None:
-    inlet, outlet = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    inlet, outlet = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    boundary, targets, wire = _own_modules()
-    mend = boundary.ImageRLError
-    frames: queue.Queue[bytes] = queue.Queue()
+    guard, targets, wire = _own_modules()
+    wanted = json.loads(inlet.readline().decode())
 
-    def read() -> None:
-        body = read_frame(inlet)
-        while body is not None:
-            frames.put(body)
-            body = read_frame(inlet)
+    def watch() -> None:
+        inlet.read()
         os._exit(0)  # whoever started this is gone, even if the reward is still at work
 
-    threading.Thread(target=read, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
+    jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    label = wanted["target"].rpartition(":")[2]
+    try:
+        found = targets.import_target(wanted["target"])
+        targets.check_settings(label, found, wanted["settings"])
+        if wanted["columns"] is not None:
+            targets.check_columns(label, targets.needed_columns(found, wanted["settings"]), wanted["columns"])
+        reward = targets.construct(label, found, wanted["settings"])
+        names = [parameter.name for parameter in targets.call_parameters(found)]
+        told = {"parameters": names, "port": serve(wanted["token"], jobs)}
+    except guard.ImageRLError as error:
+        told = {"mend": str(error)}
+    print(json.dumps(told), file=outlet, flush=True)
+    open_picture, limits = opener(), wire.Limits(*[2**40] * 4)  # the parent is not an adversary
 
-    def load() -> tuple[Any, bytes]:
-        wanted = json.loads(frames.get().decode())
-        try:
-            label = targets.split_target(wanted["target"])[1]
-            found = targets.import_target(wanted["target"])
-            targets.check_settings(label, found, wanted["settings"])
-            if wanted["columns"] is not None:
-                needed = targets.needed_columns(found, wanted["settings"])
-                targets.check_columns(label, needed, wanted["columns"])
-            names = [parameter.name for parameter in targets.call_parameters(found)]
-            reward = targets.construct(label, found, wanted["settings"])
-        except mend as error:
-            return None, json.dumps({"mend": str(error)}).encode()
-        return reward, json.dumps({"parameters": names}).encode()
-
-    def score(body: bytes) -> bytes:
+    def answer(body: bytes) -> tuple[int, bytes]:
         try:
             samples = wire.unpack_request(body, open_picture, limits)
-            return bytes(wire.pack_reply(*boundary.score_samples(reward, samples)))
-        except mend as error:
-            return json.dumps({"mend": str(error)}).encode()
+            return 200, wire.pack_reply(*guard.score_samples(reward, samples))
+        except (wire.WireError, guard.ImageRLError) as error:
+            status = getattr(error, "status", 422)
+            return status, json.dumps({"error": str(error)}).encode()
 
-    reward, answer = load()
-    open_picture, limits = opener(), wire.Limits(2**40, 2**40, 2**40, 2**40)  # the parent is not an adversary
-    while True:
-        write_frame(outlet, answer)
-        answer = score(frames.get())
+    while True:  # in the main thread, where a reward may expect to be
+        body, reply = jobs.get()
+        reply.put(answer(body))
 
 
 if __name__ == "__main__":

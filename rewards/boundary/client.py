@@ -31,11 +31,11 @@ _logger = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-    """The server will not do it, however often it is asked. `status` is HTTP's; the message is the server's."""
+    """The server will not do it, however often it is asked. `status` is HTTP's, `words` are the server's."""
 
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(f"HTTP {status}: {words}")
+        self.status, self.words = status, words
 
 
 class GaveUp(Exception):
@@ -50,12 +50,13 @@ class Answer(NamedTuple):
 class Client:
     """Sends requests to one server, whose address is `url`. `token` is its bearer token. Safe to use from many threads.
 
-    Proxies of the environment are used as usual, but never for this machine itself. Redirects are not followed: they
-    would carry the token elsewhere. When a server cannot be had for a while, one warning says so.
+    With `again` False it is asked once. Proxies of the environment are used as usual, but never for this machine
+    itself. Redirects are not followed: they would carry the token elsewhere. When a server cannot be had for a while,
+    one warning says so.
 
     Raises ImageRLError for what is no address."""
 
-    def __init__(self, url: str, token: str | None, seed: int = 0) -> None:
+    def __init__(self, url: str, token: str | None, again: bool = True) -> None:
         try:
             urlsplit(url).port  # noqa: B018 (it is looked at when asked for)
         except ValueError as error:
@@ -65,7 +66,8 @@ class Client:
             "Accept-Encoding": "identity",
             **({"Authorization": f"Bearer {token}"} if token else {}),
         }
-        self._jitter = random.Random(seed)
+        self._again = again
+        self._jitter = random.Random(0)
         self._proxy = _proxy_for(url)
         self._warned = False
 
@@ -111,16 +113,17 @@ class Client:
                     if status == 200:
                         self._answered()
                         return Answer(data, attempts)
-                    problem = f"HTTP {status}: {_message(data)}"
+                    refusal = Refused(status, _message(data))
                     if status not in RETRIED:
-                        raise Refused(status, problem)
+                        raise refusal
+                    problem = str(refusal)
                 except TimeoutError:  # of the attempt, or of connecting
                     problem = f"no answer within {attempt_s:g} s"
                 except (aiohttp.ClientError, OSError, ValueError) as error:
                     problem = _reason(error)
                 pause = self._pause(attempts, asked)
                 left = deadline - time.monotonic()
-                if pause >= left:
+                if pause >= left or not self._again:
                     raise GaveUp(f"{problem} (tried {attempts} times)")
                 if time.monotonic() + pause - started > TOLD_AFTER_S:
                     self._warn(f"{url}: {problem}; trying again for up to {left:.0f} s")

@@ -305,14 +305,18 @@ def _column(entries: Any, size: int) -> tuple[list[float | None], str | None]:
 def score_samples(reward: Callable[..., Any], samples: Mapping[str, list[Any]]) -> Reply:
     """Score samples by a reward; see `answered`. Whatever it does wrong becomes missing values with a reason, except an
     ImageRLError, which says that the recipe must be mended. A call that raises is repeated by halves, so that only the
-    samples that are at fault are lost: one of them in n costs about 2·log2(n) further calls."""
+    samples that are at fault are lost: one of them in n costs about 2·log2(n) further calls. A reward that is `grouped`
+    compares the samples of a group, which then stay together."""
     size = len(samples["prompts"])
+    groups = samples.get("groups") if getattr(reward, "grouped", False) else None
+    cuts = [place for place in range(1, size) if groups is None or groups[place] != groups[place - 1]]
     try:
         return answered(reward, samples)
     except Failure as failure:
-        if size == 1 or isinstance(failure, Unusable):
+        if not cuts or isinstance(failure, Unusable):
             return failed(size, str(failure))
-    halves = (slice(0, size // 2), slice(size // 2, size))
+    half = cuts[(len(cuts) - 1) // 2]
+    halves = (slice(0, half), slice(half, size))
     return join(
         [score_samples(reward, {name: values[h] for name, values in samples.items()}) for h in halves]
     )

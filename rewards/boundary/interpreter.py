@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import math
 import os
+import secrets
 import select
-import struct
 import subprocess
+import sys
 import tempfile
 import time
 import weakref
@@ -17,26 +16,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from imagerl.rewards.boundary.wire import WireError, pack_request, unpack_reply
-from imagerl.rewards.pictures import to_quick_png
-from imagerl.rl.types import ImageRLError, RewardOutput
+from imagerl.rewards.boundary.client import Answer, Client, GaveUp
+from imagerl.rewards.boundary.remote import RemoteReward
+from imagerl.rl.errors import ImageRLError, one_line
 
 START_S = 280.0  # to import and construct; the actor around it has 300
 ATTEMPTS = 2  # of one call, when the process dies under it
 PATIENCE_S = 48.0  # of one call, unless told
+DYING_S = 0.5  # for a process that has hung up to be seen to end
 MOST_PRINTED = 2**20  # bytes kept of what it prints
-PIPE_BYTES = 2**20
 CHILD = Path(__file__).with_name("child.py")
 # Of the environment: what would show the interpreter our packages.
 OURS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 
 
-class _Died(Exception):
-    """The process ended. The message is the last line it wrote."""
-
-
-class InterpreterReward:
-    """Runs `target` ("file.py:function" or "package.module:function") under another `python`.
+class InterpreterReward(RemoteReward):
+    """Runs `target` ("file.py:function" or "package.module:function") under another `python`, behind HTTP on loopback.
 
     The process is started at once, stopped with this object, and started again when it has died or did not answer
     within `patience_s` seconds. A call under which it dies is made once more; then its samples are NaN, as they are
@@ -53,58 +48,37 @@ class InterpreterReward:
     ) -> None:
         self._python = python
         self._label = target.rpartition(":")[2]
+        self._token = secrets.token_hex(16)
+        names = None if columns is None else list(columns)
+        wanted = {"target": target, "settings": dict(settings), "columns": names, "token": self._token}
         try:
-            self._wanted = json.dumps(
-                {
-                    "target": target,
-                    "settings": dict(settings),
-                    "columns": list(columns) if columns is not None else None,
-                }
-            ).encode()
+            self._wanted = json.dumps(wanted).encode() + b"\n"
         except (TypeError, ValueError) as error:
             raise ImageRLError(f"settings of reward {self._label!r} must be plain YAML: {error}") from error
+        self._prefix, self._batch = "", sys.maxsize
         self._patience_s = patience_s or PATIENCE_S
-        self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (lives as long as the reward)
+        self._process: subprocess.Popen[bytes] | None = None
         self._start()
 
-    def __call__(
-        self,
-        *,
-        prompts: list[str],
-        completions: list[list[int]],
-        images: list[Any],
-        completion_ids: Any = None,
-        **columns: list[Any],
-    ) -> RewardOutput:
-        try:
-            body = pack_request(prompts, completions, images, columns, to_quick_png)
-        except WireError as error:
-            raise ImageRLError(f"reward {self._label!r}: {error}") from error
-        reason = ""
+    def _send(self, body: bytes, deadline: float) -> Answer:
+        died = None
         for _ in range(ATTEMPTS):
+            if self._process is None:
+                self._start()
+            if os.fstat(self._stderr.fileno()).st_size > MOST_PRINTED:
+                self._stderr.truncate(0)
             try:
-                if self._process is None:
-                    self._start()
-                answer = self._exchange(body, self._patience_s)
-            except _Died as death:
-                reason = f"its process died {ATTEMPTS} times on this call: {death}"
-                continue
-            except TimeoutError:
+                return self._client.send("POST", body, time.monotonic() + self._patience_s, self._patience_s)
+            except GaveUp:
+                died = self._last_words()
                 self.close()
-                reason = f"no answer within {self._patience_s:g} s"
-                break
-            return self._output(answer, len(prompts))
-        return RewardOutput([math.nan] * len(prompts), {}, reason)
-
-    def _output(self, answer: bytes, size: int) -> RewardOutput:
-        told = json.loads(answer)
-        if "mend" in told:
-            raise ImageRLError(told["mend"])
-        return RewardOutput(*unpack_reply(answer, size))
+                if died is None:
+                    raise GaveUp(f"no answer within {self._patience_s:g} s") from None
+        raise GaveUp(f"its process died {ATTEMPTS} times on this call: {died}")
 
     def _start(self) -> None:
-        """Start the process and have it load the reward. Raises _Died, or ImageRLError for what must be mended."""
+        """Start the process and have it load the reward. Raises ImageRLError for what must be mended."""
         environment = {name: value for name, value in os.environ.items() if name not in OURS}
         self._stderr.truncate(0)
         try:
@@ -117,42 +91,37 @@ class InterpreterReward:
             )
         except OSError as error:
             raise ImageRLError(f"reward {self._label!r}: {self._python} does not start: {error}") from error
-        assert process.stdin is not None
-        _prepare(process.stdin.fileno())
         self._process = process
         self._stop = weakref.finalize(self, _stop, process)
-        try:
-            told = json.loads(self._exchange(self._wanted, START_S))
-        except (_Died, TimeoutError) as error:
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(self._wanted)
+            process.stdin.flush()
+        ready = select.poll()
+        ready.register(process.stdout)
+        said = process.stdout.readline() if ready.poll(START_S * 1000) else b""
+        if not said:
+            died = self._last_words()
             self.close()
-            what = "is not ready" if isinstance(error, TimeoutError) else f"does not start: {error}"
-            raise ImageRLError(f"reward {self._label!r} under {self._python} {what}") from error
+            what = "is not ready" if died is None else f"does not start: {died}"
+            raise ImageRLError(f"reward {self._label!r} under {self._python} {what}")
+        told = json.loads(said)
         if "mend" in told:
             self.close()
             raise ImageRLError(f"{told['mend']} (under {self._python})")
         self.parameters: list[str] = told["parameters"]
+        self._client = Client(f"http://127.0.0.1:{told['port']}/", self._token, again=False)
 
-    def _exchange(self, body: bytes, patience_s: float) -> bytes:
-        """Send a frame and wait for the answer. Raises _Died, or TimeoutError."""
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        if os.fstat(self._stderr.fileno()).st_size > MOST_PRINTED:
-            self._stderr.truncate(0)
-        deadline = time.monotonic() + patience_s
+    def _last_words(self) -> str | None:
+        """Return the last line that the process wrote, or how it ended; None while it runs."""
+        assert self._process is not None
         try:
-            _write(process.stdin.fileno(), struct.pack(">Q", len(body)) + body, deadline)
-            (size,) = struct.unpack(">Q", _read(process.stdout.fileno(), 8, deadline))
-            return _read(process.stdout.fileno(), size, deadline)
-        except (EOFError, OSError) as error:
-            if isinstance(error, TimeoutError):
-                raise
-            self.close()
-            raise _Died(self._last_words(process.returncode)) from error
-
-    def _last_words(self, code: int) -> str:
+            code = self._process.wait(DYING_S)
+        except subprocess.TimeoutExpired:
+            return None
         self._stderr.seek(0)
         lines = self._stderr.read()[-4000:].decode(errors="replace").strip().splitlines()
-        return " ".join(lines[-1].split())[:200] if lines else f"exit code {code}"
+        return one_line(lines[-1], 200) if lines else f"exit code {code}"
 
     def close(self) -> None:
         """End the process; the next call starts another one."""
@@ -161,45 +130,9 @@ class InterpreterReward:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.close()
-    process.kill()
     process.wait()
-
-
-def _prepare(descriptor: int) -> None:
-    """Make writing to a pipe return instead of wait, and the pipe large where the system lets us: with 64 KiB the two
-    processes would take turns a thousand times for a large picture."""
-    os.set_blocking(descriptor, False)
-    with contextlib.suppress(AttributeError, OSError):
-        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-
-
-def _wait(descriptor: int, writing: bool, deadline: float) -> None:
-    """Return when a pipe is ready. Raises TimeoutError."""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLOUT if writing else select.POLLIN)
-    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise TimeoutError
-
-
-def _write(descriptor: int, data: bytes, deadline: float) -> None:
-    view = memoryview(data)
-    while view:
-        _wait(descriptor, True, deadline)
-        view = view[
-            os.write(descriptor, view[: select.PIPE_BUF]) :
-        ]  # what a ready pipe takes without blocking
-
-
-def _read(descriptor: int, size: int, deadline: float) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        _wait(descriptor, False, deadline)
-        part = os.read(descriptor, min(size - len(data), 2**20))
-        if not part:
-            raise EOFError
-        data += part
-    return bytes(data)

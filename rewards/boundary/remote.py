@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from imagerl.rewards.boundary.client import Client, GaveUp, Refused, secret
+from imagerl.rewards.boundary.client import Answer, Client, GaveUp, Refused, secret
 from imagerl.rewards.boundary.guard import failed, join
 from imagerl.rewards.boundary.wire import Reply, WireError, pack_request, unpack_reply
 from imagerl.rewards.pictures import to_quick_png
@@ -37,7 +37,7 @@ class RemoteReward:
     ) -> None:
         if batch < 1 or timeout_s <= 0 or patience_s <= 0:
             raise ImageRLError(f"reward {url}: batch, timeout_s and patience_s must be positive")
-        self._url = url
+        self._prefix = f"reward {url}: "
         self._batch = batch
         self._timeout_s = timeout_s
         self._patience_s = patience_s
@@ -76,27 +76,34 @@ class RemoteReward:
                     to_quick_png,
                 )
             except WireError as error:
-                raise ImageRLError(f"reward {self._url}: {error}") from error
+                raise ImageRLError(f"{self._prefix}{error}") from error
             reply, attempts = self._ask(body, part.stop - part.start, deadline)
             if attempts > 1:
                 reply.breakdown["retries"] = [float(attempts - 1)] * len(reply.rewards)
             replies.append(reply)
         return RewardOutput(*join(replies))
 
+    @property
+    def grouped(self) -> bool:
+        """Tell whether it compares the samples of a group."""
+        return "groups" in self.parameters
+
     def _ask(self, body: bytes, size: int, deadline: float) -> tuple[Reply, int]:
         """Return the server's reply for one batch, and the attempts it took."""
         try:
-            answer = self._client.send(
-                "POST", body, deadline, self._timeout_s, {"Content-Type": CONTENT_TYPE}
-            )
+            answer = self._send(body, deadline)
             return unpack_reply(answer.body, size), answer.attempts
         except Refused as error:
             if error.status in MENDED_BY_USER:
-                raise ImageRLError(f"reward {self._url} refuses: {error}") from error
+                words = error.words if error.status == 422 else str(error)
+                raise ImageRLError(f"{self._prefix}{words}") from error
             reason = str(error)
         except (GaveUp, WireError) as error:
             reason = str(error)
-        return failed(size, f"{self._url}: {reason}"), 1
+        return failed(size, f"{self._prefix}{reason}"), 1
+
+    def _send(self, body: bytes, deadline: float) -> Answer:
+        return self._client.send("POST", body, deadline, self._timeout_s, {"Content-Type": CONTENT_TYPE})
 
 
 def batches(prompts: Sequence[str], size: int) -> Iterator[slice]:

@@ -1,32 +1,29 @@
-"""Import functions and classes by path, and check them before they are called.
+"""Import rewards by path, and check them before they are called.
 
 Standard library only: this file also runs in interpreters that have none of our dependencies
 (`rewards.boundary.child`)."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from imagerl.rewards.boundary.guard import Failure, users_code
-from imagerl.rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError, hint, nearest
+from imagerl.rl.files.importing import import_object
 
-SAMPLE_NAMES = ("prompts", "completions", "completion_ids", "images")
+RUN_NAMES = ("groups", "progress", "policy")  # what a run knows beside the samples, for rewards that name it
+SAMPLE_NAMES = ("prompts", "completions", "completion_ids", "images", *RUN_NAMES)
 # Keys of a recipe's entry that are no settings of the reward.
-ENTRY_KEYS = ("name", "import_path", "url", "python", "runtime_env", "weight", "gate")
+ENTRY_KEYS = ("name", "import_path", "url", "python", "runtime_env", "weight", "gate", "half")
 
 
 class KeywordReward:
-    """Calls a user's function with the keywords it accepts, and with the recipe's settings."""
+    """Calls a user's function with the keywords it accepts, and with the recipe's settings. What a run knows beside the
+    samples it gets by naming it: `groups` (the number of each sample's group, and then never a torn group), `progress`
+    (one number) and `policy`."""
 
     def __init__(self, function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
         parameters = inspect.signature(function).parameters.values()
@@ -34,12 +31,14 @@ class KeywordReward:
         self._settings = dict(settings)
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._names = {p.name for p in parameters if _is_keyword(p)}
+        self.grouped = "groups" in self._names
 
     def __call__(self, **columns: Any) -> Any:
+        if "progress" in columns:  # it came as one number a sample
+            columns["progress"] = columns["progress"][0]
         keywords = {**columns, **self._settings}
-        if not self._takes_all:
-            keywords = {name: value for name, value in keywords.items() if name in self._names}
-        return self._function(**keywords)
+        named = self._names | (keywords.keys() - RUN_NAMES if self._takes_all else set())
+        return self._function(**{name: value for name, value in keywords.items() if name in named})
 
 
 @contextmanager
@@ -68,61 +67,12 @@ def call_parameters(found: Any) -> list[inspect.Parameter]:
     return list(inspect.signature(found).parameters.values())
 
 
-def _import_file(path: Path) -> ModuleType:
-    path = path.resolve()
-    if not path.is_file():
-        raise ImageRLError(f"reward file {path} does not exist; correct its import_path")
-    # Imported once, however often it is asked for, unless it changed.
-    state = path.stat()
-    identity = f"{path} {state.st_mtime_ns} {state.st_size}"
-    name = f"reward_file_{path.stem}_{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImageRLError(f"reward file {path} is not a Python file; correct its import_path")
-    module = importlib.util.module_from_spec(spec)
-    if str(path.parent) not in sys.path:  # so that it may import its neighbours; last, to shadow nothing
-        sys.path.append(str(path.parent))
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def split_target(target: str) -> tuple[str, str]:
-    """Return place and attribute of an import path. Raises ImageRLError when it does not look like one."""
-    place, _, attribute = target.rpartition(":")
-    if not (place and attribute):
-        raise ImageRLError(f"reward {target!r} must read file.py:function or package.module:function")
-    return place, attribute
-
-
 def import_target(target: str) -> Any:
     """Return the function or class behind an import path; an ImageRLError says what is wrong with it."""
-    place, attribute = split_target(target)
-    with before_scoring(f"reward {target!r}: importing {place} failed"):
-        try:
-            if place.endswith(".py"):
-                module = _import_file(Path(place))
-            else:
-                if str(Path.cwd()) not in sys.path:
-                    sys.path.append(str(Path.cwd()))
-                module = importlib.import_module(place)
-        except SyntaxError as error:
-            where = f"{error.filename}, line {error.lineno}"
-            raise ImageRLError(f"reward {target!r}: syntax error in {where}: {error.msg}") from error
-    if not hasattr(module, attribute):
-        names = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
-        close = difflib.get_close_matches(attribute, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(names) or 'no function'}"
-        raise ImageRLError(f"reward {target!r}: {place} has no {attribute}; {hint}")
-    found = getattr(module, attribute)
+    with before_scoring(f"reward {target!r}: importing {target.rpartition(':')[0]} failed"):
+        found = import_object(target, "reward")
     if not callable(found) or (inspect.isclass(found) and _instance_call(found) is None):
-        raise ImageRLError(f"reward {target!r}: {attribute} is not a function or a class with __call__")
+        raise ImageRLError(f"reward {target!r} is not a function or a class with __call__")
     return found
 
 
@@ -153,13 +103,12 @@ def check_settings(label: str, found: Any, settings: Mapping[str, Any]) -> None:
     for name in settings:
         if name in names:
             continue
-        key = difflib.get_close_matches(name, ENTRY_KEYS, n=1, cutoff=0.75)
+        key = nearest(name, ENTRY_KEYS)
         if takes_all and not key:
             continue
-        close = difflib.get_close_matches(name, names, n=1) or key
-        hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(names) or 'none'}"
+        meant = hint(name, names) if key is None or nearest(name, names) else f"did you mean {key}?"
         also = f" If not, let its signature name {name}" if takes_all else ""
-        raise ImageRLError(f"reward {label!r} has no setting {name!r}; {hint}{also}")
+        raise ImageRLError(f"reward {label!r} has no setting {name!r}; {meant}{also}")
     missing = [name for name in _needed(takers) if is_class and name not in settings]
     if missing:
         raise ImageRLError(f"reward {label!r} needs the setting {missing[0]!r}; add it to its entry")
@@ -182,10 +131,18 @@ def check_columns(label: str, needed: Iterable[str], columns: Iterable[str]) -> 
             )
 
 
-def construct(label: str, found: Any, settings: Mapping[str, Any]) -> KeywordReward:
-    """Make a user's function or class ready to be called. Raises ImageRLError when its constructor fails."""
+def construct(label: str, found: Any, settings: Mapping[str, Any], policy: Any = None) -> KeywordReward:
+    """Make a user's function or class ready to be called. Raises ImageRLError when its constructor fails, and when it
+    asks for a policy and there is none here."""
+    asks = any(parameter.name == "policy" for parameter in call_parameters(found))
+    if asks and policy is None:
+        raise ImageRLError(
+            f"reward {label!r} asks for the policy, which only rewards in the training process get: set "
+            "rewards.workers=0, and leave out python"
+        )
+    given = {"policy": policy} if asks else {}
     if not inspect.isclass(found):
-        return KeywordReward(found, settings)
+        return KeywordReward(found, {**settings, **given})
     with before_scoring(f"reward {label!r} could not be constructed"):
         instance: Any = found(**settings)
-        return KeywordReward(instance, {})
+        return KeywordReward(instance, given)

@@ -57,6 +57,8 @@ def score_pictures(reward: LoadedReward, pictures: Sequence[CheckPicture]) -> Re
         "prompts": [picture.prompt.text for picture in pictures],
         "completions": [list(picture.image.tobytes()[:64]) for picture in pictures],
         "images": [picture.image for picture in pictures],
+        "groups": [picture.prompt.index for picture in pictures],
+        "progress": [0.0] * len(pictures),
         **{name: [picture.prompt.columns.get(name) for picture in pictures] for name in names},
     }
     return to_values(answered(reward.fn, samples))

@@ -55,20 +55,13 @@ def rank(
     for kind, role in dict.fromkeys((picture.kind, picture.role) for picture in pictures):
         which = np.array([picture.kind == kind for picture in pictures])
         own = values[which]
-        pairs = [
-            (honest.get(picture.prompt.index, np.nan), value)
-            for picture, value in zip(pictures, values, strict=True)
-            if picture.kind == kind
-        ]
-        gaps = np.array([good - value for good, value in pairs if np.isfinite(good) and np.isfinite(value)])
-        behind = float(gaps.mean()) if gaps.size else np.nan
+        prompts = [picture.prompt.index for picture in pictures if picture.kind == kind]
+        behind = _mean(np.array([honest.get(prompt, np.nan) for prompt in prompts]) - own)
         verdict, sentence = _judge(kind, role, behind, margin)
         finite = sign * own[np.isfinite(own)]
-        stats = (
-            (float(finite.mean()), float(finite.min()), float(finite.max())) if finite.size else (np.nan,) * 3
-        )
+        low, high = (finite.min(), finite.max()) if finite.size else (np.nan, np.nan)
         means = {name: _mean(column[which]) for name, column in parts.items()}
-        rows.append(KindRow(kind, role, verdict, sentence, *stats, behind, means))
+        rows.append(KindRow(kind, role, verdict, sentence, _mean(sign * own), low, high, behind, means))
     return rows
 
 
@@ -117,11 +110,9 @@ def _also(worst: Sequence[KindRow], most: KindRow) -> str:
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Return Spearman's where both are finite; ties share their mean rank. NaN where one is constant."""
+    from scipy.stats import spearmanr
+
     known = np.isfinite(a) & np.isfinite(b)
-    ranks = []
-    for values in (a[known], b[known]):
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
-    if known.sum() < 2 or any(np.ptp(column) == 0 for column in ranks):
+    if known.sum() < 2 or any(np.ptp(column[known]) == 0 for column in (a, b)):
         return float("nan")
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    return float(spearmanr(a[known], b[known]).statistic)

@@ -5,9 +5,8 @@ Features are [B, D] float32 of length 1; all heads return [B]."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -61,31 +60,23 @@ def direction(pictures: Tensor, references: Tensor, captions: Tensor, before: Te
 class PictureHead:
     """A network of linear layers from picture features [B, width] to [B], such as the LAION aesthetic predictor.
 
-    The file holds `<name>.weight` [out, in] and `<name>.bias` of each layer, in the order of the numbers in their
-    names; `activation` stands between them. Raises ImageRLError: no such file, no tensors, layers that do not fit."""
+    `state` holds its weights, as in `linear_layers`; `activation` stands between them, and `place` names them in
+    messages. Raises ImageRLError: no layers, or layers that do not fit."""
 
-    def __init__(self, path: str, activation: str = "none") -> None:
+    def __init__(self, state: Mapping[str, Tensor], place: str, activation: str = "none") -> None:
         if activation not in ACTIVATIONS:
             raise ImageRLError(f"reward 'clip': activation must be one of {', '.join(ACTIVATIONS)}")
         self._between = ACTIVATIONS[activation]
-        self._path = path
-        state = read_state(path)
-        names = [name.removesuffix(".weight") for name, value in state.items() if _is_matrix(name, value)]
-        self._layers = [
-            (
-                state[f"{name}.weight"].float(),
-                state[f"{name}.bias"].float() if f"{name}.bias" in state else None,
-            )
-            for name in sorted(names, key=_natural)
-        ]
+        self._path = place
+        self._layers = linear_layers(state)
         if not self._layers:
             raise ImageRLError(
-                f"reward 'clip': head {path} holds no linear layer (<name>.weight, 2 dimensions)"
+                f"reward 'clip': head {place} holds no linear layer (<name>.weight, 2 dimensions)"
             )
         sizes = [(weight.shape[1], weight.shape[0]) for weight, _ in self._layers]
         if any(made != taken for (_, made), (taken, _) in pairwise(sizes)) or sizes[-1][1] != 1:
             shown = ", ".join(f"{taken} to {made}" for taken, made in sizes)
-            raise ImageRLError(f"reward 'clip': the layers of head {path} do not lead to 1 number: {shown}")
+            raise ImageRLError(f"reward 'clip': the layers of head {place} do not lead to 1 number: {shown}")
         self.width = sizes[0][0]
 
     def check_width(self, width: int) -> None:
@@ -103,23 +94,15 @@ class PictureHead:
         return values[:, 0]
 
 
-def read_state(path: str) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors file, or of one of torch.save that holds nothing else. Raises ImageRLError."""
-    if not Path(path).is_file():
-        raise ImageRLError(f"reward 'clip': head {path} is no file, and none of {', '.join(SIMILARITIES)}")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    except Exception as error:  # safetensors, zip and pickle have many; the file is not ours
-        reason = " ".join(str(error).split())[:150]
-        raise ImageRLError(
-            f"reward 'clip': head {path} cannot be read as a file of tensors ({type(error).__name__}: {reason})"
-        ) from error
+def linear_layers(state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    """Return weight [out, in] and bias of each linear layer in float32, `<name>.weight` and `<name>.bias`, in the order
+    of the numbers in their names."""
+    names = [name.removesuffix(".weight") for name, value in state.items() if _is_matrix(name, value)]
+    biases = {name: state.get(f"{name}.bias") for name in names}
+    return [
+        (state[f"{name}.weight"].float(), None if (bias := biases[name]) is None else bias.float())
+        for name in sorted(names, key=_natural)
+    ]
 
 
 def _is_matrix(name: str, value: Tensor) -> bool:

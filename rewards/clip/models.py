@@ -5,7 +5,6 @@ Nothing is fetched unless the name of a model says so: a folder is only read, we
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from imagerl.rewards.clip.packages import import_open_clip
+from imagerl.rewards.hub import device_of, model_source, weights_file
+from imagerl.rl.errors import nearest, why
 from imagerl.rl.types import ImageRLError
 
 SHIPPED = ("tiny_clip",)  # folders beside this file
@@ -56,7 +57,7 @@ def load_clip(
         raise ImageRLError(f"reward 'clip': library must be one of {', '.join(LIBRARIES)}, not {library!r}")
     if dtype not in ("auto", *DTYPES):
         raise ImageRLError(f"reward 'clip': dtype must be auto, float32 or bfloat16, not {dtype!r}")
-    place = _device(device)
+    place = device_of(device, "clip")
     kind = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if place.type == "cuda" else torch.float32
     if model in SHIPPED:
         folder: Path | None = Path(str(files("rewards") / model))
@@ -69,15 +70,6 @@ def load_clip(
     if library == "transformers":
         return _load_transformers(model, folder, place, kind, batch_size)
     return _load_open_clip(_open_clip_name(model, folder), model, folder, pretrained, place, kind, batch_size)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ImageRLError(f"reward 'clip': there is no device {name!r}; use auto, cpu or cuda") from error
 
 
 def _open_clip_name(model: str, folder: Path | None) -> str:
@@ -94,10 +86,10 @@ def _open_clip_name(model: str, folder: Path | None) -> str:
     name = model.replace("/", "-")
     if name in known:
         return name
-    close = difflib.get_close_matches(name, [*known, *SHIPPED], n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    close = nearest(name, [*known, *SHIPPED])
+    meant = f"did you mean {close}? " if close else ""
     raise ImageRLError(
-        f"reward 'clip': {model!r} is no folder and no model of open_clip; {hint}For a hub name write "
+        f"reward 'clip': {model!r} is no folder and no model of open_clip; {meant}For a hub name write "
         f"{HUB}owner/name, or owner/name with library: transformers"
     )
 
@@ -112,6 +104,10 @@ def _load_open_clip(
     batch_size: int,
 ) -> ClipModel:
     open_clip = import_open_clip()
+    if (
+        pretrained is not None and pretrained.count("/") == 2
+    ):  # as none of its tags; perhaps a file on the hub
+        pretrained = weights_file(pretrained, "clip")
     if folder is None and not name.startswith(HUB):
         _check_pretrained(open_clip, name, pretrained)
     elif pretrained is not None:
@@ -174,8 +170,7 @@ def _refuse_remote_parts(config: Any, shown: str) -> None:
 
 def _unloadable(shown: str, pretrained: str | None, error: Exception) -> ImageRLError:
     what = f"{shown} with {pretrained}" if pretrained else shown
-    reason = " ".join(str(error).split())[:200]
-    return ImageRLError(f"reward 'clip': {what} cannot be loaded ({type(error).__name__}: {reason})")
+    return ImageRLError(f"reward 'clip': {what} cannot be loaded ({why(error)})")
 
 
 def _load_transformers(
@@ -184,9 +179,7 @@ def _load_transformers(
     """Load a dual encoder with `get_image_features` and `get_text_features`: CLIP, SigLIP, SigLIP 2 and their kin."""
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-    if folder is None and (Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1):
-        raise ImageRLError(f"reward 'clip': there is no folder {name}; correct model")
-    source, local = str(folder or name), {"local_files_only": folder is not None, "trust_remote_code": False}
+    source, local = model_source(str(folder or name), "clip", "model")
     try:
         model, loading = AutoModel.from_pretrained(source, dtype=dtype, output_loading_info=True, **local)
         # Pillow's arithmetic, whether torchvision is there or not.

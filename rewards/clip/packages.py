@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from imagerl.rl.errors import why
 from imagerl.rl.types import ImageRLError
 
 FOLDER = "clip"  # below the environment's own folder: `make` installs requirements-clip.lock there
@@ -31,9 +32,8 @@ def import_open_clip() -> Any:
             _import_torchvision()
             return importlib.import_module("open_clip")
         except (ImportError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise ImageRLError(
-                f"open_clip is installed but cannot be imported ({type(error).__name__}: {reason}); install torch and "
+                f"open_clip is installed but cannot be imported ({why(error)}); install torch and "
                 "torchvision of one build, from the same index"
             ) from error
 

@@ -15,6 +15,8 @@ from PIL import Image
 from imagerl.rewards.clip.heads import SIMILARITIES, PictureHead, cosine, direction, similarity
 from imagerl.rewards.clip.memory import Remembered
 from imagerl.rewards.clip.models import load_clip
+from imagerl.rewards.hub import read_tensors, weights_file
+from imagerl.rewards.pictures import decoded
 from imagerl.rl.files.bounds import Count
 from imagerl.rl.types import ImageRLError, RewardOutput
 
@@ -23,7 +25,7 @@ class ClipReward:
     """The value of `head` for a picture's and its caption's features, with their `cosine` beside it.
 
     `model`, `pretrained`, `library`, `device`, `dtype` and `batch_size` are those of `load_clip`. `head` is one of
-    `cosine`, `clipscore`, `logit` and `probability`, or the path of a network on the picture's features alone, with
+    `cosine`, `clipscore`, `logit` and `probability`, or the file of a network on the picture's features alone, with
     `activation` between its layers. `column` names a column of captions; without it the prompt is the caption. A sample
     without a caption has no value (None), unless the head needs none.
 
@@ -43,7 +45,10 @@ class ClipReward:
         dtype: str = "auto",
         batch_size: Count = 64,
     ) -> None:
-        self._network = None if head in SIMILARITIES else PictureHead(head, activation)
+        self._network = None
+        if head not in SIMILARITIES:
+            state = read_tensors(weights_file(head, "clip", SIMILARITIES), "clip")
+            self._network = PictureHead(state, head, activation)
         self.model = load_clip(model, pretrained, library, device, dtype, batch_size)
         self._head = head
         self._column = column
@@ -142,21 +147,6 @@ def captions_of(columns: Any, column: str | None, prompts: Sequence[str], label:
         if not isinstance(caption, str | None):
             raise ImageRLError(f"reward {label!r}: the column {column} must hold texts, not {caption!r}")
     return [(caption or "").strip() for caption in given]
-
-
-def decoded(images: Sequence[Image.Image | None]) -> list[Image.Image]:
-    """Return RGB pictures. Raises ValueError in one line for one that cannot be decoded."""
-    pictures = []
-    for number, image in enumerate(images, 1):
-        try:
-            assert image is not None
-            pictures.append(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, AttributeError, AssertionError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise ValueError(
-                f"picture {number} cannot be decoded ({type(error).__name__}: {reason})"
-            ) from error
-    return pictures
 
 
 def _digest(picture: Image.Image) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +11,8 @@ from PIL import Image
 from imagerl.rewards.clip.memory import Remembered
 from imagerl.rewards.clip.models import ClipModel
 from imagerl.rewards.composition.rule import COLOURS, Found, without_overlaps
+from imagerl.rewards.hub import device_of, model_source
+from imagerl.rl.errors import why
 from imagerl.rl.types import ImageRLError
 
 TEMPLATES = (
@@ -46,21 +47,15 @@ class OpenVocabularyDetector:
     ) -> None:
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-        folder = Path(model).expanduser()
-        if not folder.is_dir() and (folder.is_absolute() or model.startswith(".") or model.count("/") != 1):
-            raise ImageRLError(f"reward 'composition': there is no folder {model}; correct detector")
-        local = {"local_files_only": folder.is_dir(), "trust_remote_code": False}
-        source = str(folder) if folder.is_dir() else model
+        source, local = model_source(model, "composition", "detector")
         try:
             self._model = AutoModelForZeroShotObjectDetection.from_pretrained(source, **local)
             self._processor = AutoProcessor.from_pretrained(source, **local)
         except Exception as error:  # the hub's client, safetensors, and whatever a configuration may hold
-            reason = " ".join(str(error).split())[:200]
             raise ImageRLError(
-                f"reward 'composition': detector {model} cannot be loaded ({type(error).__name__}: {reason})"
+                f"reward 'composition': detector {model} cannot be loaded ({why(error)})"
             ) from error
-        name = "cuda" if device == "auto" and torch.cuda.is_available() else device
-        self._device = torch.device("cpu" if name == "auto" else name)
+        self._device = device_of(device, "composition")
         self._model.to(self._device).eval().requires_grad_(False)
         self._threshold, self._max_overlap, self._batch_size = threshold, max_overlap, batch_size
 

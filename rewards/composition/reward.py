@@ -11,10 +11,10 @@ from typing import Any
 from PIL import Image
 
 from imagerl.rewards.clip.models import load_clip
-from imagerl.rewards.clip.reward import decoded
 from imagerl.rewards.composition.detectors import ClipColours, Detector, OpenVocabularyDetector
 from imagerl.rewards.composition.rule import COLOURS, Found, Specification, faults, specification
 from imagerl.rewards.composition.tiny import TinyDetector
+from imagerl.rewards.pictures import decoded
 from imagerl.rl.files.bounds import Count, Share
 from imagerl.rl.types import ImageRLError, RewardOutput
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -54,7 +54,7 @@ Fault = Literal["missing", "colour", "position", "too many"]
 NameColours = Callable[[Sequence[Found], str], Sequence[str]]  # of objects of a class
 
 
-def specification(include: Any, exclude: Any = None, tag: Any = None) -> Specification:
+def specification(include: object, exclude: object = None, tag: object = None) -> Specification:
     """Read the columns of a prompt. Raises ImageRLError in one line unless they are in GenEval's format."""
     wanted = tuple(
         _wanted(entry, index, "include") for index, entry in enumerate(_entries(include, "include"))
@@ -65,13 +65,13 @@ def specification(include: Any, exclude: Any = None, tag: Any = None) -> Specifi
     return Specification(wanted, unwanted, str(tag or ""))
 
 
-def _entries(value: Any, column: str) -> Sequence[Any]:
+def _entries(value: object, column: str) -> Sequence[object]:
     if not isinstance(value, list | tuple):
         raise _mistake(column, value, "a list of entries")
     return value
 
 
-def _wanted(entry: Any, index: int, column: str) -> Wanted:
+def _wanted(entry: object, index: int, column: str) -> Wanted:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("class"), str):
         raise _mistake(column, entry, "entries with a class, such as {class: bench, count: 1}")
     count, position = entry.get("count", 1), entry.get("position")
@@ -89,7 +89,7 @@ def _wanted(entry: Any, index: int, column: str) -> Wanted:
     return Wanted(entry["class"], count, entry.get("color"), position)
 
 
-def _mistake(column: str, value: Any, wanted: str) -> ImageRLError:
+def _mistake(column: str, value: object, wanted: str) -> ImageRLError:
     return ImageRLError(f"reward 'composition': column {column} must hold {wanted}, not {str(value)[:80]}")
 
 

@@ -81,21 +81,11 @@ def find_shapes(image: Image.Image, classes: Sequence[str]) -> dict[str, list[Fo
 
 def regions(inside: np.ndarray) -> list[np.ndarray]:
     """Return the connected parts (by edges) of [H, W] bool of at least LEAST pixels, each [H, W] bool."""
-    label = np.where(inside, np.arange(1, inside.size + 1).reshape(inside.shape), 0)
-    while True:  # every pixel takes the largest label around it until none changes
-        spread = label.copy()
-        for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
-            moved = np.roll(label, step, axis)
-            edge = [slice(None), slice(None)]
-            edge[axis] = slice(0, 1) if step == 1 else slice(-1, None)
-            moved[tuple(edge)] = 0
-            spread = np.maximum(spread, moved)
-        spread = np.where(inside, spread, 0)
-        if np.array_equal(spread, label):
-            break
-        label = spread
-    values, counts = np.unique(label[label > 0], return_counts=True)
-    return [label == value for value, count in zip(values, counts, strict=True) if count >= LEAST]
+    from scipy.ndimage import label
+
+    labels, count = label(inside)
+    parts = [labels == number for number in range(1, count + 1)]
+    return [part for part in parts if part.sum() >= LEAST]
 
 
 def outlines() -> dict[str, np.ndarray]:

@@ -4,65 +4,121 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
 
 from imagerl.rewards.ocr.reward import exact_match, score_text
 from imagerl.rl.errors import ImageRLError, one_line
+from imagerl.rl.files.mistakes import validated
 from imagerl.rl.files.reading import read_text
 from imagerl.rl.files.yaml_text import MAX_RECIPE_BYTES, parse_yaml
 
 FOLDER = Path(__file__).with_name("rubrics")
-COMBINE = ("mean", "geometric", "min")
 REASON = "reason"  # what a judge writes before its marks
 COSTS = ("time_s", "tokens_in", "tokens_out", "cost", "cached", "retries")  # logged beside the marks
 MOST_MARKS = 101
 
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One mark that a judge gives, a whole number from `least` to `most`."""
-
-    name: str
-    ask: str
-    least: int
-    most: int
-    aspect: str
+Text = Annotated[str, Field(pattern=r"\S")]
 
 
-@dataclass(frozen=True, slots=True)
-class Rubric:
-    """A judge's task. With `questions` the judge gives marks; with `expect` it answers in words, which are
-    compared with the expected text. `show` and `expect` may name columns of the prompt set in braces, and
-    {prompt}."""
+def _plain_fields(text: str) -> str:
+    """Allow only plain names in braces: a format string must not reach into objects."""
+    try:
+        fields = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise ValueError(f"{error} in {text[:80]!r}; write {{{{ and }}}} for braces") from error
+    for _, field, spec, conversion in fields:
+        if field is not None and (not field.isidentifier() or spec or conversion):
+            raise ValueError(f"{{{field}}} must be the plain name of a column")
+    return text
 
-    name: str
-    show: str
+
+Template = Annotated[Text, AfterValidator(_plain_fields)]
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Question(_Checked):
+    """One mark that a judge gives, a whole number from `least` to `most`. Marks of one `aspect`, by default its own
+    name, enter by the least of them."""
+
+    ask: Text
+    most: StrictInt
+    least: StrictInt = 0
+    aspect: str | None = None
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if not self.least < self.most < self.least + MOST_MARKS:
+            raise ValueError("a question needs whole numbers least < most, at most 100 apart")
+        return self
+
+
+class Rubric(_Checked):
+    """A judge's task. With `questions` the judge gives marks; with `expect` it answers in words, which are compared
+    with the expected text. `show` stands beside the picture; it and `expect` may name columns of the prompt set in
+    braces, and {prompt}. `source`: show the picture to be edited, too. `pattern` finds the mark of the question {name}
+    in the answer of a judge that was trained to write it in a form of its own; it may then be a fraction."""
+
+    show: Template
     instructions: str = ""
-    source: bool = False  # show the picture to be edited, too
-    questions: tuple[Question, ...] = ()
-    combine: str = "mean"
+    source: StrictBool = False
+    questions: dict[str, Question] = Field(default_factory=dict)
+    combine: Literal["mean", "geometric", "min"] = "mean"
     capped_by: str | None = None
-    expect: str | None = None
+    pattern: str | None = None
+    expect: Template | None = None
+    name: str = ""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if bool(self.questions) == bool(self.expect):
+            raise ValueError("a rubric needs questions, or else expect")
+        for name in self.questions:
+            if not name.isidentifier() or name in (REASON, *COSTS):
+                raise ValueError(f"{name!r} cannot be the name of a question")
+        if self.pattern is not None:
+            try:
+                groups = re.compile(self.pattern).groups
+            except re.error as error:
+                raise ValueError(f"pattern is no regular expression: {error}") from error
+            if groups != 1:
+                raise ValueError("pattern must have one group, for the number")
+        if self.capped_by is not None and self.capped_by not in self.questions:
+            raise ValueError(f"capped_by names {self.capped_by!r}, which is no question")
+        return self
 
     @property
     def fields(self) -> list[str]:
         """Return the columns that its texts name, {prompt} left out."""
-        texts = (self.show, self.expect or "")
-        found = (field for text in texts for _, field, _, _ in string.Formatter().parse(text) if field)
-        return [field for field in dict.fromkeys(found) if field != "prompt"]
+        found = string.Formatter().parse(self.show + (self.expect or ""))
+        return [
+            name for name in dict.fromkeys(field for _, field, _, _ in found if field) if name != "prompt"
+        ]
+
+    @property
+    def has_form(self) -> bool:
+        """Tell whether the answer must be JSON."""
+        return bool(self.questions) and self.pattern is None
 
     @property
     def system(self) -> str:
         """Return the instructions with the form of the answer, also for judges that ignore a schema."""
-        if self.expect is not None:
+        if not self.has_form:
             return self.instructions
-        asked = "\n".join(f'- "{q.name}": {q.ask} ({q.least} worst, {q.most} best)' for q in self.questions)
+        asked = "\n".join(
+            f'- "{name}": {q.ask.strip()} ({q.least} worst, {q.most} best)'
+            for name, q in self.questions.items()
+        )
         form = ", ".join(
-            [f'"{REASON}": "one or two sentences"', *(f'"{q.name}": <number>' for q in self.questions)]
+            [f'"{REASON}": "one or two sentences"', *(f'"{n}": <number>' for n in self.questions)]
         )
         return (
             f"{self.instructions.strip()}\n\nGive these marks, whole numbers within their bounds:\n{asked}\n\n"
@@ -70,10 +126,11 @@ class Rubric:
         )
 
     @property
-    def schema(self) -> dict[str, Any]:
+    def answer_schema(self) -> dict[str, Any]:
         """Return the JSON schema of the answer. Marks are enumerated: not every server knows bounds."""
         marks = {
-            q.name: {"type": "integer", "enum": list(range(q.least, q.most + 1))} for q in self.questions
+            name: {"type": "integer", "enum": list(range(q.least, q.most + 1))}
+            for name, q in self.questions.items()
         }
         return {
             "type": "object",
@@ -86,17 +143,17 @@ class Rubric:
         """Return the value in [0, 1] of an answer, and its parts. Raises ValueError with what is wrong with it."""
         if expected is not None:
             return score_text(answer, expected), {"exact": exact_match(answer, expected)}
-        marks = parse_marks(answer, self.questions)
-        parts = {q.name: (marks[q.name] - q.least) / (q.most - q.least) for q in self.questions}
+        marks = parse_marks(answer, self.questions, self.pattern)
+        parts = {name: (marks[name] - q.least) / (q.most - q.least) for name, q in self.questions.items()}
         return self.combined(parts), parts
 
     def combined(self, parts: Mapping[str, float]) -> float:
         """Combine marks in [0, 1]: capped, the least of each aspect, then the mean, geometric mean or least."""
         cap = parts[self.capped_by] if self.capped_by is not None else 1.0
         aspects: dict[str, float] = {}
-        for question in self.questions:
-            mark = min(parts[question.name], cap)
-            aspects[question.aspect] = min(mark, aspects.get(question.aspect, 1.0))
+        for name, question in self.questions.items():
+            aspect = question.aspect or name
+            aspects[aspect] = min(parts[name], cap, aspects.get(aspect, 1.0))
         values = list(aspects.values())
         if self.combine == "min":
             return min(values)
@@ -105,26 +162,43 @@ class Rubric:
         return sum(values) / len(values)
 
 
-def parse_marks(answer: str, questions: Sequence[Question]) -> dict[str, int]:
-    """Return the marks in an answer: the last JSON object in it that has all of them, whatever stands around it.
+def parse_marks(
+    answer: str, questions: Mapping[str, Question], pattern: str | None = None
+) -> dict[str, float]:
+    """Return the marks in an answer: the last JSON object in it that has all of them, whatever stands around it; or
+    what the group of `pattern` matched last, with {name} in it.
 
-    Raises ValueError when there is none, or a mark is no whole number within its bounds."""
-    names = [question.name for question in questions]
-    found = [entry for entry in _objects(answer) if all(name in entry for name in names)]
+    Raises ValueError when there is none, or a mark is no number within its bounds, whole but for a pattern's."""
+    if pattern is not None:
+        told = {
+            name: re.findall(pattern.replace("{name}", name), answer, re.IGNORECASE) for name in questions
+        }
+        found = [{name: _number(all_[-1]) for name, all_ in told.items()}] if all(told.values()) else []
+    else:
+        found = [entry for entry in _objects(answer) if all(name in entry for name in questions)]
     if not found:
-        raise ValueError(f"the judge gave no marks but said: {_shortened(answer)}")
-    marks = {}
-    for question in questions:
-        mark = found[-1][question.name]
-        if isinstance(mark, float) and mark.is_integer():
-            mark = int(mark)
-        if type(mark) is not int or not question.least <= mark <= question.most:
+        raise ValueError(f"the judge gave no marks but said: {one_line(answer, 80) or 'nothing'}")
+    marks: dict[str, float] = {}
+    for name, question in questions.items():
+        mark = found[-1][name]
+        whole = type(mark) is int or (isinstance(mark, float) and mark.is_integer())
+        if (
+            not (whole or (pattern and isinstance(mark, float)))
+            or not question.least <= mark <= question.most
+        ):
             raise ValueError(
-                f"the judge gave {_shortened(repr(mark))} for {question.name!r}, which is no whole number from "
+                f"the judge gave {one_line(repr(mark), 80)} for {name!r}, which is no whole number from "
                 f"{question.least} to {question.most}"
             )
-        marks[question.name] = mark
+        marks[name] = mark
     return marks
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
@@ -141,89 +215,12 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
         start = text.find("{", end)
 
 
-def _shortened(text: str) -> str:
-    text = " ".join(text.split())
-    return f"{text[:80]}…" if len(text) > 80 else text or "nothing"
-
-
 def load_rubric(rubric: str) -> Rubric:
     """Load a shipped rubric by name, or one from a YAML file. Raises ImageRLError with what is wrong in it."""
     shipped = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     path = FOLDER / f"{rubric}.yaml" if rubric in shipped else Path(rubric)
     if not path.is_file():
         raise ImageRLError(f"there is no rubric {rubric!r}; give a YAML file or one of: {', '.join(shipped)}")
-    entry = parse_yaml(read_text(path, MAX_RECIPE_BYTES), f"rubric {path}")
-    try:
-        return parse_rubric(path.stem, entry)
-    except ValueError as error:
-        raise ImageRLError(f"rubric {path}: {one_line(error, 300)}") from error
-
-
-def parse_rubric(name: str, entry: Any) -> Rubric:
-    """Make a rubric of YAML's values. Raises ValueError with what is wrong in it."""
-    if not isinstance(entry, dict):
-        raise ValueError("it must be a mapping with questions, or with ask and expect")
-    reads = "ask" in entry or "expect" in entry
-    texts = ("ask", "expect", "instructions") if reads else ("instructions", "show")
-    allowed = {*texts, "source", *(() if reads else ("questions", "combine", "capped_by"))}
-    _refuse_unknown(entry, allowed, "a rubric")
-    for key in texts:
-        if key != "instructions" or not reads:
-            _text(entry, key)
-    show = entry["ask"] if reads else entry["show"]
-    for text in (show, entry.get("expect", "")):
-        _check_fields(text)
-    source = entry.get("source", False)
-    if not isinstance(source, bool):
-        raise ValueError("source must be true or false")
-    if reads:
-        return Rubric(name, show, entry.get("instructions", ""), source, expect=entry["expect"])
-    questions = _questions(entry.get("questions"))
-    combine, capped_by = entry.get("combine", "mean"), entry.get("capped_by")
-    if combine not in COMBINE:
-        raise ValueError(f"combine must be one of: {', '.join(COMBINE)}")
-    if capped_by is not None and capped_by not in [question.name for question in questions]:
-        raise ValueError(f"capped_by names {capped_by!r}, which is no question")
-    return Rubric(name, show, entry["instructions"], source, questions, combine, capped_by)
-
-
-def _questions(entries: Any) -> tuple[Question, ...]:
-    if not isinstance(entries, dict) or not entries:
-        raise ValueError("questions must be a mapping with at least one question")
-    questions = []
-    for name, entry in entries.items():
-        if not isinstance(name, str) or not name.isidentifier() or name in (REASON, *COSTS):
-            raise ValueError(f"{name!r} cannot be the name of a question")
-        if not isinstance(entry, dict):
-            raise ValueError(f"question {name!r} must be a mapping with ask and most")
-        _refuse_unknown(entry, {"ask", "least", "most", "aspect"}, f"question {name!r}")
-        ask, aspect = _text(entry, "ask"), entry.get("aspect", name)
-        least, most = entry.get("least", 0), entry.get("most")
-        if type(least) is not int or type(most) is not int or not least < most < least + MOST_MARKS:
-            raise ValueError(f"question {name!r} needs whole numbers least < most, at most 100 apart")
-        questions.append(Question(name, ask.strip(), least, most, str(aspect)))
-    return tuple(questions)
-
-
-def _text(entry: Mapping[str, Any], key: str) -> str:
-    text = entry.get(key)
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{key} must be a text")
-    return text
-
-
-def _check_fields(text: str) -> None:
-    """Allow only plain names in braces: a format string must not reach into objects."""
-    try:
-        fields = list(string.Formatter().parse(text))
-    except ValueError as error:
-        raise ValueError(f"{error} in {_shortened(text)!r}; write {{{{ and }}}} for braces") from error
-    for _, field, spec, conversion in fields:
-        if field is not None and (not field.isidentifier() or spec or conversion):
-            raise ValueError(f"{{{field}}} must be the plain name of a column")
-
-
-def _refuse_unknown(entry: Mapping[Any, Any], allowed: set[str], what: str) -> None:
-    for key in entry:
-        if key not in allowed:
-            raise ValueError(f"{what} has no key {key!r}; it has: {', '.join(sorted(allowed))}")
+    place = f"rubric {path}"
+    found = validated(Rubric, parse_yaml(read_text(path, MAX_RECIPE_BYTES), place), place)
+    return found.model_copy(update={"name": path.stem})

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from imagerl.rewards.pictures import decoded
+from imagerl.rl.errors import why
 from imagerl.rl.types import ImageRLError
 
 DETECTOR, RECOGNISER = "PP-OCRv6_small_det", "PP-OCRv6_small_rec"
@@ -140,18 +142,6 @@ def model_folder(weights: Path, model: str, width: int = FULL_WIDTH) -> Path:
     return folder
 
 
-def _bgr(image: Image.Image, number: int) -> np.ndarray:
-    """Return a picture as [H, W, 3] uint8 BGR. Raises ValueError in one line for one that cannot be decoded."""
-    try:
-        array = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"picture {number} cannot be decoded ({type(error).__name__}: {reason})") from error
-    if not array.size:
-        raise ValueError(f"picture {number} is empty: {image.width}×{image.height} pixels")
-    return np.ascontiguousarray(array[:, :, ::-1])
-
-
 class OCREngine:
     """Reads pictures. `mode="full"` finds lines and reads them; `mode="recognise"` reads the whole picture as
     one line, three times as fast and right for pictures of one word.
@@ -194,10 +184,7 @@ class OCREngine:
                 self.characters = frozenset(characters_of(weights / _WHEEL_FILES[RECOGNISER]))
             self._engine = self._build(weights, threads, recognition_width)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ImageRLError(
-                f"reward 'ocr': PaddleOCR could not load its models ({type(error).__name__}: {reason})"
-            ) from error
+            raise ImageRLError(f"reward 'ocr': PaddleOCR could not load its models ({why(error)})") from error
 
     def _build(self, weights: Path | None, threads: int, width: int) -> Any:
         import paddleocr
@@ -225,9 +212,13 @@ class OCREngine:
         change the numbers, while a larger batch is no faster on a CPU.
 
         Raises ValueError for a picture that cannot be decoded or has no pixels."""
-        if not images:
+        pictures = decoded(images)
+        for number, picture in enumerate(pictures, 1):
+            if not picture.width * picture.height:
+                raise ValueError(f"picture {number} is empty: {picture.width}×{picture.height} pixels")
+        if not pictures:
             return []
-        arrays = [_bgr(image, number) for number, image in enumerate(images, 1)]
+        arrays = [np.ascontiguousarray(np.asarray(picture)[:, :, ::-1]) for picture in pictures]  # BGR
         if self.mode == "recognise":
             results = self._engine.predict(arrays, batch_size=1)
             return [[Line(result["rec_text"], float(result["rec_score"]))] for result in results]

@@ -152,12 +152,12 @@ class OCRReward:
         return problem
 
 
-def wanted_text(given: Any, prompt: str) -> str:
+def wanted_text(given: object, prompt: str) -> str:
     """Return the text of `target_of`, normalised as it is compared; "" where a picture need not show any text."""
     return normalise(target_of(given, prompt) or "") if _is_text(given) else ""
 
 
-def target_of(given: Any, prompt: str) -> str | None:
+def target_of(given: object, prompt: str) -> str | None:
     """Return the text that a picture must show: what the column holds, numbers as text, else what the prompt quotes.
 
     Raises ImageRLError when the column holds something else."""
@@ -167,5 +167,5 @@ def target_of(given: Any, prompt: str) -> str | None:
     return text if text.strip() else quoted_text(prompt)
 
 
-def _is_text(given: Any) -> bool:
+def _is_text(given: object) -> bool:
     return isinstance(given, str | int | float | None) and not isinstance(given, bool)

@@ -21,8 +21,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from imagerl.rewards.base import LoadedReward, RewardSpec, load_spec
-from imagerl.rewards.boundary.guard import error_line, text_of
-from imagerl.rewards.workers.scoring import RewardValues, call_reward
+from imagerl.rewards.boundary.guard import error_line, failed, text_of
+from imagerl.rewards.boundary.wire import Reply
+from imagerl.rewards.workers.scoring import call_reward
 from imagerl.rl.types import ImageRLError, RewardRequest
 
 NICENESS = 5  # an actor yields to the training process; it catches up while that one waits
@@ -64,7 +65,7 @@ class RewardActor:
             return str(error)
         return None
 
-    def score(self, reward: int, request: RewardRequest) -> RewardValues | str:
+    def score(self, reward: int, request: RewardRequest) -> Reply | str:
         """Return one reward's reply; a string is what the user has to mend."""
         try:
             return call_reward(self._rewards[reward], request)
@@ -80,7 +81,7 @@ class Call:
     label: str
     request: Any  # reference to a RewardRequest in Ray's object store
     size: int
-    answer: Future[RewardValues]
+    answer: Future[Reply]
 
 
 class _Died(Exception):
@@ -184,7 +185,7 @@ class Worker(threading.Thread):
             refuse_ended_ray()
             raise _Died(label, _why(error)) from error
 
-    def _answer(self, call: Call) -> RewardValues:
+    def _answer(self, call: Call) -> Reply:
         import ray
 
         death = None
@@ -199,9 +200,7 @@ class Worker(threading.Thread):
             except ray.exceptions.GetTimeoutError:
                 self._kill_actor()
                 self._lost.append(call.label)
-                return RewardValues.failed(
-                    call.size, f"no answer within {self._timeout_s:g} s (rewards.timeout_s)"
-                )
+                return failed(call.size, f"no answer within {self._timeout_s:g} s (rewards.timeout_s)")
             except _Died as error:
                 death = error
                 self._lost.append(death.label)
@@ -210,9 +209,7 @@ class Worker(threading.Thread):
             if isinstance(values, str):
                 raise ImageRLError(values)
             return values
-        return RewardValues.failed(
-            call.size, f"the reward process died {ATTEMPTS} times on this call ({death})"
-        )
+        return failed(call.size, f"the reward process died {ATTEMPTS} times on this call ({death})")
 
     def _restart(self, death: _Died | None) -> None:
         if self._closing:

@@ -12,6 +12,8 @@ from itertools import pairwise
 from typing import Any
 
 from imagerl.rewards.base import RewardSpec, check_reward, load_rewards, load_spec, secrets_of, unique_labels
+from imagerl.rewards.boundary.guard import join
+from imagerl.rewards.boundary.wire import Reply
 from imagerl.rewards.mixing import Mix
 from imagerl.rewards.workers.actors import (
     Call,
@@ -24,7 +26,7 @@ from imagerl.rewards.workers.actors import (
     start_ray,
     stop_ray,
 )
-from imagerl.rewards.workers.scoring import RewardValues, call_reward, combine, concatenate, part_of
+from imagerl.rewards.workers.scoring import call_reward, combine, part_of
 from imagerl.rl.types import ImageRLError, RewardRequest, RewardScores
 
 PATIENCE = 0.8  # of a call's time, after which a reward that waits for others must have given up
@@ -62,7 +64,7 @@ class RewardWorkers:
     call (one reward on a part of a request) that takes longer than `timeout_s` is given up: its samples count
     as failures and its actor is replaced. A call whose actor dies is tried once more. `max_restarts` is per
     actor, in a row. Scores do not depend on the number of workers as long as a reward looks at no more than
-    one group.
+    one group. A reward that names `policy` gets it, where `workers` is 0.
 
     Raises ImageRLError at once when a reward cannot be imported, does not take its settings, or asks for a
     column that is not in `columns` (names in the prompt set; None: not checked). Rewards are constructed in
@@ -77,6 +79,7 @@ class RewardWorkers:
         timeout_s: float = 60.0,
         max_restarts: int = 3,
         columns: Iterable[str] | None = None,
+        policy: Any = None,
     ) -> None:
         self._trained = len(specs)  # gold metrics stand behind the rewards
         if not specs:
@@ -95,13 +98,13 @@ class RewardWorkers:
                 raise ImageRLError(
                     f"the gate of reward {mix.label!r} asks for {mix.gate.by}, which is no reward"
                 )
-        self._tickets: dict[int, tuple[int, int, list[list[Future[RewardValues]]]]] = {}
+        self._tickets: dict[int, tuple[int, int, list[list[Future[Reply]]]]] = {}
         self._done: dict[int, RewardScores] = {}
         self._next = 0
         self._workers: list[Worker] = []
         self._owns_ray = False
         self._shards = workers
-        self._local = load_rewards(self._specs, PATIENCE * timeout_s, names) if workers == 0 else []
+        self._local = load_rewards(self._specs, PATIENCE * timeout_s, names, policy) if workers == 0 else []
         if workers > 0:
             self._start(workers, timeout_s, max_restarts, names)
 
@@ -157,11 +160,11 @@ class RewardWorkers:
         import ray
 
         refuse_ended_ray()
-        answers: list[list[Future[RewardValues]]] = [[] for _ in self.labels[:used]]
+        answers: list[list[Future[Reply]]] = [[] for _ in self.labels[:used]]
         for shard in _shards(request, self._shards):
             reference = ray.put(shard)
             for index, label in enumerate(self.labels[:used]):
-                answer: Future[RewardValues] = Future()
+                answer: Future[Reply] = Future()
                 answers[index].append(answer)
                 self._calls[index].put(Call(index, label, reference, len(shard.prompts), answer))
         self._tickets[ticket] = (request.group_size, request.step, answers)
@@ -172,10 +175,10 @@ class RewardWorkers:
         if ticket in self._done:
             return self._done.pop(ticket)
         group_size, step, answers = self._tickets.pop(ticket)
-        values = [concatenate([answer.result() for answer in shards]) for shards in answers]
+        values = [join([answer.result() for answer in shards]) for shards in answers]
         return self._combine(values, group_size, step)
 
-    def _combine(self, values: Sequence[RewardValues], group_size: int, step: int) -> RewardScores:
+    def _combine(self, values: Sequence[Reply], group_size: int, step: int) -> RewardScores:
         trained = self._trained
         scores = combine(self._mixes[:trained], values[:trained], group_size, step)
         if len(values) > trained:

@@ -27,10 +27,6 @@ class RewardValues:
     parts: dict[str, np.ndarray] = field(default_factory=dict)  # [B] float64 by part, NaN where missing
     reason: str | None = None  # the last thing that went wrong, in one line
 
-    @classmethod
-    def failed(cls, size: int, reason: str) -> RewardValues:
-        return cls(np.full(size, np.nan), np.zeros(size, dtype=bool), {}, reason)
-
 
 def to_pil_images(images: np.ndarray) -> list[Image.Image]:
     """Turn pictures [B, H, W, 3] uint8 RGB into B PIL pictures that own their pixels.
@@ -55,16 +51,18 @@ def to_values(reply: Reply) -> RewardValues:
     )
 
 
-def call_reward(reward: LoadedReward, request: RewardRequest) -> RewardValues:
+def call_reward(reward: LoadedReward, request: RewardRequest) -> Reply:
     """Score a request by one reward. Raises ImageRLError as the reward does; see `boundary.score_samples`."""
     columns = {name: list(values) for name, values in request.columns.items() if name not in SAMPLE_NAMES}
     samples: dict[str, list[Any]] = {
         "prompts": list(request.prompts),
         "completions": [list(tokens) for tokens in request.completions],
         "images": to_pil_images(request.images),
+        "groups": [place // request.group_size for place in range(len(request.prompts))],
+        "progress": [request.progress] * len(request.prompts),
         **columns,
     }
-    return to_values(score_samples(reward.fn, samples))
+    return score_samples(reward.fn, samples)
 
 
 def part_of(request: RewardRequest, which: slice) -> RewardRequest:
@@ -76,24 +74,11 @@ def part_of(request: RewardRequest, which: slice) -> RewardRequest:
         columns={name: values[which] for name, values in request.columns.items()},
         group_size=request.group_size,
         step=request.step,
+        progress=request.progress,
     )
 
 
-def concatenate(shards: Sequence[RewardValues]) -> RewardValues:
-    """Join consecutive parts of one request; a breakdown that one of them lacks is NaN there."""
-    names = dict.fromkeys(name for shard in shards for name in shard.parts)
-    lacking = [np.full(shard.values.size, np.nan) for shard in shards]
-    return RewardValues(
-        np.concatenate([shard.values for shard in shards]),
-        np.concatenate([shard.not_applicable for shard in shards]),
-        {n: np.concatenate([s.parts.get(n, x) for s, x in zip(shards, lacking, strict=True)]) for n in names},
-        next((shard.reason for shard in reversed(shards) if shard.reason), None),
-    )
-
-
-def combine(
-    mixes: Sequence[Mix], values: Sequence[RewardValues], group_size: int, step: int = 0
-) -> RewardScores:
+def combine(mixes: Sequence[Mix], replies: Sequence[Reply], group_size: int, step: int = 0) -> RewardScores:
     """Return the weighted sum of the components, per sample, with the weights of `step` and gates applied.
 
     A component that returned None for every sample of a group does not apply to that prompt and is left out
@@ -104,6 +89,7 @@ def combine(
 
     Raises ValueError when the samples are not whole groups, and ImageRLError when a gate names a part that its
     reward does not have."""
+    values = [to_values(reply) for reply in replies]
     size = values[0].values.size
     if size % group_size:
         raise ValueError(f"{size} samples are not whole groups of {group_size}")
@@ -172,6 +158,6 @@ def score_request(functions: Sequence[LoadedReward], request: RewardRequest) -> 
     """Score whole groups in this process. See `combine` for how missing values are treated.
 
     Raises ImageRLError when a reward says that the recipe must be mended."""
-    values = [call_reward(reward, request) for reward in functions]
+    replies = [call_reward(reward, request) for reward in functions]
     mixes = [Mix(reward.label, reward.weight, reward.gate, reward.half) for reward in functions]
-    return combine(mixes, values, request.group_size, request.step)
+    return combine(mixes, replies, request.group_size, request.step)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from imagerl.rl.algorithms.advantages import AdvantageInputs, AdvantageOutput, advantages_of, user_advantages
 from imagerl.rl.algorithms.kl import kl_sums
 from imagerl.rl.algorithms.losses import policy_loss
 from imagerl.rl.config.algorithm import AlgorithmConfig
-from imagerl.rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError, why
+from imagerl.rl.files.importing import import_object
 from imagerl.rl.types import LossInputs, LossOutput
 
 Loss = Callable[..., LossOutput]
@@ -98,36 +93,15 @@ def load_function(target: str, key: str) -> Callable[..., Any]:
     Raises:
         ImageRLError: no such file, module or function, or an error while importing.
     """
-    place, _, name = target.rpartition(":")
     try:
-        module = (
-            _module_of_file(Path(place), key) if place.endswith(".py") else importlib.import_module(place)
-        )
+        found: Callable[..., Any] | None = import_object(target, key)
     except ImageRLError:
         raise
-    except Exception as error:
-        message = " ".join(str(error).split())[:200]
-        raise ImageRLError(
-            f"{key} {target!r}: importing it failed: {type(error).__name__}: {message}"
-        ) from error
-    found: Callable[..., Any] | None = getattr(module, name, None)
+    except (Exception, SystemExit) as error:
+        raise ImageRLError(f"{key} {target!r}: importing it failed: {why(error)}") from error
     if not callable(found):
-        names = [n for n, value in vars(module).items() if inspect.isfunction(value) and n[0] != "_"]
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"it has: {', '.join(names) or 'no function'}"
-        raise ImageRLError(f"{key} {target!r}: {place} has no function {name}; {hint}")
+        raise ImageRLError(f"{key} {target!r} is no function")
     return found
-
-
-def _module_of_file(path: Path, key: str) -> ModuleType:
-    path = path.resolve()
-    spec = importlib.util.spec_from_file_location(f"user_code_{path.stem}", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ImageRLError(f"{key}: {path} does not exist; correct it")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def taking(

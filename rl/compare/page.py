@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -29,7 +28,7 @@ def write_comparison_page(results: Results, folder: Path) -> Path:
     return path
 
 
-def _content(results: Results, folder: Path) -> dict[str, Any]:
+def _content(results: Results, folder: Path) -> dict[str, object]:
     environment = folder / "environment.json"
     charts = comparison_charts(results)
     for place, chart in enumerate(charts):
@@ -166,7 +165,7 @@ def _of(results: Results, metric: str, kind: Kind) -> dict[str, Standing]:
     return {s.label: s for s in results.standings if s.metric == metric and s.kind == kind}
 
 
-def _row(results: Results, label: str) -> dict[str, Any]:
+def _row(results: Results, label: str) -> dict[str, object]:
     """Build a line of the main table."""
     headline = results.metrics[0]
     runs = list(results.finished(label).values())
@@ -192,14 +191,14 @@ def _spread(values: Sequence[float], form: str) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def _grids(results: Results) -> list[dict[str, Any]]:
+def _grids(results: Results) -> list[dict[str, object]]:
     """Show the fixed prompts before training and after each algorithm's, of the first seed that all have."""
     labels = results.labels
     common = set.intersection(*(set(results.finished(label)) for label in labels)) if labels else set()
     if not common:
         return []
     seed = min(common)
-    grids: list[dict[str, Any]] = []
+    grids: list[dict[str, object]] = []
     for label in labels:
         paths = sorted((results.finished(label)[seed].folder / "samples").glob("step_*.png"))
         for path, title in ((paths[0], "before training"), (paths[-1], label)) if paths else ():
@@ -212,8 +211,8 @@ def differing_settings(results: Results) -> dict[str, dict[str, str]]:
     """Map dotted recipe key -> label -> value, for keys in which the algorithms differ; where a run is kept, its seed
     and what follows from the budget are left out."""
 
-    def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+        found: dict[str, object] = {}
         for key, value in values.items():
             found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
         return found
@@ -226,7 +225,7 @@ def differing_settings(results: Results) -> dict[str, dict[str, str]]:
     return {key: row for key, row in table.items() if len(set(row.values())) > 1}
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return "–" if value is None else str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -26,12 +26,12 @@ def write_tables(results: Results, folder: Path) -> None:
         write_atomic(folder / name, to_csv(rows))
 
 
-def run_rows(results: Results) -> list[dict[str, Any]]:
+def run_rows(results: Results) -> list[dict[str, object]]:
     """Build a row a run: `start/`, `final/` and `mean/` are held-out metrics before and after training and over the
     budget."""
     rows = []
     for run in results.runs:
-        row: dict[str, Any] = {
+        row: dict[str, object] = {
             "recipe": run.label,
             "seed": run.seed,
             "finished": int(run.finished),
@@ -51,7 +51,7 @@ def run_rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def step_rows(results: Results) -> list[dict[str, Any]]:
+def step_rows(results: Results) -> list[dict[str, object]]:
     """Return every metric of every step; `images` and `minutes` are those spent up to its end."""
     first = ("recipe", "seed", "step", "images", "minutes")
     rows = []
@@ -62,11 +62,11 @@ def step_rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def contrast_rows(results: Results) -> list[dict[str, Any]]:
+def contrast_rows(results: Results) -> list[dict[str, object]]:
     return [_contrast_row(one) for one in [*results.contrasts, *results.gains]]
 
 
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def to_csv(rows: Sequence[Mapping[str, object]]) -> str:
     """Write rows under the union of their keys, in order of appearance."""
     names = list(dict.fromkeys(key for row in rows for key in row))
     buffer = io.StringIO()
@@ -77,7 +77,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return buffer.getvalue()
 
 
-def _contrast_row(one: Contrast) -> dict[str, Any]:
+def _contrast_row(one: Contrast) -> dict[str, object]:
     def bounds(prefix: str, interval: Interval) -> dict[str, float]:
         return {f"{prefix}low": interval.low, f"{prefix}high": interval.high}
 
@@ -104,5 +104,5 @@ def _mean(values: Any) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _missing(value: Any) -> bool:
+def _missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and not math.isfinite(value))

@@ -8,7 +8,7 @@ without torch.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Baseline = Literal["group_mean", "leave_one_out", "batch_mean", "moving_average"]
 Scale = Literal["group", "batch", "whiten", "none"]
@@ -55,7 +55,7 @@ class Row:
     kl_in: KLPlace = "loss"
     max_resamples: int = 0
 
-    def defaults(self) -> dict[str, Any]:
+    def defaults(self) -> dict[str, object]:
         """Map each recipe key within `algorithm` to its value."""
         return asdict(self)
 

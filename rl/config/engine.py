@@ -57,9 +57,23 @@ class OptimConfig(RecipeModel):
 class EngineConfig(RecipeModel):
     name: Literal["torch", "deepspeed"] = Field("torch", description="what runs the training")
     zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="ZeRO stage, deepspeed only (there 1)")
+    offload_optimizer: bool = Field(
+        False,
+        description="keep ZeRO's optimizer state in host memory and update there; slower, saves 8 bytes a "
+        "trained parameter and ZeRO's copy of it",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights stay fp32")
     micro_batch_size: Count = Field(16, description="samples of one forward and backward pass")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    deterministic: bool = Field(
+        True, description="ask for GPU kernels that repeat bit for bit; false: any, some of which are faster"
+    )
+    timeout_s: float = Field(
+        1800.0,
+        ge=1,
+        le=86400,
+        description="seconds that a process waits in an exchange with the others before the run ends",
+    )
     threads: Threads | None = Field(
         None,
         description="CPU threads of torch, less rewards.workers while scoring; null: its own choice",
@@ -76,9 +90,23 @@ class EngineConfig(RecipeModel):
     def _stage_needs_deepspeed(self) -> Self:
         if self.zero_stage is not None and self.name != "deepspeed":
             raise ValueError(f"engine.zero_stage needs engine.name: deepspeed, not {self.name}")
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError(
+                "engine.offload_optimizer needs engine.name: deepspeed and a zero_stage of 1 to 3"
+            )
         return self
 
 
 class CheckpointConfig(RecipeModel):
     every: Every = Field(20, description="steps between checkpoints; 0: only at the end")
     keep: Count = Field(2, description="newest checkpoints kept")
+    weights_only: bool = Field(
+        False, description="leave the optimizer out: a third of the size, to evaluate and export; no --resume"
+    )
+    grace_s: float = Field(
+        25.0,
+        ge=0,
+        le=86400,
+        description="after Ctrl-C or SIGTERM a step is given up after so many seconds and the one before, kept in host "
+        "memory, is saved; 0: never, and nothing is kept",
+    )

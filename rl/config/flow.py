@@ -22,7 +22,7 @@ from imagerl.rl.files.bounds import Coefficient, FlowSteps, Guidance, LearningRa
 ROW = FLOW_ALGORITHMS["flow_grpo"]
 
 
-def is_matching(flow: Any) -> bool:
+def is_matching(flow: object) -> bool:
     """Tell whether an `algorithm.flow` as written in YAML, right or wrong, asks for a loss on finished samples: by its
     loss, or by the name of the row that has no other."""
     return isinstance(flow, dict) and flow.get("loss", flow.get("name")) in MATCHING

@@ -7,7 +7,7 @@ docs/flow.md has each row's equations and where we differ from other libraries o
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Sampler = Literal["ode", "sde", "dance", "cps"]
 Place = Literal["all", "random", "sliding"]
@@ -44,7 +44,7 @@ class FlowRow:
     advantage_max: float = 5.0
     kl_coef: float = 0.004
 
-    def defaults(self) -> dict[str, Any]:
+    def defaults(self) -> dict[str, object]:
         """Map each recipe key within `algorithm.flow` to its value."""
         return asdict(self)
 

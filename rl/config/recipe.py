@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from imagerl.rl.errors import ImageRLError, one_line
-from imagerl.rl.files.mistakes import explain, nearest, shown
+from imagerl.rl.errors import ImageRLError, nearest, one_line
+from imagerl.rl.files.mistakes import explain, shown
 from imagerl.rl.files.reading import MAX_DEPTH, read_text
 from imagerl.rl.files.yaml_text import MAX_RECIPE_BYTES, Dumper, parse_yaml
 

@@ -73,6 +73,7 @@ class ShuffledSource:
             start = self.group * self.open_shards
             chosen = order[start : start + self.open_shards]
             self._entries = [entry for index in chosen for entry in self.shards[index].entries()]
+            # Names, not contents: reading a terabyte to see whether it changed would take longer than to train on it.
             shards = [shard.path for shard in self.shards]
             self._files = derive_seed(*shards, *(entry.key for entry in self._entries))
             random.Random(derive_seed(*self.key, "entries", self.epoch, self.group)).shuffle(self._entries)
@@ -86,6 +87,7 @@ class ShuffledSource:
 
     def go_to(self, place: Mapping[str, int]) -> None:
         """Go to a `place`. Raises ImageRLError when the files are no longer those that it was made from."""
+        # The place alone: the order of a group follows from the seed, so nothing else was kept.
         self.epoch, self.group, self.position = place["epoch"], place["group"], place["position"]
         self._entries = None
         if self.group >= self.groups or self.place != dict(place):
@@ -138,7 +140,7 @@ class ImageStream:
         workers: int = 0,
         ahead: int = 0,
         max_bad_share: float = 0.1,
-        states: Sequence[Mapping[str, Any]] | None = None,
+        states: Sequence[Mapping[str, object]] | None = None,
     ) -> None:
         """Resume from `states`, those of all processes at a checkpoint.
 
@@ -171,6 +173,7 @@ class ImageStream:
         while len(taken) < count:
             while len(self._queue) < max(1, self.ahead):
                 self._queue.append(self._draw())
+            # What is read ahead is not counted: the state is that of the sample handed out.
             entry, future, self._taken, self._places = self._queue.popleft()
             self.counts.seen += 1
             try:
@@ -187,7 +190,7 @@ class ImageStream:
         """The epoch of the source that is furthest along."""
         return max(place["epoch"] for place in self._places)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return plain data from which a stream with the same sources, weights and seed goes on."""
         return {
             "draws": self._taken,
@@ -205,6 +208,7 @@ class ImageStream:
         while True:
             source = self._source(self._draws)
             entry = source.next()
+            # Every process walks through all draws, so that all agree on them without a word.
             own = self._draws % self.world_size == self.rank
             self._draws += 1
             if own:
@@ -214,12 +218,14 @@ class ImageStream:
     def _source(self, draw: int) -> ShuffledSource:
         if len(self.sources) == 1:
             return self.sources[0]
+        # A generator of its own for each draw, so that a stream begins anywhere without its past.
         return random.Random(derive_seed("mix", self.seed, draw)).choices(self.sources, self.weights)[0]
 
     def _restore(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Resume; with another number of processes each goes on from the furthest. Only after bad samples, which
         push processes apart, does that pass over some."""
         same = len(states) == self.world_size
+        # The furthest: to give a sample twice would be worse than to pass over some.
         state = states[self.rank] if same else max(states, key=lambda one: one["draws"])
         self._draws = state["draws"]
         for source, place in zip(self.sources, state["sources"], strict=True):

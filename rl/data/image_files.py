@@ -10,7 +10,6 @@ import math
 import os
 import stat
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -120,7 +119,7 @@ def load_example(entry: Entry, size: tuple[int, int], limits: Limits) -> Example
 
 
 def _caption(entry: Entry, limits: Limits) -> str:
-    caption: Any = entry.caption
+    caption: object = entry.caption
     if isinstance(caption, Blob):
         try:
             text = _read(caption, "missing_caption").decode("utf-8-sig")
@@ -146,6 +145,7 @@ def _picture(blob: Blob, missing: str, size: tuple[int, int], limits: Limits) ->
     data = _read(blob, missing)
     try:
         with open_undecoded(io.BytesIO(data), math.inf) as image:
+            # By the header, before a single pixel is decoded: a few bytes may unpack to gigabytes.
             check_size(image.size, limits)
             return np.asarray(fit(to_rgb(image), size))
     except BadSample:

@@ -53,6 +53,7 @@ class TarShard:
                     if not member.isfile() or not stem or not dot:
                         continue
                     key = os.path.join(os.path.dirname(member.name), stem)
+                    # By offset: shards are large, and what is shuffled would otherwise be unpacked or kept in memory.
                     blob = Blob(self.path, member.offset_data, member.size)
                     if blob.offset + member.size <= length:
                         members.setdefault(key, {})[f".{extension.lower()}"] = blob
@@ -115,6 +116,7 @@ def _beside(files: dict[str, str]) -> Iterable[Entry]:
         if suffix.lower() in PICTURE_SUFFIXES:
             stems.setdefault(stem, name)
     for stem, name in stems.items():
+        # A picture called x.ref.png is a sample of its own where there is no x.png.
         if stem.endswith(REFERENCE) and stem.removesuffix(REFERENCE) in stems:
             continue
         caption = files.get(f"{stem}.txt")

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -18,7 +17,7 @@ from imagerl.rl.types import Prompt
 PICTURE_COLUMNS = ("reference", "mask", "ideal")  # the picture to edit, where it may change, a perfect result
 
 
-def picture_paths(columns: Mapping[str, Any], folder: Path, place: str) -> dict[str, Any]:
+def picture_paths(columns: Mapping[str, object], folder: Path, place: str) -> dict[str, object]:
     """Return a row's columns with paths for the names of pictures, which are relative to the prompt file's folder.
 
     Raises ImageRLError, beginning with `place`, when one is no name of a file that is there, or the file is no picture

@@ -28,6 +28,9 @@ RESERVED_COLUMNS = (
     "completions",
     "completion_ids",
     "images",
+    "groups",
+    "progress",
+    "policy",
     "self",
 )  # what rewards get beside the columns, or are themselves
 LINES_SHOWN = 20  # of the rows that a held-out set shares with the training set
@@ -163,6 +166,7 @@ def refuse_overlap(train: PromptSet, heldout: PromptSet, wanted: Callable[[Any, 
         return wanted(prompt.columns.get("target"), prompt.text)
 
     for what, value_of in (("prompt", whole), ("target", target)):
+        # Reversed, so that of equal prompts the message names the first line.
         trained = {value: prompt for prompt in reversed(train.prompts) if (value := value_of(prompt))}
         shared = [(prompt, trained[value]) for prompt in heldout if (value := value_of(prompt)) in trained]
         if shared:

@@ -12,7 +12,7 @@ import json
 import logging
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +29,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"  # their folder inside a run folder
 STATE = "state.json"
+TENSORS = ".safetensors"
 _FOLDER = re.compile(r"step_(\d+)")
 _logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class _State(BaseModel):
 
     first_eval: list[dict[str, Any]] | None = None
     last_eval: list[dict[str, Any]] | None = None
+    looked: int = 0
+    processes: int = Field(1, ge=1)
     recipe: dict[str, Any] = Field(default_factory=dict)
     budget: dict[str, float] = Field(default_factory=dict)
     trainer: dict[str, Any] = Field(default_factory=dict)
@@ -173,8 +176,11 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def load_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read and verify one checkpoint folder.
+def load_checkpoint(
+    folder: str | Path, groups: Collection[str] | None = None, verify: bool = True
+) -> Checkpoint:
+    """Read and verify one checkpoint folder, or only these `groups` of its tensors. Without `verify` contents are not
+    hashed: another process has done so.
 
     Raises:
         DamagedCheckpoint: a file is missing, truncated or altered.
@@ -202,18 +208,21 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     stored = {STATE, *(path.name for path in folder.glob("*.safetensors"))}
     if unlisted := stored - manifest.files.keys():
         raise _damaged(folder / MANIFEST, f"it does not list {min(unlisted)}")
-    for name, expected in manifest.files.items():
-        path = folder / name
+    wanted = [
+        name
+        for name in manifest.files
+        if groups is None or not name.endswith(TENSORS) or name.removesuffix(TENSORS) in groups
+    ]
+    for name in wanted:
+        path, expected = folder / name, manifest.files[name]
         if not path.is_file():
             raise _damaged(path, "it is missing")
         if path.stat().st_size != expected.bytes:
             raise _damaged(path, f"it has {path.stat().st_size} bytes instead of {expected.bytes}")
-        if _sha256(path) != expected.sha256:
+        if verify and _sha256(path) != expected.sha256:
             raise _damaged(path, "its SHA-256 is not the one in the manifest")
     tensors = {
-        name.removesuffix(".safetensors"): load_file(folder / name)
-        for name in manifest.files
-        if name.endswith(".safetensors")
+        name.removesuffix(TENSORS): load_file(folder / name) for name in wanted if name.endswith(TENSORS)
     }
     state = _read_json(folder / STATE)
     try:

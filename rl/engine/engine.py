@@ -10,13 +10,14 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from imagerl.rl.engine import zero
-from imagerl.rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError, one_line
 from imagerl.rl.files.environment import leave_to_the_recipe
 
 if TYPE_CHECKING:
@@ -53,14 +54,15 @@ class Engine:
             )
         self.zero_stage: int | None = settings.zero_stage if settings.name == "deepspeed" else None
         self.precision: str = settings.precision
-        self.accelerator = self._accelerator(use_cpu)
+        self.timeout = timedelta(seconds=settings.timeout_s)
+        self.accelerator = self._accelerator(settings, use_cpu)
         if settings.threads:  # after Accelerate, which may choose for itself
             torch.set_num_threads(settings.threads)
         self.threads: int = torch.get_num_threads()
         self.device: torch.device = self.accelerator.device
         if self.device.type == "cuda":  # resuming must repeat a run bit for bit
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.rank == 0
@@ -207,24 +209,28 @@ class Engine:
         with zero.gathered(self.module, self.unwrapped):
             yield
 
-    def state_dict(self) -> StateDict:
-        """Copy the weights and optimizer state of all that trains, whole, by parameter name, on the CPU.
+    def state_dict(self, moments: bool = True) -> StateDict:
+        """Copy the weights, and the optimizer's `moments`, of all that trains, whole, by parameter name, to the CPU.
 
         Collective: every rank calls it, rank 0 gets the tensors and the others empty groups.
         """
         model: dict[str, Tensor] = {}
         optimizer: dict[str, Tensor] = {}
-        if self.zero_stage and self.updates:
+        updates = self.updates if moments else 0
+        if self.zero_stage and updates:
             zero.link_moments(self.module, self.zero_stage)
         for name, parameter in self._parameters.items():
             if self.zero_stage:
-                whole = zero.whole_state(parameter, self.updates)
+                whole = zero.whole_state(parameter, updates)
             else:
-                whole = {"weight": parameter.data, **self._base_optimizer.state.get(parameter, {})}
+                kept = self._base_optimizer.state.get(parameter, {}) if moments else {}
+                whole = {"weight": parameter.data, **kept}
             if self.is_main:
-                copies = {key: tensor.detach().to("cpu", copy=True) for key, tensor in whole.items()}
+                copies = on_host(whole)
                 model[name] = copies.pop("weight")
                 optimizer |= {f"{key}/{name}": tensor for key, tensor in copies.items()}
+        if not moments:
+            return {"model": model}
         if self.is_main:
             optimizer["updates"] = torch.tensor(self.updates)
         return {"model": model, "optimizer": optimizer}
@@ -256,6 +262,14 @@ class Engine:
         """Wait until all ranks are here."""
         self.accelerator.wait_for_everyone()
 
+    def lost_others(self, error: Exception) -> str | None:
+        """Tell in words that an error is of a collective whose other ranks are gone; None when it is another one."""
+        said = str(error)
+        collective = isinstance(error, torch.distributed.DistError) or "gloo" in said or "NCCL" in said
+        if self.world_size == 1 or not isinstance(error, RuntimeError) or not collective:
+            return None
+        return f"another process of this run has ended or does not answer ({one_line(said, 120)})"
+
     def close(self) -> None:
         """Leave the other processes, if there are any. The last thing a process does with its engine.
 
@@ -265,10 +279,10 @@ class Engine:
             torch.distributed.destroy_process_group()
         zero.stop_posing()
 
-    def _accelerator(self, use_cpu: bool) -> Accelerator:
+    def _accelerator(self, settings: EngineConfig, use_cpu: bool) -> Accelerator:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, GradientState
-        from accelerate.utils import DistributedDataParallelKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         # Accelerate keeps one configuration per process; an engine made later must not inherit it.
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -276,9 +290,10 @@ class Engine:
         leave_to_the_recipe()  # among them what an earlier engine with DeepSpeed has left behind
         zero.stop_posing()
         if self.zero_stage is not None:
-            return zero.create_accelerator(self.zero_stage, self.precision, use_cpu)
+            return zero.create_accelerator(settings, use_cpu, self.timeout)
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-        return Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=[ddp])
+        group = InitProcessGroupKwargs(timeout=self.timeout)
+        return Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=[ddp, group])
 
     def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
         if weights.keys() != self._parameters.keys():
@@ -308,6 +323,11 @@ class Engine:
             else:
                 step = saved[f"step/{name}"].clone()
                 self._base_optimizer.state[parameter] = {"step": step, **moments}
+
+
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to host memory, where nothing changes them any more."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def learning_rate(update: int, total: int, optim: OptimConfig, share: float | None = None) -> float:

@@ -45,11 +45,9 @@ def step_shape(
     import torch
 
     rollout, engine = recipe.rollout, recipe.engine
-    if rollout.prompts_per_step % gpus:
-        raise ImageRLError(
-            f"rollout.prompts_per_step ({rollout.prompts_per_step}) must be divisible by the {gpus} GPUs"
-        )
-    own = rollout.prompts_per_step // gpus
+    if rollout.prompts_per_step < gpus:
+        raise ImageRLError(f"{gpus} GPUs cannot share {rollout.prompts_per_step} prompts a step")
+    own = math.ceil(rollout.prompts_per_step / gpus)
     sampled = min(rollout.sample_chunk or own, own)
     drawn = min(rollout.decode_chunk or sampled, sampled) * rollout.group_size
     evaluated = max(recipe.eval.batch_size, recipe.run.sample_prompts)  # one picture of each prompt
@@ -79,6 +77,7 @@ def make_plan(
     storage, stage = shape.storage.itemsize, recipe.engine.zero_stage
     shards = gpus if stage else 1
     trained, gradients = language["trained"] * FLOAT32, language["gradients"]
+    offloaded = recipe.engine.offload_optimizer
     copied = recipe.algorithm.kl_coef > 0 and recipe.model.lora is None
     parts = {
         "language model, trained": trained / (gpus if stage == 3 else 1),
@@ -88,10 +87,12 @@ def make_plan(
         "connector and decoder": decoder["decoder"] * storage,
         "autoencoder": decoder["vae"] * storage,
         "image tokenizer": tokenizer * storage,
-        "optimizer state": language["trained"] * MOMENTS / shards,
-        "ZeRO's own float32 copy": trained / gpus if stage else 0.0,
+        "optimizer state": 0.0 if offloaded else language["trained"] * MOMENTS / shards,
+        "ZeRO's own float32 copy": trained / gpus if stage and not offloaded else 0.0,
     }
-    several = recipe.rollout.prompts_per_step // gpus * recipe.rollout.group_size > shape.micro_batch
+    several = (
+        math.ceil(recipe.rollout.prompts_per_step / gpus) * recipe.rollout.group_size > shape.micro_batch
+    )
     activations = language["update" if several else "update_first"] - (gradients if several else 0.0)
     held = gradients
     if stage is not None and stage >= 2:

@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,39 +21,45 @@ from imagerl.rl.errors import ImageRLError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from imagerl.rl.config.engine import EngineConfig
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 _POSING = "IMAGERL_POSES_AS_LAUNCHER"
 
 
-def create_accelerator(stage: int, precision: str, use_cpu: bool) -> Accelerator:
+def create_accelerator(settings: EngineConfig, use_cpu: bool, timeout: timedelta) -> Accelerator:
     """Create an Accelerator that will wrap its module in DeepSpeed, alone or as a launcher's environment says."""
     _import_deepspeed(use_cpu)
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import DeepSpeedPlugin
     from transformers.integrations import unset_hf_deepspeed_config
 
+    stage: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload_optimizer:
+        stage["offload_optimizer"] = {"device": "cpu", "pin_memory": not use_cpu}
     config = {
         "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own speed report only
         "gradient_accumulation_steps": 1,  # boundaries are set by hand, see `Engine.microbatch`
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
+        "zero_force_ds_cpu_optimizer": False,  # its own Adam would be compiled first
+        "zero_optimization": stage,
         # DeepSpeed overrules an autocast from outside unless it knows of it. With an empty list gradients
         # still travel in float32.
         "torch_autocast": {
-            "enabled": precision == "bf16",
+            "enabled": settings.precision == "bf16",
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],
         },
     }
     plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
     # without a GPU Accelerate has to be told of a backend, or each process takes itself for the only one
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if use_cpu else None
+    handlers = [InitProcessGroupKwargs(backend="gloo" if use_cpu else "nccl", timeout=timeout)]
     if pose_as_launcher() and not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # needs no port
         backend = "gloo" if use_cpu else "nccl"
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
     unset_hf_deepspeed_config()  # or from_pretrained would split models loaded later, such as a reference
     return accelerator

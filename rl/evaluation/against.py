@@ -56,9 +56,9 @@ class StoredComparison(BaseModel):
     metrics: dict[str, StoredDifference]
 
 
-def read_evaluation(path: str | Path, comparison: bool = False) -> dict[str, Any]:
+def read_evaluation(path: str | Path, comparison: bool = False) -> dict[str, object]:
     """Read the JSON of an evaluation, or of a run's comparison of two. Raises ImageRLError when it is none."""
-    document: dict[str, Any] = read_json(path)
+    document: dict[str, object] = read_json(path)
     validated(StoredComparison if comparison else StoredEvaluation, document, str(path))
     return document
 
@@ -79,7 +79,7 @@ def compared(other: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dic
     return {key: other[key] for key in KEPT if key in other} | {"metrics": metrics}
 
 
-def differing_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def differing_settings(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
     """List the settings in which two evaluations drew unlike pictures: "guidance 1.0 and 2.0"."""
     known = [key for key in DRAWN if key in one and key in other]
     return [f"{key} {one[key]} and {other[key]}" for key in known if one[key] != other[key]]

@@ -85,11 +85,21 @@ class GroundTruth:
             yield [RolloutGroup(prompt, nothing.long(), nothing, nothing.bool(), images)]
 
 
+class Ranks(Protocol):
+    """The processes that share an evaluation: a `rl.engine.engine.Engine`."""
+
+    rank: int
+    world_size: int
+
+    def gather_objects(self, value: Any) -> list[Any]: ...
+
+
 def try_rewards(suite: str, prompts: Sequence[Prompt], rollout: Source, scorer: RewardScorer) -> None:
     """Score a picture of each of a few prompts from all over the set, so that a reward that cannot work is found
     before a whole evaluation is drawn for it.
 
     Raises ImageRLError for the first reward or gold metric that has no value for any of them."""
+    # Spread over the set: its first prompts may be the ones that a reward happens to understand.
     few = prompts[:: -(-len(prompts) // TRIED)]
     groups = [group for part in rollout.generate(few, 1, f"eval {suite}") for group in part]
     scores = scorer.collect(scorer.submit(reward_request(groups), with_gold=True))
@@ -110,37 +120,53 @@ def evaluate(
     *,
     samples: int = 1,
     each: Callable[[RolloutGroup], None] | None = None,
+    shown: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Draw `samples` pictures of each prompt, `batch_size` at a time, and score them.
 
     Random numbers depend on the rollout's seed, the prompt and the sample alone, so that two policies are compared
     on the same draws. `total` is the weighted sum of the rewards; each of them and of the gold metrics is reported
     under its own name, and a part of the one that is named like the suite, `<suite>/<part>`, as `<part>`. `each` gets
-    every group as it is drawn, for pictures that should be kept; `images` is then left empty.
+    every group as it is drawn, for pictures that should be kept; `images` is then left empty, else it holds those of
+    the first `shown` prompts, or of all.
+
+    `ranks` take the batches in turn, and all of them return the whole. Batches are the same however many ranks there
+    are: what a sample is drawn together with decides how it is rounded. Collective.
 
     Raises ImageRLError for a reward whose name is that of another field."""
-    images, rows, tickets = [], [], []
+    rank, count = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     chunk = max(1, batch_size // samples)
-    for groups in rollout.generate(prompts, samples, f"eval {suite}", chunk, chunk):
-        request = reward_request(groups)
-        tickets.append(([group.prompt for group in groups], scorer.submit(request, with_gold=True)))
-        if each is None:
-            images.append(request.images)
-        else:
-            for group in groups:
+    own = [place for place in range(len(prompts)) if place // chunk % count == rank]
+    images: dict[int, np.ndarray] = {}  # by place, as the rows
+    rows: dict[int, list[dict[str, Any]]] = {}
+    tickets, places = [], iter(own)
+    for groups in rollout.generate([prompts[place] for place in own], samples, f"eval {suite}", chunk, chunk):
+        placed = [(next(places), group.prompt) for group in groups]
+        tickets.append((placed, scorer.submit(reward_request(groups), with_gold=True)))
+        for (place, _), group in zip(placed, groups, strict=True):
+            if each is not None:
                 each(group)
-    for drawn, ticket in tickets:
+            elif shown is None or place < shown:
+                images[place] = group.images
+    for placed, ticket in tickets:
+        # Collected only now: rewards work on one batch while the next one is drawn.
         scores = scorer.collect(ticket)
         names = _metric_names(scores.components, suite)
-        for row, (prompt, sample) in enumerate(product(drawn, range(samples))):
+        for row, ((place, prompt), sample) in enumerate(product(placed, range(samples))):
             fields = {"index": prompt.index, "prompt": prompt.text}
             if samples > 1:
                 fields["sample"] = sample
             fields[TOTAL] = float(scores.totals[row])
             values = {names[component]: float(v[row]) for component, v in scores.components.items()}
-            rows.append(fields | values)
-    kept = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
-    return Evaluation(suite, summarise(rows), rows, kept)
+            rows.setdefault(place, []).append(fields | values)
+    for others_rows, others_images in ranks.gather_objects((rows, images)) if ranks else ():
+        rows |= others_rows
+        images |= others_images
+    ordered = [row for place in sorted(rows) for row in rows[place]]
+    kept = [images[place] for place in sorted(images)]
+    pictures = np.concatenate(kept) if kept else np.zeros((0, 1, 1, 3), np.uint8)
+    return Evaluation(suite, summarise(ordered), ordered, pictures)
 
 
 def _metric_names(components: Iterable[str], suite: str) -> dict[str, str]:

@@ -122,8 +122,10 @@ def crossed_interval(scores: np.ndarray, level: float = 0.95) -> Interval:
         return Interval(mean, over_prompts.low, over_prompts.high, runs)
     rest = np.square(values - by_run[:, None] - by_prompt + mean).sum() / ((runs - 1) * (prompts - 1))
     of_seeds = prompts * float(by_run.var(ddof=1))
+    # The estimate may come out below 0, a variance may not.
     of_prompts = max(runs * float(by_prompt.var(ddof=1)) - float(rest), 0.0)
     both = of_seeds + of_prompts
+    # Nothing varies beyond rounding: a t interval would be a point and claim certainty.
     if both <= 1e-12 * float(np.square(values).mean()):  # runs alike, prompts apart as by chance
         return Interval(mean, math.nan, math.nan, runs)
     freedom = both / (of_seeds / (runs - 1) + of_prompts / (prompts - 1))
@@ -203,6 +205,7 @@ def summarise(per_prompt: Sequence[Mapping[str, Any]], level: float = 0.95) -> d
     """
     result = {}
     for metric in _metrics(per_prompt):
+        # One value a prompt: its samples share the prompt, so they are not independent.
         values = list(by_prompt(per_prompt, metric).values())
         if set(values) <= {0.0, 1.0}:
             result[metric] = wilson_interval(round(sum(values)), len(values), level)
@@ -254,6 +257,21 @@ def change(difference: Interval, rate: bool = False, digits: int = 3) -> str:
     shown = number(difference.mean, rate, True, digits) + (" points" if rate else "")
     bounds = ("95 % interval " if difference.bounded else "") + span(difference, rate, True, digits)
     return f"{shown}, {bounds}, n={difference.n}: {verdict(difference)}"
+
+
+def results_table(comparison: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of what `compare` found, in words."""
+    rows = []
+    for metric, result in comparison.items():
+        rate, difference = metric in HEADLINES, result["difference"]
+        means = [number(result[when], rate) for when in ("before", "after")]
+        told = [
+            number(difference.mean, rate, sign=True),
+            span(difference, rate, sign=True),
+            verdict(difference),
+        ]
+        rows.append([metric, *means, *told])
+    return ["metric", "before", "after", "difference", "95 % interval", "verdict"], rows
 
 
 def _fewest(level: float) -> int:

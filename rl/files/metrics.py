@@ -1,4 +1,4 @@
-"""The output of a run while it runs: metrics.jsonl, TensorBoard events, progress, timings, picture grids."""
+"""The output of a run while it runs: metrics.jsonl, progress, timings, picture grids."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,19 +83,24 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     return records
 
 
+def _evaluates(record: Mapping[str, Any]) -> bool:
+    return any(key.startswith("eval/") for key in record)
+
+
 class MetricsLog:
-    """Appends metrics to `metrics.jsonl` and to TensorBoard events in `tb/`.
+    """Appends metrics to `metrics.jsonl`.
 
     A line is on the disk when `log` returns, so log a step *before* saving its checkpoint: a resumed run
     then finds every step up to that checkpoint. `resume_step` is the step of the checkpoint that the run
     continues from; lines of later steps are dropped. A run killed before its first checkpoint resumes
-    with −1, which drops all. None starts a new file.
+    with −1, which drops all. None starts a new file. With `looked` false the run was stopped before the evaluation
+    after `resume_step` was done, which comes again: its line is dropped too.
 
     Raises:
         ImageRLError: a new run would write into a folder that already holds metrics; disk full.
     """
 
-    def __init__(self, run_dir: Path | str, resume_step: int | None = None, tensorboard: bool = True) -> None:
+    def __init__(self, run_dir: Path | str, resume_step: int | None = None, looked: bool = True) -> None:
         self.path = Path(run_dir) / METRICS_FILE
         records = read_metrics(run_dir)
         if resume_step is None:
@@ -106,15 +110,12 @@ class MetricsLog:
                 )
             kept = []
         else:
-            kept = [record for record in records if record["step"] <= resume_step]
+            last = resume_step - (not looked)
+            again = [r for r in records if r["step"] == resume_step and not looked and not _evaluates(r)]
+            kept = [record for record in records if record["step"] <= last] + again
+        # The whole file anew: a torn last line goes, and readers see the old or the new one.
         write_atomic(self.path, "".join(to_json(record) + "\n" for record in kept))
         self._file = _open_to_append(self.path)
-        self._events: io.FileIO | None = None
-        if tensorboard:
-            name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}.{time.time_ns()}"
-            self._events = _open_to_append(self.path.parent / "tb" / name)
-            first = None if resume_step is None else resume_step + 1
-            _append(self._events, _event_records({}, first, begins=True))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line. Values are numbers, booleans, None, or 0-d arrays and tensors.
@@ -129,14 +130,9 @@ class MetricsLog:
             if not isinstance(record[key], int | float | None):
                 raise TypeError(f"metric {key} must be a number, got {type(value).__name__}")
         _append(self._file, (to_json(record) + "\n").encode())
-        if self._events is not None:
-            shown = {key: value for key, value in record.items() if key != "step" and value is not None}
-            _append(self._events, _event_records(shown, record["step"]))
 
     def close(self) -> None:
         self._file.close()
-        if self._events is not None:
-            self._events.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -158,30 +154,10 @@ def _append(file: io.FileIO, data: bytes) -> None:
     try:
         if file.write(data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        # A checkpoint saved after this line must never be newer than the metrics on the disk.
         os.fsync(file.fileno())
     except OSError as error:
         raise write_error(Path(file.name), error) from error
-
-
-def _event_records(values: Mapping[str, float], step: int | None, begins: bool = False) -> bytes:
-    """Build records of a TensorBoard event file. `begins` starts one; with a step it tells readers to forget what they
-    know of that step and later ones. TensorBoard's own writer would write in a thread of its own, in which a full
-    disk ends in a traceback."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    buffer = io.BytesIO()
-    records = RecordWriter(buffer)
-    if begins:
-        records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-        if step is not None:
-            session = SessionLog(status=SessionLog.START)
-            records.write(Event(wall_time=time.time(), step=step, session_log=session).SerializeToString())
-    for tag, value in values.items():
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=float(value))])
-        records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
-    return buffer.getvalue()
 
 
 class PhaseTimer:
@@ -223,6 +199,7 @@ class PhaseTimer:
         """
         total, seconds = self._clock() - self._start, self._seconds
         result = {f"time/{phase}_s": value for phase, value in seconds.items()} | {"time/step_s": total}
+        # Phases within phases may add up to more than the step; a share below 0 would only puzzle.
         seconds = seconds | {"other": max(0.0, total - sum(seconds.values()))}
         return result | {f"share/{phase}": value / max(total, 1e-9) for phase, value in seconds.items()}
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, TypeVar, cast, get_args
 
@@ -13,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from imagerl.rl.errors import ImageRLError, one_line
+from imagerl.rl.errors import ImageRLError, nearest, one_line
 from imagerl.rl.files.yaml_text import Dumper
 
 T = TypeVar("T")
@@ -86,19 +85,6 @@ def validated(schema: type[T], value: Any, place: str) -> T:
 @lru_cache(maxsize=64)
 def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
-
-
-def nearest(word: str, names: Iterable[str], alike: float = 0.0) -> str | None:
-    """Find the name that a word is a slip of the pen for: case aside it begins alike or has most letters in common, a
-    share of `alike` at least."""
-    known = {name.lower(): name for name in names}
-    word = word[:80].lower()
-    near = difflib.get_close_matches(word, known, 1, max(alike, 0.66 if len(word) <= 4 else 0.75))
-    longer = (
-        name for name in known if len(word) > 1 and (name.startswith(word) or word.startswith(f"{name}_"))
-    )
-    found = near[0] if near else next(longer, None)
-    return None if found is None else known[found]
 
 
 def _locate(cls: type[BaseModel], error: ErrorDetails) -> tuple[str, type[BaseModel] | None]:

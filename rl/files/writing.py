@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-from imagerl.rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError, one_line
 
 # What `temporary_name` makes. The number of a process says nothing without the place that counts it.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<process>[0-9]+)@(?P<place>.+)")
@@ -73,16 +73,16 @@ def atomic_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         if path.exists():
             replaced = temporary_name(path, "old")
             shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(path, replaced)
+            _rename(path, replaced)
             try:
-                os.rename(temporary, path)
+                _rename(temporary, path)
             except BaseException:
-                os.rename(replaced, path)
+                _rename(replaced, path)
                 raise
             sync(path.parent)
-            shutil.rmtree(replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
         else:
-            os.rename(temporary, path)
+            _rename(temporary, path)
             sync(path.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -92,11 +92,38 @@ def atomic_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder such that it is never seen under its name with some files missing."""
+    """Delete a folder such that it is never seen under its name with some files missing. What cannot go yet, such as a
+    file that somebody has open on a network file system, is left to `clean_leftovers`."""
     condemned = temporary_name(path)
     shutil.rmtree(condemned, ignore_errors=True)
-    os.rename(path, condemned)
-    shutil.rmtree(condemned)
+    with contextlib.suppress(OSError):
+        os.rename(path, condemned)
+    shutil.rmtree(condemned, ignore_errors=True)
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Rename on a network file system too: a request whose answer was lost is sent again, and finds nothing to do."""
+    try:
+        os.rename(source, target)
+    except FileNotFoundError:
+        if source.exists() or not target.exists():
+            raise
+
+
+def wait_for(path: Path, seconds: float = 90.0) -> None:
+    """Wait until a file that another host has written is seen here: network file systems remember for a while what was
+    not there.
+
+    Raises:
+        ImageRLError: it does not come.
+    """
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            raise ImageRLError(
+                f"{path} is not seen from {platform.node()}; all processes need the same files"
+            )
+        time.sleep(0.2)
 
 
 def clean_leftovers(folder: Path) -> None:
@@ -154,10 +181,13 @@ def lock_file(path: Path) -> IO[bytes] | None:
 
 
 def sync(path: Path) -> None:
-    """Force a file's or folder's content to the disk."""
+    """Force a file's or folder's content to the disk; a folder's where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -173,8 +203,7 @@ def write_error(path: Path, error: Exception) -> ImageRLError:
             f"disk full while writing {path} ({free:.0f} MiB free there), earlier files are intact; "
             "make room and run again, a training run with --resume"
         )
-    reason = " ".join(str(error).split())
-    return ImageRLError(f"cannot write {path}: {reason}; check the folder and its permissions")
+    return ImageRLError(f"cannot write {path}: {one_line(error)}; check the folder and its permissions")
 
 
 def _abandoned(leftover: Path, process: int, place: str) -> bool:

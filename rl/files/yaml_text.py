@@ -52,7 +52,7 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -68,7 +68,7 @@ class _Loader(yaml.SafeLoader):
 class Dumper(yaml.SafeDumper):
     """Quotes what either YAML version would read as something other than a string."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
@@ -89,13 +89,14 @@ def parse_yaml(text: str, source: str, most: int = MAX_RECIPE_VALUES) -> Any:
     return parse_yaml_lines(text, source, most)[0]
 
 
-def parse_yaml_lines(text: str, source: str, most: int = MAX_VALUES) -> tuple[Any, list[int]]:
+def parse_yaml_lines(text: str, source: str, most: int = MAX_VALUES) -> tuple[object, list[int]]:
     """Parse like `parse_yaml`, and return the line numbers of the entries when the document is a list."""
     try:
         loader = _Loader(text, most)
         node = loader.get_single_node()
         if node is None:
             return None, []
+        # Before anything is built: a few lines of aliases stand for more than memory holds.
         _check(node, most)
         lines = [e.start_mark.line + 1 for e in node.value] if isinstance(node, yaml.SequenceNode) else []
         return _unshared(loader.construct_document(node)), lines
@@ -113,7 +114,7 @@ def _problem(text: str, mark: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=text, problem_mark=mark)
 
 
-def _refuse_excess(depth: int, entries: int, most: int, mark: Any) -> None:
+def _refuse_excess(depth: int, entries: int, most: int, mark: object) -> None:
     if depth > MAX_DEPTH:
         raise _problem(f"nested more than {MAX_DEPTH} deep", mark)
     if entries > most:
@@ -156,7 +157,7 @@ def _float(text: str) -> float:
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
-def _unshared(value: Any) -> Any:
+def _unshared(value: object) -> object:
     """Return the data with a copy of its own wherever an alias stood, so that a change is one change."""
     if isinstance(value, dict):
         return {key: _unshared(entry) for key, entry in value.items()}

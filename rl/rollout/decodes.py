@@ -42,28 +42,6 @@ def variance_split(totals: np.ndarray, group_size: int, decodes: int) -> dict[st
     return split
 
 
-def crossed_split(rewards: np.ndarray) -> dict[str, np.ndarray]:
-    """Split the variance of rewards [P, G, M] within each prompt, where the m-th picture of every sequence of a
-    prompt began from the same noise: unbiased estimates [P] of a two-way analysis of variance.
-
-    `tokens` is the variance of a sequence's expected reward, `noise` that of what a noise does to all sequences alike,
-    and `both` that of what it does to one and not to the other. Single estimates can be negative; means over prompts
-    are what counts.
-
-    With noise of its own each picture's luck is noise + both; with the same noise for a group, what is common to it
-    falls out of every advantage and both is left.
-    """
-    _, group, decodes = rewards.shape
-    rows, columns = rewards.mean(axis=2), rewards.mean(axis=1)  # [P, G], [P, M]
-    rest = rewards - rows[:, :, None] - columns[:, None] + rewards.mean(axis=(1, 2))[:, None, None]
-    both = np.square(rest).sum(axis=(1, 2)) / ((group - 1) * (decodes - 1))
-    return {
-        "tokens": rows.var(axis=1, ddof=1) - both / decodes,
-        "noise": columns.var(axis=1, ddof=1) - both / group,
-        "both": both,
-    }
-
-
 def _mean(values: np.ndarray, decodes: int) -> np.ndarray:
     rows = values.reshape(-1, decodes)
     known = np.isfinite(rows)

@@ -88,8 +88,8 @@ def encode(policy: Policy, prompts: Sequence[Prompt], to_draw: bool = True) -> E
     return EncodedPrompts(ids, mask, policy.picture_latents(pictures) if to_draw else None)
 
 
-def reward_request(groups: Sequence[RolloutGroup], step: int = 0) -> RewardRequest:
-    """Make the request that shows rewards some groups of equal size, at a training step."""
+def reward_request(groups: Sequence[RolloutGroup], step: int = 0, steps: int = 0) -> RewardRequest:
+    """Make the request that shows rewards some groups of equal size, at a training step of so many."""
     size = len(groups[0].images)
     decodes = size // len(groups[0].tokens)
     repeated = [group.prompt for group in groups for _ in range(size)]
@@ -100,6 +100,7 @@ def reward_request(groups: Sequence[RolloutGroup], step: int = 0) -> RewardReque
         columns={name: [prompt.columns[name] for prompt in repeated] for name in groups[0].prompt.columns},
         group_size=size,
         step=step,
+        progress=step / steps if steps else 0.0,
     )
 
 

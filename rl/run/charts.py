@@ -166,7 +166,7 @@ def training_charts(training: Sequence[Mapping[str, Any]]) -> list[Chart]:
     ]
 
 
-def as_float(value: Any) -> float:
+def as_float(value: object) -> float:
     """Return the number, or NaN for what is missing."""
     return float(value) if isinstance(value, int | float) else math.nan
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import IO, Any
 
+from imagerl.rl.config.engine import CheckpointConfig, EngineConfig
 from imagerl.rl.config.monitors import MonitorsConfig
 from imagerl.rl.config.recipe import RecipeModel, load_yaml_recipe, validate_recipe
 from imagerl.rl.config.rewards import without_addresses
@@ -21,23 +23,21 @@ from imagerl.rl.files.metrics import METRICS_FILE, image_grid, save_image, to_js
 from imagerl.rl.files.writing import clean_leftovers, lock_file, process_place, write_atomic, write_error
 
 RECIPE_FILE = "recipe.yaml"
+TRACKERS_FILE = "trackers.json"  # by which a resumed run finds its lines
 LOCK = ".lock"
 MODEL = "model"  # what supervised training leaves
 PEAK = "peak"  # the checkpoint at which the watched metrics were best, with monitors.stop
 # What may change between a run and its continuation without making it another experiment.
 CHANGEABLE = {
-    *(
-        "run.steps",
-        "run.images",
-        "run.minutes",
-        "run.output_dir",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "rollout.max_logprob_diff",
-    ),
-    "algorithm.flow.max_logprob_diff",
+    *("run.steps", "run.images", "run.minutes", "run.output_dir"),
+    *("run.report_to", "run.project"),
+    *(f"checkpoint.{key}" for key in CheckpointConfig.model_fields),
+    *("rollout.max_logprob_diff", "algorithm.flow.max_logprob_diff"),
     *(f"rewards.{key}" for key in ("workers", "timeout_s", "max_failure_rate", "max_restarts")),
     *("data.workers", "data.max_bad_share", "run.model_dtype"),
+    # how the same numbers are computed
+    *(f"engine.{key}" for key in EngineConfig.model_fields if key != "precision"),
+    *("rollout.sample_chunk", "rollout.decode_chunk", "eval.batch_size"),
     *(f"monitors.{key}" for key in MonitorsConfig.model_fields),
 }
 
@@ -149,6 +149,11 @@ class RunFolder:
         source = str(checkpoint.folder)
         made_by = validate_recipe(type(recipe), checkpoint.state.get("recipe", {}), source)
         self._refuse_other(made_by, recipe, f"has a checkpoint, {checkpoint.folder.name}, that was")
+        if made_by.checkpoint.weights_only:
+            raise ImageRLError(
+                f"{checkpoint.folder} holds weights only (checkpoint.weights_only), no run can go on from it; "
+                "begin one from its export, as model.path"
+            )
         if checkpoint.step > recipe.run.steps:
             raise ImageRLError(
                 f"{self.path} is at step {checkpoint.step} already but run.steps is {recipe.run.steps}; "
@@ -201,10 +206,10 @@ class RunFolder:
         }
         write_atomic(self.path / "eval" / "comparison.json", to_json(document, indent=1) + "\n")
 
-    def save_grid(self, step: int, images: Sequence[Any], captions: Sequence[str]) -> None:
+    def save_grid(self, step: int, images: Sequence[Any], captions: Sequence[str]) -> Path:
         scale = max(1, 192 // images[0].shape[1])
         grid = image_grid(images, columns=4, captions=captions, scale=scale)
-        save_image(grid, self.path / "samples" / f"step_{step:06d}.png")
+        return save_image(grid, self.path / "samples" / f"step_{step:06d}.png")
 
 
 def contents(recipe: RecipeModel) -> tuple[str, ...]:
@@ -216,7 +221,14 @@ def contents(recipe: RecipeModel) -> tuple[str, ...]:
     ]
     model = [f"{MODEL}/*.{ending}" for ending in ("safetensors", "json", "txt", "jinja")]
     return (
-        *(RECIPE_FILE, ENVIRONMENT_FILE, METRICS_FILE, "report.html", "tb/events.out.tfevents.*"),
+        *(
+            RECIPE_FILE,
+            ENVIRONMENT_FILE,
+            METRICS_FILE,
+            "report.html",
+            TRACKERS_FILE,
+            "tb/events.out.tfevents.*",
+        ),
         *(f"samples/{step}.png", f"eval/{suite}_{step}.json", "eval/comparison.json", *saved),
         *(model if getattr(recipe, "kind", "train") == "sft" else ()),
     )
@@ -228,6 +240,11 @@ def read_stored_recipe(path: Path, schema: type[AnyRecipe]) -> AnyRecipe:
 
 def differing_keys(stored: RecipeModel, given: RecipeModel) -> list[str]:
     """List the dotted keys in which two recipes differ, those that may change left out."""
+    return [key for key in differences(stored, given) if key not in CHANGEABLE]
+
+
+def differences(stored: RecipeModel, given: RecipeModel) -> dict[str, tuple[Any, Any]]:
+    """Return the values, before and now, of the dotted keys in which two recipes differ."""
 
     def flat(
         values: Mapping[str, Any], prefix: tuple[str, ...] = ()
@@ -240,4 +257,16 @@ def differing_keys(stored: RecipeModel, given: RecipeModel) -> list[str]:
 
     old, new = (dict(flat(without_addresses(recipe.model_dump(mode="json")))) for recipe in (stored, given))
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    return [key for key in map(".".join, keys) if key not in CHANGEABLE]
+    return {".".join(key): (old.get(key), new.get(key)) for key in keys}
+
+
+def told_changes(checkpoint: Checkpoint, recipe: AnyRecipe, processes: int) -> str:
+    """Return, in one line, what is other than when the checkpoint was written; empty when nothing is."""
+    before = validate_recipe(type(recipe), checkpoint.state.get("recipe", {}), str(checkpoint.folder))
+    changes = differences(before, recipe)
+    if (were := checkpoint.state.get("processes", processes)) != processes:
+        changes["the number of processes"] = (were, processes)
+    told = ", ".join(
+        f"{key} {json.dumps(now)} (was {json.dumps(old)})" for key, (old, now) in changes.items()
+    )
+    return f"going on from step {checkpoint.step} with {told}" if told else ""

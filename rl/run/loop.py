@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +13,20 @@ import numpy as np
 
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.data.prompt_pictures import with_pictures
-from imagerl.rl.engine.checkpoint import Checkpoint, save_checkpoint
-from imagerl.rl.engine.engine import Engine, StateDict
+from imagerl.rl.engine.checkpoint import Checkpoint
+from imagerl.rl.engine.engine import Engine, StateDict, on_host
+from imagerl.rl.engine.saving import Saver, Snapshot
+from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.evaluate import evaluate, try_rewards
-from imagerl.rl.evaluation.stats import compare
+from imagerl.rl.evaluation.stats import compare, results_table
 from imagerl.rl.files.metrics import MetricsLog, Progress
 from imagerl.rl.rollout.engine import RolloutEngine
 from imagerl.rl.run.budget import Budget
 from imagerl.rl.run.folder import PEAK, RunFolder
 from imagerl.rl.run.monitors import Watch, watched
 from imagerl.rl.run.report import write_report
-from imagerl.rl.run.signals import stop_signals
+from imagerl.rl.run.signals import Stopping
+from imagerl.rl.run.trackers import Trackers
 from imagerl.rl.training.trainer import Trainer
 from imagerl.rl.types import Prompt
 
@@ -42,24 +46,6 @@ def with_sources(
         shown.append(image)
         captions.append(prompt.text)
     return shown, captions
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C or SIGTERM only asks to stop; the yielded function tells whether one came. A
-    second one interrupts at once."""
-    asked = False
-
-    def ask(number: int, _: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        if os.environ.get("RANK", "0") == "0":  # not by print, which this may have interrupted
-            os.write(2, b"imagerl: stopping after this step; once more to stop at once\n")
-
-    with stop_signals(ask):
-        yield lambda: asked
 
 
 class Stepper(Protocol):
@@ -94,74 +80,174 @@ class Loop:
         self.budget = budget or Budget()
         self.budget.restore(checkpoint.state.get("budget", {}) if checkpoint else {})
         self.done = self.start_step  # steps
+        # step whose evaluation or grid was last done; a run may be stopped before that
+        self.looked = checkpoint.state.get("looked", self.start_step) if checkpoint else 0
+        self.kept: Snapshot | None = None  # of the last finished step
+        self.saver = Saver()
+        self.log: MetricsLog | None = None  # of the main process, while it runs
+        self.trackers = Trackers()
 
     def execute(self, resumed: bool) -> dict[str, Any] | None:
         """Run to the last step, or until asked to stop.
 
         Returns the comparison of the last held-out evaluation with the first; None when stopped early, and on
-        all but the main process."""
-        total = self.recipe.run.steps
-        is_main = self.engine.is_main
-        log = None
-        if is_main:
-            log = MetricsLog(self.folder.path, (self.start_step or -1) if resumed else None)
-        with stop_on_signals() as asked_to_stop:
-            if self.first is None:
-                self._evaluate(0, log)
-            ended = self.budget.spent or self._ends_early()
-            with _progress(total, self.start_step, is_main) as progress:
-                for step in range(self.start_step + 1, total + 1):
-                    if ended:
-                        break
-                    self.engine.share = self.budget.share
-                    metrics = self._observe(step, self._step(step - 1))
-                    self.done = step
-                    self.budget.spend(self.engine.gather_objects(metrics)[0])  # clocks differ
-                    last = step == total or self.budget.spent
-                    if log:
-                        log.log(step, metrics)
-                    if progress:
-                        progress.update(step, metrics, self.budget.expected_steps())
-                    if self._due(step, self.recipe.eval.every) or last:
-                        self._evaluate(step, log)
-                    elif self._due(step, self.recipe.run.sample_every):
-                        self._draw_samples(step)
-                    stopping = any(self.engine.gather_objects(asked_to_stop()))
-                    ended = last or self._ends_early()
-                    if self._due(step, self.recipe.checkpoint.every) or ended or stopping:
-                        self._save(step)
-                    if stopping and not ended:
-                        self.note(f"stopped after step {step}; continue with --resume")
-                        self._finish(log, None)
-                        return None
-        self.finished = True
-        comparison = compare(self.first or [], self.last or []) if is_main else None
-        self._finish(log, comparison)
+        all but the main process.
+
+        Raises:
+            ImageRLError: other processes of the run are gone, among what may go wrong in a step. The last finished
+                step is saved.
+        """
+        with self._reporting((self.start_step or -1) if resumed else None):
+            return self._execute()
+
+    def _execute(self) -> dict[str, Any] | None:
+        stopping = Stopping(self.recipe.checkpoint.grace_s, self._rescue, self._leave)
+        try:
+            with stopping:
+                self.finished = self._drive(stopping)
+        except KeyboardInterrupt:
+            if not stopping.given_up:
+                raise
+        except Exception as error:
+            self._rescue()
+            if self._rescued() and self.kept:
+                self.note(f"step {self.kept.step} is saved; continue with --resume")
+            if lost := self.engine.lost_others(error):
+                raise ImageRLError(f"{lost}; continue with --resume") from error
+            raise
+        if not self.finished:
+            self.saver.wait()
+            self.note(self._where_stopped())
+        told = self.engine.is_main and self.finished
+        comparison = compare(self.first or [], self.last or []) if told else None
+        self._finish(comparison)
+        self.saver.wait()
         return comparison
+
+    def _drive(self, stopping: Stopping) -> bool:
+        """Take the steps. Returns whether the last one is done; else the run was asked to stop."""
+        total = self.recipe.run.steps
+        if self.first is None:
+            self._evaluate(0)
+        elif self.looked < self.start_step:
+            self._look(self.start_step)
+        ended = self.budget.spent or self._ends_early()
+        with _progress(total, self.start_step, self.engine.is_main) as progress:
+            for step in range(self.start_step + 1, total + 1):
+                if ended:
+                    break
+                self.engine.share = self.budget.share
+                metrics = self._observe(step, self._step(step - 1))
+                self.budget.spend(self.engine.gather_objects(metrics)[0])  # clocks differ
+                self._write(step, metrics)
+                self.done = step
+                if self.recipe.checkpoint.grace_s:
+                    self._keep(step)
+                if progress:
+                    progress.update(step, metrics, self.budget.expected_steps())
+                self._look(step)
+                asked = any(self.engine.gather_objects(stopping.asked))
+                ended = step == total or self.budget.spent or self._ends_early()
+                self.saver.check()
+                if self._due(step, self.recipe.checkpoint.every) or ended or asked:
+                    self._save(step)
+                if asked and not ended:
+                    return False
+        return True
+
+    def _look(self, step: int) -> None:
+        """Evaluate or draw a grid where one is due after this step."""
+        if self._due(step, self.recipe.eval.every) or step == self.recipe.run.steps or self.budget.spent:
+            self._evaluate(step)
+        elif self._due(step, self.recipe.run.sample_every):
+            self._draw_samples(step)
+        self.looked = step
+
+    @contextmanager
+    def _reporting(self, resume_step: int | None) -> Iterator[None]:
+        """Keep the log and the trackers of the main process open, after `resume_step` of a run that goes on."""
+        if not self.engine.is_main:
+            yield
+            return
+        run, settings = self.recipe.run, self.recipe.model_dump(mode="json")
+        with MetricsLog(self.folder.path, resume_step, self.looked >= self.start_step) as self.log:
+            self.trackers = Trackers.begin(
+                run.report_to, run.project, self.folder.path, settings, resume_step
+            )
+            try:
+                yield
+            except KeyboardInterrupt:  # stop at once: wait for no thread and no upload
+                self.trackers = Trackers()
+                raise
+            finally:
+                self.trackers.finish()
+
+    def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write metrics down, and tell them to the trackers."""
+        if self.log is not None:
+            self.log.log(step, metrics)
+            self.trackers.numbers(step, metrics)
+
+    def _show(self, step: int, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+        """Save a grid of samples, and show it in the trackers."""
+        self.trackers.pictures(step, self.folder.save_grid(step, images, captions), images, captions)
+
+    def _tell_results(self, comparison: Mapping[str, Any], suite: str) -> None:
+        """Write the held-out comparison into the run folder, and as a table into the trackers."""
+        self.folder.write_comparison(comparison, suite, self.done)
+        self.trackers.table(self.done, *results_table(comparison))
 
     @staticmethod
     def _due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
 
+    def _keep(self, step: int) -> None:
+        """Copy the state to host memory, so that it can be saved whatever becomes of the next step. Collective."""
+        same = self.kept is not None and self.kept.step == step
+        tensors = self.kept.tensors if self.kept and same else self._tensors()
+        self.kept = Snapshot(step, tensors, copy.deepcopy(self._state()))
+
     def _save(self, step: int, place: Path | None = None, keep: int | None = None) -> None:
-        """Save a checkpoint among those of the run folder, or in `place`."""
-        tensors, state = self._tensors(), self._state()
-        if self.engine.is_main:
+        """Save a checkpoint among those of the run folder, or in `place`. Collective."""
+        self._keep(step)
+        if self.engine.is_main and self.kept:
             keep = keep or self.recipe.checkpoint.keep
-            save_checkpoint(place or self.folder.checkpoints, step, tensors, state, keep)
-        self.engine.barrier()
+            self.saver.save(place or self.folder.checkpoints, self.kept, keep)
+
+    def _rescue(self) -> None:
+        """Begin to save the last finished step, where that was not done yet."""
+        place, kept = self.folder.checkpoints, self.kept
+        if self.engine.is_main and kept and not self.saver.has(place, kept.step):
+            self.saver.add(place, kept, self.recipe.checkpoint.keep)
+
+    def _rescued(self) -> bool:
+        """Wait for the save and tell whether the last finished step is saved."""
+        with contextlib.suppress(ImageRLError):  # what went wrong before is told
+            self.saver.wait()
+        return self.kept is not None and self.saver.has(self.folder.checkpoints, self.kept.step)
+
+    def _leave(self) -> None:
+        self._rescued()
+        self.note(self._where_stopped())
+
+    def _where_stopped(self) -> str:
+        if not self.done:
+            return "stopped before the first step was done; continue with --resume"
+        return f"stopped after step {self.done}; continue with --resume"
 
     def _tensors(self) -> StateDict:
         """Gather the tensors of a checkpoint, whole, on the main process. Collective."""
-        return self.engine.state_dict()
+        return self.engine.state_dict(moments=not self.recipe.checkpoint.weights_only)
 
     def _state(self) -> dict[str, Any]:
         """Return the rest of a checkpoint beside tensors. All processes call it; the main one's result counts."""
         return {
             "first_eval": self.first,
             "last_eval": self.last,
+            "looked": self.looked,
             "recipe": self.recipe.model_dump(mode="json"),
             "budget": self.budget.state(),
+            "processes": self.engine.world_size,
         }
 
     def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -172,7 +258,7 @@ class Loop:
         """Tell whether the step just done is to be the last. Collective."""
         return False
 
-    def _evaluate(self, step: int, log: MetricsLog | None) -> None:
+    def _evaluate(self, step: int) -> None:
         """Evaluate on held-out samples; sets `first` (once) and `last` on the main process."""
         raise NotImplementedError
 
@@ -180,7 +266,7 @@ class Loop:
         """Draw a grid of the fixed prompts."""
         raise NotImplementedError
 
-    def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
+    def _finish(self, comparison: Mapping[str, Any] | None) -> None:
         """Finish the run; `comparison` is None when it was stopped early."""
         raise NotImplementedError
 
@@ -206,37 +292,38 @@ class Run(Loop):
         self.watch = Watch(recipe.monitors, watched(recipe.monitors, gold))
         self.watch.restore(checkpoint.state.get("watch", {}) if checkpoint else {})
 
-    def _evaluate(self, step: int, log: MetricsLog | None) -> None:
-        self._measure(step, log)
-        best = self.engine.gather_objects(self.watch.best_step)[0] == step
-        if best and step and self.recipe.monitors.stop:
+    def _evaluate(self, step: int) -> None:
+        self._measure(step)
+        if self.watch.best_step == step and step and self.recipe.monitors.stop:
             self._save(step, self.folder.path / PEAK, keep=1)
 
-    def _measure(self, step: int, log: MetricsLog | None) -> None:
-        """Evaluate on the main process; the others wait at the next collective."""
+    def _measure(self, step: int) -> None:
+        """Evaluate on all processes; each of them learns the whole."""
         with self.engine.gathered_parameters():
             self.trainer.policy.refresh_sampler()
-        if not self.engine.is_main:
-            self.engine.barrier()
-            return
-        settings = self.recipe.eval
-        if step == 0:
+        settings, count = self.recipe.eval, self.recipe.run.sample_prompts
+        if step == 0 and self.engine.is_main:
             try_rewards(settings.suite, self.heldout, self.eval_rollout, self.trainer.scorer)
         evaluation = evaluate(
-            settings.suite, self.heldout, self.eval_rollout, self.trainer.scorer, settings.batch_size
+            settings.suite,
+            self.heldout,
+            self.eval_rollout,
+            self.trainer.scorer,
+            settings.batch_size,
+            shown=count,
+            ranks=self.engine,
         )
-        self.folder.write_evaluation(evaluation, step, self.recipe.model.path, settings.seed)
         self.first = self.first or evaluation.per_prompt
         self.last = evaluation.per_prompt
         watched_metrics, alarms = self.watch.after_evaluation(step, evaluation.per_prompt)
-        if log:
-            log.log(step, evaluation.flat() | watched_metrics)
+        if not self.engine.is_main:
+            return
+        self.folder.write_evaluation(evaluation, step, self.recipe.model.path, settings.seed)
+        self._write(step, evaluation.flat() | watched_metrics)
         shown = "  ".join(f"{n} {v.mean:.3f}" for n, v in evaluation.metrics.items())
         self.note(f"held-out after step {step}: {shown}")
-        self._sound(alarms)
-        count = self.recipe.run.sample_prompts
-        self.folder.save_grid(step, *with_sources(list(evaluation.images[:count]), self.heldout[:count]))
-        self.engine.barrier()
+        self._sound(step, alarms)
+        self._show(step, *with_sources(list(evaluation.images), self.heldout[:count]))
 
     def _draw_samples(self, step: int) -> None:
         """Draw a grid of the first held-out prompts, with the random numbers of the evaluation."""
@@ -246,21 +333,23 @@ class Run(Loop):
             prompts = self.heldout[: self.recipe.run.sample_prompts]
             occasion = f"eval {self.recipe.eval.suite}"
             (groups,) = self.eval_rollout.generate(prompts, 1, occasion)
-            self.folder.save_grid(step, *with_sources([group.images[0] for group in groups], prompts))
+            self._show(step, *with_sources([group.images[0] for group in groups], prompts))
 
     def _tensors(self) -> StateDict:
-        return self.engine.state_dict() | self.trainer.tensors()
+        own = self.trainer.tensors() if self.engine.is_main else {}
+        return super()._tensors() | {group: on_host(named) for group, named in own.items()}
 
     def _state(self) -> dict[str, Any]:
         return {**super()._state(), "trainer": self.trainer.state(), "watch": self.watch.state()}
 
     def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
         found, alarms = self.watch.after_step(step, metrics)
-        self._sound(alarms)
+        self._sound(step, alarms)
         return {**metrics, **found}
 
-    def _sound(self, alarms: Sequence[str]) -> None:
+    def _sound(self, step: int, alarms: Sequence[str]) -> None:
         for alarm in alarms:
+            self.trackers.alarm(step, alarm)
             self.note(f"ALARM {alarm}")
 
     def _ends_early(self) -> bool:
@@ -272,12 +361,11 @@ class Run(Loop):
         place = self.folder.path / PEAK / f"step_{self.watch.best_step:06d}"
         return f"the watched metrics were best at step {self.watch.best_step}, kept in {place}"
 
-    def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
-        if log is None:
+    def _finish(self, comparison: Mapping[str, Any] | None) -> None:
+        if not self.engine.is_main:
             return
-        log.close()
         if comparison is not None:
-            self.folder.write_comparison(comparison, self.recipe.eval.suite, self.done)
+            self._tell_results(comparison, self.recipe.eval.suite)
             if self.watch.halts and self.done < self.recipe.run.steps:
                 self.note(f"ended after step {self.done} by monitors.stop; {self._where_best()}")
         self.note(f"report: {write_report(self.folder.path)}")

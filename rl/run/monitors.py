@@ -168,7 +168,7 @@ class Watch:
         ]
         return {f"alarm/{kind}": float(is_on) for kind, is_on in on.items()}, alarms
 
-    def after_evaluation(self, step: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Metrics, list[str]]:
+    def after_evaluation(self, step: int, rows: Sequence[Mapping[str, object]]) -> tuple[Metrics, list[str]]:
         """Return the same for a held-out evaluation, from its rows with the watched metrics and the total.
 
         Raises:
@@ -222,7 +222,7 @@ class Watch:
 
     # ---- what outlives a step ------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return the state as JSON takes it."""
         peaks = {
             name: {"step": peak.step, "total": _pairs(peak.total), "gold": _pairs(peak.gold)}

@@ -101,7 +101,7 @@ def monitor_charts(records: Records, suite: str) -> list[Chart]:
     ]
 
 
-def _raised(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _raised(record: Mapping[str, object]) -> list[tuple[str, str]]:
     """List (kind, watched metric or "") of the alarms that a record says are on."""
     steps = [(kind, "") for kind in ALARMS if kind != "hacking" and record.get(f"alarm/{kind}")]
     return steps + [

@@ -62,6 +62,7 @@ def token_nll(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     float32. Memory is one chunk of logits; chunks are recomputed in the backward pass."""
 
     def chunk(rows: Tensor, ids: Tensor) -> Tensor:
+        # float32: a log-softmax over some 200,000 columns loses small differences in bfloat16.
         return F.cross_entropy(F.linear(rows, head).float(), ids, reduction="none")
 
     size = max(1, MAX_LOGITS_PER_CHUNK // head.shape[0])
@@ -126,9 +127,11 @@ class SFTModule(nn.Module):
         reference: Tensor | None = None,
     ) -> SFTScores:
         ar = self.ar
+        # Without a graph where nothing here learns: the activations are most of the memory.
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in ar.parameters())
         with torch.set_grad_enabled(learns):
             states = ar.sequence_states(prompt_ids, prompt_mask, tokens)
+            # From <S0>, which predicts the first token, to the last one, which predicts the end: what decoders see.
             hidden = states[:, prompt_ids.shape[1] - 1 :]
             head = ar.lm.lm_head.weight
             end = torch.full_like(tokens[:, :1], ar.vocabulary.image_end_tag_id)
@@ -138,10 +141,12 @@ class SFTModule(nn.Module):
             if self.on_prompt:
                 following, counted = prompt_targets(prompt_ids, prompt_mask, ar.vocabulary.columns)
                 before = states[:, : prompt_ids.shape[1] - 1]
+                # Only counted positions meet the vocabulary: their logits would be most of the memory.
                 nll = token_nll(before[counted], head, following[counted])
                 prompt = nll.new_zeros(counted.shape).masked_scatter(counted, nll).sum(1)
         flow = torch.zeros_like(image)
         if self.with_flow:
+            # The gradient goes on into the language model through `hidden`: the published objective trains both by it.
             residual = self._flow[0].flow_residual(hidden, latents, sigma, noise, drop, reference)
             flow = residual.square().flatten(1).mean(1)
             if reference is None:

@@ -41,6 +41,7 @@ class Collator:
             prompt_ids, prompt_mask = policy.encode_prompts(captions)
         else:
             prompt_ids, prompt_mask = policy.encode_prompts(captions, reference[0])
+        # The order of these draws is part of a run: another one would give other noise to every sample.
         uniform = torch.stack([torch.rand((), generator=g) for g in randomness])
         drop = torch.stack([torch.rand((), generator=g) for g in randomness]) < dropout
         noise = torch.stack([torch.randn(decoder.latent_shape, generator=g) for g in randomness])
@@ -110,12 +111,14 @@ class SFTTrainer:
         return batches
 
     def _update(self, batches: Sequence[SFTBatch]) -> dict[str, float]:
+        # Every rank takes part in as many rounds as the busiest: gradients are exchanged in the last one.
         rounds = max(
             self.engine.gather_objects(len(batches))
         )  # a mix of kinds may divide less well elsewhere
         own = {
             name: sum(counts(self.module, batch)[name] for batch in batches) for name in ("image", "prompt")
         }
+        # One denominator for the whole batch, so that neither microbatches nor ranks change the loss.
         totals = self.engine.sum_over_ranks(own)
         sums: dict[str, Tensor] = {}
         self.engine.module.train()
@@ -125,6 +128,7 @@ class SFTTrainer:
                 with self.engine.autocast():
                     scores = self.engine.module(*batch.inputs())
                 if number >= len(batches):
+                    # An extra round counts for nothing, but its backward pass must happen for the others.
                     scores = SFTScores(*(0.0 * values for values in scores))
                 loss = self._loss(scores, totals["image"] + totals["prompt"], self.recipe.data.batch_size)
                 self.engine.backward(loss)
@@ -154,6 +158,7 @@ class SFTTrainer:
         own = {"data/seen": float(counted.seen), "data/bad": float(counted.bad.total())}
         own |= {f"data/bad/{reason}": float(counted.bad[reason]) for reason in REASONS}
         totals = self.engine.sum_over_ranks(own)
+        # After bad samples ranks may be a draw apart; the furthest says which epoch it is.
         epoch = max(self.engine.gather_objects(self.stream.epoch))
         shown = {key: value for key, value in totals.items() if value or key in ("data/seen", "data/bad")}
         return {"data/epoch": float(epoch), **shown}

@@ -66,7 +66,7 @@ class Trainer:
     def step(self, step: int) -> Metrics:
         """Train on the prompts of `step` (counted from 0); returns what to log."""
         self.timer.start()
-        groups, tickets = self._roll_out(self._own_share(self.sampler.step(step)), step)
+        groups, tickets = self._roll_out(self.sampler.step(step)[self._own], step)
         if self.algorithm.max_resamples:
             # Which groups are silent is known from rewards only, so here scoring cannot overlap with the reference.
             groups, scores, drawn = resample(
@@ -126,10 +126,11 @@ class Trainer:
 
     # ---- rollout and rewards -------------------------------------------------------------------------------
 
-    def _own_share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """Return the prompts of this rank: a contiguous part of the step's."""
-        size = len(prompts) // self.engine.world_size
-        return prompts[self.engine.rank * size : (self.engine.rank + 1) * size]
+    @property
+    def _own(self) -> slice:
+        """The places of this rank's prompts among the step's: as many as other ranks have, or one less."""
+        count, ranks, rank = self.sampler.prompts_per_step, self.engine.world_size, self.engine.rank
+        return slice(count * rank // ranks, count * (rank + 1) // ranks)
 
     def _roll_out(self, prompts: Sequence[Prompt], step: int) -> tuple[list[RolloutGroup], list[int]]:
         settings = self.recipe.rollout
@@ -142,7 +143,7 @@ class Trainer:
             for chunk in self.rollout.generate(
                 prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk, flow
             ):
-                tickets.append(self.scorer.submit(reward_request(chunk, step)))
+                tickets.append(self.scorer.submit(reward_request(chunk, step, self.recipe.run.steps)))
                 self.engine.leave_cores(self.recipe.rewards.workers)
                 groups += chunk
         return groups, tickets
@@ -169,15 +170,22 @@ class Trainer:
     def _assemble(self, groups: Sequence[RolloutGroup], step: int) -> Batches:
         return [half.assemble(groups, step) for half in self.halves]
 
-    def _microbatches(self, batches: Batches) -> list[Batches]:
-        """Cut the batches of all halves into the same token sequences, `micro_batch_size` at a time."""
+    def _microbatches(self, batches: Batches) -> list[tuple[Batches, bool]]:
+        """Cut the batches of all halves into the same token sequences, `micro_batch_size` at a time.
+
+        A rank with a prompt less than others repeats its last microbatch, marked False, where it would have fewer of
+        them: every rank must take part in the exchanges of every forward pass. What comes of those does not count."""
         size = self.recipe.engine.micro_batch_size
         each = [half.per_sequence for half in self.halves]
+        own = self._own.stop - self._own.start
         sequences = len(batches[0].action_mask) // each[0]
-        return [
+        most = -(-self.sampler.prompts_per_step // self.engine.world_size) * sequences // own
+        parts = [
             [batch.rows(slice(start * m, (start + size) * m)) for batch, m in zip(batches, each, strict=True)]
             for start in range(0, sequences, size)
         ]
+        rounds = range(-(-most // size))
+        return [(parts[min(number, len(parts) - 1)], number < len(parts)) for number in rounds]
 
     def _scores(self, parts: Batches) -> Sequence[Any]:
         """Call the module on a microbatch; returns one result for every half."""
@@ -193,11 +201,11 @@ class Trainer:
         needs_old = any(half.needs_old for half in self.halves)
         found: list[dict[str, list[Tensor]]] = [{} for _ in self.halves]
         with self.timer("reference"), self.engine.autocast():
-            for parts in self._microbatches(batches):
+            for parts, counts in self._microbatches(batches):
                 olds = self._scores(parts) if needs_old else [None] * len(parts)
                 for half, part, old, fields in zip(self.halves, parts, olds, found, strict=True):
                     for name, value in half.frozen(part, old).items():
-                        fields.setdefault(name, []).append(value)
+                        fields.setdefault(name, []).extend([value] if counts else [])
         return [
             replace(batch, **{name: torch.cat(values) for name, values in fields.items()})
             for batch, fields in zip(batches, found, strict=True)
@@ -223,9 +231,9 @@ class Trainer:
                     components=shuffled(inputs.components, generator(*seed)),
                 )
             self.moving_means[half.name] = moved_mean(mean, inputs.rewards, self.algorithm.baseline_decay)
-            own = len(batch.action_mask)
-            # `join` puts ranks one after another, and all hold equally many samples.
-            mine = slice(self.engine.rank * own, (self.engine.rank + 1) * own)
+            # `join` puts ranks one after another, in the order of the step's prompts.
+            per_prompt = len(batch.action_mask) // (self._own.stop - self._own.start)
+            mine = slice(self._own.start * per_prompt, self._own.stop * per_prompt)
             outputs.append(self.advantages(inputs).rows(mine))
         return outputs
 
@@ -245,7 +253,7 @@ class Trainer:
         sums: list[dict[str, Tensor]] = [{} for _ in self.halves]
         worst = [0.0 for _ in self.halves]
         microbatches = self._microbatches(batches)
-        for number, parts in enumerate(microbatches, 1):
+        for number, (parts, counts) in enumerate(microbatches, 1):
             with self.engine.microbatch(last=number == len(microbatches)):
                 losses = [
                     half.loss(scores, part, denominator)
@@ -253,8 +261,8 @@ class Trainer:
                         self.halves, self._scores(parts), parts, denominators, strict=True
                     )
                 ]
-                self.engine.backward(torch.stack([output.loss for output in losses]).sum())
-            for index, output in enumerate(losses):
+                self.engine.backward(torch.stack([output.loss for output in losses]).sum() * counts)
+            for index, output in enumerate(losses if counts else ()):
                 worst[index] = max_or_nan(worst[index], float(output.gap))
                 for name, value in output.sums.items():
                     total = sums[index].get(name, torch.zeros((), dtype=torch.float64))

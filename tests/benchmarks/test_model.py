@@ -10,15 +10,13 @@ from benchmarks import model as bench_model
 from benchmarks.__main__ import bench
 from benchmarks.model import bandwidth, bytes_per_token, require_memory
 from imagerl.models.blip3o_next.weights import empty_policy, fill_randomly, full_state
-from imagerl.rl.commands.cli import main
 from imagerl.rl.errors import ImageRLError
+from tests.command import exit_code
 from tests.micro import micro_folder, micro_policy
 
 
 def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments, bench)
-    return int(ended.value.code or 0)
+    return exit_code(arguments, bench)
 
 
 def test_without_a_gpu_the_full_size_is_refused(

@@ -6,11 +6,10 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from benchmarks.variance import gains, measure
+from benchmarks.variance import crossed_split, gains, measure
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.data.tiny.edits import edit_set
 from imagerl.rl.data.tiny.world import prompt_set
-from imagerl.rl.rollout.decodes import crossed_split
 from imagerl.rl.rollout.engine import RolloutEngine
 from imagerl.rl.types import Prompt, RewardRequest, RewardScores, SamplingParams
 from tests.models.helpers import edit_policy, lively_policy

@@ -85,7 +85,7 @@ def test_repeated_rewards_get_distinct_labels(tmp_path: Path) -> None:
         ("ocrr", "", {}, "did you mean ocr?"),
         ("ocr", "", {"min_confidense": 0.1}, "did you mean min_confidence?"),
         ("absent.py:f", "", {}, "absent.py does not exist"),
-        ("mine.py", FIVE_LINES, {}, "must read file.py:function"),
+        ("mine.py", FIVE_LINES, {}, "must read file.py:name"),
         ("mine.py:rednes", FIVE_LINES, {}, "did you mean redness?"),
         ("mine.py:redness", FIVE_LINES, {"scal": 1}, "did you mean scale?"),
         ("mine.py:f", "def f(:\n  pass", {}, "syntax error in"),

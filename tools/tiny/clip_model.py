@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from imagerl.rewards.clip.packages import import_open_clip
+from imagerl.rl.errors import one_line
 from imagerl.rl.types import ImageRLError
 from tools.tiny.model import byte_pairs
 
@@ -46,9 +47,7 @@ def new_model(config: Mapping[str, Any], tokenizer: Any) -> tuple[Any, dict[str,
     try:
         return open_clip.model.CLIP(**complete), complete
     except Exception as error:  # open_clip checks nothing: sizes that do not fit raise anything
-        raise ImageRLError(
-            f"model: open_clip does not take it ({' '.join(str(error).split())[:200]})"
-        ) from error
+        raise ImageRLError(f"model: open_clip does not take it ({one_line(error, 200)})") from error
 
 
 def refuse_sizes(config: Mapping[str, Any], place: str) -> None:

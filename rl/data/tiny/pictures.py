@@ -43,6 +43,7 @@ def check_pictures(count: int, seed: int = 0) -> list[CheckPicture]:
         for kind, role, draw in KINDS:
             pictures.append(CheckPicture(kind, role, prompt, draw(scene, rng)))
         stranger = _scene(prompts[(index + 1) % count])
+        # With a single prompt the next one is the same, and its picture an honest one.
         if stranger.text != scene.text:
             pictures.append(CheckPicture("another prompt's picture", "other", prompt, render(stranger)))
     return pictures

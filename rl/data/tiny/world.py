@@ -88,6 +88,7 @@ def words() -> tuple[str, ...]:
 
 def split_of(text: str) -> str:
     """Return the split a text belongs to, for ever and everywhere."""
+    # By a hash and not by a list: a text that is made up later has its side, too.
     return "heldout" if derive_seed("tiny_world split", text) % 1000 < 1000 * HELDOUT_SHARE else "train"
 
 
@@ -97,6 +98,7 @@ def texts(split: str) -> tuple[str, ...]:
     if split not in SPLITS:
         raise ImageRLError(f"tiny_world has no split {split!r}; use one of: {', '.join(SPLITS)}")
     rng = random.Random(derive_seed("tiny_world numbers"))
+    # Made before the split, by one seed, so that both splits see the same pool.
     numbers = ["".join(rng.choices(DIGITS, k=rng.randint(3, 6))) for _ in range(len(words()) // 4)]
     pool = [text for text in dict.fromkeys([*words(), *numbers]) if split_of(text) == split]
     rng.shuffle(pool)

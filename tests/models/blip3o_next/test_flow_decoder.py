@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from imagerl.models.blip3o_next import flow_decoder
 from imagerl.models.blip3o_next.flow_decoder import FlowDecoder, build_connector
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.sana import caption_keys, velocity
@@ -198,6 +199,16 @@ def test_connector_has_the_published_layout() -> None:
     second = first @ connector[2].weight.T + connector[2].bias
     norm = (second.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     torch.testing.assert_close(connector(x), second * norm * connector[3].weight)
+
+
+def test_few_pictures_are_decoded_at_once(decoder: FlowDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, latents, _ = inputs(decoder, batch=5)
+    whole, seen, decode = decoder.draw(latents), [], decoder.vae.decode
+    monkeypatch.setattr(decoder.vae, "decode", lambda part: seen.append(len(part)) or decode(part))
+    height, width = decoder.picture_size
+    monkeypatch.setattr(flow_decoder, "MAX_PIXELS", 2 * height * width)
+    torch.testing.assert_close(decoder.draw(latents), whole, rtol=0, atol=1e-6)
+    assert seen == [2, 2, 1]
 
 
 def test_pictures_are_decoded_at_the_autoencoders_scale(decoder: FlowDecoder) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor
 from imagerl.models.common.flow_step import (
     StepKind,
     cps_logprob_as_flow_grpo,
-    flow_grpo_std,
     next_latents,
     step_coefficients,
     transition_logprob,
@@ -39,7 +38,10 @@ def test_a_step_is_that_of_flow_grpo(public, kind):
         x, v, following = (public[name][row : row + 1] for name in ("x", "v", "x_next"))
         mean = transition_mean(coefficients, step, x, v)
         torch.testing.assert_close(mean[0], public[f"{kind}/mean"][row], rtol=0, atol=1e-6)
-        std = coefficients.std if kind == "cps" else flow_grpo_std(coefficients.std, public["sigmas"])
+        g = (
+            coefficients.std / (public["sigmas"][:-1] - public["sigmas"][1:]).sqrt()
+        )  # std / √−d, their std_dev_t
+        std = coefficients.std if kind == "cps" else g
         torch.testing.assert_close(std[step], public[f"{kind}/std_dev_t"][row], rtol=1e-6, atol=0)
         if kind == "cps":
             logprob = cps_logprob_as_flow_grpo(following, mean)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import urllib3
 from PIL import Image
 
 from imagerl.rewards.base import RewardSpec, check_reward, load_spec
-from imagerl.rewards.boundary.child import read_frame, write_frame
 from imagerl.rewards.boundary.interpreter import CHILD, InterpreterReward
 from imagerl.rewards.boundary.wire import pack_request
 from imagerl.rewards.pictures import to_png
@@ -155,15 +155,28 @@ def test_the_process_ends_with_its_reward(folder: Path) -> None:
         os.kill(pid, 0)
 
 
-def test_it_does_not_outlive_who_started_it(folder: Path) -> None:
+def test_it_listens_to_its_owner_alone_and_does_not_outlive_it(folder: Path) -> None:
     """Even with the reward at work: a killed scoring process cannot say goodbye."""
-    wanted = {"target": f"{folder}/mine.py:behave", "settings": {"flag": ""}, "columns": None}
+    wanted = {
+        "target": f"{folder}/mine.py:behave",
+        "settings": {"flag": ""},
+        "columns": None,
+        "token": "word",
+    }
     child = subprocess.Popen([sys.executable, str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdin is not None and child.stdout is not None
     try:
-        write_frame(child.stdin, json.dumps(wanted).encode())
-        assert json.loads(read_frame(child.stdout) or b"")["parameters"] == ["prompts", "images", "flag"]
-        write_frame(child.stdin, pack_request(["hang"], [[0]], [PICTURE], {}, to_png))
+        child.stdin.write(json.dumps(wanted).encode() + b"\n")
+        child.stdin.flush()
+        told = json.loads(child.stdout.readline())
+        assert told["parameters"] == ["prompts", "images", "flag"]
+        address = f"http://127.0.0.1:{told['port']}/"
+        for given in ({}, {"Authorization": "Bearer other"}, {"Authorization": "word"}):
+            refused = urllib3.request("POST", address, body=b"x", headers=given, retries=False)
+            assert refused.status == 401 and "token" in refused.json()["error"]
+        body, right = pack_request(["hang"], [[0]], [PICTURE], {}, to_png), {"Authorization": "Bearer word"}
+        with pytest.raises(urllib3.exceptions.HTTPError):
+            urllib3.request("POST", address, body=body, headers=right, retries=False, timeout=0.5)
         child.stdin.close()
         assert child.wait(timeout=20) == 0
     finally:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from imagerl.api.checking import CheckResult
+from imagerl.api.checking import CheckResult, page_content
 from imagerl.rewards.base import LoadedReward, load_reward
 from imagerl.rewards.check.checks import CheckReport, check
-from imagerl.rewards.check.page import check_page
 from imagerl.rewards.check.ranking import rank, rank_correlation
 from imagerl.rl.data.tiny.pictures import KINDS, check_pictures
+from imagerl.rl.run.report import render_page
 from imagerl.rl.types import RewardOutput
 
 PICTURES = check_pictures(4)
@@ -207,12 +207,12 @@ def test_page_stands_alone_and_escapes() -> None:
         return RewardOutput(contrast(images), {"<b>": [None] * len(images)})
 
     report = check(LoadedReward("<script>", script), PICTURES[:12])
-    page = check_page(report, PICTURES[:12], "imagerl reward check <script>")
+    page = render_page("check.html.j2", page_content(report, PICTURES[:12], "imagerl reward check <script>"))
     assert page.count("data:image/png;base64,") == 12
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert "http" not in page and "<b>" not in page.split("</style>")[1].replace("<b class", "")
     broken = check(LoadedReward("broken", _zero_division), PICTURES[:12])
-    assert "not fit to train on" in check_page(broken, PICTURES[:12], "x")
+    assert "not fit to train on" in render_page("check.html.j2", page_content(broken, PICTURES[:12], "x"))
 
 
 def test_a_reward_that_says_why_it_has_no_value_is_quoted() -> None:

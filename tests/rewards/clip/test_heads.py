@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from imagerl.rewards.clip.heads import PictureHead, cosine, direction, similarity
+from imagerl.rewards.clip.reward import ClipReward
+from imagerl.rewards.hub import read_tensors
 from imagerl.rl.types import ImageRLError
 
 
@@ -50,6 +52,10 @@ def laion_layout() -> nn.Sequential:
     )
 
 
+def head_of(path: Path, activation: str = "none") -> PictureHead:
+    return PictureHead(read_tensors(str(path), "clip"), str(path), activation)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_network_gives_what_it_gives_in_torch(suffix: str, tmp_path: Path) -> None:
     network = laion_layout().eval()  # layers 0, 2 and 10: in the order of numbers, not of letters
@@ -57,33 +63,33 @@ def test_a_network_gives_what_it_gives_in_torch(suffix: str, tmp_path: Path) -> 
     state = {f"layers.{name}": value for name, value in network.state_dict().items()}
     save_file(state, path) if suffix == ".safetensors" else torch.save({"state_dict": state}, path)
     features = nn.functional.normalize(torch.randn(3, 6), dim=-1)
-    head = PictureHead(str(path))
+    head = head_of(path)
     head.check_width(6)
     torch.testing.assert_close(head(features), network(features)[:, 0])
     relu = nn.Sequential(network[0], nn.ReLU(), network[2], nn.ReLU(), network[-1])
-    torch.testing.assert_close(PictureHead(str(path), "relu")(features), relu(features)[:, 0])
+    torch.testing.assert_close(head_of(path, "relu")(features), relu(features)[:, 0])
     with pytest.raises(ImageRLError, match="takes 6 numbers of a picture, the model makes 768"):
         head.check_width(768)
 
 
 def test_heads_that_cannot_be_used(tmp_path: Path) -> None:
     path = tmp_path / "head.safetensors"
-    with pytest.raises(ImageRLError, match="is no file, and none of cosine, clipscore, logit, probability"):
-        PictureHead("cosinus")
+    with pytest.raises(ImageRLError, match="there is no file cosinus, and it is none of cosine, clipscore"):
+        ClipReward("tiny_clip", head="cosinus")
     save_file({"a.weight": torch.ones(3)}, path)
     with pytest.raises(ImageRLError, match="holds no linear layer"):
-        PictureHead(str(path))
+        head_of(path)
     save_file({"0.weight": torch.ones(3, 2), "1.weight": torch.ones(1, 4)}, path)
     with pytest.raises(ImageRLError, match="do not lead to 1 number: 2 to 3, 4 to 1"):
-        PictureHead(str(path))
+        head_of(path)
     save_file({"0.weight": torch.ones(3, 2)}, path)
     with pytest.raises(ImageRLError, match="do not lead to 1 number: 2 to 3"):
-        PictureHead(str(path))
+        head_of(path)
     with pytest.raises(ImageRLError, match="activation must be one of none, relu, gelu"):
-        PictureHead(str(path), "swish")
+        head_of(path, "swish")
     path.write_text("nothing")
     with pytest.raises(ImageRLError, match="cannot be read as a file of tensors"):
-        PictureHead(str(path))
+        head_of(path)
     torch.save({"0.weight": Path("a pickle")}, tmp_path / "head.pt")
     with pytest.raises(ImageRLError, match="UnpicklingError"):
-        PictureHead(str(tmp_path / "head.pt"))
+        head_of(tmp_path / "head.pt")

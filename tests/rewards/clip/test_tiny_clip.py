@@ -11,9 +11,9 @@ import torch
 from imagerl.rewards.base import LoadedReward, load_reward
 from imagerl.rewards.check.checks import check
 from imagerl.rewards.clip.models import load_clip
-from imagerl.rl.commands.cli import main
 from imagerl.rl.config.recipe import load_yaml_recipe
 from imagerl.rl.data.tiny.pictures import check_edits, check_pictures
+from tests.command import exit_code
 from tests.rewards.clip_folders import need_open_clip
 from tools.tiny.clip import PARTS, measure
 from tools.tiny.config import ClipRecipe
@@ -75,8 +75,6 @@ def test_the_rewards_pass_the_check(target: str, settings: dict[str, Any], make:
 def test_its_suites_have_a_ceiling(suite: str, capsys: pytest.CaptureFixture[str]) -> None:
     if suite == "clip":
         need_open_clip()
-    with pytest.raises(SystemExit) as leaving:
-        main(["eval", "--suite", suite, "--ceiling", "--n", "12"])
-    assert leaving.value.code == 0
+    assert exit_code(["eval", "--suite", suite, "--ceiling", "--n", "12"]) == 0
     reward = next(line for line in capsys.readouterr().out.splitlines() if line.split()[0] == suite)
     assert float(reward.split()[1]) > (0.5 if suite == "clip" else 0.999)

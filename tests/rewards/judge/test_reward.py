@@ -275,7 +275,7 @@ def test_a_model_that_reads_back_in_words() -> None:
 
 
 def test_a_rubrics_column_must_exist(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("ask: what colour is it?\nexpect: '{colour}'\n")
+    (tmp_path / "mine.yaml").write_text("show: what colour is it?\nexpect: '{colour}'\n")
     with Endpoint({}).at() as address:
         reward = judge(address, rubric=str(tmp_path / "mine.yaml"))
         with pytest.raises(

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from imagerl.rewards.judge.rubrics import FOLDER, Question, load_rubric, parse_marks, parse_rubric
-from imagerl.rl.types import ImageRLError
+from imagerl.rewards.judge.rubrics import FOLDER, Question, Rubric, load_rubric, parse_marks
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.files.mistakes import validated
 
-TWO = (Question("a", "?", 0, 10, "a"), Question("b", "?", 1, 5, "b"))
+TWO = {"a": Question(ask="?", most=10), "b": Question(ask="?", most=5, least=1)}
 
 
 @pytest.mark.parametrize(
@@ -83,10 +84,10 @@ def test_reading_back() -> None:
 def test_shipped_rubrics_say_their_form(name: str) -> None:
     rubric = load_rubric(name)
     assert set(rubric.fields) <= {"target"} and rubric.source == (name == "edit")
-    for question in rubric.questions:
-        assert f'"{question.name}": <number>' in rubric.system
-        assert rubric.schema["properties"][question.name]["enum"][-1] == question.most
-    assert rubric.schema["required"] == ["reason", *(q.name for q in rubric.questions)]
+    for question, asked in rubric.questions.items() if rubric.has_form else ():
+        assert f'"{question}": <number>' in rubric.system
+        assert rubric.answer_schema["properties"][question]["enum"][-1] == asked.most
+        assert rubric.answer_schema["required"] == ["reason", *rubric.questions]
 
 
 QUESTION = {"a": {"ask": "?", "most": 5}}
@@ -96,39 +97,39 @@ WHOLE = {"instructions": "i", "show": "{prompt}", "questions": QUESTION}
 @pytest.mark.parametrize(
     ("entry", "text"),
     [
-        ([], "must be a mapping"),
-        ({**WHOLE, "weight": 1}, "no key 'weight'"),
-        ({**WHOLE, "show": ""}, "show must be a text"),
+        ([], "should be a"),
+        ({**WHOLE, "weight": 1}, '"weight" is no setting'),
+        ({**WHOLE, "show": ""}, '"show" should'),
         ({**WHOLE, "show": "{prompt.__class__}"}, "must be the plain name of a column"),
         ({**WHOLE, "show": "{0}"}, "must be the plain name of a column"),
         ({**WHOLE, "show": "{prompt!r}"}, "must be the plain name of a column"),
         ({**WHOLE, "show": "{"}, "write {{ and }} for braces"),
-        ({**WHOLE, "questions": {}}, "at least one question"),
+        ({**WHOLE, "questions": {}}, "needs questions, or else expect"),
         ({**WHOLE, "questions": {"reason": QUESTION["a"]}}, "cannot be the name"),
         ({**WHOLE, "questions": {"cost": QUESTION["a"]}}, "cannot be the name"),
-        ({**WHOLE, "questions": {"a": {"ask": "?"}}}, "whole numbers least < most"),
+        ({**WHOLE, "questions": {"a": {"ask": "?"}}}, '"questions.a.most" is missing'),
         ({**WHOLE, "questions": {"a": {"ask": "?", "most": 0}}}, "whole numbers least < most"),
-        ({**WHOLE, "questions": {"a": {"ask": "?", "most": 5, "max": 1}}}, "no key 'max'"),
-        ({**WHOLE, "combine": "sum"}, "combine must be one of"),
+        ({**WHOLE, "questions": {"a": {"ask": "?", "most": 5, "max": 1}}}, '"questions.a.max" is no setting'),
+        ({**WHOLE, "combine": "sum"}, "\"combine\" should be 'mean', 'geometric' or 'min'"),
         ({**WHOLE, "capped_by": "b"}, "which is no question"),
-        ({**WHOLE, "source": 1}, "source must be true or false"),
-        ({"ask": "?"}, "expect must be a text"),
-        ({"ask": "?", "expect": "{target}", "questions": QUESTION}, "no key 'questions'"),
+        ({**WHOLE, "source": 1}, '"source" should be true or false'),
+        ({"show": "?"}, "needs questions, or else expect"),
+        ({"show": "?", "expect": "{target}", "questions": QUESTION}, "needs questions, or else expect"),
     ],
 )
 def test_mistakes_in_a_rubric_are_named(entry: object, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        parse_rubric("mine", entry)
+    with pytest.raises(ImageRLError, match=text):
+        validated(Rubric, entry, "rubric")
 
 
 def test_files(tmp_path: Path) -> None:
     with pytest.raises(ImageRLError, match="no rubric 'txt'; give a YAML file or one of: alignment, edit"):
         load_rubric("txt")
-    (tmp_path / "mine.yaml").write_text("ask: who?\nexpect: '{name}'\n")
+    (tmp_path / "mine.yaml").write_text("show: who?\nexpect: '{name}'\n")
     rubric = load_rubric(str(tmp_path / "mine.yaml"))
     assert (rubric.name, rubric.fields) == ("mine", ["name"])
-    (tmp_path / "mine.yaml").write_text("ask: [")
+    (tmp_path / "mine.yaml").write_text("show: [")
     with pytest.raises(
-        ImageRLError, match=r"rubric .*mine\.yaml, line 1, column 7: expected the node content"
+        ImageRLError, match=r"rubric .*mine\.yaml, line 1, column 8: expected the node content"
     ):
         load_rubric(str(tmp_path / "mine.yaml"))

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import ray
 
+from imagerl.rewards.boundary.wire import Reply
 from imagerl.rewards.workers.actors import Call, Plan, Worker, start_ray
 from imagerl.rewards.workers.pool import RewardWorkers, _shards
-from imagerl.rewards.workers.scoring import RewardValues
 from imagerl.rl.types import ImageRLError, RewardRequest, RewardScorer
 
 # Each prompt says what its group's samples shall do; `flag` is a file that makes "die once" remember.
@@ -183,7 +183,7 @@ def worker_of(monkeypatch: pytest.MonkeyPatch, max_restarts: int, *outcomes: obj
     return Worker(queue.SimpleQueue(), lambda: actor, {0: "a", 1: "b"}, 4.0, max_restarts)
 
 
-VALUES = RewardValues(np.ones(2), np.zeros(2, dtype=bool))
+VALUES = Reply([1.0, 1.0], {}, None)
 
 
 @pytest.mark.parametrize("kind", ray_errors())
@@ -196,7 +196,7 @@ def test_every_failure_of_ray_is_retried_counted_and_ends_the_run_by_our_rule(
     dying = worker_of(monkeypatch, 3, lost, lost, lost, lost, VALUES)
     for _ in range(2):
         values = dying._answer(call)
-        assert np.isnan(values.values).all() and (values.reason or "").isprintable()
+        assert np.isnan(values.rewards).all() and (values.reason or "").isprintable()
         assert (values.reason or "").startswith("the reward process died 2 times on this call (")
     with pytest.raises(
         ImageRLError, match=r"process of reward 'a' died or hung 4 times in a row.*max_restarts"

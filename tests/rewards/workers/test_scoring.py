@@ -1,13 +1,19 @@
 """Combining rewards: weights, and values that are missing."""
 
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from imagerl.rewards.base import LoadedReward
-from imagerl.rewards.workers.scoring import RewardValues, concatenate, score_request, to_pil_images
+from imagerl.rewards.boundary.guard import failed, join
+from imagerl.rewards.boundary.wire import Reply
+from imagerl.rewards.workers.pool import RewardWorkers
+from imagerl.rewards.workers.scoring import score_request, to_pil_images
 from imagerl.rl.types import ImageRLError, RewardOutput, RewardRequest, RewardScores
 
 NAN, INF = float("nan"), float("inf")
@@ -134,11 +140,10 @@ def test_images_must_be_rgb_bytes() -> None:
 
 
 def test_shards_join_in_order() -> None:
-    first = RewardValues(np.array([1.0]), np.array([False]), {"part": np.array([5.0])}, None)
-    joined = concatenate([first, RewardValues.failed(2, "hung"), first])
-    np.testing.assert_array_equal(joined.values, [1, NAN, NAN, 1])
-    np.testing.assert_array_equal(joined.parts["part"], [5, NAN, NAN, 5])
-    assert joined.reason == "hung"
+    first = Reply([1.0], {"part": [5.0]}, None)
+    joined = join([first, failed(2, "hung"), first])
+    np.testing.assert_array_equal(joined.rewards, [1, NAN, NAN, 1])
+    assert joined.breakdown == {"part": [5.0, None, None, 5.0]} and joined.reason == "hung"
 
 
 def test_an_error_costs_only_the_samples_at_fault() -> None:
@@ -165,3 +170,49 @@ def test_a_measured_reward_costs_nothing_when_it_fails() -> None:
     scores = score_request([LoadedReward("kept", lambda **_: [1.0, 2.0, 3.0, 4.0]), measured], request())
     np.testing.assert_array_equal(scores.totals, [1, 2, 3, 4])
     assert scores.failures == {"kept": 0, "measured": 1}
+
+
+CONTEXT = """
+def siblings(groups, images):
+    assert groups.count(groups[0]) == groups.count(groups[-1]) == 2, "a torn group"
+    if 1 in groups:
+        raise ValueError("asked to")
+    return [float(group) for group in groups]
+
+def late(images, progress):
+    return [progress for _ in images]
+
+def consistent(images, policy):
+    return [policy for _ in images]
+
+def plain(images, **columns):
+    assert set(columns) == {"prompts", "completions", "completion_ids", "target"}
+    return [0.0 for _ in images]
+"""
+
+
+@pytest.mark.parametrize("python", [None, sys.executable])
+def test_a_reward_sees_what_it_names(tmp_path: Path, python: str | None) -> None:
+    (tmp_path / "mine.py").write_text(CONTEXT)
+    asked = replace(request(), progress=0.25)
+    entries = [
+        {"import_path": f"{tmp_path}/mine.py:{n}", "python": python} for n in ("siblings", "late", "plain")
+    ]
+    scorer = RewardWorkers(entries, workers=0)
+    scores = scorer.collect(scorer.submit(asked))
+    np.testing.assert_array_equal(scores.components["siblings"], [0, 0, NAN, NAN])  # whole groups are lost
+    assert scores.reasons["siblings"].startswith("ValueError: asked to")
+    assert scores.components["late"].tolist() == [0.25] * 4
+    assert scores.components["plain"].tolist() == [0.0] * 4
+
+
+def test_the_policy_is_where_it_trains(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(CONTEXT)
+    entry = {"import_path": f"{tmp_path}/mine.py:consistent"}
+    scorer = RewardWorkers([entry], workers=0, policy=0.5)  # whatever trains
+    assert scorer.collect(scorer.submit(request())).totals.tolist() == [0.5] * 4
+    for elsewhere in (entry, {**entry, "python": sys.executable}):
+        with pytest.raises(
+            ImageRLError, match=r"asks for the policy.*rewards\.workers=0, and leave out python"
+        ):
+            RewardWorkers([elsewhere], workers=0)

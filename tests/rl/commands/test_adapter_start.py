@@ -13,7 +13,6 @@ import torch
 from imagerl.api.exporting import proof_samples, trained_policy, write_export
 from imagerl.models.blip3o_next.adapters import adapter_base
 from imagerl.models.blip3o_next.loading import load_policy
-from imagerl.rl.commands.cli import main
 from imagerl.rl.commands.plan import plans
 from imagerl.rl.config.recipe import load_yaml_recipe, validate_recipe
 from imagerl.rl.config.train import Recipe
@@ -25,6 +24,7 @@ from imagerl.rl.rollout.engine import RolloutEngine
 from imagerl.rl.sft.objective import sft_module
 from imagerl.rl.types import SamplingParams
 from tests import small_sft
+from tests.command import call
 from tests.micro import micro_folder
 from tests.small_run import low_tokens, recipe_data, small_trainer, write_recipe
 from tools.tiny.config import PretrainRecipe
@@ -37,12 +37,6 @@ STARTS = {
     "on_an_adapter": ("adapter", "{r: 2}"),
     "on_a_merge": ("merged", "{r: 2}"),
 }
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return int(ended.value.code or 0)
 
 
 def train(place: Path, run: Path, *overrides: str) -> None:

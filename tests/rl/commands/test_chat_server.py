@@ -20,6 +20,7 @@ from imagerl.rl.commands.chat_server import RequestError, chat_app, parse_chat
 from imagerl.rl.commands.cli import main
 from imagerl.rl.data.tiny.world import prompt_set, truth
 from imagerl.rl.errors import ImageRLError
+from tests.command import exit_code
 from tests.served import served
 
 HEADERS = {"Authorization": "Bearer of-the-tests"}
@@ -220,9 +221,7 @@ def test_the_shipped_model_reads_back_what_is_written(monkeypatch: pytest.Monkey
     monkeypatch.setenv("IMAGERL_SERVE_TOKEN", "of-the-tests")
     ready: list[Any] = []
     monkeypatch.setattr("imagerl.rl.commands.serving.run_app", lambda *given: ready.append(given))
-    with pytest.raises(SystemExit) as leaving:
-        main(["serve"])
-    assert leaving.value.code == 0
+    assert exit_code(["serve"]) == 0
     app, host, port, token, *_ = ready[0]
     assert (host, port, token) == ("127.0.0.1", 0, "of-the-tests")
     prompts = prompt_set("heldout", 8)

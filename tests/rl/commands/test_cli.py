@@ -9,14 +9,13 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from imagerl.api.training import closing_line
-from imagerl.rl.commands.cli import main
 from imagerl.rl.evaluation.stats import Interval, compare
+from tests.command import imagerl
 from tests.micro import micro_folder
 from tests.small_run import REWARD_FILE, write_recipe
 
@@ -27,14 +26,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     micro_folder(folder / "model")
     write_recipe(folder)
     return folder
-
-
-def imagerl(capsys: pytest.CaptureFixture[str], *arguments: str) -> SimpleNamespace:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    printed = capsys.readouterr()
-    return SimpleNamespace(code=ended.value.code or 0, out=printed.out, err=printed.err)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from imagerl.models.blip3o_next.loading import save_policy
-from imagerl.rl.commands.cli import main
+from tests.command import imagerl
 from tests.micro import MODEL, micro_folder
 from tools.tiny.model import new_policy
 from tools.tiny.samples import captions
@@ -28,14 +27,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("RGB", (128, 64), "white").save(folder / "large.png")
     (folder / "broken.png").write_bytes((folder / "fits.png").read_bytes()[:60])
     return folder
-
-
-def imagerl(capsys: pytest.CaptureFixture[str], *arguments: str) -> SimpleNamespace:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    printed = capsys.readouterr()
-    return SimpleNamespace(code=ended.value.code or 0, out=printed.out, err=printed.err)
 
 
 def test_every_question_gets_a_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

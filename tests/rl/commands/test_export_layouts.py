@@ -15,16 +15,10 @@ from imagerl.api.exporting import LAYOUTS, PROVENANCE, proof_samples, trained_po
 from imagerl.models.blip3o_next.exporting import save_published
 from imagerl.models.blip3o_next.loading import load_policy
 from imagerl.models.common.shards import Shards
-from imagerl.rl.commands.cli import main
 from imagerl.rl.errors import ImageRLError
+from tests.command import call
 from tests.micro import micro_folder, micro_policy
 from tests.small_run import write_recipe
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return int(ended.value.code or 0)
 
 
 @pytest.fixture(scope="module")

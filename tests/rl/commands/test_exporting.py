@@ -20,7 +20,6 @@ from imagerl.api.drawing import loaded_rollout
 from imagerl.api.exporting import PROVENANCE, proof_samples, trained_policy, write_export
 from imagerl.models.blip3o_next.loading import load_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.rl.commands.cli import main
 from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.engine.checkpoint import load_checkpoint
 from imagerl.rl.errors import ImageRLError
@@ -28,14 +27,9 @@ from imagerl.rl.evaluation.suites import SUITES
 from imagerl.rl.files.metrics import read_metrics
 from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling
 from imagerl.rl.types import SamplingParams
+from tests.command import call
 from tests.micro import micro_folder
 from tests.small_run import low_tokens, write_recipe
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return int(ended.value.code or 0)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import is_timing, read_metrics
 from imagerl.rl.run import report
 from imagerl.rl.training.trainer import Trainer
+from tests.command import exit_code
 from tests.micro import micro_folder
 from tests.small_run import write_recipe
 
@@ -94,9 +95,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*given: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(["compare", *given])
-    return int(ended.value.code or 0)
+    return exit_code(["compare", *given])
 
 
 def arguments(place: Path, *names: str, output: str, seeds: int = 2) -> list[str]:
@@ -171,9 +170,7 @@ def test_compare(place: Path, whole: Path) -> None:
 
 def test_a_compared_run_is_the_ordinary_one(place: Path, whole: Path) -> None:
     options = ["run.seed=1", "run.steps=4", "eval.every=2", f"run.output_dir={place / 'alone'}"]
-    with pytest.raises(SystemExit) as ended:
-        main(["train", str(place / "grpo.yaml"), *options])
-    assert not ended.value.code
+    assert exit_code(["train", str(place / "grpo.yaml"), *options]) == 0
     assert measured(place / "alone") == measured(whole / "grpo" / "seed-1")
 
 

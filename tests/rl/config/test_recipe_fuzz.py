@@ -239,7 +239,7 @@ def test_spoilt_rubrics_are_refused_in_a_line_or_make_sense(tmp_path: Path) -> N
         rubric, _ = refusal(lambda f=file: load_rubric(str(f)))
         if rubric is not None:
             assert rubric.show.strip() and (rubric.questions or rubric.expect)
-            assert all(0 < q.most - q.least <= 100 for q in rubric.questions)
+            assert all(0 < q.most - q.least <= 100 for q in rubric.questions.values())
 
 
 @pytest.mark.parametrize("schema", [*SCHEMAS.values(), SuiteFile], ids=lambda schema: schema.__name__)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 
+from imagerl.rl.config.engine import EngineConfig
 from imagerl.rl.engine import checkpoint
 from imagerl.rl.engine.checkpoint import (
     latest_checkpoint,
@@ -343,10 +344,8 @@ def train(
     directory: Path, first: int, last: int, deepspeed: bool
 ) -> tuple[list[float], dict[str, dict[str, torch.Tensor]]]:
     """A miniature of the trainer: noise from the global generator is seeded by the step alone."""
-    name = "deepspeed" if deepspeed else "torch"
-    engine = Engine(
-        SimpleNamespace(name=name, zero_stage=2, precision="fp32", device="cpu", threads=1)  # type: ignore[arg-type]
-    )
+    zero = {"name": "deepspeed", "zero_stage": 2} if deepspeed else {}
+    engine = Engine(EngineConfig(device="cpu", threads=1, **zero))
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.3), nn.Tanh(), nn.Linear(16, 2))
     state = load_checkpoint(directory / f"step_{first:06d}").tensors if first else None

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from imagerl.rl.config.engine import EngineConfig
 from imagerl.rl.engine import zero
 from imagerl.rl.engine.engine import Engine, learning_rate
 from imagerl.rl.errors import ImageRLError
@@ -22,8 +23,11 @@ SAMPLES = 12
 STATE_AFTER = 2
 
 
-def settings(name: str = "torch", zero_stage: int = 0, precision: str = "fp32") -> Any:
-    return SimpleNamespace(name=name, zero_stage=zero_stage, precision=precision, device="cpu", threads=1)
+def settings(
+    name: str = "torch", zero_stage: int = 0, precision: str = "fp32", offload: bool = False
+) -> EngineConfig:
+    stage = {"zero_stage": zero_stage, "offload_optimizer": offload} if name == "deepspeed" else {}
+    return EngineConfig(name=name, precision=precision, device="cpu", threads=1, timeout_s=300, **stage)
 
 
 def optim(**changes: Any) -> Any:
@@ -112,7 +116,14 @@ CASES = {
     "zero1": settings("deepspeed", 1),
     "zero2": settings("deepspeed", 2),
     "zero3": settings("deepspeed", 3),
+    "zero2 offloaded": settings("deepspeed", 2, offload=True),
 }
+
+
+def group_timeout() -> float:
+    """Seconds that exchanges of the process group may take."""
+    backend = torch.distributed.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+    return backend.options._timeout.total_seconds()
 
 
 def distributed_worker(rank: int, port: int, folder: str) -> None:
@@ -130,6 +141,7 @@ def distributed_worker(rank: int, port: int, folder: str) -> None:
     for name, config in CASES.items():
         results[name] = train_and_resume(config)
         results[name]["ranks"] = Engine(config).gather_objects(rank)
+    results["timeout"] = group_timeout()
     if rank == 0:
         torch.save(results, Path(folder, "results.pt"))
     engine = Engine(settings())
@@ -175,6 +187,13 @@ def test_two_processes_train_like_one(
     assert_same(result["end"]["model"], one_process["end"]["model"], atol=1e-5)
     assert_same(result["end"]["optimizer"], one_process["end"]["optimizer"], atol=1e-5)
     torch.testing.assert_close(result["outputs"], one_process["outputs"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_timeout_reaches_the_process_group(two_processes: dict[str, Any]) -> None:
+    assert two_processes["timeout"] == 300
+    pytest.importorskip("deepspeed")
+    Engine(settings("deepspeed", 2))  # alone
+    assert group_timeout() == 300
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -315,13 +334,13 @@ def test_sums_and_gathers_alone() -> None:
 def test_missing_gpu_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ImageRLError, match=r"engine\.device=cpu"):
-        Engine(SimpleNamespace(name="torch", zero_stage=0, precision="fp32", device="cuda", threads=None))
+        Engine(EngineConfig(device="cuda"))
 
 
 def test_ranks_started_by_a_process_that_posed_stay_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed alone in a notebook, then torchrun from there: its ranks inherit the pose and must keep their own."""
-    for name in (*zero._ALONE, zero._POSING):
-        monkeypatch.delenv(name, raising=False)
+    names = {*zero._ALONE, zero._POSING}
+    monkeypatch.setattr(os, "environ", {n: value for n, value in os.environ.items() if n not in names})
     assert zero.pose_as_launcher()
     launched = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     for name, value in launched.items():

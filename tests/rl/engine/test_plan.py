@@ -10,13 +10,13 @@ import torch
 import yaml
 
 from imagerl.models.blip3o_next.loading import save_policy
-from imagerl.rl.commands.cli import main
 from imagerl.rl.commands.plan import longest_prompt, model_config, plans
 from imagerl.rl.config.recipe import validate_recipe
 from imagerl.rl.config.train import PromptSetConfig, Recipe, load_recipe
 from imagerl.rl.data.prompt_sets import load_prompt_set
 from imagerl.rl.engine.plan import GIB, make_plan, step_shape, table
 from imagerl.rl.errors import ImageRLError
+from tests.command import exit_code
 from tests.micro import micro_folder
 from tests.models.helpers import edit_policy
 from tests.resident import alone
@@ -146,8 +146,9 @@ def test_step_shapes() -> None:
     assert (one.sampled, one.pictures, one.micro_batch, one.share) == (4, 8, 8, 4)
     assert (four.sampled, four.pictures) == (2, 8)
     assert step_shape(recipe("eval.batch_size=64"), 1, 20, 8).pictures == 64
-    with pytest.raises(ImageRLError, match=r"prompts_per_step \(8\) must be divisible by the 3 GPUs"):
-        step_shape(settings, 3, 20, 8)
+    assert step_shape(settings, 3, 20, 8).sampled == 3  # of the busiest
+    with pytest.raises(ImageRLError, match="9 GPUs cannot share 8 prompts"):
+        step_shape(settings, 9, 20, 8)
 
 
 def test_edits_cost_their_pictures(tmp_path: Path) -> None:
@@ -180,17 +181,13 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     micro_folder(tmp_path / "model")
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe_data(tmp_path)))
-    with pytest.raises(SystemExit) as ended:
-        main(["plan", str(file), "eval.batch_size=4", "--gpu-memory", "1"])
-    assert not ended.value.code
+    assert exit_code(["plan", str(file), "eval.batch_size=4", "--gpu-memory", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["MiB", "per", "GPU", "1", "GPU", "2", "GPUs"]  # 2 prompts cannot feed 4
     assert lines[-1].split()[-2:] == ["fits", "fits"]
     assert sum("*" in line for line in lines) >= 2  # the busiest phase, and the sum
-    with pytest.raises(SystemExit) as ended:
-        main(["plan", str(file), "--gpus", "3"])
-    assert ended.value.code == 1
-    assert "must be divisible by the 3 GPUs" in capsys.readouterr().err
+    assert exit_code(["plan", str(file), "--gpus", "3"]) == 1
+    assert "3 GPUs cannot share 2 prompts" in capsys.readouterr().err
 
 
 def test_too_much_is_said() -> None:

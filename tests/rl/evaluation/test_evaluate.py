@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,6 +129,31 @@ def test_every_evaluation_uses_the_same_draws(policy: ImagePolicy) -> None:
     assert abs(whole.images.astype(int) - first.images).max() <= 1
     other, _ = run(policy, seed=1)
     assert not np.array_equal(first.images, other.images)
+
+
+class Rank:
+    """One of two processes that share an evaluation; `found` is what those before it had."""
+
+    world_size = 2
+
+    def __init__(self, rank: int, found: list[Any]) -> None:
+        self.rank, self.found = rank, found
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        self.found.append(value)
+        return self.found
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_ranks_share_an_evaluation_and_measure_what_one_does(policy: ImagePolicy, batch_size: int) -> None:
+    alone, _ = run(policy, batch_size)
+    found: list[Any] = []
+    for rank in (1, 0):
+        rollout, scorer = RolloutEngine(policy, SamplingParams(flow_steps=2), 0, nullcontext), Brightness()
+        together = evaluate("ocr", PROMPTS, rollout, scorer, batch_size, shown=3, ranks=Rank(rank, found))
+        assert len(scorer.requests) == {2: [2, 1], 64: [1, 0]}[batch_size][rank]
+    np.testing.assert_equal(together.per_prompt, alone.per_prompt)  # bit for bit, NaN included
+    assert np.array_equal(together.images, alone.images[:3])
 
 
 def test_two_policies_are_compared_on_the_same_random_numbers(policy: ImagePolicy) -> None:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from imagerl.rl.commands.cli import main
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.layouts import draw, entries_of, samples_of
 from imagerl.rl.types import Prompt, RolloutGroup
+from tests.command import exit_code
 from tests.micro import micro_folder
 
 SIDE = 8
@@ -223,17 +223,13 @@ def test_from_the_command_line(
 ) -> None:
     model, out = str(micro_folder(tmp_path / "model")), tmp_path / "out"
     command = ["eval", "--layout", "geneval", "--model", model, "--pictures", str(out), "--samples", "2"]
-    with pytest.raises(SystemExit) as ended:
-        main([*command, "--prompts", str(geneval)])
-    assert ended.value.code == 0
+    assert exit_code([*command, "--prompts", str(geneval)]) == 0
     assert len(list(out.glob("*/samples/*.png"))) == 6
     assert f"{out}: 3 prompts, 2 pictures each" in capsys.readouterr().out
     facts = json.loads((tmp_path / "out.json").read_text())
     assert facts["layout"] == "geneval" and len(facts["model_sha256"]) == 64 and facts["flow_steps"] == 3
     geneval.write_text("\n".join(RECORDS).replace("two cows", "two oxen"))
-    with pytest.raises(SystemExit) as ended:
-        main([*command, "--prompts", str(geneval)])
-    assert ended.value.code == 1
+    assert exit_code([*command, "--prompts", str(geneval)]) == 1
     assert "was begun with another prompts_sha256" in capsys.readouterr().err
 
 
@@ -250,7 +246,6 @@ def test_from_the_command_line(
 def test_mistakes_are_one_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["eval", *arguments])
+    assert exit_code(["eval", *arguments]) == 1
     told = capsys.readouterr().err
-    assert ended.value.code == 1 and message in told and told.count("\n") == 1
+    assert message in told and told.count("\n") == 1

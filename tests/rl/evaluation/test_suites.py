@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from imagerl.models.blip3o_next.fingerprint import model_fingerprint
-from imagerl.rl.commands.cli import main
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.suites import SUITES, find_suite, fingerprint
+from tests.command import call as imagerl
 from tests.micro import micro_folder
 
 REWARDS = """
@@ -32,12 +32,6 @@ prompts: [{{prompt: a red cat, ink: red}}, {{prompt: a blue dog, ink: blue}}, {{
 rewards: [{{import_path: "{file}:light", weight: 2.0}}]
 gold: [{{import_path: "{file}:red"}}]
 """
-
-
-def imagerl(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return int(ended.value.code or 0)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from imagerl.rl.commands.cli import main
 from imagerl.rl.files.environment import leave_to_the_recipe
 from imagerl.rl.files.metrics import read_metrics
+from tests.command import exit_code
 from tests.micro import micro_folder
 from tests.small_run import write_recipe
 
@@ -76,8 +76,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(recipe: Path) -> float:
-    with pytest.raises(SystemExit, match="0"):
-        main(["train", str(recipe), f"run.output_dir={recipe.parent / 'undisturbed'}"])
+    assert exit_code(["train", str(recipe), f"run.output_dir={recipe.parent / 'undisturbed'}"]) == 0
     return grad_norm(recipe.parent / "undisturbed")
 
 
@@ -97,8 +96,7 @@ def test_a_variable_changes_no_gradient(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(name, SETTINGS[name])
-    with pytest.raises(SystemExit, match="0"):
-        main(["train", str(recipe), f"run.output_dir={tmp_path / 'run'}"])
+    assert exit_code(["train", str(recipe), f"run.output_dir={tmp_path / 'run'}"]) == 0
     assert undisturbed > 0 and grad_norm(tmp_path / "run") == undisturbed
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "alone decide" in line]
     assert told == f"imagerl: ignores {name}; recipe and command alone decide"

@@ -7,9 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from imagerl.rl.commands.cli import main
 from imagerl.rl.engine.checkpoint import list_checkpoints
 from imagerl.rl.files.metrics import is_timing, read_metrics
 
@@ -42,9 +39,3 @@ def logged_steps(run: Path) -> list[int]:
 
 def being_written(run: Path, pid: int) -> list[Path]:
     return list((run / "checkpoints").glob(f".step_*.tmp-{pid}@*"))
-
-
-def call(*given: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(given)
-    return int(ended.value.code or 0)

@@ -15,7 +15,7 @@ from imagerl.rl.config.train import Recipe, load_recipe
 from imagerl.rl.engine.checkpoint import save_checkpoint
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.writing import process_place, temporary_name
-from imagerl.rl.run.folder import LOCK, RunFolder
+from imagerl.rl.run.folder import LOCK, RunFolder, told_changes
 from tests.small_run import recipe_data
 
 WRITTEN = (
@@ -126,6 +126,40 @@ def test_a_link_to_a_folder_is_that_folder(tmp_path: Path) -> None:
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ImageRLError, match="cannot write"):
         RunFolder(tmp_path / "gone").lock()
+
+
+# ---- what a continuation may change ------------------------------------------------------------------------
+
+
+def test_how_numbers_are_computed_may_change_and_what_is_computed_may_not(tmp_path: Path) -> None:
+    folder, settings = RunFolder(tmp_path / "run"), recipe(tmp_path)
+    make_run(folder, settings)
+    other = (
+        "engine.name=deepspeed",
+        "engine.micro_batch_size=2",
+        "rollout.sample_chunk=1",
+        "eval.batch_size=1",
+    )
+    changed = recipe(tmp_path, *other, "run.steps=9", "checkpoint.grace_s=0")
+    checkpoint = folder.resumable(changed)
+    assert checkpoint is not None
+    checkpoint.state["processes"] = 2
+    assert told_changes(checkpoint, changed, 1) == (
+        'going on from step 2 with run.steps 9 (was 4), rollout.sample_chunk 1 (was null), engine.name "deepspeed" '
+        '(was "torch"), engine.zero_stage 1 (was null), engine.micro_batch_size 2 (was 8), eval.batch_size 1 (was '
+        "64), checkpoint.grace_s 0.0 (was 25.0), the number of processes 1 (was 2)"
+    )
+    assert told_changes(checkpoint, settings, 2) == ""
+    for key, value in (("engine.precision", "bf16"), ("rollout.group_size", 2)):
+        with pytest.raises(ImageRLError, match=f"started with another {key}"):
+            folder.resumable(recipe(tmp_path, f"{key}={value}"))
+
+
+def test_weights_alone_are_no_run_to_go_on_with(tmp_path: Path) -> None:
+    folder, settings = RunFolder(tmp_path / "run"), recipe(tmp_path, "checkpoint.weights_only=true")
+    make_run(folder, settings)
+    with pytest.raises(ImageRLError, match="holds weights only"):
+        folder.resumable(settings)
 
 
 # ---- the lock ----------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ import pytest
 from imagerl.rl.config.train import load_recipe
 from imagerl.rl.engine.checkpoint import list_checkpoints
 from imagerl.rl.files.metrics import read_metrics
+from imagerl.rl.run import loop
 from imagerl.rl.run.folder import LOCK, RunFolder
+from imagerl.rl.training.trainer import Trainer
 from tests.rl.run.helpers import (
     STEPS,
     VARIANTS,
@@ -100,7 +104,7 @@ def test_killed_at_several_points(place: Path, undisturbed: dict[str, Path], var
     assert command.wait() == -signal.SIGKILL and not list_checkpoints(run / "checkpoints")
 
     command = Command(place, *arguments(place, variant, run.name, "--resume"))
-    command.wait_for(lambda: 3 in logged_steps(run))  # between two checkpoints
+    command.wait_for(lambda: 3 in logged_steps(run) and bool(list_checkpoints(run / "checkpoints")))
     command.kill()
     assert command.wait() == -signal.SIGKILL
     assert [p.name for p in list_checkpoints(run / "checkpoints")] == ["step_000002"]
@@ -148,6 +152,70 @@ def test_ctrl_c_twice_stops_at_once(place: Path) -> None:
     assert (code, command.output.splitlines()[-1]) == (130, "imagerl: interrupted") or code == 0
     assert "Traceback" not in command.output
     assert list_checkpoints(run / "checkpoints")
+
+
+@pytest.mark.parametrize("moment", ["step", "evaluation"])
+def test_a_long_step_or_evaluation_loses_nothing(
+    place: Path,
+    undisturbed: dict[str, Path],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+) -> None:
+    """The step before is saved, nothing of the one in flight, and the evaluation is made up for."""
+    run = place / f"long_{moment}"
+    original, evaluated = Trainer.step, loop.evaluate
+
+    def step(self: Trainer, number: int) -> object:
+        result = original(self, number)
+        if number == 4:  # the fifth: its update is made, its metrics are not logged yet
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return result
+
+    def evaluation(*given: object, **named: object) -> object:
+        result = evaluated(*given, **named)  # type: ignore[arg-type]
+        if (run / "samples" / "step_000002.png").exists():  # of step 4
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return result
+
+    more = ("checkpoint.every=0", "checkpoint.grace_s=0.2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step) if moment == "step" else patch.setattr(
+            loop, "evaluate", evaluation
+        )
+        assert call(*arguments(place, "full", run.name, *more)) == 0
+    assert "stopped after step 4; continue with --resume" in capfd.readouterr().out
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_000004"]
+    assert call(*arguments(place, "full", run.name, "--resume")) == 0
+    assert results(run) == results(undisturbed["full"])
+
+
+def test_what_fails_in_a_step_costs_that_step_only(
+    place: Path,
+    undisturbed: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original = Trainer.step
+
+    def failing(self: Trainer, number: int) -> object:
+        result = original(self, number)
+        if number == 3:
+            raise RuntimeError("out of memory")
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", failing)
+        patch.setattr("imagerl.rl.run.loop.Run._look", lambda *_: None)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            call(*arguments(place, "full", "failing", "checkpoint.every=0"))
+    assert "step 3 is saved; continue with --resume" in capsys.readouterr().out
+    assert call(*arguments(place, "full", "failing", "--resume")) == 0
+    ours, theirs = (results(run)["files"] for run in (place / "failing", undisturbed["full"]))
+    last = "checkpoints/step_000008/model.safetensors"
+    assert ours[last] == theirs[last]
 
 
 # ---- resuming ----------------------------------------------------------------------------------------------

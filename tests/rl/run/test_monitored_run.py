@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from imagerl.rl.commands.cli import main
 from imagerl.rl.files.metrics import read_metrics
+from tests.command import call
 from tests.micro import micro_folder
 from tests.small_run import write_recipe
 
@@ -17,12 +17,6 @@ def high_tokens(completions, **_):
     """What low_tokens of reward.py takes away."""
     return [sum(token >= 8 for token in tokens) / len(tokens) for tokens in completions]
 '''
-
-
-def call(*given: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(given)
-    return int(ended.value.code or 0)
 
 
 def test_a_run_ends_when_its_reward_is_gamed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from imagerl.rl.commands.cli import main
 from imagerl.rl.engine.checkpoint import list_checkpoints
 from imagerl.rl.files.metrics import is_timing, read_metrics
 from imagerl.rl.sft.trainer import SFTTrainer
+from tests.command import call
 from tests.micro import micro_folder
 from tests.small_run import RANK_PROGRAM
 from tests.small_sft import recipe, small_trainer, write_pictures, write_recipe
@@ -45,12 +46,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(place: Path, variant: str, run: str, *more: str) -> list[str]:
     return ["sft", str(place / f"{variant}.yaml"), f"run.output_dir={place / run}", *more]
-
-
-def call(*given: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(given)
-    return int(ended.value.code or 0)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""How many CPU threads each phase of a training step uses."""
+"""How a step is shared out: CPU threads to its phases, prompts to its processes."""
 
 from __future__ import annotations
 
@@ -36,3 +36,26 @@ def test_a_core_is_left_to_the_scoring_and_taken_back(monkeypatch: pytest.Monkey
     assert used["draw"][0] == 3 and set(used["draw"][1:]) == {2}  # nothing to score before the first pictures
     assert set(used["reference"]) == {2}
     assert set(used["update"]) == {3}
+
+
+class Rows:
+    """A batch of which only the number of samples counts."""
+
+    def __init__(self, count: int) -> None:
+        self.action_mask = torch.ones(count, 1)
+
+    def rows(self, which: slice) -> int:
+        return len(self.action_mask[which])
+
+
+def test_prompts_that_processes_do_not_divide() -> None:
+    """Every one has as many passes as the busiest, and the prompts of all are the step's, in order."""
+    trainer = small_trainer("rollout.prompts_per_step=4", "engine.micro_batch_size=3")
+    trainer.engine.world_size = 3
+    own, passes = [], []
+    for trainer.engine.rank in range(3):
+        own += range(4)[trainer._own]
+        count = 4 * len(range(4)[trainer._own])
+        passes.append([(parts[0], counts) for parts, counts in trainer._microbatches([Rows(count)])])
+    assert own == [0, 1, 2, 3]
+    assert passes == [[(3, True), (1, True), (1, False)]] * 2 + [[(3, True), (3, True), (2, True)]]

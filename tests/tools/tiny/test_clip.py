@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from imagerl.rl.commands.cli import main
 from imagerl.rl.data.tiny.world import BACKGROUNDS, FONTS, INKS, Scene, split_of
+from tests.command import exit_code
 from tests.rewards.clip_folders import need_open_clip
 from tools.tiny.__main__ import tiny
 from tools.tiny.clip import BLOCK, PARTS, altered, contrastive_loss, measure, trainable
@@ -106,9 +106,9 @@ def test_a_run_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     small += ["model.vision_cfg={image_size: 64, patch_size: 32, width: 32, head_width: 16, layers: 1}"]
     documents = []
     for name in ("a", "b"):
-        with pytest.raises(SystemExit) as leaving:
-            main(["clip", RECIPE, f"run.output_dir={tmp_path / name}", *small], tiny, "tools.tiny")
-        assert leaving.value.code == 0
+        assert (
+            exit_code(["clip", RECIPE, f"run.output_dir={tmp_path / name}", *small], tiny, "tools.tiny") == 0
+        )
         documents.append(json.loads((tmp_path / name / "model" / "training.json").read_text()))
     assert documents[0]["measured"] == documents[1]["measured"]
     assert set(documents[0]["measured"]) == {"caption_of_64", "picture_of_64"} | {

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imagerl.rl.commands.cli import main
 from imagerl.rl.data.image_files import Example, Limits, load_example
 from imagerl.rl.data.image_sources import open_source
 from imagerl.rl.data.tiny.world import HEIGHT, WIDTH, split_of
+from tests.command import exit_code
 from tools.tiny.__main__ import tiny
 from tools.tiny.render import rendered
 
@@ -19,9 +19,7 @@ LIMITS = Limits(max_pixels=1 << 20, min_side=8, max_aspect=4.0, max_caption_char
 
 
 def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as leaving:
-        main(["render", *arguments], tiny, "tools.tiny")
-    return int(leaving.value.code or 0)
+    return exit_code(["render", *arguments], tiny, "tools.tiny")
 
 
 def samples(folder: Path) -> list[Example]:

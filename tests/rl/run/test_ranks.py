@@ -1,0 +1,124 @@
+"""Processes that come, go, hang and die: the run goes on with other ones as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from imagerl.rl.engine.checkpoint import list_checkpoints
+from tests.rl.run.helpers import arguments, call, logged_steps, measured
+from tests.small_run import RANK_PROGRAM, Command
+
+ROOT = Path(__file__).parents[3]
+ZERO2 = ("engine.name=deepspeed", "engine.zero_stage=2")
+# After two steps the other rank gets no further, or ends; the first one waits for it in a collective.
+FATE = """
+def {name}(completions, **_):
+    import os, pathlib, time
+    done = pathlib.Path({metrics!r})
+    if os.environ.get("RANK") == "1" and done.exists() and done.read_text().count('"loss"') == 2:
+        {what}
+    return low_tokens(completions)
+"""
+
+
+class Ranks:
+    """Processes under torchrun that execute command lines one after the other."""
+
+    def __init__(self, place: Path, count: int, *runs: list[str]) -> None:
+        program = place / "ranks.py"
+        program.write_text(RANK_PROGRAM)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            [*launcher, "--standalone", str(program), json.dumps(runs)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def output(self) -> str:
+        return self.process.communicate(timeout=600)[0]
+
+
+def with_fate(place: Path, name: str, what: str) -> list[str]:
+    """The arguments of a run of two ranks on which a fate falls."""
+    file = place / f"{name}.py"
+    fate = FATE.format(name=name, metrics=str(place / name / "metrics.jsonl"), what=what)
+    file.write_text((place / "reward.py").read_text() + fate)
+    reward = f"rewards.functions=[{{import_path: {file}:{name}, name: low_tokens}}]"
+    return arguments(place, "full", name, reward, "checkpoint.every=0", "checkpoint.grace_s=1", *ZERO2)
+
+
+def assert_like(run: Path, whole: Path) -> None:
+    for one, other in zip(measured(run), measured(whole), strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_other_processes_take_over(
+    place: Path, undisturbed: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two ranks with ZeRO-2, stopped while one hangs; one with torch; two again, until one is killed; then one."""
+    pytest.importorskip("deepspeed")
+    moved, stuck, killed = place / "moved", place / "stuck", place / "killed"
+    ranks = Ranks(
+        place,
+        2,
+        arguments(place, "full", "moved", "run.steps=2", "engine.micro_batch_size=3", *ZERO2),
+        with_fate(place, "stuck", "time.sleep(600)"),
+    )
+    while 2 not in logged_steps(stuck) and ranks.process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.5)  # into the step that does not end
+    ranks.process.send_signal(signal.SIGTERM)
+    output = ranks.output()
+    assert "stopped after step 2; continue with --resume" in output, output
+    assert [path.name for path in list_checkpoints(stuck / "checkpoints")] == ["step_000002"]
+
+    assert call(*arguments(place, "full", "moved", "run.steps=4", "eval.batch_size=1", "--resume")) == 0
+    told = capfd.readouterr().err
+    for change in ('engine.name "torch" (was "deepspeed")', "engine.zero_stage null (was 2)",
+                   "engine.micro_batch_size 8 (was 3)", "the number of processes 1 (was 2)"):  # fmt: skip
+        assert change in told
+
+    back = arguments(place, "full", "moved", "--resume", *ZERO2)
+    ranks = Ranks(place, 2, back, with_fate(place, "killed", "os.kill(os.getpid(), 9)"))
+    output = ranks.output()
+    assert_like(moved, undisturbed["full"])
+    assert "step 2 is saved; continue with --resume" in output or "stopped after step 2" in output, output
+    assert "Traceback" not in output.split("held-out after step 0")[-1].split("torch/distributed")[0]
+    assert [path.name for path in list_checkpoints(killed / "checkpoints")] == ["step_000002"]
+
+    reward = f"rewards.functions=[{{import_path: {killed}.py:killed, name: low_tokens}}]"
+    assert call(*arguments(place, "full", "killed", reward, "--resume")) == 0
+    assert_like(killed, undisturbed["full"])
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_divide_the_prompts(place: Path) -> None:
+    pytest.importorskip("deepspeed")
+    more = ("run.steps=3", "rollout.prompts_per_step=4", "eval.batch_size=1", "engine.micro_batch_size=4")
+    engines = {"ddp": (), "zero3": ("engine.name=deepspeed", "engine.zero_stage=3")}
+    alone = Command(place, *arguments(place, "full", "divided_alone", *more))
+    runs = [arguments(place, "full", f"divided_{name}", *more, *engine) for name, engine in engines.items()]
+    ranks = Ranks(place, 3, *runs)
+    output = ranks.output()
+    assert ranks.process.returncode == 0, output
+    assert alone.wait() == 0, alone.output
+    for name in engines:
+        assert_like(place / f"divided_{name}", place / "divided_alone")
+        evaluations = [
+            json.loads((place / f"divided_{which}" / "eval" / "ocr_step_000000.json").read_text())
+            for which in (name, "alone")
+        ]
+        assert evaluations[0]["per_prompt"] == evaluations[1]["per_prompt"]  # bit for bit
