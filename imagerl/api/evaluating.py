@@ -36,11 +36,14 @@ class Drawing:
     temperature: float | None
     guidance: float | None
     flow_steps: int | None
+    token_guidance: float | None = None
+    family: str | None = None
 
     def rollout(self, model: str) -> RolloutEngine:
         from imagerl.api.drawing import loaded_rollout
 
-        return loaded_rollout(model, self.seed, self.temperature, self.guidance, self.flow_steps)[1]
+        drawn_by = (self.temperature, self.guidance, self.flow_steps, self.token_guidance)
+        return loaded_rollout(model, self.seed, *drawn_by, self.family)
 
 
 def facts_of(suite: Suite, prompts: Sequence[Prompt], how: Drawing) -> dict[str, Any]:
@@ -163,6 +166,8 @@ def evaluate(
     temperature: float | None = None,
     guidance: float | None = None,
     flow_steps: int | None = None,
+    token_guidance: float | None = None,
+    family: str | None = None,
 ) -> EvaluationResult:
     """Measure a model on held-out prompts, and with `against` another one, or results of one, prompt by prompt.
 
@@ -174,7 +179,7 @@ def evaluate(
     from dataclasses import replace
 
     from imagerl.api.recipes import reward_specs
-    from imagerl.models.blip3o_next.loading import load_prompts
+    from imagerl.models.families import load_prompts
     from imagerl.rl.evaluation.against import compared
     from imagerl.rl.evaluation.kept_pictures import refuse_filled
     from imagerl.rl.evaluation.suites import find_suite
@@ -184,7 +189,7 @@ def evaluate(
         chosen = replace(chosen, rewards=[spec.model_dump() for spec in reward_specs(rewards)])
     if gold is not None:
         chosen = replace(chosen, gold=[spec.model_dump() for spec in reward_specs(gold)])
-    how = Drawing(seed, samples, batch_size, temperature, guidance, flow_steps)
+    how = Drawing(seed, samples, batch_size, temperature, guidance, flow_steps, token_guidance, family)
     kept = None if pictures is None else Path(pictures)
     if kept is not None:
         refuse_filled(kept)
@@ -205,7 +210,7 @@ def evaluate(
         )
         for _, path in (measured, *others):
             if path not in STAND_INS:
-                load_prompts(path).require(prompts, chosen.reads)  # before anything is drawn
+                load_prompts(path, family).require(prompts, chosen.reads)  # before anything is drawn
         result, own_facts = measure(chosen, prompts, measured[1], how, kept)
         document: dict[str, Any] = result.to_dict(**own_facts | {"model": measured[0]}, **facts)
         for name, path in others:
@@ -242,16 +247,16 @@ def measure(
     suite: Suite, prompts: Sequence[Prompt], measured: str, how: Drawing, pictures: Path | None
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Measure a model, or one of STAND_INS; also return what is to be known of it."""
-    from imagerl.models.blip3o_next.fingerprint import model_fingerprint
+    from imagerl.models.families import fingerprint
 
     if suite.reads:
-        facts = {"model": measured, "model_sha256": model_fingerprint(measured)}
-        return _answers(suite.name, prompts, measured, how.batch_size), facts
+        facts = {"model": measured, "model_sha256": fingerprint(measured)}
+        return _answers(suite.name, prompts, measured, how), facts
     if measured in STAND_INS:
         source = _perfect(suite) if measured == STAND_INS[0] else _unchanged(suite, prompts)
         return _score(suite, prompts, source, how, pictures), {"model": measured}
     rollout = how.rollout(measured)
-    facts = {"model": measured, "model_sha256": model_fingerprint(measured), **asdict(rollout.sampling)}
+    facts = {"model": measured, "model_sha256": fingerprint(measured), **asdict(rollout.sampling)}
     return _score(suite, prompts, rollout, how, pictures), facts
 
 
@@ -279,14 +284,11 @@ def _score(
     return result
 
 
-def _answers(name: str, prompts: Sequence[Prompt], model: str, batch_size: int) -> Evaluation:
-    import torch
-
-    from imagerl.models.blip3o_next.loading import load_policy
+def _answers(name: str, prompts: Sequence[Prompt], model: str, how: Drawing) -> Evaluation:
+    from imagerl.api.drawing import load_policy
     from imagerl.rl.evaluation.understanding import evaluate_answers
 
-    policy, _ = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
-    return evaluate_answers(name, prompts, policy, batch_size)
+    return evaluate_answers(name, prompts, load_policy(model, how.family), how.batch_size)
 
 
 def _perfect(suite: Suite) -> Source:

@@ -13,7 +13,7 @@ from imagerl.rl.files.metrics import is_timing, read_metrics
 
 if TYPE_CHECKING:
     from imagerl.api.cards import Plot
-    from imagerl.models.blip3o_next.policy import ImagePolicy
+    from imagerl.models.base import Policy
     from imagerl.rl.config.sft import AnyRecipe
 
 SHOWN = (
@@ -67,11 +67,11 @@ class TrainingResult:
         """The page that tells all of it."""
         return self.folder / "report.html"
 
-    def policy(self) -> ImagePolicy:
+    def policy(self) -> Policy:
         """Load the policy of the last checkpoint."""
-        from imagerl.api.exporting import trained_policy
+        from imagerl.api.exporting import recipe_of, trained_policy
 
-        return trained_policy(self.folder)[0]
+        return trained_policy(*recipe_of(self.folder))
 
     def plot(self, *keys: str) -> Plot:
         """Draw curves of metrics.jsonl, such as "kl/k3", each in a chart; without keys all that the report has.

@@ -64,6 +64,8 @@ def sample(
     temperature: float | None = None,
     guidance: float | None = None,
     flow_steps: int | None = None,
+    token_guidance: float | None = None,
+    family: str | None = None,
 ) -> Samples:
     """Draw `n` pictures of each caption, or change a picture file, `edit`, as each instruction says.
 
@@ -82,7 +84,8 @@ def sample(
     if not texts or n < 1:
         raise ImageRLError("there is nothing to draw: give prompts, and n of 1 or more")
     with as_model(model or ("tiny" if edit is None else "tiny_edit")) as (_, folder):
-        policy, rollout = loaded_rollout(folder, seed, temperature, guidance, flow_steps)
+        rollout = loaded_rollout(folder, seed, temperature, guidance, flow_steps, token_guidance, family)
+    policy = rollout.policy
     columns = {} if edit is None else {"reference": picture_for(policy, Path(edit))}
     wanted = [Prompt(index, text, columns) for index, text in enumerate(texts)]
     policy.prompts.require(wanted)

@@ -15,6 +15,7 @@ WANTED = (
     *("special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
     *("adapter_config.json", "sampling.json"),
 )
+SHIPPED = ("tiny", "tiny_edit")  # folders beside this one
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 

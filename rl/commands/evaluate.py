@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from imagerl.rl.commands.options import FlowSteps, Guidance, Seed, Temperature
+from imagerl.rl.commands.options import Family, FlowSteps, Guidance, Seed, Temperature, TokenGuidance
 from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
@@ -52,12 +52,14 @@ def evaluate_model(
     temperature: Temperature = None,
     guidance: Guidance = None,
     flow_steps: FlowSteps = None,
+    token_guidance: TokenGuidance = None,
+    family: Family = None,
 ) -> None:
     """Measure a model on held-out prompts with 95 % intervals, compare two, or draw for a benchmark's own scorer."""
     from imagerl.api.evaluating import Drawing, evaluate
     from imagerl.rl.evaluation.suites import find_suite
 
-    how = Drawing(seed, samples, batch_size, temperature, guidance, flow_steps)
+    how = Drawing(seed, samples, batch_size, temperature, guidance, flow_steps, token_guidance, family)
     if layout is not None:
         for given, option in (
             (against, "--against"),
@@ -88,6 +90,8 @@ def evaluate_model(
         temperature=temperature,
         guidance=guidance,
         flow_steps=flow_steps,
+        token_guidance=token_guidance,
+        family=family,
     )
     print(result)
     if json is not None:
@@ -122,8 +126,7 @@ def draw_for_scorer(
     import sys
     from dataclasses import asdict
 
-    from imagerl.models.blip3o_next.fingerprint import model_fingerprint
-    from imagerl.models.blip3o_next.loading import load_prompts
+    from imagerl.models.families import fingerprint, load_prompts
     from imagerl.rl.engine.checkpoint import package_versions
     from imagerl.rl.evaluation.layouts import draw, entries_of, prompts_sha256, samples_of
     from imagerl.rl.types import Prompt
@@ -135,7 +138,7 @@ def draw_for_scorer(
     entries = entries_of(layout, prompts, sources)
     samples = samples_of(layout, how.samples)
     model = model or ("tiny_edit" if layout == "imgedit" else "tiny")
-    load_prompts(model).require(
+    load_prompts(model, how.family).require(
         Prompt(entry.index, entry.text, {"reference": entry.source}, f"{prompts}, {entry.name}")
         for entry in entries
     )
@@ -145,7 +148,7 @@ def draw_for_scorer(
         "prompts": len(entries),
         "prompts_sha256": prompts_sha256(entries),
         "model": model,
-        "model_sha256": model_fingerprint(model),
+        "model_sha256": fingerprint(model),
         "seed": how.seed,
         "samples": samples,
         **asdict(rollout.sampling),

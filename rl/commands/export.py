@@ -15,7 +15,12 @@ def export(
         bool, typer.Option("--adapter", help="keep a LoRA adapter instead of merging it")
     ] = False,
     dtype: Annotated[str, typer.Option(help="how weights are stored: fp32 or bf16")] = "fp32",
-    layout: Annotated[str, typer.Option(help="imagerl, blip3o, qwen3 or diffusers")] = "imagerl",
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="default: the model's own to go on with; of BLIP3o-NEXT also blip3o, qwen3 or diffusers"
+        ),
+    ] = None,
 ) -> None:
     """Write a trained policy for others and prove that it does the same when it is loaded again."""
     from imagerl.api import exporting

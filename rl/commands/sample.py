@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from imagerl.rl.commands.options import FlowSteps, Guidance, Seed, Temperature
+from imagerl.rl.commands.options import Family, FlowSteps, Guidance, Seed, Temperature, TokenGuidance
 
 
 def sample(
@@ -26,6 +26,8 @@ def sample(
     temperature: Temperature = None,
     guidance: Guidance = None,
     flow_steps: FlowSteps = None,
+    token_guidance: TokenGuidance = None,
+    family: Family = None,
 ) -> None:
     """Draw pictures, or edit one, and a grid of them."""
     from imagerl.api import sampling
@@ -40,5 +42,7 @@ def sample(
         temperature=temperature,
         guidance=guidance,
         flow_steps=flow_steps,
+        token_guidance=token_guidance,
+        family=family,
     )
     print(f"{len(drawn)} pictures and {out / 'grid.png'}")

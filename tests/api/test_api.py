@@ -216,7 +216,7 @@ def test_a_run_goes_on_with_its_functions(place: Path) -> None:
 def test_what_a_run_says(run: imagerl.TrainingResult) -> None:
     assert run.finished and len(run.comparison) >= 2
     assert repr(run).startswith(f"{run.folder}: finished, step 2\n  held-out total: ")
-    assert run.policy().num_actions == 8
+    assert run.policy().sampling.flow_steps == 1
     page = run._repr_html_()
     assert "finished, step 2 of 2" in page and page.count("<img") >= 4
     with pytest.raises(imagerl.ImageRLError, match='no metric "kl/k"; it has: kl/k'):
