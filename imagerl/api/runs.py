@@ -55,7 +55,11 @@ class TrainingResult:
         from imagerl.rl.evaluation.against import read_evaluation
 
         path = self.folder / "eval" / "comparison.json"
-        return read_evaluation(path, comparison=True)["metrics"] if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        told = read_evaluation(path, comparison=True)["metrics"]
+        assert isinstance(told, dict)  # by its schema
+        return told
 
     @property
     def finished(self) -> bool:
