@@ -62,10 +62,3 @@ def test_the_page_about_the_api_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     cells = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     assert len(list(executed(cells, "api.md"))) == 2
-    import imagerl
-
-    named = re.findall(r"`(\w+)\(", page) + re.findall(r"`(\w+)`: ", page)
-    assert (
-        named
-        and [name for name in named if name not in dir(imagerl) and name not in ("require", "policy")] == []
-    )

@@ -21,8 +21,31 @@ def export(
             help="default: the model's own to go on with; of BLIP3o-NEXT also blip3o, qwen3 or diffusers"
         ),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="where the policy is loaded: cpu, or cuda, much faster")
+    ] = "cpu",
+    proof: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=64,
+            help="prompts whose tokens and pixels must be repeated; weights are compared in any case",
+        ),
+    ] = 2,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="upload it there, with a model card")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="make a new repository public")] = False,
 ) -> None:
     """Write a trained policy for others and prove that it does the same when it is loaded again."""
     from imagerl.api import exporting
+    from imagerl.api.publishing import push, reserve
 
-    print(exporting.export(source, target, adapter=adapter, dtype=dtype, layout=layout))
+    if push_to_hub:
+        reserve(push_to_hub, public)
+    written = exporting.export(
+        source, target, adapter=adapter, dtype=dtype, layout=layout, device=device, proof=proof
+    )
+    print(written)
+    if push_to_hub:
+        print(push(target, push_to_hub, written.provenance))
