@@ -156,6 +156,14 @@ class ExportResult:
         return f"{self.folder}: step {told['step']}, {told['what']}; {end}"
 
 
+def check_storage(dtype: str, device: str) -> None:
+    """Raise ImageRLError for a storage type or a device that there is not."""
+    if dtype not in DTYPES:
+        raise ImageRLError(f"dtype must be fp32 or bf16, not {dtype!r}")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ImageRLError(f"device must be cpu, or cuda where there is a GPU, not {device!r}")
+
+
 def export(
     source: str | PathLike[str],
     target: str | PathLike[str],
@@ -170,10 +178,7 @@ def export(
     family's, None: the one to go on with; see `write_export`.
 
     Raises ImageRLError like that."""
-    if dtype not in DTYPES:
-        raise ImageRLError(f"dtype must be fp32 or bf16, not {dtype!r}")
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ImageRLError(f"device must be cpu, or cuda where there is a GPU, not {device!r}")
+    check_storage(dtype, device)
     folder = Path(target)
     return ExportResult(
         folder, write_export(Path(source), folder, adapter, DTYPES[dtype], layout, device, proof)

@@ -41,6 +41,7 @@ def export(
     from imagerl.api import exporting
     from imagerl.api.publishing import push, reserve
 
+    exporting.check_storage(dtype, device)
     if push_to_hub:
         reserve(push_to_hub, public)
     written = exporting.export(
