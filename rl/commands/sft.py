@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -16,12 +17,10 @@ def sft(
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a model on pictures with captions."""
-    from imagerl.api.fine_tuning import closing_line, run_sft
+    from imagerl.api import training
     from imagerl.rl.config.sft import load_sft_recipe
 
     point, words = resume_point(resume, overrides)
     settings = load_sft_recipe(recipe, words)
     refuse_both(point, overwrite)
-    comparison = run_sft(settings, point, overwrite)
-    if comparison:
-        print(closing_line(comparison))
+    training.train(settings, resume=point, overwrite=overwrite, command=sys.argv)

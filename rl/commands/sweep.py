@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,7 @@ def sweep(
     resume: Annotated[bool, typer.Option("--resume", help="continue or widen the one in --output")] = False,
 ) -> None:
     """Train a recipe with every combination of settings at an equal budget, and tell what differs."""
-    from imagerl.rl.commands.compare import run_comparison
+    from imagerl.api.comparing import run_comparison
     from imagerl.rl.compare.plan import Plan, label_recipes, parse_budget, split_arguments
     from imagerl.rl.compare.sweep import split_axes, write_grid
 
@@ -38,4 +39,4 @@ def sweep(
     spend = parse_budget(budget)
     recipes = label_recipes(write_grid(base, axes, Path(output) / "recipes"))
     plan = Plan(spend, list(range(seeds)), recipes, next(iter(recipes)), overrides[len(axes) :])
-    run_comparison(plan, Path(output), jobs, resume)
+    run_comparison(plan, Path(output), jobs, resume, command=sys.argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -16,12 +17,10 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a policy as a recipe says."""
-    from imagerl.api.training import closing_line, run_training
+    from imagerl.api import training
     from imagerl.rl.config.train import load_recipe
 
     point, words = resume_point(resume, overrides)
     settings = load_recipe(recipe, words)
     refuse_both(point, overwrite)
-    comparison = run_training(settings, point, overwrite)
-    if comparison is not None:
-        print(closing_line(comparison))
+    training.train(settings, resume=point, overwrite=overwrite, command=sys.argv)

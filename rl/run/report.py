@@ -95,8 +95,10 @@ def render_page(template: str, content: Mapping[str, Any]) -> str:
     return templates.get_template(template).render(content)
 
 
-def gather(run_dir: Path) -> dict[str, Any]:
-    """Collect what the page of a run shows, from the files of its folder."""
+def gather(run_dir: Path, drawn: bool = True) -> dict[str, Any]:
+    """Return all that a page tells of a run's folder; `charts` are not `drawn` yet where somebody else will.
+
+    Raises ImageRLError when metrics.jsonl is damaged."""
     problems: list[str] = []
 
     def load(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
@@ -124,7 +126,6 @@ def gather(run_dir: Path) -> dict[str, Any]:
     finished = done > 0 and comparison.get("after_step") == done
     total = done if finished else _dig(recipe, "run", "steps") or done
     rows = [row for suite, steps in suites.items() for row in _rows(suite, steps, comparison, recipe)]
-    usual = _dig(recipe, "rollout", "temperature")
     best = _best_row(comparison, rows) if comparison.get("after_step") == done else None
     rows += [best] if best else []
     _add_bars(rows)
@@ -134,7 +135,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
     charts = [c for c in [*heldout, *watch, *training_charts(training)] if c.series]
     for chart in charts:
         chart.last_step = total
-        chart.svg = Markup(render(chart))
+        chart.svg = Markup(render(chart)) if drawn else ""
     return {
         "name": run_dir.resolve().name,
         "done": done,
@@ -142,7 +143,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "finished": done > 0 and done >= total,
         "alarms": alarms(records, _dig(recipe, "monitors", "window") or MonitorsConfig().window),
         "best": best,
-        "temperature": 1.0 if usual is None else usual,
+        "temperature": _dig(recipe, "rollout", "temperature") or 1.0,
         "verdict": next((row for row in rows if row.metric in HEADLINES), rows[0] if rows else None),
         "rows": rows,
         "many_suites": len(suites) > 1,
@@ -260,8 +261,9 @@ def _best_row(comparison: Mapping[str, Any], rows: Sequence[Row]) -> Row | None:
     result, chosen = told["metrics"][name], told["chosen"]
     before, after = (summarise(told["per_prompt"][when])[name] for when in ("before", "after"))
     label = f"{name} at temperature {words(chosen['before'])} → {words(chosen['after'])}"
-    difference = Interval.read(result["difference"])
-    return replace(usual, metric=label, before=before, after=after, difference=difference)
+    return replace(
+        usual, metric=label, before=before, after=after, difference=Interval.read(result["difference"])
+    )
 
 
 def _add_bars(rows: Sequence[Row]) -> None:

@@ -38,7 +38,8 @@ def render(chart: Chart) -> str:
     height = HEIGHT + (16 if label else 0)
     return "".join(
         [
-            f'<svg role="img" aria-label="{escape(chart.description)}" viewBox="0 0 {WIDTH:.0f} {height:.0f}">',
+            f'<svg role="img" aria-label="{escape(chart.description)}" viewBox="0 0 {WIDTH:.0f} {height:.0f}" '
+            'xmlns="http://www.w3.org/2000/svg" font-size="10.5" fill="var(--muted)">',
             *frame.axes(chart),
             *curves,
             *label,
