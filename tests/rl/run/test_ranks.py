@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from imagerl.rl.engine.checkpoint import list_checkpoints
-from tests.rl.run.helpers import arguments, call, logged_steps, measured
+from tests.command import call, logged_steps, measured
+from tests.rl.run.helpers import arguments
 from tests.small_run import RANK_PROGRAM, Command
 
 ROOT = Path(__file__).parents[3]
