@@ -12,6 +12,7 @@ from imagerl.rl.engine.engine import Engine
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.writing import wait_for
 from imagerl.rl.run.folder import RunFolder, told_changes
+from imagerl.rl.run.trackers import refuse_missing
 
 T = TypeVar("T")
 
@@ -25,6 +26,7 @@ def open_run(
     Raises ImageRLError, on all processes alike, when the folder is in use, cannot be written to, or holds what the
     command must not touch."""
     checkpoint = None
+    refuse_missing(recipe.run.report_to)
 
     def look() -> Path | None:
         nonlocal checkpoint

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from imagerl.rl.config.engine import CheckpointConfig, EngineConfig, LoraConfig, OptimConfig
 from imagerl.rl.config.recipe import RecipeModel, load_yaml_recipe
-from imagerl.rl.config.train import Recipe
+from imagerl.rl.config.train import Recipe, ReportConfig
 from imagerl.rl.files.bounds import (
     Coefficient,
     Count,
@@ -25,7 +25,7 @@ from imagerl.rl.files.bounds import (
 )
 
 
-class SFTRunConfig(RecipeModel):
+class SFTRunConfig(ReportConfig):
     steps: Steps = Field(description="optimizer steps")
     seed: Seed = Field(0, description="seed of the data's order, noise and samples")
     output_dir: OutputDir = Field(description="run folder; the result is its model/")

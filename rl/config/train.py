@@ -21,7 +21,24 @@ from imagerl.rl.files.bounds import Count, Every, FlowSteps, Guidance, OutputDir
 MAX_DRAWN = 2**20  # pictures a step
 
 
-class RunConfig(RecipeModel):
+class ReportConfig(RecipeModel):
+    """The part of `run` that says who is told how it goes."""
+
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]] = Field(
+        ["tensorboard"],
+        description="trackers; all but tensorboard are installed apart",
+    )
+    project: str = Field("imagerl", min_length=1, description="what trackers call the project")
+
+    @field_validator("report_to")
+    @classmethod
+    def _each_once(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("it names a tracker twice; name each once")
+        return names
+
+
+class RunConfig(ReportConfig):
     steps: Steps = Field(description="training steps, each one rollout with its updates")
     seed: Seed = Field(0, description="seed of prompts, samples and noise")
     output_dir: OutputDir = Field(description="run folder")

@@ -259,6 +259,21 @@ def change(difference: Interval, rate: bool = False, digits: int = 3) -> str:
     return f"{shown}, {bounds}, n={difference.n}: {verdict(difference)}"
 
 
+def results_table(comparison: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of what `compare` found, in words."""
+    rows = []
+    for metric, result in comparison.items():
+        rate, difference = metric in HEADLINES, result["difference"]
+        means = [number(result[when], rate) for when in ("before", "after")]
+        told = [
+            number(difference.mean, rate, sign=True),
+            span(difference, rate, sign=True),
+            verdict(difference),
+        ]
+        rows.append([metric, *means, *told])
+    return ["metric", "before", "after", "difference", "95 % interval", "verdict"], rows
+
+
 def _fewest(level: float) -> int:
     """Return the least n for which chance gives n differences one sign in less than 1 − level: 2 / 2^n."""
     return math.ceil(math.log2(2 / (1 - _checked(level))))

@@ -1,4 +1,4 @@
-"""The output of a run while it runs: metrics.jsonl, TensorBoard events, progress, timings, picture grids."""
+"""The output of a run while it runs: metrics.jsonl, progress, timings, picture grids."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,7 +88,7 @@ def _evaluates(record: Mapping[str, Any]) -> bool:
 
 
 class MetricsLog:
-    """Appends metrics to `metrics.jsonl` and to TensorBoard events in `tb/`.
+    """Appends metrics to `metrics.jsonl`.
 
     A line is on the disk when `log` returns, so log a step *before* saving its checkpoint: a resumed run
     then finds every step up to that checkpoint. `resume_step` is the step of the checkpoint that the run
@@ -101,13 +100,7 @@ class MetricsLog:
         ImageRLError: a new run would write into a folder that already holds metrics; disk full.
     """
 
-    def __init__(
-        self,
-        run_dir: Path | str,
-        resume_step: int | None = None,
-        tensorboard: bool = True,
-        looked: bool = True,
-    ) -> None:
+    def __init__(self, run_dir: Path | str, resume_step: int | None = None, looked: bool = True) -> None:
         self.path = Path(run_dir) / METRICS_FILE
         records = read_metrics(run_dir)
         if resume_step is None:
@@ -123,12 +116,6 @@ class MetricsLog:
         # The whole file anew: a torn last line goes, and readers see the old or the new one.
         write_atomic(self.path, "".join(to_json(record) + "\n" for record in kept))
         self._file = _open_to_append(self.path)
-        self._events: io.FileIO | None = None
-        if tensorboard:
-            name = f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}.{time.time_ns()}"
-            self._events = _open_to_append(self.path.parent / "tb" / name)
-            first = None if resume_step is None else resume_step + 1
-            _append(self._events, _event_records({}, first, begins=True))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line. Values are numbers, booleans, None, or 0-d arrays and tensors.
@@ -143,14 +130,9 @@ class MetricsLog:
             if not isinstance(record[key], int | float | None):
                 raise TypeError(f"metric {key} must be a number, got {type(value).__name__}")
         _append(self._file, (to_json(record) + "\n").encode())
-        if self._events is not None:
-            shown = {key: value for key, value in record.items() if key != "step" and value is not None}
-            _append(self._events, _event_records(shown, record["step"]))
 
     def close(self) -> None:
         self._file.close()
-        if self._events is not None:
-            self._events.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -176,27 +158,6 @@ def _append(file: io.FileIO, data: bytes) -> None:
         os.fsync(file.fileno())
     except OSError as error:
         raise write_error(Path(file.name), error) from error
-
-
-def _event_records(values: Mapping[str, float], step: int | None, begins: bool = False) -> bytes:
-    """Build records of a TensorBoard event file. `begins` starts one; with a step it tells readers to forget what they
-    know of that step and later ones. TensorBoard's own writer would write in a thread of its own, in which a full
-    disk ends in a traceback."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    buffer = io.BytesIO()
-    records = RecordWriter(buffer)
-    if begins:
-        records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-        if step is not None:
-            session = SessionLog(status=SessionLog.START)
-            records.write(Event(wall_time=time.time(), step=step, session_log=session).SerializeToString())
-    for tag, value in values.items():
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=float(value))])
-        records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
-    return buffer.getvalue()
 
 
 class PhaseTimer:

@@ -23,12 +23,14 @@ from imagerl.rl.files.metrics import METRICS_FILE, image_grid, save_image, to_js
 from imagerl.rl.files.writing import clean_leftovers, lock_file, process_place, write_atomic, write_error
 
 RECIPE_FILE = "recipe.yaml"
+TRACKERS_FILE = "trackers.json"  # by which a resumed run finds its lines
 LOCK = ".lock"
 MODEL = "model"  # what supervised training leaves
 PEAK = "peak"  # the checkpoint at which the watched metrics were best, with monitors.stop
 # What may change between a run and its continuation without making it another experiment.
 CHANGEABLE = {
     *("run.steps", "run.images", "run.minutes", "run.output_dir"),
+    *("run.report_to", "run.project"),
     *(f"checkpoint.{key}" for key in CheckpointConfig.model_fields),
     *("rollout.max_logprob_diff", "algorithm.flow.max_logprob_diff"),
     *(f"rewards.{key}" for key in ("workers", "timeout_s", "max_failure_rate", "max_restarts")),
@@ -204,10 +206,10 @@ class RunFolder:
         }
         write_atomic(self.path / "eval" / "comparison.json", to_json(document, indent=1) + "\n")
 
-    def save_grid(self, step: int, images: Sequence[Any], captions: Sequence[str]) -> None:
+    def save_grid(self, step: int, images: Sequence[Any], captions: Sequence[str]) -> Path:
         scale = max(1, 192 // images[0].shape[1])
         grid = image_grid(images, columns=4, captions=captions, scale=scale)
-        save_image(grid, self.path / "samples" / f"step_{step:06d}.png")
+        return save_image(grid, self.path / "samples" / f"step_{step:06d}.png")
 
 
 def contents(recipe: RecipeModel) -> tuple[str, ...]:
@@ -219,7 +221,14 @@ def contents(recipe: RecipeModel) -> tuple[str, ...]:
     ]
     model = [f"{MODEL}/*.{ending}" for ending in ("safetensors", "json", "txt", "jinja")]
     return (
-        *(RECIPE_FILE, ENVIRONMENT_FILE, METRICS_FILE, "report.html", "tb/events.out.tfevents.*"),
+        *(
+            RECIPE_FILE,
+            ENVIRONMENT_FILE,
+            METRICS_FILE,
+            "report.html",
+            TRACKERS_FILE,
+            "tb/events.out.tfevents.*",
+        ),
         *(f"samples/{step}.png", f"eval/{suite}_{step}.json", "eval/comparison.json", *saved),
         *(model if getattr(recipe, "kind", "train") == "sft" else ()),
     )

@@ -18,7 +18,7 @@ from imagerl.rl.engine.engine import Engine, StateDict, on_host
 from imagerl.rl.engine.saving import Saver, Snapshot
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.evaluate import evaluate, try_rewards
-from imagerl.rl.evaluation.stats import compare
+from imagerl.rl.evaluation.stats import compare, results_table
 from imagerl.rl.files.metrics import MetricsLog, Progress
 from imagerl.rl.rollout.engine import RolloutEngine
 from imagerl.rl.run.budget import Budget
@@ -26,6 +26,7 @@ from imagerl.rl.run.folder import PEAK, RunFolder
 from imagerl.rl.run.monitors import Watch, watched
 from imagerl.rl.run.report import write_report
 from imagerl.rl.run.signals import Stopping
+from imagerl.rl.run.trackers import Trackers
 from imagerl.rl.training.trainer import Trainer
 from imagerl.rl.types import Prompt
 
@@ -83,6 +84,8 @@ class Loop:
         self.looked = checkpoint.state.get("looked", self.start_step) if checkpoint else 0
         self.kept: Snapshot | None = None  # of the last finished step
         self.saver = Saver()
+        self.log: MetricsLog | None = None  # of the main process, while it runs
+        self.trackers = Trackers()
 
     def execute(self, resumed: bool) -> dict[str, Any] | None:
         """Run to the last step, or until asked to stop.
@@ -94,14 +97,14 @@ class Loop:
             ImageRLError: other processes of the run are gone, among what may go wrong in a step. The last finished
                 step is saved.
         """
-        is_main, log = self.engine.is_main, None
-        if is_main:
-            since = (self.start_step or -1) if resumed else None
-            log = MetricsLog(self.folder.path, since, looked=self.looked >= self.start_step)
+        with self._reporting((self.start_step or -1) if resumed else None):
+            return self._execute()
+
+    def _execute(self) -> dict[str, Any] | None:
         stopping = Stopping(self.recipe.checkpoint.grace_s, self._rescue, self._leave)
         try:
             with stopping:
-                self.finished = self._drive(stopping, log)
+                self.finished = self._drive(stopping)
         except KeyboardInterrupt:
             if not stopping.given_up:
                 raise
@@ -115,18 +118,19 @@ class Loop:
         if not self.finished:
             self.saver.wait()
             self.note(self._where_stopped())
-        comparison = compare(self.first or [], self.last or []) if is_main and self.finished else None
-        self._finish(log, comparison)
+        told = self.engine.is_main and self.finished
+        comparison = compare(self.first or [], self.last or []) if told else None
+        self._finish(comparison)
         self.saver.wait()
         return comparison
 
-    def _drive(self, stopping: Stopping, log: MetricsLog | None) -> bool:
+    def _drive(self, stopping: Stopping) -> bool:
         """Take the steps. Returns whether the last one is done; else the run was asked to stop."""
         total = self.recipe.run.steps
         if self.first is None:
-            self._evaluate(0, log)
+            self._evaluate(0)
         elif self.looked < self.start_step:
-            self._look(self.start_step, log)
+            self._look(self.start_step)
         ended = self.budget.spent or self._ends_early()
         with _progress(total, self.start_step, self.engine.is_main) as progress:
             for step in range(self.start_step + 1, total + 1):
@@ -135,14 +139,13 @@ class Loop:
                 self.engine.share = self.budget.share
                 metrics = self._observe(step, self._step(step - 1))
                 self.budget.spend(self.engine.gather_objects(metrics)[0])  # clocks differ
-                if log:
-                    log.log(step, metrics)
+                self._write(step, metrics)
                 self.done = step
                 if self.recipe.checkpoint.grace_s:
                     self._keep(step)
                 if progress:
                     progress.update(step, metrics, self.budget.expected_steps())
-                self._look(step, log)
+                self._look(step)
                 asked = any(self.engine.gather_objects(stopping.asked))
                 ended = step == total or self.budget.spent or self._ends_early()
                 self.saver.check()
@@ -152,13 +155,47 @@ class Loop:
                     return False
         return True
 
-    def _look(self, step: int, log: MetricsLog | None) -> None:
+    def _look(self, step: int) -> None:
         """Evaluate or draw a grid where one is due after this step."""
         if self._due(step, self.recipe.eval.every) or step == self.recipe.run.steps or self.budget.spent:
-            self._evaluate(step, log)
+            self._evaluate(step)
         elif self._due(step, self.recipe.run.sample_every):
             self._draw_samples(step)
         self.looked = step
+
+    @contextmanager
+    def _reporting(self, resume_step: int | None) -> Iterator[None]:
+        """Keep the log and the trackers of the main process open, after `resume_step` of a run that goes on."""
+        if not self.engine.is_main:
+            yield
+            return
+        run, settings = self.recipe.run, self.recipe.model_dump(mode="json")
+        with MetricsLog(self.folder.path, resume_step, self.looked >= self.start_step) as self.log:
+            self.trackers = Trackers.begin(
+                run.report_to, run.project, self.folder.path, settings, resume_step
+            )
+            try:
+                yield
+            except KeyboardInterrupt:  # stop at once: wait for no thread and no upload
+                self.trackers = Trackers()
+                raise
+            finally:
+                self.trackers.finish()
+
+    def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write metrics down, and tell them to the trackers."""
+        if self.log is not None:
+            self.log.log(step, metrics)
+            self.trackers.numbers(step, metrics)
+
+    def _show(self, step: int, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+        """Save a grid of samples, and show it in the trackers."""
+        self.trackers.pictures(step, self.folder.save_grid(step, images, captions), images, captions)
+
+    def _tell_results(self, comparison: Mapping[str, Any], suite: str) -> None:
+        """Write the held-out comparison into the run folder, and as a table into the trackers."""
+        self.folder.write_comparison(comparison, suite, self.done)
+        self.trackers.table(self.done, *results_table(comparison))
 
     @staticmethod
     def _due(step: int, every: int) -> bool:
@@ -221,7 +258,7 @@ class Loop:
         """Tell whether the step just done is to be the last. Collective."""
         return False
 
-    def _evaluate(self, step: int, log: MetricsLog | None) -> None:
+    def _evaluate(self, step: int) -> None:
         """Evaluate on held-out samples; sets `first` (once) and `last` on the main process."""
         raise NotImplementedError
 
@@ -229,7 +266,7 @@ class Loop:
         """Draw a grid of the fixed prompts."""
         raise NotImplementedError
 
-    def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
+    def _finish(self, comparison: Mapping[str, Any] | None) -> None:
         """Finish the run; `comparison` is None when it was stopped early."""
         raise NotImplementedError
 
@@ -255,12 +292,12 @@ class Run(Loop):
         self.watch = Watch(recipe.monitors, watched(recipe.monitors, gold))
         self.watch.restore(checkpoint.state.get("watch", {}) if checkpoint else {})
 
-    def _evaluate(self, step: int, log: MetricsLog | None) -> None:
-        self._measure(step, log)
+    def _evaluate(self, step: int) -> None:
+        self._measure(step)
         if self.watch.best_step == step and step and self.recipe.monitors.stop:
             self._save(step, self.folder.path / PEAK, keep=1)
 
-    def _measure(self, step: int, log: MetricsLog | None) -> None:
+    def _measure(self, step: int) -> None:
         """Evaluate on all processes; each of them learns the whole."""
         with self.engine.gathered_parameters():
             self.trainer.policy.refresh_sampler()
@@ -282,12 +319,11 @@ class Run(Loop):
         if not self.engine.is_main:
             return
         self.folder.write_evaluation(evaluation, step, self.recipe.model.path, settings.seed)
-        if log:
-            log.log(step, evaluation.flat() | watched_metrics)
+        self._write(step, evaluation.flat() | watched_metrics)
         shown = "  ".join(f"{n} {v.mean:.3f}" for n, v in evaluation.metrics.items())
         self.note(f"held-out after step {step}: {shown}")
-        self._sound(alarms)
-        self.folder.save_grid(step, *with_sources(list(evaluation.images), self.heldout[:count]))
+        self._sound(step, alarms)
+        self._show(step, *with_sources(list(evaluation.images), self.heldout[:count]))
 
     def _draw_samples(self, step: int) -> None:
         """Draw a grid of the first held-out prompts, with the random numbers of the evaluation."""
@@ -297,7 +333,7 @@ class Run(Loop):
             prompts = self.heldout[: self.recipe.run.sample_prompts]
             occasion = f"eval {self.recipe.eval.suite}"
             (groups,) = self.eval_rollout.generate(prompts, 1, occasion)
-            self.folder.save_grid(step, *with_sources([group.images[0] for group in groups], prompts))
+            self._show(step, *with_sources([group.images[0] for group in groups], prompts))
 
     def _tensors(self) -> StateDict:
         own = self.trainer.tensors() if self.engine.is_main else {}
@@ -308,11 +344,12 @@ class Run(Loop):
 
     def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
         found, alarms = self.watch.after_step(step, metrics)
-        self._sound(alarms)
+        self._sound(step, alarms)
         return {**metrics, **found}
 
-    def _sound(self, alarms: Sequence[str]) -> None:
+    def _sound(self, step: int, alarms: Sequence[str]) -> None:
         for alarm in alarms:
+            self.trackers.alarm(step, alarm)
             self.note(f"ALARM {alarm}")
 
     def _ends_early(self) -> bool:
@@ -324,12 +361,11 @@ class Run(Loop):
         place = self.folder.path / PEAK / f"step_{self.watch.best_step:06d}"
         return f"the watched metrics were best at step {self.watch.best_step}, kept in {place}"
 
-    def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
-        if log is None:
+    def _finish(self, comparison: Mapping[str, Any] | None) -> None:
+        if not self.engine.is_main:
             return
-        log.close()
         if comparison is not None:
-            self.folder.write_comparison(comparison, self.recipe.eval.suite, self.done)
+            self._tell_results(comparison, self.recipe.eval.suite)
             if self.watch.halts and self.done < self.recipe.run.steps:
                 self.note(f"ended after step {self.done} by monitors.stop; {self._where_best()}")
         self.note(f"report: {write_report(self.folder.path)}")

@@ -15,7 +15,6 @@ from imagerl.rl.data.seeding import generator
 from imagerl.rl.engine.checkpoint import Checkpoint
 from imagerl.rl.evaluation.evaluate import Evaluation
 from imagerl.rl.evaluation.stats import summarise
-from imagerl.rl.files.metrics import MetricsLog
 from imagerl.rl.files.writing import atomic_folder
 from imagerl.rl.rollout.engine import RolloutEngine, to_uint8
 from imagerl.rl.run.folder import MODEL, RunFolder
@@ -73,7 +72,7 @@ class SFTRun(Loop):
     def _state(self) -> dict[str, Any]:
         return super()._state() | {"data": self.engine.gather_objects(self.trainer.stream.state())}
 
-    def _evaluate(self, step: int, log: MetricsLog | None) -> None:
+    def _evaluate(self, step: int) -> None:
         rows: list[dict[str, Any]] = []
         with self.engine.gathered_parameters():
             for numbers, batch in self._batches:
@@ -82,19 +81,18 @@ class SFTRun(Loop):
             everyone = self.engine.gather_objects(rows)
             if self.engine.is_main:
                 gathered = [row for own in everyone for row in own]
-                self._record(step, sorted(gathered, key=lambda row: row["index"]), log)
+                self._record(step, sorted(gathered, key=lambda row: row["index"]))
                 self._draw(step)
             self.engine.barrier()
 
-    def _record(self, step: int, rows: list[dict[str, Any]], log: MetricsLog | None) -> None:
+    def _record(self, step: int, rows: list[dict[str, Any]]) -> None:
         self.first = rows if self.first is None else self.first
         self.last = rows
         if not rows:
             return
         evaluation = Evaluation(SUITE, summarise(rows), rows, np.zeros((0, 1, 1, 3), np.uint8))
         self.folder.write_evaluation(evaluation, step, self.recipe.model.path, self.recipe.eval.seed)
-        if log:
-            log.log(step, evaluation.flat())
+        self._write(step, evaluation.flat())
         shown = "  ".join(f"{name.replace('_', ' ')} {v.mean:.4f}" for name, v in evaluation.metrics.items())
         self.note(f"held-out after step {step}: {shown}")
 
@@ -114,7 +112,7 @@ class SFTRun(Loop):
         for places in of_one_kind(self.drawn, len(self.drawn)):
             images |= zip(places, self._pictures(places), strict=True)
         captions = self.captions[: len(images)]
-        self.folder.save_grid(step, [images[place] for place in sorted(images)], captions)
+        self._show(step, [images[place] for place in sorted(images)], captions)
 
     @torch.no_grad()
     def _pictures(self, places: list[int]) -> np.ndarray:
@@ -132,9 +130,6 @@ class SFTRun(Loop):
             pictures = policy.decode(trajectory.hidden, noise, sampling.guidance, sampling.flow_steps, *start)
         return to_uint8(pictures)
 
-    def _finish(self, log: MetricsLog | None, comparison: Mapping[str, Any] | None) -> None:
-        if log is None:
-            return
-        log.close()
-        if comparison:
-            self.folder.write_comparison(comparison, SUITE, self.recipe.run.steps)
+    def _finish(self, comparison: Mapping[str, Any] | None) -> None:
+        if comparison and self.engine.is_main:
+            self._tell_results(comparison, SUITE)

@@ -33,7 +33,7 @@ def write_run(
     folder.mkdir(parents=True)
     gold = "[{import_path: 'x.py:ink'}]"
     (folder / "recipe.yaml").write_text(f"run: {{steps: {steps}}}\noptim: {{lr: {lr}}}\ngold: {gold}\n")
-    with MetricsLog(folder, tensorboard=False) as log:
+    with MetricsLog(folder) as log:
         log.log(0, {"eval/ocr/exact_match": hits[0] / prompts})
         for step in range(1, steps + 1):
             log.log(

@@ -25,14 +25,14 @@ from imagerl.rl.files.metrics import (
 )
 
 
-def _log(run_dir, steps, resume_step=None, tensorboard=False):
-    with MetricsLog(run_dir, resume_step, tensorboard) as log:
+def _log(run_dir, steps, resume_step=None):
+    with MetricsLog(run_dir, resume_step) as log:
         for step in steps:
             log.log(step, {"reward/mean": step / 3, "kl/k3": 1e-7 * step})
 
 
 def test_lines_are_valid_json_with_exact_floats(tmp_path):
-    with MetricsLog(tmp_path, tensorboard=False) as log:
+    with MetricsLog(tmp_path) as log:
         log.log(
             3,
             {
@@ -52,7 +52,7 @@ def test_lines_are_valid_json_with_exact_floats(tmp_path):
 
 
 def test_every_line_is_synced(tmp_path, monkeypatch):
-    log, synced = MetricsLog(tmp_path, tensorboard=False), []
+    log, synced = MetricsLog(tmp_path), []
     monkeypatch.setattr(metrics_module.os, "fsync", lambda fd: synced.append(log.path.stat().st_size))
     log.log(1, {"a": 1})
     log.log(2, {"a": 1})
@@ -62,7 +62,7 @@ def test_every_line_is_synced(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", ["text", torch.zeros(2), [1.0]])
 def test_only_numbers_are_metrics(tmp_path, value):
-    with MetricsLog(tmp_path, tensorboard=False) as log, pytest.raises(TypeError, match="metric bad must be"):
+    with MetricsLog(tmp_path) as log, pytest.raises(TypeError, match="metric bad must be"):
         log.log(1, {"bad": value})
     assert (tmp_path / METRICS_FILE).read_bytes() == b""
 
@@ -86,7 +86,7 @@ def test_resume_before_the_first_checkpoint_drops_all(tmp_path):
 def test_a_new_run_never_overwrites_another(tmp_path):
     _log(tmp_path, [1])
     with pytest.raises(ImageRLError, match="--resume"):
-        MetricsLog(tmp_path, tensorboard=False)
+        MetricsLog(tmp_path)
     assert len(read_metrics(tmp_path)) == 1
 
 
@@ -95,33 +95,16 @@ def test_damage_in_the_middle_is_named(tmp_path):
     with (tmp_path / METRICS_FILE).open("a") as file:
         file.write('\0\0\n{"step": 2}\n')
     with pytest.raises(ImageRLError, match="line 2"):
-        MetricsLog(tmp_path, resume_step=2, tensorboard=False)
+        MetricsLog(tmp_path, resume_step=2)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_one_clear_line(tmp_path):
-    with MetricsLog(tmp_path, tensorboard=False) as log:
+    with MetricsLog(tmp_path) as log:
         log._file.close()
         log._file = io.FileIO("/dev/full", "ab")
         with pytest.raises(ImageRLError, match=r"disk full.*--resume"):
             log.log(1, {"a": 1})
-
-
-def test_tensorboard_forgets_the_steps_after_the_checkpoint(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with MetricsLog(tmp_path) as log:
-        for step in range(1, 5):
-            log.log(step, {"x": step, "missing": math.nan})
-    with MetricsLog(tmp_path, resume_step=2) as log:
-        log.log(3, {"x": 30})
-    # Two files written within one second sort by a random part of their names; the reader wants time order.
-    events = sorted((tmp_path / "tb").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    for number, path in enumerate(events):
-        path.rename(path.with_name(f"events.out.tfevents.{number}"))
-    accumulator = EventAccumulator(str(tmp_path / "tb")).Reload()
-    assert [(e.step, e.value) for e in accumulator.Scalars("x")] == [(1, 1), (2, 2), (3, 30)]
-    assert accumulator.Tags()["scalars"] == ["x"]
 
 
 def test_timing_keys():

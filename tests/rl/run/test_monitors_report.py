@@ -68,7 +68,7 @@ def test_a_run_without_monitors_has_no_such_curves() -> None:
 def test_the_box(tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_module, "render", lambda chart, prefix: "<svg></svg>")
     records, said = run(steps)
-    with MetricsLog(tmp_path, tensorboard=False) as log:
+    with MetricsLog(tmp_path) as log:
         for record in records:
             log.log(record["step"], {k: v for k, v in record.items() if k != "step"})
     (tmp_path / "recipe.yaml").write_text("monitors: {window: 3}\neval: {suite: ocr}\nrun: {steps: 8}\n")

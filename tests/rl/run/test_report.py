@@ -69,7 +69,7 @@ def _evaluation(run_dir, step, rows):
 
 
 def _train(run_dir, steps):
-    with MetricsLog(run_dir, tensorboard=False) as log:
+    with MetricsLog(run_dir) as log:
         for step in range(1, steps + 1):
             log.log(
                 step,
@@ -233,7 +233,7 @@ def test_what_cannot_be_read_is_named(run_dir):
 
 
 def test_metrics_alone_give_held_out_means(tmp_path):
-    with MetricsLog(tmp_path, tensorboard=False) as log:
+    with MetricsLog(tmp_path) as log:
         log.log(0, {"eval/ocr/exact_match": 0.4, "eval/ocr/time_s": 3.0})
         log.log(5, {"eval/ocr/exact_match": 0.6})
     text = _page(tmp_path).text
