@@ -43,7 +43,7 @@ def results(run: Path) -> dict[str, Any]:
     """All that a run found out, bit for bit."""
     (*_, newest) = list_checkpoints(run / "checkpoints")
     files = [newest / "model.safetensors", newest / "optimizer.safetensors"]
-    files += sorted(file for part in ("samples", "eval", "model") for file in run.glob(f"{part}/*"))
+    files += sorted(f for part in ("samples/*", "eval/*", "model/*.safetensors") for f in run.glob(part))
     digests = {str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     return {"metrics": measured(run), "files": digests}
 
