@@ -31,8 +31,8 @@ def bench_rollout(
     from benchmarks import measuring as benchmarks
     from imagerl.rl.data.tiny.world import prompt_set
 
-    policy, rollout = loaded_rollout(model, 0, None, None, None)
-    report = benchmarks.bench_rollout(policy, rollout, prompt_set("train", prompts), group_size, repeats)
+    rollout = loaded_rollout(model, 0)
+    report = benchmarks.bench_rollout(rollout, prompt_set("train", prompts), group_size, repeats)
     benchmarks.show(report, json)
 
 
@@ -69,7 +69,7 @@ def bench_rewards(
     settings = load_recipe(recipe, overrides or [])
     prompts = load_prompt_set(settings.data.train).prompts[: settings.rollout.prompts_per_step]
     sampling = training_sampling(settings)
-    _, rollout = loaded_rollout(
+    rollout = loaded_rollout(
         settings.model.path, 0, sampling.temperature, sampling.guidance, sampling.flow_steps
     )
     (groups,) = rollout.generate(prompts, settings.rollout.group_size, "bench")
@@ -87,13 +87,14 @@ def trained_steps(recipe: str, overrides: list[str], steps: int) -> dict[str, fl
 
     from benchmarks import measuring as benchmarks
     from imagerl.api.training import run_training
-    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.models.families import load_prompts
     from imagerl.rl.config.train import load_recipe
+    from imagerl.rl.types import Prompt
 
     with tempfile.TemporaryDirectory() as scratch:
         fixed = [f"run.output_dir={scratch}/run", f"run.steps={steps}", "eval.every=0", "eval.size=2"]
         settings = load_recipe(recipe, [*overrides, *fixed])
-        tokens = load_policy(settings.model.path)[0].num_actions
+        tokens = load_prompts(settings.model.path).canvas(Prompt(0, "")).tokens
         run_training(settings)
         batch = settings.rollout.prompts_per_step * settings.rollout.group_size
         return benchmarks.bench_step(Path(scratch) / "run", batch * tokens)
@@ -116,7 +117,7 @@ def bench_variance(
 
     from benchmarks import measuring as benchmarks
     from benchmarks.variance import gains, measure
-    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.models.families import load_policy
     from imagerl.rewards.base import RewardSpec, load_rewards
     from imagerl.rewards.workers.scoring import score_request
     from imagerl.rl.config.train import load_recipe
@@ -126,7 +127,7 @@ def bench_variance(
 
     settings = load_recipe(recipe, overrides or [])
     torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
-    policy, _ = load_policy(settings.model.path, "cuda" if torch.cuda.is_available() else "cpu")
+    policy = load_policy(settings.model.path, "cuda" if torch.cuda.is_available() else "cpu")
     trained_module(policy, settings)
     sampling = replace(training_sampling(settings), shared_noise=True, decodes=decodes)
     rollout = RolloutEngine(policy, sampling, settings.run.seed, nullcontext)

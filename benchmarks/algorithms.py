@@ -15,8 +15,7 @@ import torch
 from benchmarks.measuring import Report, interleaved
 from imagerl.rl.algorithms.advantages import AdvantageInputs
 from imagerl.rl.algorithms.loading import load_advantages, load_loss, loss_settings
-from imagerl.rl.algorithms.losses import loss_denominator
-from imagerl.rl.algorithms.policy_weights import entropy_threshold, highest_entropy, policy_weights
+from imagerl.rl.algorithms.losses import entropy_threshold, highest_entropy, loss_denominator, policy_weights
 from imagerl.rl.config.algorithm import AlgorithmConfig
 from imagerl.rl.config.algorithm_table import ALGORITHMS
 from imagerl.rl.types import LossInputs

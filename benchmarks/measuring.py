@@ -15,7 +15,7 @@ from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import read_metrics, to_json
 from imagerl.rl.files.writing import write_atomic
 from imagerl.rl.rollout.engine import RolloutEngine, to_uint8
-from imagerl.rl.types import Prompt
+from imagerl.rl.types import Prompt, repeat
 
 Report = dict[str, float]
 PHASES = ("rollout", "reference", "reward_wait", "update", "other")
@@ -67,27 +67,30 @@ def operator_shares(task: Callable[[], Any], count: int = 8) -> Report:
 
 
 def bench_rollout(
-    policy: Any, rollout: RolloutEngine, prompts: Sequence[Prompt], group_size: int = 16, repeats: int = 5
+    rollout: RolloutEngine, prompts: Sequence[Prompt], group_size: int = 16, repeats: int = 5
 ) -> Report:
     """Sample and draw a batch, beside transformers' `generate` on the same weights, prompts and lengths.
 
     `generate` returns tokens alone. `and_scoring` adds the forward pass that others then need for log-probs and
-    hidden states, which our sampler returns anyway. `policy` is a `models.blip3o_next.policy.ImagePolicy`."""
+    hidden states, which our sampler returns anyway. The rollout is of a `models.blip3o_next.policy.ImagePolicy`."""
+    policy: Any = rollout.policy
     sampling, batch = rollout.sampling, len(prompts) * group_size
-    ids, mask = policy.encode_prompts([prompt.text for prompt in prompts])
-    repeated_ids, repeated_mask = (t.repeat_interleave(group_size, 0) for t in (ids, mask))
+    rows = policy.encode(prompts)
+    repeated = repeat(rows, group_size)
     uniforms = rollout.uniforms("bench", prompts, group_size)
-    noise = rollout.noise("bench", prompts, group_size).to(policy.device)
+    noise = rollout.noise("bench", prompts, group_size)
+    assert noise is not None
+    noise = noise.to(policy.device)
     lm, decoder = policy.trainable.lm, policy.decoder
 
     def sample() -> Any:
         policy.refresh_sampler()  # the weights are laid out anew after every update: part of the price
-        return policy.sample_tokens(ids, mask, uniforms, sampling.temperature)
+        return policy.sample_tokens(rows, uniforms, sampling)
 
     def generate() -> Tensor:
         return lm.generate(
-            input_ids=repeated_ids,
-            attention_mask=repeated_mask.long(),
+            input_ids=repeated["ids"],
+            attention_mask=repeated["mask"].long(),
             do_sample=True,
             temperature=sampling.temperature,
             top_k=0,
@@ -99,27 +102,21 @@ def bench_rollout(
 
     trajectory = sample()
     with torch.no_grad():
-        latents = decoder.latents(trajectory.hidden, noise, sampling.guidance, sampling.flow_steps)
+        hidden = trajectory.states["hidden"]
+        latents = decoder.latents(hidden, noise, sampling.guidance, sampling.flow_steps)
         pictures = decoder.draw(latents)
         seconds = interleaved(
             {
                 "sample": sample,
                 "generate": generate,
-                "scoring": lambda: policy.trainable(
-                    repeated_ids, repeated_mask, trajectory.tokens, sampling.temperature
-                ),
-                "flow": lambda: decoder.latents(
-                    trajectory.hidden, noise, sampling.guidance, sampling.flow_steps
-                ),
+                "scoring": lambda: policy.trainable(repeated, trajectory.tokens, sampling),
+                "flow": lambda: decoder.latents(hidden, noise, sampling.guidance, sampling.flow_steps),
                 "vae": lambda: decoder.draw(latents),
                 "random": lambda: (
                     rollout.uniforms("bench", prompts, group_size),
                     rollout.noise("bench", prompts, group_size),
                 ),
-                "other": lambda: (
-                    policy.encode_prompts([prompt.text for prompt in prompts]),
-                    to_uint8(pictures),
-                ),
+                "other": lambda: (policy.encode(prompts), to_uint8(pictures)),
             },
             repeats,
             torch.cuda.synchronize if policy.device.type == "cuda" else lambda: None,

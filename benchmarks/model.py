@@ -14,6 +14,7 @@ from benchmarks.measuring import Report, interleaved, peak_memory_mb
 from imagerl.rl.config.engine import EngineConfig, OptimConfig
 from imagerl.rl.engine.engine import Engine
 from imagerl.rl.errors import ImageRLError
+from imagerl.rl.types import Rows, SamplingParams
 
 GB = 1e9
 
@@ -66,7 +67,7 @@ def bench_model(
         policy.sampler_dtype = torch.bfloat16
     numbers = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 100, (1, prompt_tokens), generator=numbers).to(device)
-    mask = torch.ones_like(ids, dtype=torch.bool)
+    rows = {"ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
     uniforms = torch.rand(samples, policy.num_actions, generator=numbers, dtype=torch.float64)
     noise = torch.randn(samples, *policy.latent_shape, generator=numbers).to(device)
 
@@ -76,21 +77,21 @@ def bench_model(
     loading = time.perf_counter() - begun
     policy.refresh_sampler()
     limit = samples * bandwidth(device, 1024 if on_gpu else 64) / bytes_per_token(policy._sampler)
-    trajectory = policy.sample_tokens(ids, mask, uniforms, 1.0)
-    decoder = policy.decoder
-    latents = decoder.latents(trajectory.hidden, noise, 2.0, flow_steps)
+    trajectory = policy.sample_tokens(rows, uniforms, SamplingParams())
+    decoder, hidden = policy.decoder, trajectory.states["hidden"]
+    latents = decoder.latents(hidden, noise, 2.0, flow_steps)
     seconds = interleaved(
         {
             "layout": policy.refresh_sampler,
-            "sample": lambda: policy.sample_tokens(ids, mask, uniforms, 1.0),
-            "flow": lambda: decoder.latents(trajectory.hidden, noise, 2.0, flow_steps),
+            "sample": lambda: policy.sample_tokens(rows, uniforms, SamplingParams()),
+            "flow": lambda: decoder.latents(hidden, noise, 2.0, flow_steps),
             "vae": lambda: decoder.draw(latents),
         },
         repeats,
         synchronise,
     )
     rollout_peak = peak_memory_mb()
-    update = _update(policy, ids, mask, trajectory.tokens[:micro_batch], repeats, synchronise)
+    update = _update(policy, rows, trajectory.tokens[:micro_batch], repeats, synchronise)
     sampled = samples * policy.num_actions / seconds["sample"]
     return {
         "load_gb_per_s": read / GB / loading,
@@ -107,9 +108,7 @@ def bench_model(
     }
 
 
-def _update(
-    policy: Any, ids: Tensor, mask: Tensor, tokens: Tensor, repeats: int, synchronise: Callable[[], None]
-) -> float:
+def _update(policy: Any, rows: Rows, tokens: Tensor, repeats: int, synchronise: Callable[[], None]) -> float:
     """Return median seconds of forward, backward and optimizer step of one microbatch, full weights."""
     on_gpu = policy.device.type == "cuda"
     engine = Engine(EngineConfig(precision="bf16" if on_gpu else "fp32", device="auto" if on_gpu else "cpu"))
@@ -119,7 +118,7 @@ def _update(
     def step() -> None:
         with engine.microbatch(last=True):
             with engine.autocast():
-                scores = engine.module(ids, mask, tokens, 1.0)
+                scores = engine.module(rows, tokens, SamplingParams())
             engine.backward(-scores.logprobs.mean())
         engine.step()
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measuring import Report, interleaved
-from imagerl.rl.data.prompt_pictures import with_pictures
-from imagerl.rl.rollout.engine import RolloutEngine, encode, reward_request, to_uint8
+from imagerl.rl.rollout.engine import RolloutEngine, reward_request, to_uint8, with_pictures
 from imagerl.rl.types import Prompt, RewardRequest, RewardScores
 
 DECODES = (1, 2, 4)
@@ -59,25 +58,25 @@ def measure(
     rewards = np.concatenate(totals).reshape(-1, group_size, sampling.decodes)
 
     some = [with_pictures(prompt) for prompt in prompts[:4]]
-    given = encode(policy, some)
-    ids, mask = given.ids, given.mask
-    drawing = (sampling.guidance, sampling.flow_steps, given.latents)
+    given = policy.encode(some)
     uniforms = rollout.uniforms("variance", some, group_size)
-    noise = rollout.noise("variance", some, group_size)[:: sampling.decodes]
-    trajectory = policy.sample_tokens(ids, mask, uniforms, sampling.temperature)
-    pictures = policy.decode(trajectory.hidden, noise, *drawing)
+    every = rollout.noise("variance", some, group_size)
+    assert every is not None
+    noise = every[:: sampling.decodes]
+    trajectory = policy.sample_tokens(given, uniforms, sampling)
+    pictures = policy.decode(given, trajectory, noise, sampling)
     (groups,) = rollout.generate(some, group_size, "variance")
     request = reward_request(groups)
     request.images[:: sampling.decodes] = to_uint8(pictures)
 
     def update() -> None:
-        policy.trainable(ids, mask, trajectory.tokens, sampling.temperature).logprobs.mean().backward()
+        policy.trainable(given, trajectory.tokens, sampling).logprobs.mean().backward()
 
     samples = len(some) * group_size
     seconds = interleaved(
         {
-            "tokens": lambda: policy.sample_tokens(ids, mask, uniforms, sampling.temperature),
-            "decode": lambda: policy.decode(trajectory.hidden, noise, *drawing),
+            "tokens": lambda: policy.sample_tokens(given, uniforms, sampling),
+            "decode": lambda: policy.decode(given, trajectory, noise, sampling),
             "score": lambda: score(request),
             "update": update,
         },

@@ -31,9 +31,17 @@ from imagerl.rl.types import (
     TokenTrajectory,
 )
 
+Proof = Mapping[str, tuple[Tensor, Tensor]]  # name of a quantity -> what it is, and what it came out as again
+
 
 class PromptReader(Protocol):
     """A reader of prompts, known without the weights."""
+
+    token_guided: bool  # whether `SamplingParams.token_guidance` may be other than 1
+
+    def canvas(self, prompt: Prompt) -> Canvas:
+        """Return the sizes of a picture of a prompt. What a step draws is of one canvas."""
+        ...
 
     def require(self, prompts: Iterable[Prompt], questions: bool = False) -> None:
         """Raise ImageRLError, which begins with its place, for the first prompt that the model cannot draw or edit by,
@@ -67,7 +75,7 @@ class DecoderPolicy(Protocol):
         `sampling.window`. `FlowTrajectory.condition` has a row for each token sequence, which serves its M pictures."""
         ...
 
-    def schedule(self, sampling: FlowSampling, shape: tuple[int, ...]) -> FlowSchedule:
+    def schedule(self, sampling: FlowSampling, shape: Sequence[int]) -> FlowSchedule:
         """Return the stochastic steps of a rollout of latents of a shape [C, h, w]."""
         ...
 
@@ -98,6 +106,10 @@ class Policy(Protocol):
     @property
     def prompts(self) -> PromptReader: ...
 
+    def parts(self) -> Sequence[nn.Module]:
+        """Return modules that hold every weight between them."""
+        ...
+
     @property
     def trainable(self) -> nn.Module:
         """The half that writes tokens: all that has gradients there and nothing else, none of what is frozen.
@@ -110,10 +122,6 @@ class Policy(Protocol):
     @property
     def flow(self) -> DecoderPolicy | None:
         """The decoder as a policy, after `train_decoder`; None where it does not train."""
-        ...
-
-    def canvas(self, prompt: Prompt) -> Canvas:
-        """Return the sizes of a picture of a prompt. A step holds prompts of one canvas only."""
         ...
 
     # ---- drawing ---------------------------------------------------------------------------------------------
@@ -130,9 +138,7 @@ class Policy(Protocol):
         ...
 
     def sample_tokens(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> TokenTrajectory:
-        """Draw tokens for uniforms [B, T] in [0, 1) float64, one number each: a sample depends on its own alone.
-
-        Raises ImageRLError for settings that the family does not have, such as a `token_guidance` other than 1."""
+        """Draw tokens for uniforms [B, T] in [0, 1) float64, one number each: a sample depends on its own alone."""
         ...
 
     def decode(
@@ -155,6 +161,14 @@ class Policy(Protocol):
 
     def merge_lora(self) -> None:
         """Fold the adapter into the weights for good, which may then train again. Nothing to do without."""
+        ...
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put the adapter in a folder, in PEFT's layout, onto `trainable`, ready to train on."""
+        ...
+
+    def save_adapter(self, folder: Path, base: str) -> None:
+        """Write the adapter alone, in PEFT's layout; `base` is what it stands on, as a recipe's `model.path`."""
         ...
 
     def freeze(self, patterns: Sequence[str]) -> None:
@@ -180,10 +194,22 @@ class Policy(Protocol):
 
     def load_reference(self, state: Mapping[str, Tensor]) -> None: ...
 
+    # ---- export ----------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, layout: str, base: Path, dtype: torch.dtype | None) -> None:
+        """Write the policy, without adapters, into an empty folder in one of the family's layouts, weights stored as
+        `dtype` (None: as they are). `base` is the folder that training began from, for files that are copied."""
+        ...
+
+    def proof(self, folder: Path, layout: str, prompts: Sequence[Prompt]) -> Proof | None:
+        """Return what the policy computes of prompts, and what comes of it as `save` wrote it, loaded as its users
+        will; None where that is a whole model again, which must draw the same tokens and pixels."""
+        ...
+
     # ---- reading ---------------------------------------------------------------------------------------------
 
     def answer(
-        self, pictures: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int
+        self, pictures: Iterable[Image.Image], questions: Sequence[str], max_new_tokens: int
     ) -> list[str]:
         """Answer a question about each picture. Raises ImageRLError when the model cannot read pictures."""
         ...
@@ -192,7 +218,9 @@ class Policy(Protocol):
 class Family(Protocol):
     """A kind of model folder."""
 
-    layouts: Mapping[str, str]  # name -> what it is, in words; the first is the family's own, to go on with
+    layouts: Mapping[
+        str, str
+    ]  # of exports: name -> what it is, in words; the first is the family's own, to go on with
 
     def recognises(self, settings: Mapping[str, object]) -> bool:
         """Tell whether a folder is of the family, by its config.json or model_index.json."""
@@ -206,9 +234,4 @@ class Family(Protocol):
 
     def prompts(self, folder: Path) -> PromptReader:
         """Return what the model in a folder can be asked; no weights are read."""
-        ...
-
-    def save(self, policy: Policy, folder: Path, layout: str, base: Path, dtype: torch.dtype | None) -> None:
-        """Write a policy without adapters into a new folder in one of `layouts`, weights stored as `dtype` (None: as
-        they are). `base` is the folder that training began from, for files that are copied."""
         ...

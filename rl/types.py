@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from imagerl.rl.errors import ImageRLError as ImageRLError
 
@@ -37,13 +37,23 @@ class Prompt:
     @property
     def reference(self) -> Image.Image | None:
         """The picture to edit, in the column of that name, so that rewards see it too; None: draw a new one. That of
-        a prompt file is there once the prompt is drawn; see `rl.data.prompt_pictures`."""
+        a prompt file is there once the prompt is drawn; see `rl.rollout.engine.with_pictures`."""
         picture = self.columns.get("reference")
         return picture if isinstance(picture, Image.Image) else None
 
 
 Rows = dict[str, Tensor]
 """Tensors under a family's own names, each with a row for every prompt or sample: {"ids": [6, 23], "mask": [6, 23]}."""
+
+
+def select(rows: Rows, which: slice) -> Rows:
+    """Select some of the rows, as views."""
+    return {name: tensor[which] for name, tensor in rows.items()}
+
+
+def repeat(rows: Rows, times: int) -> Rows:
+    """Repeat every row, copies side by side: P prompts become P·G samples in group-major order."""
+    return {name: tensor.repeat_interleave(times, 0) for name, tensor in rows.items()}
 
 
 class Canvas(NamedTuple):
@@ -61,22 +71,32 @@ class SamplingParams:
     Log-probs are those of exactly this distribution."""
 
     temperature: float = 1.0
-    guidance: float = 2.0
+    guidance: float = 2.0  # classifier-free guidance of the decoder; 1: none
     flow_steps: int = 30
     shared_noise: bool = False  # one decoder noise per group instead of one per sample
     decodes: int = 1  # pictures drawn of each token sequence, M
+    token_guidance: float = 1.0  # classifier-free guidance on the logits of tokens; 1: none
 
 
 @dataclass(slots=True)
 class TokenTrajectory:
     """The sampled image tokens of B samples, in group-major order (sample b belongs to prompt b // G).
 
-    The tiny recipe has P = 6, G = 16, T = 64, so tokens [96, 64]; with D = 256 hidden is [96, 65, 256]."""
+    The tiny recipe has P = 6, G = 16, T = 64, so tokens [96, 64]; its states are {"hidden": [96, 65, 256]}."""
 
     tokens: Tensor  # [B, T] int64, 0-based within the image vocabulary
     rollout_logprobs: Tensor  # [B, T] float32, of the sampling distribution
     action_mask: Tensor  # [B, T] bool
-    hidden: Tensor  # [B, T + 1, D] final-norm hidden states of <S0> and of every token
+    states: Rows = field(default_factory=dict)  # [B, ...] what the family's decoder needs beside the tokens
+
+    def rows(self, which: slice) -> TokenTrajectory:
+        """Select some of the samples, as views."""
+        return TokenTrajectory(
+            self.tokens[which],
+            self.rollout_logprobs[which],
+            self.action_mask[which],
+            select(self.states, which),
+        )
 
 
 class TokenScores(NamedTuple):
@@ -115,14 +135,15 @@ class FlowTrajectory:
     """The data to replay B pictures: where each stochastic step began and ended, and what it was conditioned on.
     No pixels, and nothing of the deterministic steps. Tiny decoder, S = 3: latents [96, 4, 24, 4, 8]."""
 
-    hidden: Tensor  # [B / M, R, D] of the token sequences
+    condition: Rows  # [B / M, ...] what the family's decoder sees of the token sequences
     latents: Tensor  # [B, S + 1, C, h, w] before each step and after the last; S = 0: the finished ones
     rollout_logprobs: Tensor  # [B, S] float32, nats per dimension
 
     def part(self, number: int, parts: int) -> FlowTrajectory:
         """Return the `number`-th of equal parts."""
+        condition = {name: rows.chunk(parts)[number] for name, rows in self.condition.items()}
         return FlowTrajectory(
-            *(getattr(self, name).chunk(parts)[number] for name in ("hidden", "latents", "rollout_logprobs"))
+            condition, *(each.chunk(parts)[number] for each in (self.latents, self.rollout_logprobs))
         )
 
 
@@ -149,8 +170,7 @@ class RolloutGroup:
 class TrainBatch:
     """The inputs of an update: B samples, group-major, of one microbatch or of a step. Tiny: 48 or 96 rows, N = 64."""
 
-    prompt_ids: Tensor  # [B, L] int64, left-padded
-    prompt_mask: Tensor  # [B, L] bool
+    prompts: Rows  # [B, ...] as the policy encodes them: {"ids": [B, L], "mask": [B, L]}
     tokens: Tensor  # [B, N]
     action_mask: Tensor  # [B, N] bool; all False for a sample that must not train
     rollout_logprobs: Tensor  # [B, N] from the sampler
@@ -164,8 +184,10 @@ class TrainBatch:
         """Select some of the samples, as views."""
 
         def part(name: str) -> Any:
-            tensor = getattr(self, name)
-            return None if tensor is None else tensor[which]
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                return value[which]
+            return None if value is None else select(value, which)
 
         return TrainBatch(**{name: part(name) for name in self.__slots__})
 
@@ -303,80 +325,3 @@ class RewardScorer(Protocol):
     def collect(self, ticket: int) -> RewardScores: ...
 
     def close(self) -> None: ...
-
-
-class DecoderPolicy(Protocol):
-    """The decoder as a policy over denoising steps. See `models.blip3o_next.flow_policy`."""
-
-    @property
-    def trainable(self) -> nn.Module:
-        """forward(hidden [B, R, D], latents [B, N, C, h, w], sigma [B, N], guidance) -> velocity [B, N, C, h, w]"""
-        ...
-
-    def sample(
-        self, hidden: Tensor, noise: Tensor, step_noise: Tensor, sampling: FlowSampling
-    ) -> tuple[Tensor, FlowTrajectory]: ...
-
-    def schedule(self, sampling: FlowSampling) -> FlowSchedule: ...
-
-    def score(self, velocity: Tensor, latents: Tensor, schedule: FlowSchedule) -> FlowScores: ...
-
-    def reference_velocity(
-        self, hidden: Tensor, latents: Tensor, sigma: Tensor, guidance: float
-    ) -> Tensor: ...
-
-
-class Policy(Protocol):
-    """An image generator with a trainable autoregressive half. See `models.blip3o_next.policy`."""
-
-    @property
-    def trainable(self) -> nn.Module:
-        """forward(prompt_ids, prompt_mask, tokens, temperature) -> TokenScores"""
-        ...
-
-    @property
-    def flow(self) -> DecoderPolicy | None:
-        """The decoder as a policy; None where it does not train."""
-        ...
-
-    @property
-    def num_actions(self) -> int: ...
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]: ...
-
-    def refresh_sampler(self) -> None: ...
-
-    def picture_tokens(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Return [P, T] of pictures to edit: what the autoregressive half sees of them."""
-        ...
-
-    def picture_latents(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Return [P, C, h, w] of pictures to edit: what the decoder sees of them."""
-        ...
-
-    def encode_prompts(
-        self, texts: Sequence[str], reference_tokens: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def sample_tokens(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float
-    ) -> TokenTrajectory: ...
-
-    def decode(
-        self, hidden: Tensor, noise: Tensor, guidance: float, steps: int, reference: Tensor | None = None
-    ) -> Tensor: ...
-
-    def decode_steps(
-        self, hidden: Tensor, noise: Tensor, step_noise: Tensor, sampling: FlowSampling
-    ) -> tuple[Tensor, FlowTrajectory]: ...
-
-    def reference_scores(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, temperature: float
-    ) -> TokenScores: ...
-
-    def freeze_reference(self) -> None: ...
-
-    def reference_state(self) -> dict[str, Tensor]: ...
-
-    def load_reference(self, state: Mapping[str, Tensor]) -> None: ...

@@ -19,7 +19,7 @@ from imagerl.rewards.base import LoadedReward
 from imagerl.rewards.workers.scoring import score_request
 from imagerl.rl.config.recipe import apply_override, validate_recipe
 from imagerl.rl.config.train import Recipe
-from imagerl.rl.data.prompt_sets import GroupedSampler
+from imagerl.rl.data.seeding import GroupedSampler
 from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.engine.engine import Engine
 from imagerl.rl.rollout.engine import RolloutEngine, training_sampling

@@ -15,6 +15,12 @@ READERS = tuple(
     f"imagerl.rl.files.{name}" for name in ("bounds", "importing", "mistakes", "reading", "yaml_text")
 )
 SHARED = ("imagerl.rl.types", "imagerl.rl.errors", *READERS)
+PROTOCOLS = "imagerl.models.base"  # by which training knows models
+COMMON = tuple(
+    f"imagerl.models.{name}" for name in ("base", "common", "families")
+)  # of models: no one family
+# Commands that still know one family.
+OF_A_FAMILY = ("imagerl.rl.commands.tokenize", "imagerl.rl.commands.plan")
 # Seconds each to import: only inside functions, so that `imagerl --help` and recipe errors come at once.
 HEAVY = ("accelerate", "deepspeed", "diffusers", "matplotlib", "onnxruntime", "paddleocr", "paddlex")
 HEAVY += ("open_clip", "peft", "rapidocr", "ray", "tensorboard", "timm", "torchvision", "transformers", "trl")
@@ -68,11 +74,13 @@ def forbidden(module: str, imports: set[str]) -> set[str]:
     bare = {name for name in imports if name.split(".")[0] in PACKAGES}  # a second copy of our modules
     if module.startswith(MEETING):  # commands call the API, never the other way
         backwards = module.startswith(MEETING[0])
+        families = {n for n in imports if n.startswith("imagerl.models.") and not n.startswith(COMMON)}
+        bare |= families if module not in OF_A_FAMILY else set()
         return bare | {name for name in imports if backwards and name.startswith(MEETING[1])}
     if module in SHARED:
         return bare | {name for name in ours(imports) if name not in SHARED}
     package = ".".join(module.split(".")[:2])
-    allowed = ("imagerl.rl",) if package == "imagerl.rl" else (package, *SHARED)
+    allowed = ("imagerl.rl", PROTOCOLS) if package == "imagerl.rl" else (package, *SHARED)
     return bare | {n for n in ours(imports) if not any(n == a or n.startswith(f"{a}.") for a in allowed)}
 
 
@@ -95,6 +103,9 @@ def test_the_rules_can_fail() -> None:
     command = "imagerl.rl.commands.train"
     assert forbidden("imagerl.api.training", {command}) == {command}
     trainer, models = "imagerl.rl.training.trainer", "imagerl.models"
+    qwen = f"{models}.blip3o_next.policy"
+    assert forbidden(command, {qwen, f"{models}.families", f"{models}.common.hub"}) == {qwen}
+    assert forbidden(trainer, {PROTOCOLS, f"{models}.families"}) == {f"{models}.families"}
     assert forbidden(trainer, {f"{models}.ar"}) == {f"{models}.ar"}
     assert forbidden(trainer, {"rl.types", "imagerl.rl.types"}) == {"rl.types"}
     assert forbidden(f"{models}.ar", {"imagerl.rl.types", f"{models}.loading"}) == set()

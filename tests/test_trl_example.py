@@ -41,9 +41,9 @@ def test_two_steps_of_both_trainers_agree(tmp_path: Path, example: dict[str, Any
 
 
 def load_recipe_model(folder: Path) -> dict[str, torch.Tensor]:
-    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.models.families import load_policy
 
-    policy, _ = load_policy(str(folder / "model"), torch.device("cpu"), torch.float32)
+    policy = load_policy(str(folder / "model"))
     return {name: value.detach() for name, value in policy.trainable.named_parameters()}
 
 

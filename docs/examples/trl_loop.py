@@ -45,17 +45,18 @@ def train_with_trl(recipe: Any, folder: Path) -> tuple[Any, list[float], list[fl
     import trl
     from datasets import Dataset
 
-    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.models.families import load_policy
     from imagerl.rewards.base import RewardSpec, as_trl_reward, load_rewards
     from imagerl.rewards.workers.scoring import to_pil_images
-    from imagerl.rl.data.prompt_sets import GroupedSampler, load_prompt_set
+    from imagerl.rl.data.prompt_sets import load_prompt_set
+    from imagerl.rl.data.seeding import GroupedSampler
     from imagerl.rl.engine.engine import Engine
     from imagerl.rl.rollout.engine import RolloutEngine, reward_request, training_sampling
     from imagerl.rl.training.halves import trained_module
 
     rollout, optim, steps = recipe.rollout, recipe.optim, recipe.run.steps
     engine = Engine(recipe.engine)
-    policy, _ = load_policy(recipe.model.path, engine.device, torch.float32)
+    policy: Any = load_policy(recipe.model.path, engine.device)
     trained_module(policy, recipe)
     image_tokens_only(policy.trainable.lm, policy.vocabulary.columns)
     draw = RolloutEngine(policy, training_sampling(recipe), recipe.run.seed, engine.autocast)
@@ -151,16 +152,17 @@ def train_with_imagerl(recipe: Any) -> tuple[Any, list[float], list[float]]:
     """The same: what `imagerl train` does, without a run folder."""
     from functools import partial
 
-    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.models.families import load_policy
     from imagerl.rewards.workers.pool import RewardWorkers
-    from imagerl.rl.data.prompt_sets import GroupedSampler, load_prompt_set
+    from imagerl.rl.data.prompt_sets import load_prompt_set
+    from imagerl.rl.data.seeding import GroupedSampler
     from imagerl.rl.engine.engine import Engine
     from imagerl.rl.rollout.engine import RolloutEngine, training_sampling
     from imagerl.rl.training.halves import lr_factor, trained_module
     from imagerl.rl.training.trainer import Trainer
 
     engine = Engine(recipe.engine)
-    policy, _ = load_policy(recipe.model.path, engine.device, torch.float32)
+    policy: Any = load_policy(recipe.model.path, engine.device)
     module = trained_module(policy, recipe)
     engine.prepare(module, recipe.optim, recipe.run.steps, None, partial(lr_factor, recipe))
     scorer = RewardWorkers([spec.model_dump() for spec in recipe.rewards.functions], workers=0)

@@ -30,11 +30,14 @@ class Drawing:
     temperature: float | None
     guidance: float | None
     flow_steps: int | None
+    token_guidance: float | None = None
+    family: str | None = None
 
     def rollout(self, model: str) -> RolloutEngine:
         from imagerl.api.drawing import loaded_rollout
 
-        return loaded_rollout(model, self.seed, self.temperature, self.guidance, self.flow_steps)[1]
+        drawn_by = (self.temperature, self.guidance, self.flow_steps, self.token_guidance)
+        return loaded_rollout(model, self.seed, *drawn_by, self.family)
 
 
 def facts_of(suite: Suite, prompts: Sequence[Prompt], how: Drawing) -> dict[str, Any]:
@@ -61,16 +64,16 @@ def measure(
     suite: Suite, prompts: Sequence[Prompt], measured: str, how: Drawing, pictures: Path | None
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Measure a model, or one of STAND_INS; also return what is to be known of it."""
-    from imagerl.models.blip3o_next.fingerprint import model_fingerprint
+    from imagerl.models.families import fingerprint
 
     if suite.reads:
-        facts = {"model": measured, "model_sha256": model_fingerprint(measured)}
-        return _answers(suite.name, prompts, measured, how.batch_size), facts
+        facts = {"model": measured, "model_sha256": fingerprint(measured)}
+        return _answers(suite.name, prompts, measured, how), facts
     if measured in STAND_INS:
         source = _perfect(suite) if measured == STAND_INS[0] else _unchanged(suite, prompts)
         return _score(suite, prompts, source, how, pictures), {"model": measured}
     rollout = how.rollout(measured)
-    facts = {"model": measured, "model_sha256": model_fingerprint(measured), **asdict(rollout.sampling)}
+    facts = {"model": measured, "model_sha256": fingerprint(measured), **asdict(rollout.sampling)}
     return _score(suite, prompts, rollout, how, pictures), facts
 
 
@@ -94,14 +97,11 @@ def _score(
     )
 
 
-def _answers(name: str, prompts: Sequence[Prompt], model: str, batch_size: int) -> Evaluation:
-    import torch
-
-    from imagerl.models.blip3o_next.loading import load_policy
+def _answers(name: str, prompts: Sequence[Prompt], model: str, how: Drawing) -> Evaluation:
+    from imagerl.api.drawing import loaded_policy
     from imagerl.rl.evaluation.understanding import evaluate_answers
 
-    policy, _ = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
-    return evaluate_answers(name, prompts, policy, batch_size)
+    return evaluate_answers(name, prompts, loaded_policy(model, how.family), how.batch_size)
 
 
 def _perfect(suite: Suite) -> Source:

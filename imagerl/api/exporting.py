@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from imagerl.models.blip3o_next.adapters import adapter_base, save_adapter
-from imagerl.models.blip3o_next.exporting import (
-    load_diffusers,
-    load_language_model,
-    save_diffusers,
-    save_language_model,
-    save_published,
-)
-from imagerl.models.blip3o_next.loading import base_folder, load_policy, model_folder, save_policy
-from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.models.base import Policy, Proof
+from imagerl.models.common.adapters import adapter_base
+from imagerl.models.common.settings import stored_sampling
+from imagerl.models.families import base_folder, family_of, load_policy, model_folder
 from imagerl.rl.config.recipe import validate_recipe
 from imagerl.rl.config.sft import AnyRecipe, SFTRecipe
 from imagerl.rl.config.train import Recipe
-from imagerl.rl.data.seeding import generator
 from imagerl.rl.engine.checkpoint import (
     CHECKPOINTS,
+    Checkpoint,
     latest_checkpoint,
     load_checkpoint,
     package_versions,
@@ -36,24 +30,17 @@ from imagerl.rl.engine.checkpoint import (
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import read_metrics, to_json
 from imagerl.rl.files.writing import atomic_folder
-from imagerl.rl.rollout.engine import evaluation_sampling
+from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling
 from imagerl.rl.sft.objective import sft_module
 from imagerl.rl.training.halves import trained_module
-from imagerl.rl.types import SamplingParams
+from imagerl.rl.types import Prompt
 
 PROOF_PROMPTS = (
-    'a sign that says "RIVER" in red on a white background',
-    'a sign that says "472" in blue on a yellow background',
+    Prompt(0, 'a sign that says "RIVER" in red on a white background'),
+    Prompt(1, 'a sign that says "472" in blue on a yellow background'),
 )
 PROOF_SEED = 20_240_203
-Proof = dict[str, np.ndarray]
 PROVENANCE = "provenance.json"
-LAYOUTS = {
-    "imagerl": "a model folder for imagerl",
-    "blip3o": "the layout of the published BLIP3o-NEXT checkpoints, for its own code and for imagerl",
-    "qwen3": "the language model alone, for transformers, vLLM and SGLang",
-    "diffusers": "the decoder alone, as a diffusers pipeline",
-}
 
 
 def checkpoint_of(source: Path) -> Path:
@@ -75,27 +62,27 @@ def checkpoint_of(source: Path) -> Path:
     return newest
 
 
-def trained_policy(source: Path) -> tuple[ImagePolicy, dict[str, Any], AnyRecipe, Path]:
-    """Load the policy as it was at a checkpoint, its model config, the run's recipe and the checkpoint's folder. The
-    config says to draw as the run drew what it was judged by; supervised training leaves that as the model had it."""
-    folder = checkpoint_of(source)
-    checkpoint = load_checkpoint(folder)
+def recipe_of(source: Path) -> tuple[AnyRecipe, Checkpoint]:
+    """Return a checkpoint, and the recipe of its run."""
+    checkpoint = load_checkpoint(checkpoint_of(source))
     stored = dict(checkpoint.state["recipe"])
     schema = SFTRecipe if stored.get("kind") == "sft" else Recipe
-    recipe = validate_recipe(schema, stored, f"{folder}/state.json")
+    recipe = validate_recipe(schema, stored, f"{checkpoint.folder}/state.json")
     assert isinstance(recipe, AnyRecipe)
-    policy, config = load_policy(recipe.model.path)
+    return recipe, checkpoint
+
+
+def trained_policy(recipe: AnyRecipe, checkpoint: Checkpoint) -> Policy:
+    """Load the policy as it was at a checkpoint. Its own settings are those by which the run drew what it was judged
+    by; supervised training leaves them as the model had them."""
+    policy = load_policy(recipe.model.path, family=recipe.model.family)
     module = sft_module(policy, recipe) if isinstance(recipe, SFTRecipe) else trained_module(policy, recipe)
     load_trained(module, checkpoint.tensors["model"])
     if policy.flow is not None:
         policy.flow.merge_lora()
     if isinstance(recipe, Recipe):
-        drawn = asdict(evaluation_sampling(recipe))
-        config = {
-            **config,
-            "sampling": {name: drawn[name] for name in ("guidance", "flow_steps", "temperature")},
-        }
-    return policy, config, recipe, folder
+        policy.sampling = replace(evaluation_sampling(recipe), shared_noise=False)
+    return policy
 
 
 def load_trained(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -111,55 +98,31 @@ def load_trained(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         parameters[name].data.copy_(tensor)
 
 
-def _proof_noise(policy: ImagePolicy) -> tuple[Tensor, Tensor]:
-    """Return the uniforms [P, T] and the decoder noise [P, C, h, w] of the proof."""
-    draws = generator(PROOF_SEED, "proof")
-    count = len(PROOF_PROMPTS)
-    uniforms = torch.rand(count, policy.num_actions, generator=draws, dtype=torch.float64)
-    return uniforms, torch.randn(count, *policy.latent_shape, generator=draws)
-
-
 @torch.no_grad()
-def proof_samples(policy: ImagePolicy, config: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def proof_samples(policy: Policy) -> dict[str, Tensor]:
     """Return tokens [P, T] and pixels [P, 3, H, W] of fixed prompts and random numbers: what an export must repeat."""
-    sampling = SamplingParams(**config["sampling"])
-    ids, mask = policy.encode_prompts(PROOF_PROMPTS)
-    uniforms, noise = _proof_noise(policy)
     policy.refresh_sampler()
-    trajectory = policy.sample_tokens(ids, mask, uniforms, sampling.temperature)
-    pixels = policy.decode(trajectory.hidden, noise, sampling.guidance, sampling.flow_steps)
-    return trajectory.tokens.cpu().numpy(), pixels.cpu().numpy()
+    rollout = RolloutEngine(policy, policy.sampling, PROOF_SEED, nullcontext)
+    uniforms, noise = rollout.uniforms("proof", PROOF_PROMPTS, 1), rollout.noise("proof", PROOF_PROMPTS, 1)
+    prompts = policy.encode(PROOF_PROMPTS)
+    trajectory = policy.sample_tokens(prompts, uniforms, policy.sampling)
+    pixels = policy.decode(prompts, trajectory, noise, policy.sampling)
+    return {"tokens": trajectory.tokens, "pixels": pixels}
 
 
-@torch.no_grad()
-def repeated(
-    policy: ImagePolicy, config: Mapping[str, Any], folder: Path, layout: str
-) -> tuple[Proof, Proof]:
-    """Return the same quantities from a policy and from its written form, loaded as its users will load it."""
-    if layout == "qwen3":
-        ids, mask = policy.encode_prompts(PROOF_PROMPTS)
-        ours = policy.trainable.lm(input_ids=ids, attention_mask=mask).logits
-        theirs = load_language_model(folder)(ids, mask)
-        return {"logits": ours.numpy()}, {"logits": theirs.numpy()}
-    if layout == "diffusers":
-        width, sampling = policy.trainable.lm.config.hidden_size, SamplingParams(**config["sampling"])
-        decoder = load_diffusers(folder, width, policy.latent_shape[1:])
-        noise = _proof_noise(policy)[1]
-        draws = generator(PROOF_SEED, "hidden")
-        hidden = torch.randn(len(noise), policy.num_actions + 1, width, generator=draws)
-        pictures = [
-            each.draw(each.latents(hidden, noise, sampling.guidance, sampling.flow_steps)).numpy()
-            for each in (policy.decoder, decoder)
-        ]
-        return {"pixels": pictures[0]}, {"pixels": pictures[1]}
-    (tokens, pixels), again = proof_samples(policy, config), proof_samples(*load_policy(str(folder)))
-    return {"tokens": tokens, "pixels": pixels}, {"tokens": again[0], "pixels": again[1]}
+def proof_of(policy: Policy, folder: Path, layout: str, family: str | None) -> Proof:
+    """Return quantities that a policy computes, and the same from its written form, loaded as its users will."""
+    partial = policy.proof(folder, layout, PROOF_PROMPTS)
+    if partial is not None:
+        return partial
+    ours, theirs = proof_samples(policy), proof_samples(load_policy(str(folder), family=family))
+    return {name: (value, theirs[name]) for name, value in ours.items()}
 
 
-def round_weights(policy: ImagePolicy, dtype: torch.dtype) -> None:
+def round_weights(policy: Policy, dtype: torch.dtype) -> None:
     """Round every weight to what `dtype` can store, so that the export is compared with what it will hold."""
-    for module in (policy.trainable, policy.decoder, policy.image_tokenizer):
-        for parameter in module.parameters() if module is not None else ():
+    for module in policy.parts():
+        for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
@@ -168,9 +131,9 @@ def export(
     target: Path,
     adapter_only: bool = False,
     dtype: torch.dtype | None = None,
-    layout: str = "imagerl",
+    layout: str | None = None,
 ) -> dict[str, Any]:
-    """Write the policy of a run or checkpoint in one of LAYOUTS and return its provenance.
+    """Write the policy of a run or checkpoint in one of its family's layouts and return its provenance.
 
     The folder appears only once it has been loaded back and has repeated exactly what the policy does: tokens and
     pixels, or the logits or pixels of the half that was written. With LoRA the adapters are merged, or with
@@ -180,19 +143,23 @@ def export(
     Raises ImageRLError when `target` exists, the source has no checkpoint, or the proof fails."""
     if target.exists():
         raise ImageRLError(f"{target} exists already; give another folder, or remove it first")
-    if layout not in LAYOUTS:
-        raise ImageRLError(f"there is no layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
-    if adapter_only and layout != "imagerl":
+    recipe, checkpoint = recipe_of(source)
+    layouts = family_of(base_folder(recipe.model.path), recipe.model.family).layouts
+    own = next(iter(layouts))
+    layout = layout or own
+    if layout not in layouts:
+        raise ImageRLError(f"there is no layout {layout!r}; choose one of {', '.join(layouts)}")
+    if adapter_only and layout != own:
         raise ImageRLError(f"an adapter has a layout of its own; export without --layout {layout}")
-    policy, config, recipe, folder = trained_policy(source)
+    policy = trained_policy(recipe, checkpoint)
     if adapter_only and policy.flow is not None:
         raise ImageRLError(
             "the run trained the decoder, which no adapter file holds; export without --adapter"
         )
-    if adapter_only and policy.trainable.adapter is None:
+    if adapter_only and not policy.adapted:
         raise ImageRLError("the run trained no LoRA adapter; export without --adapter")
     if not adapter_only:
-        policy.trainable.merge_adapter()
+        policy.merge_lora()
     if dtype is not None and not adapter_only:
         round_weights(policy, dtype)
     with atomic_folder(target) as temporary:
@@ -200,23 +167,18 @@ def export(
             start = recipe.model.path
             continued = isinstance(recipe, Recipe) and recipe.model.lora is None
             base = adapter_base(model_folder(start)) if continued else start
-            save_adapter(policy, temporary, base, config["sampling"])
-        elif layout == "blip3o":
-            save_published(policy, temporary, config, base_folder(recipe.model.path), dtype)
-        elif layout == "qwen3":
-            save_language_model(policy, temporary, config, dtype)
-        elif layout == "diffusers":
-            save_diffusers(policy, temporary, dtype)
+            policy.save_adapter(temporary, base)
         else:
-            save_policy(policy, temporary, config, dtype)
-        wanted, found = repeated(policy, config, temporary, layout)
-        for what, values in wanted.items():
-            if not np.array_equal(values, found[what]):
-                share = float((values != found[what]).mean())
+            policy.save(temporary, layout, base_folder(recipe.model.path), dtype)
+        proof = proof_of(policy, temporary, layout, recipe.model.family)
+        for what, (values, found) in proof.items():
+            if not torch.equal(values, found):
+                share = float((values != found).float().mean())
                 raise ImageRLError(
                     f"the export does not repeat the run's {what} ({share:.1%} differ); nothing was written"
                 )
-        provenance = describe(recipe, folder, temporary, layout, wanted) | {"sampling": config["sampling"]}
+        provenance = describe(recipe, checkpoint.folder, temporary, layout, proof)
+        provenance |= {"what": layouts[layout], "sampling": stored_sampling(policy.sampling)}
         (temporary / PROVENANCE).write_text(to_json(provenance, indent=2) + "\n", encoding="utf-8")
     return provenance
 
@@ -239,8 +201,11 @@ def describe(recipe: AnyRecipe, checkpoint: Path, folder: Path, layout: str, pro
         "versions": package_versions(),
         "sha256": hashes,
         "proof": {
-            "prompts": list(PROOF_PROMPTS),
-            **{f"{name}_sha256": hashlib.sha256(v.tobytes()).hexdigest() for name, v in proof.items()},
+            "prompts": [prompt.text for prompt in PROOF_PROMPTS],
+            **{
+                f"{name}_sha256": hashlib.sha256(value.cpu().numpy().tobytes()).hexdigest()
+                for name, (value, _) in proof.items()
+            },
         },
     }
 

@@ -34,8 +34,7 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
     import torch
 
     from imagerl.api.running import begin_run, open_run
-    from imagerl.models.blip3o_next.loading import load_policy, save_policy
-    from imagerl.models.blip3o_next.prompts import PromptTooLong
+    from imagerl.models.families import base_folder, family_of, load_policy
     from imagerl.rl.data.image_data import ImageStream, first_examples
     from imagerl.rl.data.image_files import BadSample, load_example
     from imagerl.rl.engine.engine import Engine
@@ -44,7 +43,7 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
     from imagerl.rl.sft.objective import part_of, sft_module
     from imagerl.rl.sft.run import SFTRun
     from imagerl.rl.sft.trainer import Collator, SFTTrainer
-    from imagerl.rl.types import SamplingParams
+    from imagerl.rl.types import Prompt
 
     data, seed = recipe.data, recipe.run.seed
     train_sources = open_sources(data.train, data, seed)
@@ -59,16 +58,18 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
             )
         checkpoint = open_run(engine, folder, recipe, resume, overwrite)
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-        policy, config = load_policy(recipe.model.path, engine.device, dtypes[recipe.model.dtype])
+        path, family = recipe.model.path, recipe.model.family
+        policy: Any = load_policy(path, engine.device, dtypes[recipe.model.dtype], family)
         policy.sampler_dtype = dtypes[recipe.engine.precision]
         policy.require_tokenizer().float()  # bfloat16 does not tell neighbouring codes apart
         read = partial(load_example, size=policy.decoder.picture_size, limits=limits(data))
 
         def load(entry: Entry) -> Example:
             example = read(entry)
+            columns = {} if example.reference is None else {"reference": example.reference}
             try:
-                policy.prompts.encode(example.caption, "caption" if example.reference is None else "edit")
-            except PromptTooLong as error:
+                policy.prompts.require([Prompt(0, example.caption, columns, source="caption")])
+            except ImageRLError as error:
                 raise BadSample("long_caption", str(error)) from None
             return example
 
@@ -97,11 +98,12 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
             states=checkpoint.state["data"] if checkpoint else None,
         )
         trainer = SFTTrainer(recipe, module, stream, Collator(policy, engine), engine)
-        sampling = SamplingParams(**config["sampling"])
-        rollout = RolloutEngine(policy, sampling, recipe.eval.seed, engine.autocast)
+        rollout = RolloutEngine(policy, policy.sampling, recipe.eval.seed, engine.autocast)
 
         def save_model(target: Path) -> None:
-            save_policy(policy, target, config, dtypes[recipe.run.model_dtype])
+            base = base_folder(path)
+            layout = next(iter(family_of(base, family).layouts))
+            policy.save(target, layout, base, dtypes[recipe.run.model_dtype])
             origin = {"base_model": recipe.model.path, "recipe": recipe.model_dump(mode="json")}
             (target / "provenance.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
+    from imagerl.models.base import PromptReader
     from imagerl.rl.config.train import Recipe
     from imagerl.rl.data.prompt_sets import PromptSet
 
@@ -26,18 +27,21 @@ def closing_line(comparison: Mapping[str, Any]) -> str:
     return f"held-out {metric.replace('_', ' ')}: {before} → {after} ({change(result['difference'], rate)})"
 
 
-def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
-    """Read the prompts to train on and the held-out ones. No weights are read.
+def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet, PromptReader]:
+    """Read the prompts to train on, the held-out ones, and what reads them. No weights are read.
 
     Raises ImageRLError when they overlap, or for one that the model cannot read."""
-    from imagerl.models.blip3o_next.loading import load_prompts
+    from imagerl.models.families import load_prompts
     from imagerl.rewards.ocr.reward import wanted_text
     from imagerl.rl.data.prompt_sets import load_prompt_set, refuse_overlap
+    from imagerl.rl.rollout.engine import refuse_impossible, training_sampling
 
     prompts, heldout = load_prompt_set(recipe.data.train), load_prompt_set(recipe.data.heldout)
     refuse_overlap(prompts, heldout, wanted_text)
-    load_prompts(recipe.model.path).require((*prompts, *heldout))
-    return prompts, heldout
+    reader = load_prompts(recipe.model.path, recipe.model.family)
+    reader.require((*prompts, *heldout))
+    refuse_impossible(reader, prompts, training_sampling(recipe), recipe.algorithm.flow is not None)
+    return prompts, heldout, reader
 
 
 def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
@@ -47,11 +51,11 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     import torch
 
     from imagerl.api.running import begin_run, open_run
-    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.models.families import load_policy
     from imagerl.rewards.base import check_entries
     from imagerl.rewards.workers.pool import RewardWorkers
     from imagerl.rl.config.rewards import refuse_hidden
-    from imagerl.rl.data.prompt_sets import GroupedSampler
+    from imagerl.rl.data.seeding import GroupedSampler
     from imagerl.rl.engine.engine import Engine
     from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling, training_sampling
     from imagerl.rl.run.folder import RunFolder
@@ -60,8 +64,8 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
     from imagerl.rl.training.trainer import Trainer
 
     refuse_hidden([*recipe.rewards.functions, *recipe.gold])
-    prompts, heldout = read_prompts(recipe)
-    sampler = GroupedSampler(prompts, recipe.rollout.prompts_per_step, recipe.run.seed)
+    prompts, heldout, reader = read_prompts(recipe)
+    sampler = GroupedSampler(prompts, recipe.rollout.prompts_per_step, recipe.run.seed, reader.canvas)
     folder = RunFolder(recipe.run.output_dir)
     engine = Engine(recipe.engine)
     scorer = None
@@ -75,7 +79,7 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
         entries = [[spec.model_dump() for spec in specs] for specs in (recipe.rewards.functions, recipe.gold)]
         check_entries([*entries[0], *entries[1]], prompts.columns)  # before time goes into loading
         storage = torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
-        policy, _ = load_policy(recipe.model.path, engine.device, storage)
+        policy = load_policy(recipe.model.path, engine.device, storage, recipe.model.family)
         if recipe.engine.precision == "bf16":
             policy.sampler_dtype = torch.bfloat16
         module = trained_module(policy, recipe)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from imagerl.models.blip3o_next.ar import ARPolicy, positions_of
+from imagerl.models.blip3o_next.ar import ARPolicy
+from imagerl.models.common.tokens import draw_tokens, positions_of
 from imagerl.rl.types import TokenTrajectory
 
 
@@ -106,7 +107,8 @@ class TokenSampler:
             hidden = first.repeat_interleave(group, dim=0)  # [B, D] of <S0>
             all_hidden, all_tokens, all_logprobs = [hidden], [], []
             for step in range(steps):
-                token, logprob = self._draw(hidden, uniforms[:, step], temperature)
+                logits = F.linear(hidden, self.head).float() / temperature
+                token, logprob = draw_tokens(logits, uniforms[:, step])
                 all_tokens.append(token)
                 all_logprobs.append(logprob)
                 x = F.embedding(token + self.image_start, self.embedding).to(self.dtype)
@@ -120,19 +122,8 @@ class TokenSampler:
             tokens=tokens,
             rollout_logprobs=torch.stack(all_logprobs, dim=1),
             action_mask=torch.ones_like(tokens, dtype=torch.bool),
-            hidden=torch.stack(all_hidden, dim=1),
+            states={"hidden": torch.stack(all_hidden, dim=1)},
         )
-
-    def _draw(self, hidden: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logits = F.linear(hidden, self.head).float() / temperature
-        logprobs = logits.log_softmax(-1)
-        # float64: a running float32 sum over 65,536 columns is off by more than a rare token's probability.
-        cumulative = logprobs.double().exp().cumsum(-1)
-        target = uniform.to(cumulative) * cumulative[:, -1]
-        token = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(
-            max=logits.shape[-1] - 1
-        )
-        return token, logprobs.gather(-1, token[:, None])[:, 0]
 
     def _final(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(self.dtype) * self.final_norm.to(

@@ -29,8 +29,7 @@ def build_policy(config: Mapping[str, Any], text_tokenizer: PreTrainedTokenizerF
         (height, width),
         edit=bool(config.get("edit", False)),
     )
-    positions = int(config["num_image_positions"])
-    return ImagePolicy(ar, decoder, text_tokenizer, positions, build_image_tokenizer(config))
+    return ImagePolicy(ar, decoder, text_tokenizer, config, build_image_tokenizer(config))
 
 
 def build_image_tokenizer(config: Mapping[str, Any]) -> ImageTokenizer | None:

@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import ConfigDict, Field, Strict, model_validator
 
+from imagerl.models.common.settings import Dropout, SamplingSettings, Settings
 from imagerl.rl.files.mistakes import validated
 from imagerl.rl.files.reading import MAX_PIXELS
 
@@ -19,7 +20,6 @@ Heads = Annotated[int, Field(ge=1, le=1 << 10)]
 Layers = Annotated[int, Field(ge=1, le=1 << 9)]
 Side = Annotated[int, Field(ge=1, le=1 << 12)]  # of a picture or a grid of latents
 Epsilon = Annotated[float, Field(ge=1e-12, le=0.1)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
 TokenId = Annotated[int, Field(ge=0, le=1 << 24)]
 Tuple = Strict(False)  # JSON has lists, our own code tuples
 Pair = Annotated[tuple[Side, Side], Tuple]  # height, width
@@ -31,10 +31,6 @@ Activation = Literal["silu", "relu", "relu6", "gelu"]
 BlockTypes = BlockType | Annotated[list[BlockType], Tuple]
 Kernel = Annotated[int, Field(ge=1, le=31)]
 Multiscales = Annotated[list[Annotated[list[Kernel], Tuple]], Tuple]
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class DiffusersSettings(Settings):
@@ -95,8 +91,8 @@ class Qwen3Settings(Settings):
 
 
 class SanaSettings(DiffusersSettings):
-    """Arguments of diffusers' `SanaTransformer2DModel`. `models.blip3o_next.sana` gives it no guidance to embed,
-    and times a thousand."""
+    """Arguments of diffusers' `SanaTransformer2DModel`. `models.blip3o_next.flow_decoder` gives it no guidance to
+    embed, and times a thousand."""
 
     in_channels: Width
     out_channels: Width | None = 32
@@ -178,12 +174,6 @@ class VaeSettings(DiffusersSettings):
 class SchedulerSettings(DiffusersSettings):
     num_train_timesteps: int = Field(1000, ge=1, le=1_000_000)
     shift: float = Field(1.0, gt=0, le=1000)
-
-
-class SamplingSettings(Settings):
-    guidance: float = Field(ge=0, le=1000)
-    flow_steps: int = Field(ge=1, le=1000)
-    temperature: float = Field(1.0, gt=0, le=1000)
 
 
 class FsqSettings(Settings):

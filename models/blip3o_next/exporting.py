@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from imagerl.models.base import Proof
 from imagerl.models.blip3o_next.flow_decoder import FlowDecoder
 from imagerl.models.blip3o_next.loading import read_config
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.published import QWEN3_FIELDS, is_published, to_published
 from imagerl.models.blip3o_next.weights import HEAD, full_state, is_tied, language_model_state
 from imagerl.models.common.shards import SHARD_BYTES, Shards, save_shards, save_tensors
-from imagerl.rl.types import ImageRLError
+from imagerl.rl.types import ImageRLError, Prompt
 
 Config = Mapping[str, Any]
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -161,6 +162,29 @@ def load_language_model(folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
     if type(lm).__name__ != "Qwen3ForCausalLM":
         raise ImageRLError(f"{folder} loads as {type(lm).__name__}, not as Qwen3ForCausalLM")
     return lambda ids, mask: lm.eval()(input_ids=ids, attention_mask=mask).logits
+
+
+@torch.no_grad()
+def language_model_proof(policy: ImagePolicy, folder: Path, prompts: Sequence[Prompt]) -> Proof:
+    """Return the logits of prompts by a policy, and by what `save_language_model` wrote of it."""
+    rows = policy.encode(prompts, to_draw=False)
+    ours = policy.trainable.lm(input_ids=rows["ids"], attention_mask=rows["mask"]).logits
+    return {"logits": (ours, load_language_model(folder)(rows["ids"], rows["mask"]))}
+
+
+@torch.no_grad()
+def decoder_proof(policy: ImagePolicy, folder: Path, count: int) -> Proof:
+    """Return the pixels of `count` random conditions by a policy's decoder, and by what `save_diffusers` wrote."""
+    width, sampling = policy.trainable.lm.config.hidden_size, policy.sampling
+    decoder = load_diffusers(folder, width, policy.latent_shape[1:])
+    draws = torch.Generator().manual_seed(0)
+    noise = torch.randn(count, *policy.latent_shape, generator=draws)
+    hidden = torch.randn(count, policy.num_actions + 1, width, generator=draws)
+    ours, theirs = (
+        each.draw(each.latents(hidden, noise, sampling.guidance, sampling.flow_steps))
+        for each in (policy.decoder, decoder)
+    )
+    return {"pixels": (ours, theirs)}
 
 
 def save_tokenizer(policy: ImagePolicy, folder: Path) -> None:

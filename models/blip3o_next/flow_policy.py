@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,16 @@ from imagerl.models.common.flow_step import (
     transition_logprob,
     transition_mean,
 )
-from imagerl.rl.types import FlowSampling, FlowSchedule, FlowScores, FlowTrajectory, ImageRLError
+from imagerl.rl.errors import one_line
+from imagerl.rl.types import (
+    FlowSampling,
+    FlowSchedule,
+    FlowScores,
+    FlowTrajectory,
+    ImageRLError,
+    Rows,
+    TokenTrajectory,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,19 +42,19 @@ class FlowNetwork(nn.Module):
         self.connector, self.sana = decoder.connector, decoder.sana
         self._decoder = (decoder,)  # in a tuple, so that the autoencoder is not registered
 
-    def forward(self, hidden: Tensor, latents: Tensor, sigma: Tensor, guidance: float) -> Tensor:
+    def forward(self, condition: Rows, latents: Tensor, sigma: Tensor, guidance: float) -> Tensor:
         """Return guided velocities [B, N, C, h, w] in float32 at N points of each sample: latents
         [B, N, C, h, w] at noise levels sigma [B, N], all given the same hidden states [B, R, D].
 
         What depends on the hidden states alone is computed once for the N points, gradients included."""
         (decoder,) = self._decoder
-        branches = decoder.branches(hidden, guidance)
+        branches = decoder.branches(condition["hidden"], guidance)
         points = zip(latents.unbind(1), sigma.unbind(1), strict=True)
         return torch.stack([decoder.guided_velocity(x, s, branches, guidance).float() for x, s in points], 1)
 
 
 class FlowPolicy:
-    """Implements `rl.types.DecoderPolicy` around a decoder."""
+    """Implements `models.base.DecoderPolicy` around a decoder."""
 
     def __init__(self, decoder: FlowDecoder) -> None:
         """Give gradients to the network only; the rest stays frozen."""
@@ -53,6 +63,30 @@ class FlowPolicy:
         self.trainable.requires_grad_(True)
         self._adapter: PeftModel | None = None
         self._reference: FlowNetwork | None = None
+
+    @torch.no_grad()
+    def decode_steps(
+        self,
+        prompts: Rows,
+        trajectory: TokenTrajectory,
+        noise: Tensor,
+        step_noise: Tensor,
+        sampling: FlowSampling,
+    ) -> tuple[Tensor, FlowTrajectory]:
+        """Decode by stochastic steps: pictures [B·M, 3, H, W] in [0, 1], and what replaying the steps needs.
+
+        Raises ImageRLError for edits."""
+        if "reference" in prompts:
+            raise ImageRLError(
+                "denoising steps are trained on captions only; train edits with a token algorithm"
+            )
+        self.decoder.require_shape(noise)
+        hidden = trajectory.states["hidden"]
+        noise, step_noise = noise.to(hidden.device), step_noise.to(hidden.device)
+        repeated = hidden.repeat_interleave(len(noise) // len(hidden), 0)
+        latents, steps = self.sample(repeated, noise, step_noise, sampling)
+        steps.condition = {"hidden": hidden}  # one row serves all pictures of a token sequence
+        return self.decoder.draw(latents), steps
 
     @torch.no_grad()
     def sample(
@@ -81,10 +115,10 @@ class FlowPolicy:
             if step + 1 == window.stop:
                 visited.append(x)
         rollout_logprobs = torch.stack(logprobs, 1) if logprobs else x.new_zeros(len(x), 0)
-        return x, FlowTrajectory(hidden, torch.stack(visited or [x], 1), rollout_logprobs)
+        return x, FlowTrajectory({"hidden": hidden}, torch.stack(visited or [x], 1), rollout_logprobs)
 
-    def schedule(self, sampling: FlowSampling) -> FlowSchedule:
-        """Return the stochastic steps of a rollout."""
+    def schedule(self, sampling: FlowSampling, shape: Sequence[int] = ()) -> FlowSchedule:
+        """Return the stochastic steps of a rollout, the same for all shapes of latents."""
         sigmas = self.decoder.sigmas(sampling.steps)
         drawing = step_coefficients(sampling.sampler, sigmas, sampling.noise_level)  # type: ignore[arg-type]
         rows = slice(sampling.window.start, sampling.window.stop)
@@ -111,25 +145,25 @@ class FlowPolicy:
             self._reference = FlowNetwork(decoder).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def reference_velocity(self, hidden: Tensor, latents: Tensor, sigma: Tensor, guidance: float) -> Tensor:
+    def reference_velocity(self, condition: Rows, latents: Tensor, sigma: Tensor, guidance: float) -> Tensor:
         """Return `FlowNetwork.forward` of the frozen reference."""
         if self._reference is not None:
-            return self._reference(hidden, latents, sigma, guidance)
+            return self._reference(condition, latents, sigma, guidance)
         if self._adapter is None:
             raise ImageRLError("no reference decoder: call freeze_reference() before training with KL")
         with self.base_weights():
-            return self.trainable(hidden, latents, sigma, guidance)
+            return self.trainable(condition, latents, sigma, guidance)
 
-    def add_lora(self, rank: int, alpha: float, target_modules: list[str]) -> None:
+    def add_lora(self, rank: int, alpha: float, target_modules: Sequence[str]) -> None:
         """Freeze the network and train low-rank adapters of the transformer instead (arXiv 2106.09685), by PEFT."""
         from peft import LoraConfig, get_peft_model
 
         self.trainable.requires_grad_(False)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules))
         try:
             self._adapter = get_peft_model(self.decoder.sana, config)
         except ValueError as error:
-            raise ImageRLError(f"algorithm.flow.lora: {' '.join(str(error).split())[:300]}") from error
+            raise ImageRLError(f"algorithm.flow.lora: {one_line(error, 300)}") from error
 
     def merge_lora(self) -> None:
         """Fold the adapters into the weights for good. Nothing to do without."""

@@ -1,4 +1,4 @@
-"""Read and write model folders: ours, the published BLIP3o-NEXT ones, and those of the hub.
+"""Read and write model folders: ours and the published BLIP3o-NEXT ones.
 
 A folder holds config.json, safetensors and a Hugging Face tokenizer. Nothing is unpickled, no code from a folder is
 run, and no other model is fetched first."""
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagerl.models.blip3o_next.adapters import ADAPTER_CONFIG, adapter_base, adapter_sampling, load_adapter
 from imagerl.models.blip3o_next.ar import ImageVocabulary
 from imagerl.models.blip3o_next.config import check_config
 from imagerl.models.blip3o_next.policy import ImagePolicy
@@ -22,61 +21,21 @@ from imagerl.models.blip3o_next.prompts import PromptEncoder
 from imagerl.models.blip3o_next.published import EDIT_UNUSED, from_published, is_published
 from imagerl.models.blip3o_next.weights import check_fit, empty_policy, fill, full_state, is_tied
 from imagerl.models.blip3o_next.weights import load_state as load_state
-from imagerl.models.common.hub import is_hub_name, snapshot
 from imagerl.models.common.shards import SHARD_BYTES, WEIGHTS, Shards, save_shards
 from imagerl.rl.errors import one_line
 from imagerl.rl.files.reading import read_json
-from imagerl.rl.types import ImageRLError
+from imagerl.rl.types import Canvas, ImageRLError
 
-TINY = "tiny"
-SHIPPED = (TINY, "tiny_edit")
 MAX_CONFIG = 1 << 22  # bytes of a config.json
 REQUIRED = ("qwen3", "sana", "vae", "scheduler", "latent_size", "num_image_positions", "sampling")
 _logger = logging.getLogger(__name__)
-
-
-def model_folder(path: str) -> Path:
-    """Return the folder a recipe's `model.path` means: a shipped model, a path, or a model of the hub as
-    `owner/name` or `owner/name@revision`, which is downloaded once."""
-    try:
-        folder = Path(__file__).parents[1] / path if path in SHIPPED else Path(path).expanduser()
-        found = folder.is_dir()
-    except (OSError, RuntimeError):  # a name too long, or of a user who is not here
-        found = False
-    if not found and is_hub_name(path):
-        return snapshot(path)
-    if not found:
-        raise ImageRLError(
-            f"model {path!r} is no folder; give a model folder, a name of the Hugging Face hub such as "
-            f"BLIP3o/BLIP3o-NEXT-SFT-3B, or {TINY!r} for the shipped one"
-        )
-    return folder
-
-
-def base_folder(path: str) -> Path:
-    """Return `model_folder`; for an adapter, that of its whole base model."""
-    folder = model_folder(path)
-    return base_folder(adapter_base(folder)) if (folder / ADAPTER_CONFIG).is_file() else folder
-
-
-def _way_to_a_model(folder: Path) -> str:
-    """Say what to do when a folder is no model."""
-    if (folder / "model" / "config.json").is_file():
-        return f"the model is in {folder / 'model'}"
-    if any((folder / name).exists() for name in ("checkpoints", "optimizer.safetensors")):
-        return f"it is a run's; make a model of it with: imagerl export {folder} OUT"
-    return "give the folder of a model or of an export"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json as it is, of either layout. One of ours describes a model that can be built; see
     `models.blip3o_next.config`."""
     file = folder / "config.json"
-    if not file.is_file():
-        raise ImageRLError(f"{folder} has no config.json; {_way_to_a_model(folder)}")
     config = read_json(file, MAX_CONFIG)
-    if not isinstance(config, dict):
-        raise ImageRLError(f"{file} holds no settings; give the folder of a model or of an export")
     missing = [key for key in REQUIRED if key not in config]
     if missing and not is_published(config):
         raise ImageRLError(
@@ -122,9 +81,7 @@ def load_text_tokenizer(folder: Path) -> Any:
         tokenizer("a word", add_special_tokens=False, return_offsets_mapping=True)  # as prompts are read
         return tokenizer
     except Exception as error:  # transformers and tokenizers raise anything on files that are not theirs
-        raise ImageRLError(
-            f"{folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise ImageRLError(f"{folder} has no usable tokenizer: {one_line(error, 200)}") from error
 
 
 def _require_image_tokens(text_tokenizer: Any, config: Mapping[str, Any], folder: Path) -> None:
@@ -151,14 +108,17 @@ def _require_image_tokens(text_tokenizer: Any, config: Mapping[str, Any], folder
             )
 
 
-def load_prompts(path: str) -> PromptEncoder:
-    """Load the prompt encoder of the model at `path`, as `load_policy` takes it; no weights are read."""
+def load_prompts(folder: Path) -> PromptEncoder:
+    """Load the prompt encoder of the model in a folder; no weights are read."""
     from transformers import Qwen3Config
 
-    config, text_tokenizer, _, _ = _open(base_folder(path))
+    config, text_tokenizer, _, _ = _open(folder)
     positions = Qwen3Config(**config["qwen3"]).max_position_embeddings
-    vocabulary = ImageVocabulary.from_config(config)
-    return PromptEncoder(text_tokenizer, vocabulary, positions, int(config["num_image_positions"]))
+    rows, columns = config["latent_size"]
+    pixels = 2 ** (len(config["vae"]["encoder_block_out_channels"]) - 1)  # of a side that a latent stands for
+    latents = (int(config["sana"]["in_channels"]), rows, columns)
+    canvas = Canvas(int(config["num_image_positions"]), (rows * pixels, columns * pixels), latents)
+    return PromptEncoder(text_tokenizer, ImageVocabulary.from_config(config), positions, canvas)
 
 
 def _open(folder: Path) -> tuple[dict[str, Any], Any, Shards, dict[str, Any] | None]:
@@ -173,21 +133,13 @@ def _open(folder: Path) -> tuple[dict[str, Any], Any, Shards, dict[str, Any] | N
 
 
 def load_policy(
-    path: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[ImagePolicy, dict[str, Any]]:
-    """Load a policy with all its parts in `dtype`, and its config in our form.
-
-    `path` is "tiny", a model folder of ours or of the published layout, a folder with a LoRA adapter, whose base is
-    then loaded under it, adapters of its own merged, or a name of the hub. Beside the policy one tensor at a time is in
-    memory.
+    """Load a policy with all its parts in `dtype`, and its config in our form, from a folder of ours or of the
+    published layout. Beside the policy one tensor at a time is in memory.
 
     Raises ImageRLError with one line when the folder is not a model, or its files are damaged or do not fit."""
-    folder = model_folder(path)
-    if (folder / ADAPTER_CONFIG).is_file():
-        policy, config = load_policy(adapter_base(folder), device, dtype)
-        policy.trainable.merge_adapter()  # of a base that is an adapter folder itself
-        load_adapter(policy, folder)
-        return policy.to(device), {**config, "sampling": config["sampling"] | adapter_sampling(folder)}
+    folder = Path(folder)
     config, text_tokenizer, shards, published = _open(folder)
     policy = empty_policy(config, text_tokenizer)
     if not any(name.startswith(EDIT_UNUSED) for name in shards.entries):

@@ -2,50 +2,56 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from imagerl.models.blip3o_next.ar import ARPolicy, ImageVocabulary
 from imagerl.models.blip3o_next.ar_sampler import TokenSampler
 from imagerl.models.blip3o_next.flow_decoder import FlowDecoder
 from imagerl.models.blip3o_next.flow_policy import FlowPolicy
-from imagerl.models.blip3o_next.prompts import TURN_END, PromptEncoder, Rows, pad_left
+from imagerl.models.blip3o_next.prompts import TURN_END, PromptEncoder
 from imagerl.models.blip3o_next.understanding import greedy_text
 from imagerl.models.common.image_tokenizer import ImageTokenizer
 from imagerl.models.common.pictures import prepare_picture
-from imagerl.rl.types import FlowSampling, FlowTrajectory, ImageRLError, TokenScores, TokenTrajectory
+from imagerl.models.common.policy import BasePolicy
+from imagerl.models.common.settings import SamplingSettings, stored_sampling
+from imagerl.models.common.tokens import pad_left
+from imagerl.rl.types import Canvas, ImageRLError, Prompt, Rows, SamplingParams, TokenTrajectory, repeat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from imagerl.models.base import Proof
 
-class ImagePolicy:
-    """Implements `rl.types.Policy`. In RL only `trainable`, the autoregressive half, has gradients, and
+
+class ImagePolicy(BasePolicy):
+    """Implements `models.base.Policy`. In RL only `trainable`, the autoregressive half, has gradients, and
     `flow.trainable` of the decoder once `train_decoder` was called."""
+
+    trainable: ARPolicy
 
     def __init__(
         self,
         ar: ARPolicy,
         decoder: FlowDecoder,
         text_tokenizer: PreTrainedTokenizerBase,
-        num_tokens: int,
+        config: Mapping[str, Any],
         image_tokenizer: ImageTokenizer | None = None,
     ) -> None:
-        self.trainable = ar
+        """Put the parts together; `config` is config.json in our form."""
+        super().__init__(ar, SamplingSettings.model_validate(config["sampling"]).params())
+        self.config = dict(config)
         self.decoder = decoder
-        self.flow: FlowPolicy | None = None
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
-        self.num_actions = num_tokens
-        self.sampler_dtype = torch.float32
-        self._reference: ARPolicy | None = None
+        self.num_actions = int(config["num_image_positions"])
         self._sampler: TokenSampler | None = None
 
     @property
@@ -56,15 +62,14 @@ class ImagePolicy:
     def latent_shape(self) -> tuple[int, int, int]:
         return self.decoder.latent_shape
 
-    @property
-    def device(self) -> torch.device:
-        return self.trainable.lm.device
-
     def to(self, device: torch.device | str) -> ImagePolicy:
-        for module in (self.trainable, self.decoder, self.image_tokenizer, self._reference):
-            if module is not None:
-                module.to(device)
+        for module in (*self.parts(), *([] if self._reference is None else [self._reference])):
+            module.to(device)
         return self
+
+    def parts(self) -> list[nn.Module]:
+        tokenizer = [] if self.image_tokenizer is None else [self.image_tokenizer]
+        return [self.trainable, self.decoder, *tokenizer]
 
     def renew_decoder(self) -> FlowDecoder:
         """Put a decoder with fresh weights, drawn from torch's global generator, in the place of the present one,
@@ -85,9 +90,25 @@ class ImagePolicy:
     @cached_property
     def prompts(self) -> PromptEncoder:
         positions = self.trainable.lm.config.max_position_embeddings
-        return PromptEncoder(self.text_tokenizer, self.vocabulary, positions, self.num_actions)
+        canvas = Canvas(self.num_actions, self.decoder.picture_size, self.decoder.latent_shape)
+        return PromptEncoder(self.text_tokenizer, self.vocabulary, positions, canvas)
 
-    def _padded(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def encode(self, prompts: Sequence[Prompt], to_draw: bool = True) -> Rows:
+        """Encode prompts as `encode_prompts` does; with pictures to edit the rows hold their latents too.
+
+        Raises ImageRLError when only some of the prompts have a picture."""
+        texts = [prompt.text for prompt in prompts]
+        pictures = [prompt.reference for prompt in prompts if prompt.reference is not None]
+        if pictures and len(pictures) < len(texts):
+            raise ImageRLError(
+                f"{len(pictures)} of {len(texts)} prompts have a picture to edit; put edits in a prompt set of "
+                "their own"
+            )
+        ids, mask = self.encode_prompts(texts, self.picture_tokens(pictures) if pictures else None)
+        rows = {"ids": ids, "mask": mask}
+        return rows | {"reference": self.picture_latents(pictures)} if pictures and to_draw else rows
+
+    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         ids, mask = pad_left(rows, self.prompts.pad)
         return ids.to(self.device), mask.to(self.device)
 
@@ -106,9 +127,12 @@ class ImagePolicy:
         """Encode questions about pictures of tokens [P, T] as ids and mask [P, L], left-padded; the answer follows."""
         return self._padded(self.prompts.questions(texts, picture_tokens))
 
-    def answer(self, picture_tokens: Tensor, questions: Sequence[str], max_new_tokens: int = 64) -> list[str]:
-        """Return the model's own words about pictures of tokens [P, T]: greedy decoding up to the end of its turn."""
-        ids, mask = self.encode_questions(questions, picture_tokens)
+    @torch.no_grad()
+    def answer(
+        self, pictures: Iterable[Image.Image], questions: Sequence[str], max_new_tokens: int = 64
+    ) -> list[str]:
+        """Return the model's own words about pictures: greedy decoding up to the end of its turn."""
+        ids, mask = self.encode_questions(questions, self.picture_tokens(pictures))
         stop = {
             self.prompts.id_of(TURN_END),
             self.text_tokenizer.eos_token_id,
@@ -127,7 +151,7 @@ class ImagePolicy:
             return self.tokens_of(pictures), self.decoder.encode(pictures.to(self.device))
         return self.picture_tokens(pictures), self.picture_latents(pictures)
 
-    def picture_tokens(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def picture_tokens(self, pictures: Iterable[Image.Image]) -> Tensor:
         """Return tokens [P, T] of PIL pictures of any size and mode. Raises ImageRLError like `reference_of`."""
         tokenizer = self.require_tokenizer()
         self.decoder.require_edit()
@@ -161,79 +185,51 @@ class ImagePolicy:
         self._sampler = None  # before the new one needs its memory
         self._sampler = TokenSampler(self.trainable, self.sampler_dtype)
 
-    def sample_tokens(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float
-    ) -> TokenTrajectory:
-        """Draw tokens for uniforms [P·G, T] after prompts [P, L]; see `TokenSampler.sample`."""
+    def sample_tokens(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> TokenTrajectory:
+        """Draw tokens for uniforms [P·G, T] after P prompts; see `TokenSampler.sample`."""
         if self._sampler is None:
             self.refresh_sampler()
         assert self._sampler is not None
-        return self._sampler.sample(prompt_ids, prompt_mask, uniforms.to(self.device), temperature)
+        uniforms = uniforms.to(self.device)
+        return self._sampler.sample(prompts["ids"], prompts["mask"], uniforms, sampling.temperature)
 
     def decode(
-        self, hidden: Tensor, noise: Tensor, guidance: float, steps: int, reference: Tensor | None = None
+        self, prompts: Rows, trajectory: TokenTrajectory, noise: Tensor | None, sampling: SamplingParams
     ) -> Tensor:
-        """Decode hidden states [B, T + 1, D] and noise [B, C, h, w] to pictures [B, 3, H, W] in [0, 1].
-
-        `reference` [P, C, h, w] are the latents of the pictures that an edit starts from, B = P·G group-major."""
+        """Decode hidden states [B, T + 1, D] and noise [B·M, C, h, w] to pictures [B·M, 3, H, W] in [0, 1]."""
+        assert noise is not None
         self.decoder.require_shape(noise)
         noise = noise.to(self.device)
+        hidden = repeat(trajectory.states, len(noise) // len(trajectory.tokens))["hidden"]
+        reference = prompts.get("reference")
         if reference is not None:
             reference = reference.to(self.device).repeat_interleave(len(noise) // len(reference), 0)
-        return self.decoder.draw(self.decoder.latents(hidden, noise, guidance, steps, reference))
+        latents = self.decoder.latents(hidden, noise, sampling.guidance, sampling.flow_steps, reference)
+        return self.decoder.draw(latents)
 
     def train_decoder(self) -> FlowPolicy:
         """Make the decoder a policy over its denoising steps, with gradients."""
-        self.flow = FlowPolicy(self.decoder)
-        return self.flow
+        self.flow = flow = FlowPolicy(self.decoder)
+        return flow
 
-    def decode_steps(
-        self, hidden: Tensor, noise: Tensor, step_noise: Tensor, sampling: FlowSampling
-    ) -> tuple[Tensor, FlowTrajectory]:
-        """Decode by stochastic steps: pictures [B, 3, H, W] in [0, 1], and what replaying the steps needs.
+    def save(self, folder: Path, layout: str, base: Path, dtype: torch.dtype | None) -> None:
+        """Write the policy in one of `layouts`; see `models.blip3o_next.exporting`."""
+        from imagerl.models.blip3o_next import exporting, loading
 
-        `step_noise` [B, S, C, h, w] is the noise of the steps in `sampling.window`."""
-        if self.flow is None:
-            raise ImageRLError("the decoder does not train: call train_decoder() first")
-        self.decoder.require_shape(noise)
-        noise, step_noise = noise.to(self.device), step_noise.to(self.device)
-        latents, trajectory = self.flow.sample(hidden, noise, step_noise, sampling)
-        return self.decoder.draw(latents), trajectory
-
-    def freeze_reference(self) -> None:
-        """Remember the present policy as the KL reference: a frozen copy of the autoregressive half, or of the adapter
-        alone where one trains. Called again, parameters gathered, it renews the copy of a half."""
-        if self.trainable.adapter is not None:
-            self.trainable.keep_reference()
-        elif self._reference is None:
-            self._reference = copy.deepcopy(self.trainable).requires_grad_(False).eval()
+        config = {**self.config, "sampling": stored_sampling(self.sampling)}
+        if layout == "blip3o":
+            exporting.save_published(self, folder, config, base, dtype)
+        elif layout == "qwen3":
+            exporting.save_language_model(self, folder, config, dtype)
+        elif layout == "diffusers":
+            exporting.save_diffusers(self, folder, dtype)
         else:
-            self.load_reference({n: p.data for n, p in self.trainable.named_parameters()})
+            loading.save_policy(self, folder, config, dtype)
 
-    def reference_state(self) -> dict[str, Tensor]:
-        """Return the weights of the frozen copy by name; empty where there is none."""
-        return {} if self._reference is None else {n: p.data for n, p in self._reference.named_parameters()}
+    def proof(self, folder: Path, layout: str, prompts: Sequence[Prompt]) -> Proof | None:
+        """Return the logits of the language model, or the pixels of the decoder, where it alone was written."""
+        from imagerl.models.blip3o_next.exporting import decoder_proof, language_model_proof
 
-    @torch.no_grad()
-    def load_reference(self, state: Mapping[str, Tensor]) -> None:
-        """Give the frozen copy other weights."""
-        own = self.reference_state()
-        if own.keys() != state.keys():
-            odd = sorted(own.keys() ^ state.keys())[0]
-            raise ImageRLError(
-                f"the checkpoint's reference is of another model ({odd}); resume with the same model"
-            )
-        for name, weight in state.items():
-            own[name].copy_(weight)
-
-    @torch.no_grad()
-    def reference_scores(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, temperature: float
-    ) -> TokenScores:
-        """Score tokens [B, T] under the frozen reference."""
-        if self._reference is not None:
-            return self._reference(prompt_ids, prompt_mask, tokens, temperature)
-        if self.trainable.adapter is None:
-            raise ImageRLError("no reference policy: call freeze_reference() before training with KL")
-        with self.trainable.reference_weights():
-            return self.trainable(prompt_ids, prompt_mask, tokens, temperature)
+        if layout == "qwen3":
+            return language_model_proof(self, folder, prompts)
+        return decoder_proof(self, folder, len(prompts)) if layout == "diffusers" else None

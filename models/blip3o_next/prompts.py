@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from imagerl.models.blip3o_next.ar import ImageVocabulary
-from imagerl.rl.types import ImageRLError, Prompt
+from imagerl.rl.types import Canvas, ImageRLError, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,30 +30,27 @@ class PromptTooLong(ImageRLError):
     """A prompt that leaves the model no positions for its answer."""
 
 
-def pad_left(rows: Rows, pad: int) -> tuple[Tensor, Tensor]:
-    """Pad to ids and mask [B, L] int64 and bool."""
-    longest = max(map(len, rows))
-    ids = [[pad] * (longest - len(row)) + row for row in rows]
-    mask = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
-
-
 class PromptEncoder:
     """Prompts as ids. A user's words are encoded as plain text: `<I5>` or `<|im_end|>` in a caption are seven or more
-    letters, never the token of that name, so that nobody can end a turn or draw from inside a caption."""
+    letters, never the token of that name, so that nobody can end a turn or draw from inside a caption.
+
+    Implements `models.base.PromptReader`."""
+
+    token_guided = False
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         vocabulary: ImageVocabulary,
         positions: int,
-        image_tokens: int,
+        canvas: Canvas,
     ) -> None:
-        """Take the language model's `positions`, for prompt and answer together, `image_tokens` of them a picture."""
+        """Take the language model's `positions`, for prompt and answer together, and the sizes of its pictures."""
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.positions = positions
-        self.image_tokens = image_tokens
+        self.image_tokens = canvas.tokens
+        self._canvas = canvas
         self.pad = tokenizer.pad_token_id or 0
         self._ids_of_names = tokenizer.get_added_vocab()  # built anew at every call, of 65,000 names
         self._named = set(self._ids_of_names.values())
@@ -84,6 +81,19 @@ class PromptEncoder:
         return [
             id_ for part in pairwise([0, *sorted(cuts), len(text)]) for id_ in self.plain(text[slice(*part)])
         ]
+
+    def canvas(self, prompt: Prompt) -> Canvas:
+        """Return the sizes of every picture that the model draws."""
+        return self._canvas
+
+    def longest(self, prompts: Sequence[Prompt]) -> int:
+        """Count the ids of the longest prompt, or of one of the longest texts where there are many."""
+        return max(
+            len(
+                self.encode(prompt.text, "edit" if prompt.columns.get("reference") is not None else "caption")
+            )
+            for prompt in sorted(prompts, key=lambda prompt: len(prompt.text))[-100:]
+        )
 
     def require(self, prompts: Iterable[Prompt], questions: bool = False) -> None:
         """Ask of every prompt, a question or else what a picture is drawn of, whether the model can read it.

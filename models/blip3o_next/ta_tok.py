@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from imagerl.models.common.image_tokenizer import ImageTokenizer
+from imagerl.rl.errors import one_line
 from imagerl.rl.types import ImageRLError
 
 PUBLISHED_HEADS, PUBLISHED_IMAGE_SIZE = 16, 384  # SigLIP2-so400m; weights alone do not tell these two
@@ -161,7 +162,7 @@ def load_ta_tok(
         state |= tokenizer.scale_layer.state_dict(prefix="scale_layer.")  # a .pth expects pictures in [0, 1]
         tokenizer.load_state_dict(state)
     except Exception as error:  # sizes read off tensors of any shape
-        raise ImageRLError(f"{path} is no TA-Tok checkpoint: {' '.join(str(error).split())[:200]}") from error
+        raise ImageRLError(f"{path} is no TA-Tok checkpoint: {one_line(error, 200)}") from error
     return tokenizer.requires_grad_(False).eval()
 
 
@@ -176,8 +177,8 @@ def _read_tensors(path: Path) -> Mapping[str, Tensor]:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         return stored["model"]["sd"]
     except Exception as e:  # safetensors, zip and pickle have many; the file is not ours
-        why = " ".join(str(e).split())[:200]
-        raise ImageRLError(f"{path} cannot be read as TA-Tok weights ({why}); copy it again") from e
+        told = one_line(e, 200)
+        raise ImageRLError(f"{path} cannot be read as TA-Tok weights ({told}); copy it again") from e
 
 
 def _config_of(state: Mapping[str, Tensor], heads: int, image_size: int) -> dict[str, object]:

@@ -7,7 +7,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from imagerl.models.blip3o_next.ar import ARPolicy, ImageVocabulary, positions_of
+from imagerl.models.blip3o_next.ar import ARPolicy, ImageVocabulary
+from imagerl.models.common.tokens import positions_of
 
 
 def text_columns(vocabulary: ImageVocabulary, size: int) -> Tensor:

@@ -13,6 +13,7 @@ from imagerl.models.blip3o_next.building import build_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.published import EDIT_CONNECTOR, EDIT_UNUSED, VISION_TOWER
 from imagerl.models.common.shards import Shards, require_finite
+from imagerl.rl.errors import why
 from imagerl.rl.types import ImageRLError
 
 Slot = tuple[nn.Module, str]  # a module and the name of a parameter or buffer of its own
@@ -47,10 +48,7 @@ def empty_policy(config: Mapping[str, Any], text_tokenizer: Any) -> ImagePolicy:
     except ImageRLError:
         raise
     except Exception as error:  # what transformers and diffusers say of sizes that do not go together
-        why = " ".join(str(error).split())[:200]
-        raise ImageRLError(
-            f"config.json describes no model that can be built ({type(error).__name__}: {why})"
-        ) from error
+        raise ImageRLError(f"config.json describes no model that can be built ({why(error)})") from error
     if is_tied(policy):  # each parameter was replaced on its own
         policy.trainable.lm.tie_weights()
     return policy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from imagerl.rl.errors import why
 from imagerl.rl.types import ImageRLError
 
 # Everything a model folder is read from. Code (*.py) and pickles (*.bin, *.pt, *.pth) are not even downloaded.
@@ -14,6 +15,7 @@ WANTED = (
     *("special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
     *("adapter_config.json", "sampling.json"),
 )
+SHIPPED = ("tiny", "tiny_edit")  # folders beside this one
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
@@ -32,9 +34,8 @@ def snapshot(name: str) -> Path:
     try:
         folder = snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED))
     except Exception as error:  # whatever the hub's client and its HTTP library raise
-        why = " ".join(str(error).split())[:200]
         raise ImageRLError(
             f"model {name!r} is no folder here, and fetching it from the Hugging Face hub failed "
-            f"({type(error).__name__}: {why}); check the name, or copy the model folder here and give its path"
+            f"({why(error)}); check the name, or copy the model folder here and give its path"
         ) from error
     return Path(folder)

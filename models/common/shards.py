@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from imagerl.rl.errors import one_line
 from imagerl.rl.files.mistakes import validated
 from imagerl.rl.files.reading import is_regular, parse_json, read_text
 from imagerl.rl.types import ImageRLError
@@ -226,7 +227,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
         header.pop("__metadata__", None)
         stored = validated(dict[str, StoredTensor], header, "its header")
     except (OSError, ValueError, struct.error, ImageRLError) as error:
-        raise _damaged(file, " ".join(str(error).split())) from error
+        raise _damaged(file, one_line(error)) from error
     entries, end = {}, 8 + length
     for name, value in sorted(stored.items(), key=lambda one: one[1].data_offsets):
         start, stop = (8 + length + offset for offset in value.data_offsets)

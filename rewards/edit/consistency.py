@@ -4,6 +4,7 @@ pays."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -205,70 +206,56 @@ class EditConsistencyReward:
             raise ImageRLError(
                 "reward 'edit_consistency' needs the columns reference and edited in the prompt set"
             )
-        asked = [i for i, (source, part) in enumerate(zip(reference, edited, strict=True)) if source and part]
         columns = {name: values for name, values in columns.items() if name not in SAMPLE_NAMES}
+        edits = {
+            row: _Edit(
+                part, prompts[row], images[row], source, {name: columns[name][row] for name in columns}
+            )
+            for row, (source, part) in enumerate(zip(reference, edited, strict=True))
+            if source and part
+        }
+        found = dict(zip(edits, self._kept(list(edits.values())), strict=True))
+        for part in dict.fromkeys(edit.part for edit in edits.values()):
+            rows = [row for row, edit in edits.items() if edit.part == part]
+            for row, done in zip(rows, self._done(part, [edits[row] for row in rows]), strict=True):
+                found[row]["done"] = done
+            if (keeper := self.keepers.get(part)) is not None:
+                told = self._ask(keeper, [(edits[row], edits[row].image) for row in rows])
+                for row, score in zip(rows, told, strict=True):
+                    kept = found[row]["kept"]
+                    found[row] |= {
+                        "judged": score,
+                        "kept": None if score is None or kept is None else kept * score,
+                    }
         parts: dict[str, list[float | None]] = {name: [None] * len(images) for name in PARTS}
         values: list[float | None] = [None] * len(images)
-        done: dict[int, float | None] = {}
-        judged: dict[int, float | None] = {}
-        for part in dict.fromkeys(edited[index] for index in asked):
-            which = [index for index in asked if edited[index] == part]
-            if self._judge_of(part) == COLOUR:
-                done |= _done_by_colour(str(part), which, images, reference, columns)
-            else:
-                judge = self._loaded_judge(self._judge_of(part))
-                done |= _done_by_judge(judge, which, prompts, images, reference, columns)
-            if (keeper := self.keepers.get(str(part))) is not None:
-                shown = [images[index] for index in which]
-                told = _call(self._loaded_judge(keeper), which, prompts, columns, shown)
-                judged |= dict(zip(which, told, strict=True))
-        for index, kept in zip(asked, self._kept(asked, images, reference, edited, columns), strict=True):
-            found = {**kept, "done": done[index]} | ({"judged": judged[index]} if index in judged else {})
-            if index in judged:
-                found["kept"] = None if (score := judged[index]) is None else kept["kept"] * score
-            for name, value in found.items():
-                parts[name][index] = value if value is not None and np.isfinite(value) else None
-            values[index] = _product([parts[name][index] for name in self.factors])
-        reason = None if len(asked) == len(images) else "a sample has no reference or says not what is edited"
+        for row, scores in found.items():
+            for name, value in scores.items():
+                parts[name][row] = value if value is not None and np.isfinite(value) else None
+            values[row] = _product([parts[name][row] for name in self.factors])
+        reason = None if len(edits) == len(images) else "a sample has no reference or says not what is edited"
         return RewardOutput(values, parts, reason)
 
-    def _judge_of(self, part: str | None) -> str:
-        if part not in self.judges:
-            known = ", ".join(self.judges)
-            raise ImageRLError(
-                f"reward 'edit_consistency': no judge for edited={part!r}, only for {known}; name one in judges"
-            )
-        return self.judges[part]
-
-    def _kept(
-        self,
-        asked: Sequence[int],
-        images: Sequence[Image.Image],
-        reference: Sequence[Any],
-        edited: Sequence[Any],
-        columns: Mapping[str, Any],
-    ) -> list[dict[str, float]]:
+    def _kept(self, edits: Sequence[_Edit]) -> list[dict[str, float | None]]:
         """Return `score_kept` of each sample; a picture of another size than its source is scaled to it."""
-        pictures = [images[i].convert("RGB").resize(reference[i].size, Image.Resampling.BOX) for i in asked]
+        pictures = [
+            edit.image.convert("RGB").resize(edit.source.size, Image.Resampling.BOX) for edit in edits
+        ]
         own = self._features_of(pictures)
-        sources = {id(reference[i]): reference[i] for i in asked}
+        sources = {id(edit.source): edit.source for edit in edits}
         theirs = dict(zip(sources, self._features_of(list(sources.values())), strict=True))
-        regions: dict[tuple[int, ...], np.ndarray] = {}
-        kept = []
-        for place, index in enumerate(asked):
-            source = _array(reference[index])
-            mask, ideal = (_entry(columns, name, index) for name in ("mask", "ideal"))
-            key = (id(reference[index]), id(mask), id(ideal), hash(edited[index]))
+        regions: dict[Any, np.ndarray] = {}
+        kept: list[dict[str, float | None]] = []
+        for edit, picture, features in zip(edits, pictures, own, strict=True):
+            source, size = _array(edit.source), edit.source.size
+            mask, ideal = edit.columns.get("mask"), edit.columns.get("ideal")
+            key = (id(edit.source), id(mask), id(ideal), edit.part)
             if key not in regions:
-                size = reference[index].size
-                regions[key] = region_to_keep(
-                    source,
-                    edited[index],
-                    None if mask is None else np.asarray(mask.convert("L").resize(size)) / 255,
-                    None if ideal is None else _array(ideal.resize(size)),
-                )
-            pair = None if self._features is None else (own[place], theirs[id(reference[index])])
-            kept.append(score_kept(_array(pictures[place]), source, regions[key], edited[index], pair))
+                free = None if mask is None else np.asarray(mask.convert("L").resize(size)) / 255
+                best = None if ideal is None else _array(ideal.resize(size))
+                regions[key] = region_to_keep(source, edit.part, free, best)
+            pair = None if self._features is None else (features, theirs[id(edit.source)])
+            kept.append({**score_kept(_array(picture), source, regions[key], edit.part, pair)})
         return kept
 
     def _features_of(self, pictures: list[Image.Image]) -> list[Any]:
@@ -277,6 +264,37 @@ class EditConsistencyReward:
         made = self._features([picture.convert("RGB") for picture in pictures])
         return [np.asarray(features, dtype=np.float64) for features in made]
 
+    def _done(self, part: str, edits: Sequence[_Edit]) -> list[float | None]:
+        """Return the progress of samples with one kind of edit; None where its judge has no value. A source that
+        serves a whole group is judged once."""
+        if part not in self.judges:
+            known = ", ".join(self.judges)
+            raise ImageRLError(
+                f"reward 'edit_consistency': no judge for edited={part!r}, only for {known}; name one in judges"
+            )
+        if self.judges[part] == COLOUR:
+            return [edit.colour_score() for edit in edits]
+        first: dict[Any, _Edit] = {}
+        for edit in edits:
+            first.setdefault(edit.key, edit)
+        shown = [(edit, edit.image) for edit in edits] + [(edit, edit.source) for edit in first.values()]
+        told = self._ask(self.judges[part], shown)
+        before = dict(zip(first, told[len(edits) :], strict=True))
+        return [
+            None if score is None or (start := before[edit.key]) is None else progress(score, start)
+            for edit, score in zip(edits, told, strict=False)
+        ]
+
+    def _ask(self, judge: str, shown: Sequence[tuple[_Edit, Image.Image]]) -> list[float | None]:
+        """Ask a judge about pictures, each with the columns of its sample."""
+        samples: dict[str, list[Any]] = {
+            "prompts": [edit.prompt for edit, _ in shown],
+            "completions": [[] for _ in shown],
+            "images": [picture for _, picture in shown],
+            **{name: [edit.columns[name] for edit, _ in shown] for name in shown[0][0].columns},
+        }
+        return answered(self._loaded_judge(judge), samples).rewards
+
     def _loaded_judge(self, name: str) -> Callable[..., Any]:
         """Load a judge when first needed: a set without text edits needs no OCR."""
         if name not in self._loaded:
@@ -284,66 +302,31 @@ class EditConsistencyReward:
         return self._loaded[name]
 
 
-def _done_by_colour(
-    part: str,
-    which: Sequence[int],
-    images: Sequence[Image.Image],
-    reference: Sequence[Any],
-    columns: Mapping[str, Any],
-) -> dict[int, float | None]:
-    """Return the progress of some samples towards the column `ink_rgb` or `background_rgb`."""
-    wanted = columns.get(f"{part}_rgb")
-    if wanted is None:
-        raise ImageRLError(f"reward 'edit_consistency' needs the column {part}_rgb for edited={part!r}")
-    return {
-        i: None
-        if wanted[i] is None
-        else colour_score(_array(images[i]), part, wanted[i], _array(reference[i]))
-        for i in which
-    }
+@dataclass(frozen=True, slots=True)
+class _Edit:
+    """One sample: a picture, the source that it was made of, and the columns of its prompt."""
 
+    part: str
+    prompt: str
+    image: Image.Image
+    source: Image.Image
+    columns: Mapping[str, Any]
 
-def _done_by_judge(
-    judge: Callable[..., Any],
-    which: Sequence[int],
-    prompts: Sequence[str],
-    images: Sequence[Image.Image],
-    reference: Sequence[Any],
-    columns: Mapping[str, Any],
-) -> dict[int, float | None]:
-    """Return the progress of some samples as a reward sees it; None where it has no value. A source that serves a
-    whole group is judged once."""
-    keys = [
-        (id(reference[i]), prompts[i], *(str(columns[name][i]) for name in sorted(columns))) for i in which
-    ]
-    first: dict[Any, int] = {}
-    for key, index in zip(keys, which, strict=True):
-        first.setdefault(key, index)
-    pictures = [*(images[i] for i in which), *(reference[i] for i in first.values())]
-    told = _call(judge, [*which, *first.values()], prompts, columns, pictures)
-    before = dict(zip(first, told[len(which) :], strict=True))
-    done: dict[int, float | None] = {}
-    for index, key, score in zip(which, keys, told[: len(which)], strict=True):
-        start = before[key]
-        done[index] = None if score is None or start is None else progress(score, start)
-    return done
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Return what a judge of the source looks at."""
+        return id(self.source), self.prompt, *(str(self.columns[name]) for name in sorted(self.columns))
 
-
-def _call(
-    judge: Callable[..., Any],
-    which: Sequence[int],
-    prompts: Sequence[str],
-    columns: Mapping[str, Any],
-    images: list[Image.Image],
-) -> list[float | None]:
-    """Ask a judge about pictures, each with the columns of its sample."""
-    samples: dict[str, list[Any]] = {
-        "prompts": [prompts[i] for i in which],
-        "completions": [[] for _ in which],
-        "images": images,
-        **{name: [values[i] for i in which] for name, values in columns.items()},
-    }
-    return answered(judge, samples).rewards
+    def colour_score(self) -> float | None:
+        """Return the progress towards the column `ink_rgb` or `background_rgb`; None where that is None."""
+        if f"{self.part}_rgb" not in self.columns:
+            raise ImageRLError(
+                f"reward 'edit_consistency' needs the column {self.part}_rgb for edited={self.part!r}"
+            )
+        wanted = self.columns[f"{self.part}_rgb"]
+        if wanted is None:
+            return None
+        return colour_score(_array(self.image), self.part, wanted, _array(self.source))
 
 
 def _product(factors: Sequence[float | None]) -> float | None:
@@ -354,7 +337,3 @@ def _product(factors: Sequence[float | None]) -> float | None:
 def _array(image: Image.Image) -> np.ndarray:
     """Return [H, W, 3] float64 in 0..255."""
     return np.asarray(image.convert("RGB"), dtype=np.float64)
-
-
-def _entry(columns: Mapping[str, Any], name: str, index: int) -> Any:
-    return columns[name][index] if name in columns else None

@@ -30,10 +30,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     # BLIP and a network, standardised (arXiv 2304.05977)
     "image_reward": ("image_reward", {"weights": "zai-org/ImageReward/ImageReward.pt"}),
     # the mean of a reward head behind Qwen2-VL (arXiv 2508.03789); `questions` is the file with what it was asked
-    "hpsv3": (
-        "vlm",
-        {"weights": "MizzenAI/HPSv3/HPSv3.safetensors", "base": "Qwen/Qwen2-VL-7B-Instruct"},
-    ),
+    "hpsv3": ("vlm", {"weights": "MizzenAI/HPSv3/HPSv3.safetensors", "base": "Qwen/Qwen2-VL-7B-Instruct"}),
     # two such heads behind Qwen2.5-VL, for an edit and its source (arXiv 2509.26346); `weights` and `questions` are to
     # be named
     "edit_reward": ("vlm", {"base": "Qwen/Qwen2.5-VL-7B-Instruct", "source": True}),

@@ -44,12 +44,7 @@ def reward_app(
 
     async def describe(request: web.Request) -> web.Response:
         return web.json_response(
-            {
-                "name": label,
-                "version": VERSION,
-                "parameters": list(parameters),
-                "limits": limits._asdict(),
-            }
+            {"name": label, "version": VERSION, "parameters": list(parameters), "limits": limits._asdict()}
         )
 
     async def score(request: web.Request) -> web.Response:

@@ -12,8 +12,8 @@ from imagerl.rl.algorithms.advantages import AdvantageInputs, AdvantageOutput, a
 from imagerl.rl.algorithms.kl import kl_sums
 from imagerl.rl.algorithms.losses import policy_loss
 from imagerl.rl.config.algorithm import AlgorithmConfig
-from imagerl.rl.errors import ImageRLError, why
-from imagerl.rl.files.importing import import_object
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.files.importing import import_callable
 from imagerl.rl.types import LossInputs, LossOutput
 
 Loss = Callable[..., LossOutput]
@@ -38,7 +38,7 @@ def load_loss(algorithm: AlgorithmConfig) -> Loss:
             )
         return policy_loss
     key = "algorithm.import_path"
-    loss = load_function(algorithm.import_path, key)
+    loss = import_callable(algorithm.import_path, key)
     call = taking(loss, loss_settings(algorithm, algorithm.kl_coef), algorithm.arguments, key)
 
     def checked(inputs: LossInputs, **settings: Any) -> LossOutput:
@@ -76,7 +76,7 @@ def load_advantages(algorithm: AlgorithmConfig) -> Advantages:
             decouple=algorithm.decouple_rewards,
         )
     target, key = algorithm.advantage_import_path, "algorithm.advantage_import_path"
-    function = load_function(target, key)
+    function = import_callable(target, key)
 
     def checked(inputs: AdvantageInputs) -> AdvantageOutput:
         try:
@@ -85,23 +85,6 @@ def load_advantages(algorithm: AlgorithmConfig) -> Advantages:
             raise ImageRLError(f"{key} {target!r}: {error}") from error
 
     return checked
-
-
-def load_function(target: str, key: str) -> Callable[..., Any]:
-    """Import the function at `file.py:function` or `package.module:function`; `key` of the recipe names it in errors.
-
-    Raises:
-        ImageRLError: no such file, module or function, or an error while importing.
-    """
-    try:
-        found: Callable[..., Any] | None = import_object(target, key)
-    except ImageRLError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise ImageRLError(f"{key} {target!r}: importing it failed: {why(error)}") from error
-    if not callable(found):
-        raise ImageRLError(f"{key} {target!r} is no function")
-    return found
 
 
 def taking(

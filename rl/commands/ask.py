@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from imagerl.rl.commands.options import Reader
+from imagerl.rl.commands.options import Family, Reader
 from imagerl.rl.errors import one_line
 
 
@@ -16,16 +16,14 @@ def ask(
     questions: Annotated[list[str], typer.Argument(help='questions about it, such as "what is written?"')],
     model: Reader = "tiny_edit",
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 64,
+    family: Family = None,
 ) -> None:
     """Let a model that reads pictures answer questions about one, each on a line of its own."""
-    import torch
-
-    from imagerl.api.drawing import picture_for
-    from imagerl.models.blip3o_next.loading import load_policy
+    from imagerl.api.drawing import loaded_policy, picture_for
     from imagerl.rl.types import Prompt
 
-    policy, _ = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
+    policy = loaded_policy(model, family)
     policy.prompts.require([Prompt(number, text) for number, text in enumerate(questions)], questions=True)
-    tokens = policy.picture_tokens([picture_for(policy, picture)])
-    for answer in policy.answer(tokens.expand(len(questions), -1), questions, max_tokens):
+    shown = picture_for(policy, picture)
+    for answer in policy.answer([shown] * len(questions), questions, max_tokens):
         print(one_line(answer))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from imagerl.rl.commands.options import FlowSteps, Guidance, Seed, Temperature
+from imagerl.rl.commands.options import Family, FlowSteps, Guidance, Seed, Temperature, TokenGuidance
 from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
@@ -53,12 +53,14 @@ def evaluate_model(
     temperature: Temperature = None,
     guidance: Guidance = None,
     flow_steps: FlowSteps = None,
+    token_guidance: TokenGuidance = None,
+    family: Family = None,
 ) -> None:
     """Measure a model on held-out prompts with 95 % intervals, compare two, or draw for a benchmark's own scorer."""
     from imagerl.api.evaluating import Drawing
     from imagerl.rl.evaluation.suites import find_suite
 
-    how = Drawing(seed, samples, batch_size, temperature, guidance, flow_steps)
+    how = Drawing(seed, samples, batch_size, temperature, guidance, flow_steps, token_guidance, family)
     if layout is not None:
         for given, option in (
             (against, "--against"),
@@ -107,7 +109,7 @@ def compare(
 ) -> None:
     """Measure one or two models, tell and write what came out."""
     from imagerl.api.evaluating import STAND_INS, earlier_results, facts_of, measure
-    from imagerl.models.blip3o_next.loading import load_prompts
+    from imagerl.models.families import load_prompts
     from imagerl.rl.evaluation.against import compared, differing_settings
     from imagerl.rl.evaluation.kept_pictures import refuse_filled
     from imagerl.rl.evaluation.stats import Interval, change, number
@@ -121,7 +123,9 @@ def compare(
     earlier = earlier_results(against, facts) if against and against.endswith(".json") else None
     for name in (measured, against if earlier is None else None):
         if name is not None and name not in STAND_INS:
-            load_prompts(name).require(prompts, suite.reads)  # a mistake should show before anything is drawn
+            load_prompts(name, how.family).require(
+                prompts, suite.reads
+            )  # a mistake should show before anything is drawn
     result, own_facts = measure(suite, prompts, measured, how, pictures)
     document: dict[str, Any] = result.to_dict(**own_facts, **facts)
     show(result.metrics, facts["gold"])
@@ -163,8 +167,7 @@ def draw_for_scorer(
     import sys
     from dataclasses import asdict
 
-    from imagerl.models.blip3o_next.fingerprint import model_fingerprint
-    from imagerl.models.blip3o_next.loading import load_prompts
+    from imagerl.models.families import fingerprint, load_prompts
     from imagerl.rl.engine.checkpoint import package_versions
     from imagerl.rl.evaluation.layouts import draw, entries_of, prompts_sha256, samples_of
     from imagerl.rl.types import Prompt
@@ -176,7 +179,7 @@ def draw_for_scorer(
     entries = entries_of(layout, prompts, sources)
     samples = samples_of(layout, how.samples)
     model = model or ("tiny_edit" if layout == "imgedit" else "tiny")
-    load_prompts(model).require(
+    load_prompts(model, how.family).require(
         Prompt(entry.index, entry.text, {"reference": entry.source}, f"{prompts}, {entry.name}")
         for entry in entries
     )
@@ -186,7 +189,7 @@ def draw_for_scorer(
         "prompts": len(entries),
         "prompts_sha256": prompts_sha256(entries),
         "model": model,
-        "model_sha256": model_fingerprint(model),
+        "model_sha256": fingerprint(model),
         "seed": how.seed,
         "samples": samples,
         **asdict(rollout.sampling),

@@ -26,6 +26,13 @@ Guidance = Annotated[
 FlowSteps = Annotated[
     int | None, typer.Option(min=1, max=1000, help="denoising steps; default: the model's own")
 ]
+TokenGuidance = Annotated[
+    float | None,
+    typer.Option(min=0, max=100, help="guidance on the logits of tokens; default: the model's own"),
+]
+Family = Annotated[
+    str | None, typer.Option(help="the model's family; default: as its folder says; your own: file.py:Class")
+]
 
 
 def refuse_both(resume: bool, overwrite: bool) -> None:

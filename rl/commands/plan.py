@@ -85,7 +85,7 @@ def with_starting_adapter(recipe: Recipe) -> Recipe:
     """Return the recipe, `model.lora` filled in where training goes on with the adapter in `model.path`."""
     from pathlib import Path
 
-    from imagerl.models.blip3o_next.adapters import ADAPTER_CONFIG, adapter_settings
+    from imagerl.models.common.adapters import ADAPTER_CONFIG, adapter_settings
     from imagerl.rl.config.engine import LoraConfig
 
     folder = Path(recipe.model.path).expanduser()
@@ -100,17 +100,15 @@ def with_starting_adapter(recipe: Recipe) -> Recipe:
 
 def model_config(path: str) -> dict[str, Any]:
     """Return the config behind `model.path`. Of published checkpoints that are not here the sizes are known."""
-    from imagerl.models.blip3o_next.adapters import ADAPTER_CONFIG, adapter_base
-    from imagerl.models.blip3o_next.loading import model_folder, read_config
+    from imagerl.models.blip3o_next.loading import read_config
     from imagerl.models.blip3o_next.published import HUB_NAMES, from_published, full_size_config, is_published
     from imagerl.models.common.shards import Shards
+    from imagerl.models.families import base_folder
 
     name = path.partition("@")[0]
     if name in HUB_NAMES:
         return full_size_config(edit="edit" in name)
-    folder = model_folder(path)
-    if (folder / ADAPTER_CONFIG).is_file():
-        return model_config(adapter_base(folder))
+    folder = base_folder(path)
     config = read_config(folder)
     return from_published(config, Shards(folder).shapes) if is_published(config) else config
 
@@ -120,20 +118,14 @@ def longest_prompt(path: str, prompts: PromptSet, picture_tokens: int = 0) -> in
     that is not here."""
     from pathlib import Path
 
-    import torch
-
-    from imagerl.models.blip3o_next.loading import load_prompts
     from imagerl.models.blip3o_next.published import HUB_NAMES
+    from imagerl.models.families import load_prompts
 
     texts = [prompt.text for prompt in prompts]
     if path.partition("@")[0] in HUB_NAMES and not Path(path).is_dir():
         tags = 2 if picture_tokens else 0
         return TEMPLATE_TOKENS + max(map(len, texts)) // LETTERS_PER_TOKEN + picture_tokens + tags
-    encoder = load_prompts(path)
-    longest = sorted(texts, key=len)[-100:]
-    if not picture_tokens:
-        return max(map(len, encoder.captions(longest)))
-    return max(map(len, encoder.edits(longest, torch.zeros(len(longest), picture_tokens, dtype=torch.long))))
+    return load_prompts(path).longest(prompts.prompts)
 
 
 def _without_weights(config: Mapping[str, Any], layers: int, decoder_layers: int) -> Any:

@@ -65,6 +65,7 @@ def check_reward(
     spec = RewardSpec(target, settings=given, python=python).absolute()
     check_signature(spec)
     label, function = load_spec(spec)
+    grouped = grouped or getattr(function, "grouped", False)  # it names `groups`
     pictures = (check_edits if "reference" in parameters_of(spec, function) else check_pictures)(
         prompts, seed
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imagerl.rl.commands.options import FlowSteps, Guidance, Seed, Temperature
+from imagerl.rl.commands.options import Family, FlowSteps, Guidance, Seed, Temperature, TokenGuidance
 
 
 def sample(
@@ -26,6 +26,8 @@ def sample(
     temperature: Temperature = None,
     guidance: Guidance = None,
     flow_steps: FlowSteps = None,
+    token_guidance: TokenGuidance = None,
+    family: Family = None,
 ) -> None:
     """Draw pictures, or edit one, and a grid of them."""
     import numpy as np
@@ -35,10 +37,10 @@ def sample(
     from imagerl.rl.types import Prompt
 
     model = model or ("tiny" if edit is None else "tiny_edit")
-    policy, rollout = loaded_rollout(model, seed, temperature, guidance, flow_steps)
-    columns = {} if edit is None else {"reference": picture_for(policy, edit)}
+    rollout = loaded_rollout(model, seed, temperature, guidance, flow_steps, token_guidance, family)
+    columns = {} if edit is None else {"reference": picture_for(rollout.policy, edit)}
     wanted = [Prompt(index, text, columns) for index, text in enumerate(prompts)]
-    policy.prompts.require(wanted)
+    rollout.policy.prompts.require(wanted)
     captions, images = [], []
     for (group,) in rollout.generate(wanted, count, "sample", 1, 1):
         for number, image in enumerate(group.images):

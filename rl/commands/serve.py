@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from imagerl.rl.commands.options import Reader
+from imagerl.rl.commands.options import Family, Reader
 from imagerl.rl.errors import ImageRLError
 
 WAITING = 64  # questions held at a time
@@ -23,32 +22,29 @@ def serve(
     ] = "IMAGERL_SERVE_TOKEN",
     name: Annotated[str | None, typer.Option(help="what clients call it; default: the folder's name")] = None,
     batch: Annotated[int, typer.Option(min=1, help="questions answered together")] = 16,
+    family: Family = None,
 ) -> None:
     """Serve a model that answers questions about pictures behind an OpenAI-compatible endpoint."""
-    import torch
     from PIL import Image
 
-    from imagerl.models.blip3o_next.loading import load_policy
-    from imagerl.models.common.pictures import prepare_picture
+    from imagerl.api.drawing import loaded_policy
     from imagerl.rl.commands.chat_server import chat_app
     from imagerl.rl.commands.serving import run_app, token_from
+    from imagerl.rl.types import Prompt
 
     token = token_from(token_env)
-    policy, _ = load_policy(model, "cuda" if torch.cuda.is_available() else "cpu")
+    policy = loaded_policy(model, family)
 
-    @torch.no_grad()
-    def answers(pictures: Iterable[Any], questions: Sequence[str], max_new_tokens: int) -> list[str]:
-        shown = torch.stack([prepare_picture(picture, tokenizer.picture_size) for picture in pictures])
-        return policy.answer(tokenizer.encode(shown.to(policy.device)), questions, max_new_tokens)
+    def refuse(text: str) -> None:
+        policy.prompts.require([Prompt(0, text, source="the question")], questions=True)
 
     try:
-        tokenizer = policy.require_tokenizer()
-        answers([Image.new("RGB", (8, 8))], ["what is written?"], 1)
+        policy.answer([Image.new("RGB", (8, 8))], ["what is written?"], 1)
     except ImageRLError as error:
         raise ImageRLError(
             f"{model} cannot answer questions about pictures ({error}); serve a model that can, such as tiny_edit"
         ) from error
     called = name or Path(model).name
-    app = chat_app(answers, called, batch, refuse=lambda text: policy.prompts.encode(text, "question"))
+    app = chat_app(policy.answer, called, batch, refuse)
     announce = lambda address: print(f"serving {called} at {address}/v1", flush=True)  # noqa: E731
     run_app(app, host, port, token, announce, WAITING)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -44,12 +44,12 @@ def tokenize(
 
 
 def _tokenizer_of(model: str) -> ImageTokenizer:
-    from imagerl.models.blip3o_next.loading import load_policy
     from imagerl.models.blip3o_next.ta_tok import load_ta_tok
+    from imagerl.models.families import load_policy
 
     if Path(model).is_file():
         return load_ta_tok(Path(model))
-    policy, _ = load_policy(model)
-    if policy.image_tokenizer is None:
+    policy: Any = load_policy(model)
+    if getattr(policy, "image_tokenizer", None) is None:
         raise ImageRLError(f"{model} has no image tokenizer; give a model that has one, or a TA-Tok file")
     return policy.image_tokenizer

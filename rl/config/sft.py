@@ -38,6 +38,11 @@ class SFTModelConfig(RecipeModel):
     path: str = Field(
         "tiny", min_length=1, description='model folder, hub name, or "tiny": the shipped checkpoint'
     )
+    family: str | None = Field(
+        None,
+        min_length=1,
+        description="what kind of model: null: as its folder says; your own: file.py:Class",
+    )
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="of weights that do not train; others are fp32"
     )

@@ -68,6 +68,11 @@ class ModelConfig(RecipeModel):
     path: str = Field(
         "tiny", min_length=1, description='model folder, hub name, or a shipped one: "tiny" or "tiny_edit"'
     )
+    family: str | None = Field(
+        None,
+        min_length=1,
+        description="what kind of model: null: as its folder says; your own: file.py:Class",
+    )
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="of frozen weights: decoder, reference, a LoRA base; what trains is fp32"
     )
@@ -118,6 +123,10 @@ class RolloutConfig(RecipeModel):
         2.0, description="classifier-free guidance of the decoder; 1: none, the default for nft and awm"
     )
     flow_steps: FlowSteps = Field(30, description="denoising steps of the decoder")
+    token_guidance: Guidance = Field(
+        1.0,
+        description="classifier-free guidance on the logits of tokens, for families that have it; 1: none",
+    )
     shared_noise: bool = Field(False, description="one decoder noise a group: rewards differ by tokens only")
     decodes: FlowSteps = Field(
         1,

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.files.reading import check_picture, is_regular, read_picture
+from imagerl.rl.files.reading import check_picture, is_regular
 from imagerl.rl.types import Prompt
 
 PICTURE_COLUMNS = ("reference", "mask", "ideal")  # the picture to edit, where it may change, a perfect result
@@ -34,18 +33,6 @@ def picture_paths(columns: Mapping[str, object], folder: Path, place: str) -> di
         found[name] = folder / given
         check_picture(folder / given, place)
     return found
-
-
-def with_pictures(prompt: Prompt) -> Prompt:
-    """Return the prompt with its pictures opened, RGB.
-
-    Raises ImageRLError when a file is no picture that can be read."""
-    paths = {name: value for name, value in prompt.columns.items() if isinstance(value, Path)}
-    if not paths:
-        return prompt
-    return replace(
-        prompt, columns={**prompt.columns, **{name: read_picture(path, name) for name, path in paths.items()}}
-    )
 
 
 def identity(prompt: Prompt) -> str:

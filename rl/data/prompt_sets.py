@@ -5,16 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagerl.rl.config.recipe import SHIPPED
 from imagerl.rl.data.prompt_pictures import picture_hash, picture_paths
-from imagerl.rl.data.seeding import derive_seed
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.reading import parse_json, read_text, require_plain
 from imagerl.rl.files.yaml_text import parse_yaml_lines
@@ -178,47 +175,6 @@ def refuse_overlap(train: PromptSet, heldout: PromptSet, wanted: Callable[[Any, 
                 f"{known.line}; remove them from one of the two: held-out lines {lines}"
                 f"{', ...' if len(shared) > LINES_SHOWN else ''}"
             )
-
-
-class GroupedSampler:
-    """The choice of each step's prompts: a pure function of (seed, step), so a resumed run needs no replay.
-
-    Every epoch is a fresh permutation of the prompts, cut into whole steps. What does not fill a step is
-    left out of that epoch, so that no prompt appears twice in an epoch, nor in a step.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt] | PromptSet, prompts_per_step: int, seed: int) -> None:
-        """Raises:
-        ImageRLError: fewer prompts than a step needs.
-        """
-        self._prompts = tuple(prompts)
-        if len(self._prompts) < prompts_per_step:
-            raise ImageRLError(
-                f"rollout.prompts_per_step is {prompts_per_step} but data.train has only "
-                f"{len(self._prompts)} prompts; lower it or add prompts"
-            )
-        self.prompts_per_step = prompts_per_step
-        self.steps_per_epoch = len(self._prompts) // prompts_per_step
-        self._seed = seed
-        self._order = lru_cache(maxsize=1)(self._permutation)
-
-    def step(self, step: int) -> list[Prompt]:
-        """Return the prompts of a step, counted from 0."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        first = place * self.prompts_per_step
-        return [self._prompts[i] for i in self._order(epoch)[first : first + self.prompts_per_step]]
-
-    def others(self, step: int) -> list[Prompt]:
-        """Return all prompts but the step's own, in an order drawn for that step: these may replace some of them."""
-        own = {prompt.index for prompt in self.step(step)}
-        rest = [prompt for prompt in self._prompts if prompt.index not in own]
-        random.Random(derive_seed(self._seed, "resample", step)).shuffle(rest)
-        return rest
-
-    def _permutation(self, epoch: int) -> list[int]:
-        order = list(range(len(self._prompts)))
-        random.Random(derive_seed(self._seed, "prompt order", epoch)).shuffle(order)
-        return order
 
 
 def _read_rows(source: str) -> list[Row]:

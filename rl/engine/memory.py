@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from imagerl.rl.types import TokenScores
+from imagerl.rl.types import SamplingParams, TokenScores
 
 Bytes = dict[str, float]
 SHALLOW, DEEPER = 2, 4  # layers of the models that are run
@@ -118,8 +118,8 @@ def language_model_bytes(
     weights = sum(p.numel() for p in ar.parameters())
     ar.requires_grad_(True).eval()
     if lora is not None:
-        ar.add_lora(**lora)  # here, where PEFT may still move modules about
-    ar.freeze(freeze)
+        policy.add_lora(**lora)  # here, where PEFT may still move modules about
+    policy.freeze(freeze)
     with FakeTensorMode(allow_non_fake_inputs=True):
         without_content(ar, shape.storage)
         if lm.config.tie_word_embeddings:
@@ -181,7 +181,7 @@ def _sampling(policy: Any, shape: StepShape) -> dict[str, int]:
         ids = torch.empty(shape.sampled, shape.prompt_tokens, dtype=torch.int64)
         mask = torch.empty(shape.sampled, shape.prompt_tokens, dtype=torch.bool)
         uniforms = torch.empty(shape.samples, steps, dtype=torch.float64)
-        policy.sample_tokens(ids, mask, uniforms, 1.0)
+        policy.sample_tokens({"ids": ids, "mask": mask}, uniforms, SamplingParams())
     config = policy.trainable.lm.config
     width = shape.sampler_dtype.itemsize
     keys_values = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * width
@@ -202,7 +202,7 @@ def _scored(ar: nn.Module, shape: StepShape) -> TokenScores:
     mask = torch.empty(rows, shape.prompt_tokens, dtype=torch.bool)
     tokens = torch.empty(shape.micro_batch, shape.image_tokens, dtype=torch.int64)
     with shape.autocast():
-        return ar(ids, mask, tokens, 1.0)
+        return ar({"ids": ids, "mask": mask}, tokens, SamplingParams())
 
 
 def _reference(ar: nn.Module, shape: StepShape) -> int:

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from imagerl.rl.data.prompt_pictures import with_pictures
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.stats import TOTAL, Interval, summarise
-from imagerl.rl.rollout.engine import reward_request
+from imagerl.rl.rollout.engine import reward_request, with_pictures
 from imagerl.rl.types import Prompt, RewardScorer, RolloutGroup
 
 TRIED = 8  # pictures at most, before an evaluation

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from imagerl.rl.data.prompt_pictures import with_pictures
 from imagerl.rl.evaluation.evaluate import Evaluation
 from imagerl.rl.evaluation.stats import summarise
+from imagerl.rl.rollout.engine import with_pictures
 from imagerl.rl.types import Prompt
 
 MAX_ANSWER = 16  # tokens
 
 
 class Reader(Protocol):
-    """A model that answers questions; see `models.blip3o_next.policy.ImagePolicy`."""
+    """A model that answers questions; see `models.base.Policy`."""
 
-    def picture_tokens(self, pictures: Sequence[Image.Image]) -> Tensor: ...
-
-    def answer(self, picture_tokens: Tensor, questions: Sequence[str], max_new_tokens: int) -> list[str]: ...
+    def answer(
+        self, pictures: Iterable[Image.Image], questions: Sequence[str], max_new_tokens: int
+    ) -> list[str]: ...
 
 
 def same_answer(given: str, wanted: str) -> bool:
@@ -41,8 +40,8 @@ def evaluate_answers(suite: str, prompts: Sequence[Prompt], reader: Reader, batc
     shown = [prompt.columns["reference"] for prompt in prompts]
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        tokens = reader.picture_tokens(shown[start : start + batch_size])
-        answers = reader.answer(tokens, [prompt.text for prompt in batch], MAX_ANSWER)
+        asked = [prompt.text for prompt in batch]
+        answers = reader.answer(shown[start : start + batch_size], asked, MAX_ANSWER)
         for prompt, given in zip(batch, answers, strict=True):
             right = float(same_answer(given, prompt.columns["answer"]))
             rows.append(

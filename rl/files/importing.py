@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from imagerl.rl.errors import ImageRLError, hint
+from imagerl.rl.errors import ImageRLError, hint, why
 
 
 def split_target(target: str, key: str) -> tuple[str, str]:
@@ -47,6 +47,19 @@ def import_object(target: str, key: str) -> Any:
         names = [other for other, value in vars(module).items() if callable(value) and other[0] != "_"]
         raise ImageRLError(f"{key} {target!r}: {place} has no {name}; {hint(name, names)}")
     return getattr(module, name)
+
+
+def import_callable(target: str, key: str) -> Any:
+    """Return the function or class at an import path. Raises ImageRLError for whatever goes wrong."""
+    try:
+        found = import_object(target, key)
+    except ImageRLError:
+        raise
+    except (Exception, SystemExit) as error:  # users' code may fail in any way
+        raise ImageRLError(f"{key} {target!r}: importing it failed: {why(error)}") from error
+    if not callable(found):
+        raise ImageRLError(f"{key} {target!r} is no function or class")
+    return found
 
 
 def _import_file(path: Path) -> ModuleType:

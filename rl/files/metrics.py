@@ -9,8 +9,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,50 +157,6 @@ def _append(file: io.FileIO, data: bytes) -> None:
         os.fsync(file.fileno())
     except OSError as error:
         raise write_error(Path(file.name), error) from error
-
-
-class PhaseTimer:
-    """Seconds and shares of the phases of a step: `with timer("rollout"): ...`.
-
-    `synchronise` is called at both ends of a phase; give `torch.cuda.synchronize` on a GPU, where kernels
-    return before they have run.
-    """
-
-    def __init__(
-        self,
-        synchronise: Callable[[], None] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._synchronise = synchronise or (lambda: None)
-        self._clock = clock
-        self._seconds: dict[str, float] = {}
-        self._start = clock()
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        self._synchronise()
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._synchronise()
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
-
-    def start(self) -> None:
-        """Begin a step: forget the phases so far."""
-        self._start = self._clock()
-        self._seconds = {}
-
-    def metrics(self) -> dict[str, float]:
-        """Return `time/<phase>_s`, `share/<phase>` and `time/step_s` since `start`.
-
-        Shares are of that wall time, so what no phase covers shows as `share/other`.
-        """
-        total, seconds = self._clock() - self._start, self._seconds
-        result = {f"time/{phase}_s": value for phase, value in seconds.items()} | {"time/step_s": total}
-        # Phases within phases may add up to more than the step; a share below 0 would only puzzle.
-        seconds = seconds | {"other": max(0.0, total - sum(seconds.values()))}
-        return result | {f"share/{phase}": value / max(total, 1e-9) for phase, value in seconds.items()}
 
 
 class Progress:

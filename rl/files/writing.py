@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-from imagerl.rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError, one_line
 
 # What `temporary_name` makes. The number of a process says nothing without the place that counts it.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<process>[0-9]+)@(?P<place>.+)")
@@ -203,8 +203,7 @@ def write_error(path: Path, error: Exception) -> ImageRLError:
             f"disk full while writing {path} ({free:.0f} MiB free there), earlier files are intact; "
             "make room and run again, a training run with --resume"
         )
-    reason = " ".join(str(error).split())
-    return ImageRLError(f"cannot write {path}: {reason}; check the folder and its permissions")
+    return ImageRLError(f"cannot write {path}: {one_line(error)}; check the folder and its permissions")
 
 
 def _abandoned(leftover: Path, process: int, place: str) -> bool:

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from imagerl.rl.data.prompt_pictures import with_pictures
+from imagerl.models.base import Policy, PromptReader
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.errors import ImageRLError
+from imagerl.rl.files.reading import read_picture
 from imagerl.rl.types import (
+    Canvas,
     FlowSampling,
     FlowTrajectory,
-    Policy,
     Prompt,
     RewardRequest,
     RolloutGroup,
+    Rows,
     SamplingParams,
     TokenTrajectory,
+    select,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +45,7 @@ def training_sampling(recipe: Recipe) -> SamplingParams:
         settings.flow_steps,
         settings.shared_noise,
         settings.decodes,
+        settings.token_guidance,
     )
 
 
@@ -62,30 +67,39 @@ def to_uint8(pictures: Tensor) -> np.ndarray:
     return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedPrompts:
-    """The policy's inputs for P prompts."""
-
-    ids: Tensor  # [P, L] left-padded
-    mask: Tensor  # [P, L]
-    latents: Tensor | None  # [P, C, h, w] of the pictures to edit; None: draw new ones
-
-
-def encode(policy: Policy, prompts: Sequence[Prompt], to_draw: bool = True) -> EncodedPrompts:
-    """Encode captions, or instructions with the pictures that they change. Without `to_draw` no latents: scoring tokens
-    needs none.
-
-    Raises ImageRLError when only some of the prompts have a picture."""
-    texts = [prompt.text for prompt in prompts]
-    pictures = [prompt.reference for prompt in prompts if prompt.reference is not None]
-    if not pictures:
-        return EncodedPrompts(*policy.encode_prompts(texts), None)
-    if len(pictures) < len(texts):
+def refuse_impossible(
+    reader: PromptReader, prompts: Iterable[Prompt], sampling: SamplingParams, flow: bool = False
+) -> None:
+    """Raise ImageRLError for settings that a model cannot draw by; with `flow` its denoising steps are to train."""
+    if sampling.token_guidance != 1 and not reader.token_guided:
         raise ImageRLError(
-            f"{len(pictures)} of {len(texts)} prompts have a picture to edit; put edits in a prompt set of their own"
+            f"token_guidance is {sampling.token_guidance:g}, but this model writes its tokens without guidance; set it "
+            "to 1"
         )
-    ids, mask = policy.encode_prompts(texts, policy.picture_tokens(pictures))
-    return EncodedPrompts(ids, mask, policy.picture_latents(pictures) if to_draw else None)
+    if all(reader.canvas(prompt).noise is not None for prompt in prompts):
+        return
+    for wanted, what in (
+        (flow, "algorithm.flow trains denoising steps"),
+        (sampling.shared_noise, "shared_noise shares decoder noise"),
+        (sampling.decodes > 1, "decodes draws several pictures of the same tokens"),
+    ):
+        if wanted:
+            raise ImageRLError(
+                f"{what}, but this model's decoder has no noise: the same tokens always give the same picture; "
+                "remove the setting"
+            )
+
+
+def with_pictures(prompt: Prompt) -> Prompt:
+    """Return the prompt with its pictures opened, RGB.
+
+    Raises ImageRLError when a file is no picture that can be read."""
+    paths = {name: value for name, value in prompt.columns.items() if isinstance(value, Path)}
+    if not paths:
+        return prompt
+    return replace(
+        prompt, columns={**prompt.columns, **{name: read_picture(path, name) for name, path in paths.items()}}
+    )
 
 
 def reward_request(groups: Sequence[RolloutGroup], step: int = 0, steps: int = 0) -> RewardRequest:
@@ -118,7 +132,7 @@ class RolloutEngine:
         """Draw [P·G, T] float64 in [0, 1): one number per token."""
         rows = [
             torch.rand(
-                self.policy.num_actions,
+                self.policy.prompts.canvas(prompt).tokens,
                 generator=generator(self.seed, "tokens", occasion, prompt.index, sample),
                 dtype=torch.float64,
             )
@@ -127,9 +141,12 @@ class RolloutEngine:
         ]
         return torch.stack(rows)
 
-    def noise(self, occasion: int | str, prompts: Sequence[Prompt], group_size: int) -> Tensor:
-        """Draw [P·G·M, C, h, w] decoder noise; with `shared_noise` the m-th is the same for all samples of a prompt."""
-        shape = self.policy.latent_shape
+    def noise(self, occasion: int | str, prompts: Sequence[Prompt], group_size: int) -> Tensor | None:
+        """Draw [P·G·M, C, h, w] decoder noise; with `shared_noise` the m-th is the same for all samples of a prompt.
+        None for a decoder that needs none."""
+        shape = self.policy.prompts.canvas(prompts[0]).noise
+        if shape is None:
+            return None
         rows = []
         for prompt, sample, decode in self._decodes(prompts, group_size):
             own = 0 if self.sampling.shared_noise else sample
@@ -141,7 +158,9 @@ class RolloutEngine:
         self, occasion: int | str, prompts: Sequence[Prompt], group_size: int, steps: int
     ) -> Tensor:
         """Draw [P·G·M, S, C, h, w] noise of stochastic denoising steps, each picture's own."""
-        shape = (steps, *self.policy.latent_shape)
+        noise = self.policy.prompts.canvas(prompts[0]).noise
+        assert noise is not None
+        shape = (steps, *noise)
         rows = [
             torch.randn(
                 shape, generator=generator(self.seed, "steps", occasion, prompt.index, sample, decode)
@@ -169,49 +188,44 @@ class RolloutEngine:
 
         `occasion` names the use of the random numbers: a training step, or an evaluation. With `flow` the decoder
         draws as it says and the groups keep its stochastic steps."""
-        for together in _chunks(prompts, sample_chunk):
+        for together in self._chunks(prompts, sample_chunk):
             together = [with_pictures(prompt) for prompt in together]
-            encoded = encode(self.policy, together)
+            encoded = self.policy.encode(together)
             uniforms = self.uniforms(occasion, together, group_size)
-            trajectory = self.policy.sample_tokens(
-                encoded.ids, encoded.mask, uniforms, self.sampling.temperature
-            )
+            trajectory = self.policy.sample_tokens(encoded, uniforms, self.sampling)
             first = 0
             for part in _chunks(together, decode_chunk):
-                rows = slice(first * group_size, (first + len(part)) * group_size)
-                latents = None if encoded.latents is None else encoded.latents[first : first + len(part)]
+                own = slice(first, first + len(part))
                 first += len(part)
-                hidden = trajectory.hidden[rows]
-                images, steps = self._decode(part, hidden, latents, group_size, occasion, flow)
-                yield list(_groups(part, trajectory, rows, images, steps))
+                rows = trajectory.rows(slice(own.start * group_size, own.stop * group_size))
+                images, steps = self._decode(part, select(encoded, own), rows, group_size, occasion, flow)
+                yield list(_groups(part, rows, images, steps))
+
+    def _chunks(self, prompts: Sequence[Prompt], size: int | None) -> Iterator[Sequence[Prompt]]:
+        """Yield at most `size` prompts at a time whose pictures are of the same sizes."""
+        alike: dict[Canvas, list[Prompt]] = {}
+        for prompt in prompts:
+            alike.setdefault(self.policy.prompts.canvas(prompt), []).append(prompt)
+        for same in alike.values():
+            yield from _chunks(same, size)
 
     def _decode(
         self,
         prompts: Sequence[Prompt],
-        hidden: Tensor,
-        reference: Tensor | None,
+        encoded: Rows,
+        trajectory: TokenTrajectory,
         group_size: int,
         occasion: int | str,
         flow: FlowSampling | None,
     ) -> tuple[np.ndarray, FlowTrajectory | None]:
-        sampling = self.sampling
         noise = self.noise(occasion, prompts, group_size)
-        repeated = hidden.repeat_interleave(sampling.decodes, 0)
-        steps = None
-        if flow is not None and reference is not None:
-            raise ImageRLError(
-                "denoising steps are trained on captions only; train edits with a token algorithm"
-            )
-        given = {} if reference is None else {"reference": reference}
         with self.autocast():
             if flow is None:
-                pictures = self.policy.decode(
-                    repeated, noise, sampling.guidance, sampling.flow_steps, **given
-                )
-            else:
-                step_noise = self.step_noise(occasion, prompts, group_size, len(flow.window))
-                pictures, steps = self.policy.decode_steps(repeated, noise, step_noise, flow)
-                steps.hidden = hidden  # one row serves all decodes of a token sequence
+                return to_uint8(self.policy.decode(encoded, trajectory, noise, self.sampling)), None
+            if self.policy.flow is None or noise is None:
+                raise ImageRLError("the decoder does not train: call train_decoder() first")
+            step_noise = self.step_noise(occasion, prompts, group_size, len(flow.window))
+            pictures, steps = self.policy.flow.decode_steps(encoded, trajectory, noise, step_noise, flow)
         return to_uint8(pictures), steps
 
 
@@ -223,19 +237,18 @@ def _chunks(prompts: Sequence[Prompt], size: int | None) -> Iterator[Sequence[Pr
 def _groups(
     prompts: Sequence[Prompt],
     trajectory: TokenTrajectory,
-    rows: slice,
     images: np.ndarray,
     steps: FlowTrajectory | None,
 ) -> Iterator[RolloutGroup]:
-    """Return the groups of some prompts, whose samples are `rows` of the trajectory and all of images and steps."""
-    size, drawn = (rows.stop - rows.start) // len(prompts), len(images) // len(prompts)
+    """Return the groups of some prompts, whose samples are those of trajectory, images and steps."""
+    size, drawn = len(trajectory.tokens) // len(prompts), len(images) // len(prompts)
     for number, prompt in enumerate(prompts):
-        own = slice(rows.start + number * size, rows.start + (number + 1) * size)
+        own = trajectory.rows(slice(number * size, (number + 1) * size))
         yield RolloutGroup(
             prompt=prompt,
-            tokens=trajectory.tokens[own],
-            rollout_logprobs=trajectory.rollout_logprobs[own],
-            action_mask=trajectory.action_mask[own],
+            tokens=own.tokens,
+            rollout_logprobs=own.rollout_logprobs,
+            action_mask=own.action_mask,
             images=images[number * drawn : (number + 1) * drawn],
             flow=steps.part(number, len(prompts)) if steps is not None else None,
         )

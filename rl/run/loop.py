@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from imagerl.rl.config.train import Recipe
-from imagerl.rl.data.prompt_pictures import with_pictures
 from imagerl.rl.engine.checkpoint import Checkpoint
 from imagerl.rl.engine.engine import Engine, StateDict, on_host
 from imagerl.rl.engine.saving import Saver, Snapshot
@@ -20,7 +19,7 @@ from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.evaluate import evaluate, try_rewards
 from imagerl.rl.evaluation.stats import compare, results_table
 from imagerl.rl.files.metrics import MetricsLog, Progress
-from imagerl.rl.rollout.engine import RolloutEngine
+from imagerl.rl.rollout.engine import RolloutEngine, with_pictures
 from imagerl.rl.run.budget import Budget
 from imagerl.rl.run.folder import PEAK, RunFolder
 from imagerl.rl.run.monitors import Watch, watched

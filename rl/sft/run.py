@@ -117,17 +117,18 @@ class SFTRun(Loop):
     @torch.no_grad()
     def _pictures(self, places: list[int]) -> np.ndarray:
         """Draw [B, H, W, 3] uint8 of some held-out captions, or of edits, with random numbers of their own."""
-        policy, sampling = self.rollout.policy, self.rollout.sampling
+        policy: Any = self.rollout.policy
+        sampling = self.rollout.sampling
         examples = [self.drawn[place] for place in places]
         prompts = [Prompt(place, example.caption) for place, example in zip(places, examples, strict=True)]
         reference = self.trainer.collate.reference_of(examples)
         read = () if reference is None else (reference[0],)
         ids, mask = policy.encode_prompts([prompt.text for prompt in prompts], *read)
-        uniforms, noise = (draw(SUITE, prompts, 1) for draw in (self.rollout.uniforms, self.rollout.noise))
-        trajectory = policy.sample_tokens(ids, mask, uniforms, sampling.temperature)
-        start = () if reference is None else (reference[1],)
+        uniforms, noise = self.rollout.uniforms(SUITE, prompts, 1), self.rollout.noise(SUITE, prompts, 1)
+        rows = {"ids": ids, "mask": mask} | ({} if reference is None else {"reference": reference[1]})
+        trajectory = policy.sample_tokens(rows, uniforms, sampling)
         with self.engine.autocast():
-            pictures = policy.decode(trajectory.hidden, noise, sampling.guidance, sampling.flow_steps, *start)
+            pictures = policy.decode(rows, trajectory, noise, sampling)
         return to_uint8(pictures)
 
     def _finish(self, comparison: Mapping[str, Any] | None) -> None:

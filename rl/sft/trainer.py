@@ -14,8 +14,8 @@ from imagerl.rl.data.image_data import Drawn, ImageStream
 from imagerl.rl.data.image_files import REASONS, Example
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.engine.engine import Engine
-from imagerl.rl.files.metrics import PhaseTimer
 from imagerl.rl.sft.objective import SFTBatch, SFTModule, SFTScores, noise_levels, prompt_targets
+from imagerl.rl.training.step_metrics import PhaseTimer
 
 
 class Collator:

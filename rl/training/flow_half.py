@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imagerl.models.base import Policy
 from imagerl.rl.algorithms.advantages import AdvantageInputs
 from imagerl.rl.algorithms.flow_kl import gaussian_kl, kl_as_flow_grpo
 from imagerl.rl.algorithms.flow_losses import FLOW_LOSSES
@@ -27,9 +28,11 @@ from imagerl.rl.types import (
     FlowSchedule,
     LossOutput,
     MatchingInputs,
-    Policy,
     RewardScores,
     RolloutGroup,
+    Rows,
+    repeat,
+    select,
 )
 
 # name of a sum -> key of its mean per action
@@ -52,10 +55,11 @@ class FlowBatch:
     are points where the network is asked for a velocity."""
 
     schedule: FlowSchedule  # of the denoising steps, the same for all pictures
-    hidden: Tensor  # [B / M, R, D] of the token sequences
+    condition: Rows  # [B / M, ...] of the token sequences
     points: Tensor  # [B, N, C, h, w]
     sigma: Tensor  # [B, N]
     latents: Tensor  # [B, S + 1, C, h, w] as in `FlowTrajectory`
+    decodes: int  # M pictures of a token sequence
     noise: Tensor | None  # [B, N, C, h, w] of the noised copies; None for denoising steps
     rollout_logprobs: Tensor  # [B, S]
     action_mask: Tensor  # [B, N] bool; all False for a picture that must not train
@@ -65,20 +69,15 @@ class FlowBatch:
     )
     ref_velocity: Tensor | None = None  # [B, N, C, h, w] of the frozen reference; None without KL
 
-    @property
-    def decodes(self) -> int:
-        """The number of pictures of a token sequence, M."""
-        return len(self.latents) // len(self.hidden)
-
     def rows(self, which: slice) -> FlowBatch:
         """Select some of the pictures, all M of each token sequence, as views."""
         sequences = slice(which.start // self.decodes, -(-which.stop // self.decodes))
 
         def part(name: str) -> Any:
             value = getattr(self, name)
-            if value is None or name == "schedule":
-                return value
-            return value[sequences if name == "hidden" else which]
+            if name == "condition":
+                return select(value, sequences)
+            return value[which] if isinstance(value, Tensor) else value
 
         return FlowBatch(**{name: part(name) for name in self.__slots__})
 
@@ -131,11 +130,13 @@ class FlowHalf:
         trajectories = [group.flow for group in groups if group.flow is not None]
         if len(trajectories) != len(groups):
             raise ValueError("the rollout kept no denoising steps")
-        hidden = torch.cat([trajectory.hidden for trajectory in trajectories])
+        condition = {
+            name: torch.cat([trajectory.condition[name] for trajectory in trajectories])
+            for name in trajectories[0].condition
+        }
         latents = torch.cat([trajectory.latents for trajectory in trajectories])
-        schedule = FlowSchedule(
-            *(value.to(latents.device) for value in self.half.schedule(self.sampling(step)))
-        )
+        steps = self.half.schedule(self.sampling(step), latents.shape[2:])
+        schedule = FlowSchedule(*(value.to(latents.device) for value in steps))
         if self.settings.is_matching:
             sigma, noise = (value.to(latents.device) for value in self._noised(groups, step))
             level = sigma[..., None, None, None]
@@ -144,10 +145,11 @@ class FlowHalf:
             sigma, noise, points = schedule.sigma.expand(len(latents), -1), None, latents[:, :-1]
         return FlowBatch(
             schedule=schedule,
-            hidden=hidden,
+            condition=condition,
             points=points,
             sigma=sigma,
             latents=latents,
+            decodes=self.per_sequence,
             noise=noise,
             rollout_logprobs=torch.cat([trajectory.rollout_logprobs for trajectory in trajectories]),
             action_mask=torch.ones(sigma.shape, dtype=torch.bool, device=latents.device),
@@ -168,9 +170,9 @@ class FlowHalf:
                 noises.append(torch.randn(count, *latents.shape[1:], generator=draws))
         return torch.stack(levels), torch.stack(noises)
 
-    def arguments(self, part: FlowBatch) -> tuple[Tensor, Tensor, Tensor, float]:
+    def arguments(self, part: FlowBatch) -> tuple[Rows, Tensor, Tensor, float]:
         """Return the network's arguments for a microbatch."""
-        return part.hidden.repeat_interleave(part.decodes, 0), part.points, part.sigma, self.guidance
+        return repeat(part.condition, part.decodes), part.points, part.sigma, self.guidance
 
     def frozen(self, part: FlowBatch, old: Tensor | None) -> dict[str, Tensor]:
         """Return the velocities that need no gradient: the reference's, and the trainer's own before several

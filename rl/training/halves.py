@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from imagerl.models.base import Policy
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.data.seeding import derive_seed
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.training.flow_half import FlowHalf
 from imagerl.rl.training.half import Half
 from imagerl.rl.training.token_half import Gather, TokenHalf
-from imagerl.rl.types import Policy
 
 TOKENS, FLOW = "tokens", "flow"
 
@@ -51,25 +51,25 @@ def halves_in_training(recipe: Recipe, policy: Policy, gather: Gather) -> list[H
     return [make[name]() for name in trained_halves(recipe)]
 
 
-def trained_module(policy: Any, recipe: Recipe) -> nn.Module:
-    """Give a `models.blip3o_next.policy.ImagePolicy` the adapters and frozen parts that the recipe asks for, and return
-    the module that the engine prepares, whose parameter names are those of checkpoints. With one half it is that
-    half itself; the other one is frozen. An adapter that the policy came with goes on training; under a new one, or
-    where tokens do not train, it is merged.
+def trained_module(policy: Policy, recipe: Recipe) -> nn.Module:
+    """Give a policy the adapters and frozen parts that the recipe asks for, and return the module that the engine
+    prepares, whose parameter names are those of checkpoints. With one half it is that half itself; the other one is
+    frozen. An adapter that the policy came with goes on training; under a new one, or where tokens do not train, it is
+    merged.
 
     Raises ImageRLError when adapters cannot be had."""
     halves = trained_halves(recipe)
     if recipe.model.lora or TOKENS not in halves:
-        policy.trainable.merge_adapter()
-    elif policy.trainable.adapter is not None and recipe.algorithm.reference_every:
+        policy.merge_lora()
+    elif policy.adapted and recipe.algorithm.reference_every:
         raise ImageRLError(
             "algorithm.reference_every needs full weights, and model.path is an adapter; give its merged export "
             "(without --adapter) as model.path"
         )
     if lora := recipe.model.lora:
         torch.manual_seed(derive_seed(recipe.run.seed, "lora"))  # adapters begin at random
-        policy.trainable.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
-    policy.trainable.freeze(recipe.model.freeze)
+        policy.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
+    policy.freeze(recipe.model.freeze)
     flow = recipe.algorithm.flow
     if flow is None:
         return policy.trainable
@@ -83,12 +83,12 @@ def trained_module(policy: Any, recipe: Recipe) -> nn.Module:
     return half.trainable
 
 
-def freeze_references(policy: Any, recipe: Recipe) -> None:
+def freeze_references(policy: Policy, recipe: Recipe) -> None:
     """Remember the present policy where a KL to it is asked for."""
     halves, flow = trained_halves(recipe), recipe.algorithm.flow
     if TOKENS in halves and recipe.algorithm.needs_reference:
         policy.freeze_reference()
-    if flow is not None and flow.kl_coef:
+    if flow is not None and flow.kl_coef and policy.flow is not None:
         policy.flow.freeze_reference()
 
 

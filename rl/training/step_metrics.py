@@ -1,15 +1,18 @@
-"""The metrics of a training step: pure functions from sums and scores to the keys of docs/run-folder.md."""
+"""What a training step says of itself: seconds, sums and scores as the keys of docs/run-folder.md, reasons to stop."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from torch import Tensor
 
 from imagerl.rl.algorithms.kl import masked
-from imagerl.rl.algorithms.policy_weights import truncated_importance
+from imagerl.rl.algorithms.losses import truncated_importance
+from imagerl.rl.errors import ImageRLError
 from imagerl.rl.types import LossInputs, RewardScores, TokenScores, TrainBatch
 
 Metrics = dict[str, float]
@@ -96,3 +99,73 @@ def update_metrics(updates: Sequence[Metrics], on_policy: bool) -> Metrics:
         "rollout/logprob_diff_mean": first["replay_gap"] / first["actions"],
         "rollout/logprob_diff_max": first["replay_gap_max"],
     }
+
+
+# ---- reasons to stop; ranks call these with gathered values, so that all of them stop alike ----------------
+
+
+def refuse_failures(drawn: RewardScores, limit: float) -> None:
+    """Raise ImageRLError when too many samples of the step have no reward."""
+    lost = float(np.isnan(drawn.totals).mean())
+    if lost > limit:
+        why = "; ".join(f"{label}: {reason}" for label, reason in drawn.reasons.items()) or "no value"
+        raise ImageRLError(
+            f"{lost:.0%} of the samples have no reward (rewards.max_failure_rate is {limit:g}): {why}"
+        )
+
+
+def refuse_gap(gap: float, limit: float) -> None:
+    """Raise ImageRLError, before the weights change, when sampler and trainer disagree beyond rounding: then one of
+    them does not compute the distribution that both claim."""
+    if not gap <= limit:  # NaN too
+        raise ImageRLError(
+            f"sampler and trainer disagree by {gap:.2g} on a log-prob (rollout.max_logprob_diff "
+            f"is {limit:g}); use engine.precision=fp32, or raise the limit if bfloat16 explains it"
+        )
+
+
+# ---- time --------------------------------------------------------------------------------------------------
+
+
+class PhaseTimer:
+    """Seconds and shares of the phases of a step: `with timer("rollout"): ...`.
+
+    `synchronise` is called at both ends of a phase; give `torch.cuda.synchronize` on a GPU, where kernels
+    return before they have run.
+    """
+
+    def __init__(
+        self,
+        synchronise: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._synchronise = synchronise or (lambda: None)
+        self._clock = clock
+        self._seconds: dict[str, float] = {}
+        self._start = clock()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self._synchronise()
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._synchronise()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
+
+    def start(self) -> None:
+        """Begin a step: forget the phases so far."""
+        self._start = self._clock()
+        self._seconds = {}
+
+    def metrics(self) -> dict[str, float]:
+        """Return `time/<phase>_s`, `share/<phase>` and `time/step_s` since `start`.
+
+        Shares are of that wall time, so what no phase covers shows as `share/other`.
+        """
+        total, seconds = self._clock() - self._start, self._seconds
+        result = {f"time/{phase}_s": value for phase, value in seconds.items()} | {"time/step_s": total}
+        # Phases within phases may add up to more than the step; a share below 0 would only puzzle.
+        seconds = seconds | {"other": max(0.0, total - sum(seconds.values()))}
+        return result | {f"share/{phase}": value / max(total, 1e-9) for phase, value in seconds.items()}

@@ -10,18 +10,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imagerl.models.base import Policy
 from imagerl.rl.algorithms.advantages import AdvantageInputs
 from imagerl.rl.algorithms.kl import adapted_coef, kl_penalty
 from imagerl.rl.algorithms.loading import load_loss, loss_settings
-from imagerl.rl.algorithms.losses import action_weights, loss_denominator
-from imagerl.rl.algorithms.policy_weights import entropy_threshold, highest_entropy, policy_weights
+from imagerl.rl.algorithms.losses import (
+    action_weights,
+    entropy_threshold,
+    highest_entropy,
+    loss_denominator,
+    policy_weights,
+)
 from imagerl.rl.config.train import Recipe
-from imagerl.rl.rollout.decodes import average_decodes
-from imagerl.rl.rollout.engine import encode
+from imagerl.rl.rollout.engine import training_sampling
+from imagerl.rl.rollout.scores import average_decodes
 from imagerl.rl.training.half import HalfLoss, reward_inputs
-from imagerl.rl.training.step_checks import refuse_gap
-from imagerl.rl.training.step_metrics import Metrics, microbatch_sums, replay_gap, update_metrics
-from imagerl.rl.types import LossInputs, Policy, RewardScores, RolloutGroup, TokenScores, TrainBatch
+from imagerl.rl.training.step_metrics import Metrics, microbatch_sums, refuse_gap, replay_gap, update_metrics
+from imagerl.rl.types import (
+    LossInputs,
+    RewardScores,
+    RolloutGroup,
+    Rows,
+    SamplingParams,
+    TokenScores,
+    TrainBatch,
+    repeat,
+    select,
+)
 
 Gather = Callable[[Any], list[Any]]
 
@@ -40,8 +55,8 @@ class TokenHalf:
         self.policy = policy
         self.gather = gather
         self.policy_loss = load_loss(recipe.algorithm)
-        self.temperature = recipe.rollout.temperature
-        self.kl_coef = recipe.algorithm.kl_coef  # adapted where there is a target
+        self.sampled_with = training_sampling(recipe)
+        self._weigh_kl(recipe.algorithm.kl_coef)  # adapted where there is a target
         self.several = recipe.algorithm.updates_per_rollout > 1
         self.choosy = recipe.algorithm.top_entropy < 1
         self.needs_old = self.several or self.choosy
@@ -51,24 +66,24 @@ class TokenHalf:
 
     def assemble(self, groups: Sequence[RolloutGroup], step: int) -> TrainBatch:
         """Assemble the tokens of some groups, without advantages yet."""
-        encoded = encode(self.policy, [group.prompt for group in groups], to_draw=False)
+        encoded = self.policy.encode([group.prompt for group in groups], to_draw=False)
         size = len(groups[0].tokens)
+        tokens = torch.cat([group.tokens for group in groups])
         return TrainBatch(
-            prompt_ids=encoded.ids.repeat_interleave(size, 0),
-            prompt_mask=encoded.mask.repeat_interleave(size, 0),
-            tokens=torch.cat([group.tokens for group in groups]),
+            prompts=repeat(encoded, size),
+            tokens=tokens,
             action_mask=torch.cat([group.action_mask for group in groups]),
             rollout_logprobs=torch.cat([group.rollout_logprobs for group in groups]),
             old_logprobs=None,
             ref_logprobs=None,
-            advantages=torch.zeros(len(groups) * size, 1, device=encoded.ids.device),
+            advantages=torch.zeros(len(groups) * size, 1, device=tokens.device),
         )
 
-    def arguments(self, part: TrainBatch) -> tuple[Tensor, Tensor, Tensor, float]:
+    def arguments(self, part: TrainBatch) -> tuple[Rows, Tensor, SamplingParams]:
         """Return the policy's arguments for a microbatch. One of whole groups names each prompt once."""
         group = self.recipe.rollout.group_size
         share = group if self.recipe.engine.micro_batch_size % group == 0 else 1
-        return part.prompt_ids[::share], part.prompt_mask[::share], part.tokens, self.temperature
+        return select(part.prompts, slice(None, None, share)), part.tokens, self.sampled_with
 
     def frozen(self, part: TrainBatch, old: TokenScores | None) -> dict[str, Tensor]:
         """Return the log-probs that need no gradient: the reference's, and the trainer's own before several updates."""
@@ -118,7 +133,7 @@ class TokenHalf:
             denominator=denominator,
             policy_weights=policy_weights(old, part.rollout_logprobs, mask, cap, part.selected),
         )
-        output = self.policy_loss(inputs, **loss_settings(algorithm, self.kl_coef))
+        output = self.policy_loss(inputs, **self.settings)
         loss = output.loss
         if algorithm.entropy_coef:  # else its gradient would be computed and multiplied by 0
             weights = action_weights(mask, algorithm.normaliser).to(loss.dtype)
@@ -135,7 +150,7 @@ class TokenHalf:
         target, first = self.algorithm.kl_target, updates[0]
         if target is not None and first:
             kl = first["kl_k3"] / first["actions"]
-            self.kl_coef = adapted_coef(self.kl_coef, kl, target, self.algorithm.kl_rate)
+            self._weigh_kl(adapted_coef(self.kl_coef, kl, target, self.algorithm.kl_rate))
 
     def metrics(self, updates: Sequence[Metrics]) -> Metrics:
         """Return means per token of the last update; see docs/run-folder.md."""
@@ -150,4 +165,8 @@ class TokenHalf:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` returned."""
-        self.kl_coef = state.get("kl_coef", self.kl_coef)
+        self._weigh_kl(state.get("kl_coef", self.kl_coef))
+
+    def _weigh_kl(self, coef: float) -> None:
+        self.kl_coef = coef
+        self.settings = loss_settings(self.algorithm, coef)

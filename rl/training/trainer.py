@@ -13,24 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imagerl.models.base import Policy
 from imagerl.rl.algorithms.advantages import AdvantageInputs, AdvantageOutput, moved_mean, shuffled
 from imagerl.rl.algorithms.loading import load_advantages
 from imagerl.rl.config.train import Recipe
-from imagerl.rl.data.prompt_sets import GroupedSampler
-from imagerl.rl.data.seeding import generator
+from imagerl.rl.data.seeding import GroupedSampler, generator
 from imagerl.rl.engine.engine import Engine
-from imagerl.rl.files.metrics import PhaseTimer
-from imagerl.rl.rollout.decodes import average_decodes, variance_split
 from imagerl.rl.rollout.engine import RolloutEngine, reward_request
-from imagerl.rl.rollout.scores import merge_scores, scores_of_half
+from imagerl.rl.rollout.scores import average_decodes, merge_scores, scores_of_half, variance_split
 from imagerl.rl.training.half import Half, train_on
 from imagerl.rl.training.halves import halves_in_training
 from imagerl.rl.training.picture_stats import group_stats, mean_of_groups
 from imagerl.rl.training.resampling import Drawn, resample
 from imagerl.rl.training.reward_stats import mixing_metrics
-from imagerl.rl.training.step_checks import refuse_failures
-from imagerl.rl.training.step_metrics import Metrics, reward_metrics
-from imagerl.rl.types import Policy, Prompt, RewardScorer, RewardScores, RolloutGroup
+from imagerl.rl.training.step_metrics import Metrics, PhaseTimer, refuse_failures, reward_metrics
+from imagerl.rl.types import Prompt, RewardScorer, RewardScores, RolloutGroup
 
 Batches = list[Any]  # one per half
 
@@ -79,10 +76,8 @@ class Trainer:
                 rank=self.engine.rank,
             )
             batches = self._score_frozen(self._assemble(groups, step))
-            looks = self._looks(groups)
         else:
             batches = self._score_frozen(self._assemble(groups, step))  # rewards are still being computed
-            looks = self._looks(groups)
             scores = drawn = self._collect(tickets)
         drawn = merge_scores(self.engine.gather_objects(drawn))
         refuse_failures(drawn, self.recipe.rewards.max_failure_rate)
@@ -91,7 +86,7 @@ class Trainer:
             batches = [train_on(batch, output) for batch, output in zip(batches, advantages, strict=True)]
             batches = [half.select(batch) for half, batch in zip(self.halves, batches, strict=True)]
             updates = [self._update(batches) for _ in range(self.algorithm.updates_per_rollout)]
-        metrics = self._metrics(drawn, advantages, updates) | looks
+        metrics = self._metrics(drawn, advantages, updates) | self._looks(groups)
         for half, own in zip(self.halves, zip(*updates, strict=True), strict=True):
             half.after_step(step, own)
         self._renew_reference(step)

@@ -21,7 +21,7 @@ from tests.small_run import write_recipe
 def test_the_rollout_benchmark_measures_every_part() -> None:
     policy, _ = micro_policy()
     rollout = RolloutEngine(policy, SamplingParams(flow_steps=2), 0, nullcontext)
-    report = bench_rollout(policy, rollout, prompt_set("train", 2), group_size=2, repeats=1)
+    report = bench_rollout(rollout, prompt_set("train", 2), group_size=2, repeats=1)
     parts = {"sample", "flow", "vae", "random", "other"}
     assert {f"share/{part}" for part in parts} | {f"time/{part}_s" for part in parts} <= report.keys()
     assert sum(report[f"share/{part}"] for part in parts) == pytest.approx(1)
@@ -48,7 +48,7 @@ def test_transformers_draws_as_many_tokens_as_we_do(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(policy.trainable.lm, "generate", watched)
     rollout = RolloutEngine(policy, SamplingParams(flow_steps=1), 0, nullcontext)
     prompts = prompt_set("train", 2)
-    bench_rollout(policy, rollout, prompts, group_size=3, repeats=2)
+    bench_rollout(rollout, prompts, group_size=3, repeats=2)
     longest = policy.encode_prompts([prompt.text for prompt in prompts])[0].shape[1]
     assert lengths == [(6, longest + policy.num_actions)] * 3  # once to warm up
 

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from imagerl.models import families
 from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.models.common.settings import stored_sampling
+from imagerl.rl.types import SamplingParams, TokenTrajectory
 from tests.micro import MODEL, micro_policy
 from tools.tiny.model import new_policy
 from tools.tiny.samples import captions
@@ -65,3 +68,28 @@ def edit_policy(seed: int = 0) -> tuple[ImagePolicy, dict[str, Any]]:
         stir(module, seed)
         module.requires_grad_(False).eval()
     return policy, config
+
+
+def load_policy(
+    path: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[ImagePolicy, dict[str, Any]]:
+    """A BLIP3o-NEXT policy by way of the registry, and its config."""
+    policy = families.load_policy(path, device, dtype)
+    assert isinstance(policy, ImagePolicy)
+    return policy, policy.config | {"sampling": stored_sampling(policy.sampling)}
+
+
+def decode(
+    policy: ImagePolicy,
+    hidden: torch.Tensor,
+    noise: torch.Tensor,
+    guidance: float,
+    steps: int,
+    reference: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Pictures of hidden states, whatever tokens they are of."""
+    unknown = torch.zeros(len(hidden), 0)
+    trajectory = TokenTrajectory(unknown.long(), unknown, unknown.bool(), {"hidden": hidden})
+    prompts = {} if reference is None else {"reference": reference}
+    sampling = SamplingParams(guidance=guidance, flow_steps=steps)
+    return policy.decode(prompts, trajectory, noise, sampling)

@@ -13,10 +13,7 @@ from imagerl.rl.types import ImageRLError
 
 SCENES = [
     Scene(text, ink, background, font)
-    for text, font in (
-        ("ILL", tiny_world.FONTS[2]),
-        ("MOTHER", tiny_world.FONTS[0]),
-    )
+    for text, font in (("ILL", tiny_world.FONTS[2]), ("MOTHER", tiny_world.FONTS[0]))
     for ink in INKS
     for background in BACKGROUNDS
 ]

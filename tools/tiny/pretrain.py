@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagerl.models.blip3o_next.loading import load_policy, load_state, read_weights, save_policy
+from imagerl.models.blip3o_next.loading import load_state, read_weights, save_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.models.families import load_policy
 from imagerl.rl.config.engine import EngineConfig
 from imagerl.rl.config.recipe import load_yaml_recipe
 from imagerl.rl.data.seeding import derive_seed
@@ -58,16 +59,18 @@ def starting_policy(recipe: PretrainRecipe) -> tuple[ImagePolicy, dict[str, Any]
     if recipe.init is None:
         assert recipe.model is not None  # the schema wants one of the two
         return new_policy(recipe.model, captions(seed, 500), vocabulary)
-    policy, config = load_policy(recipe.init)
-    policy.trainable.merge_adapter()
+    policy = load_policy(recipe.init)
+    if not isinstance(policy, ImagePolicy):
+        raise ImageRLError(f"init: {recipe.init} is no BLIP3o-NEXT model; give one, such as tiny")
+    policy.merge_lora()
     if recipe.tasks is None:
-        return policy, config
+        return policy, policy.config
     instructions = [edit.instruction for edit in edits(seed, "captions", 0, 500, 1 / 3)]
     asked = questions(seed, "captions", 0, 200, 1 / 3)
     corpus = turns(
         captions(seed, 500), instructions, [one.text for one in asked], [one.answer for one in asked]
     )
-    return grow(policy, config, corpus, vocabulary)
+    return grow(policy, policy.config, corpus, vocabulary)
 
 
 def pretrain(

@@ -5,10 +5,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from imagerl.models.blip3o_next import ar
-from imagerl.models.blip3o_next.ar import ImageVocabulary, positions_of, score_tokens
+from imagerl.models.blip3o_next.ar import ImageVocabulary
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.rl.types import ImageRLError
+from imagerl.models.common import tokens as common_tokens
+from imagerl.models.common.adaptable import freeze
+from imagerl.models.common.tokens import positions_of, score_tokens
+from imagerl.rl.types import ImageRLError, SamplingParams
 from tests.models.helpers import CAPTIONS, add_lively_lora, lively_policy, random_tokens
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -45,7 +47,7 @@ def test_scores_are_those_of_transformers_over_image_tokens_even_left_padded(
     assert not mask.all()
     tokens = random_tokens(policy, len(CAPTIONS))
     with torch.no_grad():
-        scores = policy.trainable(ids, mask, tokens, temperature)
+        scores = policy.trainable({"ids": ids, "mask": mask}, tokens, SamplingParams(temperature))
         hidden = policy.trainable.hidden_states(ids, mask, tokens)
     assert hidden.shape == (len(CAPTIONS), policy.num_actions + 1, 32)
     for row, caption in enumerate(CAPTIONS):
@@ -60,8 +62,10 @@ def test_permuting_a_batch_permutes_its_scores(policy: ImagePolicy) -> None:
     tokens = random_tokens(policy, 3)
     order = torch.tensor([2, 0, 1])
     with torch.no_grad():
-        straight = policy.trainable(ids, mask, tokens, 1.0).logprobs
-        permuted = policy.trainable(ids[order], mask[order], tokens[order], 1.0).logprobs
+        straight = policy.trainable({"ids": ids, "mask": mask}, tokens, SamplingParams()).logprobs
+        permuted = policy.trainable(
+            {"ids": ids[order], "mask": mask[order]}, tokens[order], SamplingParams()
+        ).logprobs
     torch.testing.assert_close(permuted, straight[order], **CLOSE)
 
 
@@ -71,7 +75,9 @@ def test_the_last_token_is_predicted_but_never_fed(policy: ImagePolicy) -> None:
     other = tokens.clone()
     other[:, -1] = (other[:, -1] + 1) % policy.vocabulary.num_image_tokens
     with torch.no_grad():
-        one, two = (policy.trainable(ids, mask, t, 1.0) for t in (tokens, other))
+        one, two = (
+            policy.trainable({"ids": ids, "mask": mask}, t, SamplingParams()) for t in (tokens, other)
+        )
     assert torch.equal(one.entropy, two.entropy)
     assert torch.equal(one.logprobs[:, :-1], two.logprobs[:, :-1])
     assert not torch.isclose(one.logprobs[:, -1], two.logprobs[:, -1]).any()
@@ -107,10 +113,10 @@ def test_scoring_in_chunks_changes_neither_scores_nor_gradients(
         return scores.logprobs.detach(), scores.entropy.detach(), *torch.autograd.grad(loss, inputs)
 
     whole = run()
-    monkeypatch.setattr(ar, "MAX_LOGITS_PER_CHUNK", rows * 9)
+    monkeypatch.setattr(common_tokens, "MAX_LOGITS_PER_CHUNK", rows * 9)
     calls = []
-    plain = ar.checkpoint
-    monkeypatch.setattr(ar, "checkpoint", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    plain = common_tokens.checkpoint
+    monkeypatch.setattr(common_tokens, "checkpoint", lambda *a, **k: calls.append(1) or plain(*a, **k))
     for chunked, unchunked in zip(run(), whole, strict=True):
         torch.testing.assert_close(chunked, unchunked, rtol=1e-6, atol=1e-6)
     assert len(calls) == -(-15 // rows)
@@ -127,7 +133,7 @@ def test_half_precision_weights_still_give_a_float32_softmax(policy: ImagePolicy
 def test_lora_starts_as_the_identity_and_its_base_stays_reachable() -> None:
     policy = lively_policy()
     ids, mask = policy.encode_prompts(CAPTIONS)
-    arguments = (ids, mask, random_tokens(policy, 3), 1.0)
+    arguments = ({"ids": ids, "mask": mask}, random_tokens(policy, 3), SamplingParams())
     with torch.no_grad():
         base = policy.trainable(*arguments).logprobs
         policy.trainable.add_lora(4, 8.0, 0.0, "all-linear")
@@ -147,7 +153,9 @@ def test_with_lora_only_adapters_have_gradients() -> None:
     policy = lively_policy()
     policy.trainable.add_lora(4, 8.0, 0.0, ["q_proj", "down_proj"])
     ids, mask = policy.encode_prompts(CAPTIONS)
-    policy.trainable(ids, mask, random_tokens(policy, 3), 1.0).logprobs.sum().backward()
+    policy.trainable(
+        {"ids": ids, "mask": mask}, random_tokens(policy, 3), SamplingParams()
+    ).logprobs.sum().backward()
     trained = {name for name, p in policy.trainable.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     moved = {name for name, p in policy.trainable.named_parameters() if p.grad is not None and p.grad.any()}
@@ -157,7 +165,7 @@ def test_with_lora_only_adapters_have_gradients() -> None:
 def test_a_frozen_reference_does_not_follow_the_policy() -> None:
     policy = lively_policy()
     ids, mask = policy.encode_prompts(CAPTIONS)
-    arguments = (ids, mask, random_tokens(policy, 3), 0.8)
+    arguments = ({"ids": ids, "mask": mask}, random_tokens(policy, 3), SamplingParams(0.8))
     with pytest.raises(ImageRLError, match="freeze_reference"):
         policy.reference_scores(*arguments)
     policy.freeze_reference()
@@ -197,9 +205,9 @@ def test_vocabulary_comes_from_the_config_and_must_add_up(policy: ImagePolicy) -
 
 def test_frozen_parameters_get_no_gradient_and_others_do() -> None:
     policy = lively_policy().trainable
-    policy.freeze(["*embed_tokens*", "lm.model.layers.0.*"])
+    freeze(policy, ["*embed_tokens*", "lm.model.layers.0.*"])
     frozen = {name for name, parameter in policy.named_parameters() if not parameter.requires_grad}
     assert "lm.model.embed_tokens.weight" in frozen and "lm.model.layers.0.mlp.up_proj.weight" in frozen
     assert all("embed_tokens" in name or ".layers.0." in name for name in frozen)
     with pytest.raises(ImageRLError, match=r"model.freeze: no parameter is named like 'embed'.*lm.model"):
-        policy.freeze(["embed"])
+        freeze(policy, ["embed"])

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +8,8 @@ from torch import Tensor
 
 from imagerl.models.blip3o_next.ar_sampler import TokenSampler, effective_weight
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.rl.types import TokenTrajectory
+from imagerl.models.common.tokens import draw_tokens
+from imagerl.rl.types import SamplingParams, TokenTrajectory
 from tests.models.helpers import CAPTIONS, add_lively_lora, lively_policy, uniforms
 
 GROUP = 3
@@ -21,14 +21,14 @@ def draw(
     ids, mask = policy.encode_prompts(captions)
     numbers = uniforms(policy, len(captions) * GROUP, seed)
     policy.refresh_sampler()
-    return policy.sample_tokens(ids, mask, numbers, temperature)
+    return policy.sample_tokens({"ids": ids, "mask": mask}, numbers, SamplingParams(temperature))
 
 
 @torch.no_grad()
 def replay(policy: ImagePolicy, drawn: TokenTrajectory, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and hidden states of the trainer's teacher-forced pass over the drawn tokens."""
     ids, mask = (t.repeat_interleave(GROUP, 0) for t in policy.encode_prompts(CAPTIONS))
-    scores = policy.trainable(ids, mask, drawn.tokens, temperature)
+    scores = policy.trainable({"ids": ids, "mask": mask}, drawn.tokens, SamplingParams(temperature))
     return scores.logprobs, policy.trainable.hidden_states(ids, mask, drawn.tokens)
 
 
@@ -57,7 +57,7 @@ def test_sampler_and_trainer_agree_on_what_was_drawn(qwen3: dict[str, Any], temp
     assert drawn.tokens.min() >= 0 and drawn.tokens.max() < policy.vocabulary.num_image_tokens
     assert drawn.action_mask.all() and drawn.rollout_logprobs.std() > 0.1
     torch.testing.assert_close(drawn.rollout_logprobs, logprobs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(drawn.hidden, hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(drawn.states["hidden"], hidden, rtol=1e-5, atol=1e-5)
 
 
 def test_active_adapters_are_sampled_from() -> None:
@@ -67,7 +67,7 @@ def test_active_adapters_are_sampled_from() -> None:
     drawn = draw(policy)
     logprobs, hidden = replay(policy, drawn, 1.0)
     torch.testing.assert_close(drawn.rollout_logprobs, logprobs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(drawn.hidden, hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(drawn.states["hidden"], hidden, rtol=1e-5, atol=1e-5)
     assert not torch.equal(drawn.tokens, plain.tokens)
     with policy.trainable.base_weights():
         assert torch.equal(draw(policy).tokens, plain.tokens)
@@ -97,10 +97,10 @@ def test_bfloat16_is_close_and_its_log_probs_are_still_float32() -> None:
     ids, mask = policy.encode_prompts(CAPTIONS)
     drawn = TokenSampler(policy.trainable, torch.bfloat16).sample(ids, mask, uniforms(policy, 9), 1.0)
     logprobs, hidden = replay(policy, drawn, 1.0)
-    assert drawn.hidden.dtype == torch.bfloat16 and drawn.rollout_logprobs.dtype == torch.float32
+    assert drawn.states["hidden"].dtype == torch.bfloat16 and drawn.rollout_logprobs.dtype == torch.float32
     gap = (drawn.rollout_logprobs - logprobs).abs()
     assert 1e-5 < gap.mean() < 0.05
-    assert (drawn.hidden - hidden).abs().mean() < 0.05
+    assert (drawn.states["hidden"] - hidden).abs().mean() < 0.05
 
 
 def test_a_sample_depends_on_its_own_numbers_alone() -> None:
@@ -108,13 +108,17 @@ def test_a_sample_depends_on_its_own_numbers_alone() -> None:
     ids, mask = policy.encode_prompts(CAPTIONS)
     numbers = uniforms(policy, 9)
     policy.refresh_sampler()
-    together = policy.sample_tokens(ids, mask, numbers, 1.0)
+    together = policy.sample_tokens({"ids": ids, "mask": mask}, numbers, SamplingParams())
     for sample in range(9):
         alone_ids, alone_mask = policy.encode_prompts([CAPTIONS[sample // GROUP]])
-        alone = policy.sample_tokens(alone_ids, alone_mask, numbers[sample : sample + 1], 1.0)
+        alone = policy.sample_tokens(
+            {"ids": alone_ids, "mask": alone_mask}, numbers[sample : sample + 1], SamplingParams()
+        )
         assert torch.equal(alone.tokens[0], together.tokens[sample])
-        torch.testing.assert_close(alone.hidden[0], together.hidden[sample], rtol=1e-5, atol=1e-5)
-    again = policy.sample_tokens(ids, mask, numbers, 1.0)
+        torch.testing.assert_close(
+            alone.states["hidden"][0], together.states["hidden"][sample], rtol=1e-5, atol=1e-5
+        )
+    again = policy.sample_tokens({"ids": ids, "mask": mask}, numbers, SamplingParams())
     assert torch.equal(again.tokens, together.tokens)
     assert torch.equal(again.rollout_logprobs, together.rollout_logprobs)
 
@@ -124,7 +128,9 @@ def first_token_probabilities(policy: ImagePolicy, temperature: float) -> Tensor
     codes = policy.vocabulary.num_image_tokens
     every = torch.arange(codes)[:, None].expand(codes, policy.num_actions)
     with torch.no_grad():
-        scores = policy.trainable(ids.expand(codes, -1), mask.expand(codes, -1), every, temperature)
+        scores = policy.trainable(
+            {"ids": ids.expand(codes, -1), "mask": mask.expand(codes, -1)}, every, SamplingParams(temperature)
+        )
     return scores.logprobs[:, 0].double().exp()
 
 
@@ -138,7 +144,9 @@ def test_tokens_follow_the_scored_distribution(temperature: float) -> None:
     numbers = torch.full((count, policy.num_actions), 0.5, dtype=torch.float64)
     numbers[:, 0] = (torch.arange(count) + 0.5) / count
     policy.refresh_sampler()
-    first = policy.sample_tokens(ids, mask, numbers, temperature).tokens[:, 0]
+    first = policy.sample_tokens({"ids": ids, "mask": mask}, numbers, SamplingParams(temperature)).tokens[
+        :, 0
+    ]
     assert (first.diff() >= 0).all()  # the inverse of a cumulative distribution is monotone
     shares = first.bincount(minlength=len(wanted)).double() / count
     assert wanted.sum() == pytest.approx(1, abs=1e-5) and wanted.max() < 0.9
@@ -153,11 +161,13 @@ def test_later_tokens_follow_the_scored_distribution_too() -> None:
     policy.refresh_sampler()
     numbers = uniforms(policy, count, seed=5)
     numbers[:, 0] = 0.5  # all samples share their first token
-    drawn = policy.sample_tokens(ids, mask, numbers, 1.0)
+    drawn = policy.sample_tokens({"ids": ids, "mask": mask}, numbers, SamplingParams())
     every = drawn.tokens[:1].repeat(codes, 1)
     every[:, 1] = torch.arange(codes)
     with torch.no_grad():
-        scores = policy.trainable(ids.expand(codes, -1), mask.expand(codes, -1), every, 1.0)
+        scores = policy.trainable(
+            {"ids": ids.expand(codes, -1), "mask": mask.expand(codes, -1)}, every, SamplingParams()
+        )
     expected = scores.logprobs[:, 1].double().exp() * count
     observed = drawn.tokens[:, 1].bincount(minlength=codes)
     likely = expected >= 5
@@ -168,12 +178,6 @@ def test_later_tokens_follow_the_scored_distribution_too() -> None:
     )  # of at most 16 squares; chi-square with 15 degrees of freedom exceeds 53 once in 250,000
 
 
-def draw_from(logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """`_draw` on hidden states that are the logits themselves."""
-    stand_in: Any = SimpleNamespace(head=torch.eye(logits.shape[-1]))
-    return TokenSampler._draw(stand_in, logits, numbers, 1.0)
-
-
 @pytest.mark.parametrize("possible", [[1, 3], [3], [0, 4], [2, 3], [0, 5]])
 def test_the_ends_of_the_unit_interval_pick_no_impossible_token(possible: list[int]) -> None:
     """Probabilities below the smallest number are zero, in front of, between and behind the others."""
@@ -181,20 +185,19 @@ def test_the_ends_of_the_unit_interval_pick_no_impossible_token(possible: list[i
     logits[:, possible] = torch.tensor([0.3, -0.2])[: len(possible)]
     below_one = torch.nextafter(torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.0))
     ends = torch.stack([torch.zeros((), dtype=torch.float64), below_one])
-    tokens, logprobs = draw_from(logits, ends)
+    tokens, logprobs = draw_tokens(logits, ends)
     assert tokens.tolist() == [possible[0], possible[-1]]
     assert (logprobs > -5).all()
-    everywhere, _ = draw_from(logits[:1].expand(1000, -1), torch.arange(1000, dtype=torch.float64) / 1000)
+    everywhere, _ = draw_tokens(logits[:1].expand(1000, -1), torch.arange(1000, dtype=torch.float64) / 1000)
     assert set(everywhere.tolist()) == set(possible)
 
 
 def test_a_rare_token_keeps_its_share_in_a_large_vocabulary() -> None:
     """65,536 equal columns: every one owns exactly its part of the interval."""
     columns = 1 << 16
-    stand_in: Any = SimpleNamespace(head=torch.zeros(columns, 1))
     wanted = torch.tensor([0, 1, 12345, 65534, 65535])
     numbers = (wanted.double() + 0.5) / columns
-    tokens, logprobs = TokenSampler._draw(stand_in, torch.ones(5, 1), numbers, 1.0)
+    tokens, logprobs = draw_tokens(torch.zeros(5, columns), numbers)
     assert torch.equal(tokens, wanted)
     torch.testing.assert_close(logprobs, torch.full((5,), float(columns)).log().neg())
 
@@ -205,7 +208,7 @@ def test_low_temperature_is_greedy() -> None:
     other = draw(policy, temperature=1e-3, seed=1)
     assert torch.equal(drawn.tokens, other.tokens)
     head = policy.trainable.head.detach()
-    assert torch.equal(drawn.tokens, (drawn.hidden[:, :-1] @ head.T).argmax(-1))
+    assert torch.equal(drawn.tokens, (drawn.states["hidden"][:, :-1] @ head.T).argmax(-1))
     torch.testing.assert_close(drawn.rollout_logprobs, torch.zeros(9, policy.num_actions), atol=1e-3, rtol=0)
 
 
@@ -213,6 +216,6 @@ def test_drawn_tokens_can_be_trained_on() -> None:
     policy = lively_policy()
     drawn = draw(policy)
     ids, mask = (t.repeat_interleave(GROUP, 0) for t in policy.encode_prompts(CAPTIONS))
-    scores = policy.trainable(ids, mask, drawn.tokens, 1.0)
+    scores = policy.trainable({"ids": ids, "mask": mask}, drawn.tokens, SamplingParams())
     (scores.logprobs - drawn.rollout_logprobs).exp().mean().backward()
     assert policy.trainable.lm.model.norm.weight.grad is not None

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imagerl.models.blip3o_next.loading import load_policy, read_weights, save_policy
+from imagerl.models.blip3o_next.flow_decoder import caption_keys, velocity
+from imagerl.models.blip3o_next.loading import read_weights, save_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.models.blip3o_next.sana import caption_keys, velocity
-from imagerl.rl.types import ImageRLError
+from imagerl.rl.types import ImageRLError, SamplingParams
 from tests.micro import micro_policy
-from tests.models.helpers import edit_policy, uniforms
+from tests.models.helpers import decode, edit_policy, load_policy, uniforms
 
 INSTRUCTIONS = ("red ink", 'replace the word by "ZEBRA" and keep everything else', "ünïcödé, a little longer")
 GROUP = 2
@@ -46,9 +46,15 @@ def edited(policy: ImagePolicy, pictures: Tensor, rows: list[int]) -> tuple[Tens
     tokens, latents = policy.reference_of(pictures[rows])
     ids, mask = policy.encode_prompts([INSTRUCTIONS[row] for row in rows], tokens)
     samples = [GROUP * row + member for row in rows for member in range(GROUP)]
-    drawn = policy.sample_tokens(ids, mask, uniforms(policy, 3 * GROUP)[samples], 1.0)
+    drawn = policy.sample_tokens(
+        {"ids": ids, "mask": mask}, uniforms(policy, 3 * GROUP)[samples], SamplingParams()
+    )
     noise = noise_of(policy, 3 * GROUP)[samples]
-    return drawn.tokens, drawn.hidden, policy.decode(drawn.hidden, noise, 2.0, 3, latents)
+    return (
+        drawn.tokens,
+        drawn.states["hidden"],
+        decode(policy, drawn.states["hidden"], noise, 2.0, 3, latents),
+    )
 
 
 def test_a_batch_of_edits_is_as_one_by_one(policy: ImagePolicy, pictures: Tensor) -> None:
@@ -73,11 +79,11 @@ def test_captions_and_edits_give_the_same_in_any_order(policy: ImagePolicy, pict
 
 def test_the_sampler_agrees_with_the_teacher_forced_pass(policy: ImagePolicy, pictures: Tensor) -> None:
     ids, mask = policy.encode_prompts(INSTRUCTIONS, policy.reference_of(pictures)[0])
-    drawn = policy.sample_tokens(ids, mask, uniforms(policy, 3 * GROUP), 0.9)
-    scores = policy.trainable(ids, mask, drawn.tokens, 0.9)
+    drawn = policy.sample_tokens({"ids": ids, "mask": mask}, uniforms(policy, 3 * GROUP), SamplingParams(0.9))
+    scores = policy.trainable({"ids": ids, "mask": mask}, drawn.tokens, SamplingParams(0.9))
     torch.testing.assert_close(drawn.rollout_logprobs, scores.logprobs, rtol=1e-5, atol=1e-5)
     hidden = policy.trainable.hidden_states(ids, mask, drawn.tokens)
-    torch.testing.assert_close(drawn.hidden, hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(drawn.states["hidden"], hidden, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("part", ["tokens", "latents"])
@@ -89,8 +95,8 @@ def test_both_views_of_the_reference_matter(policy: ImagePolicy, pictures: Tenso
     changed = others[1] if part == "latents" else latents
     noise = noise_of(policy, 1)
     ids, mask = policy.encode_prompts(INSTRUCTIONS[:1], tokens)
-    plain = policy.decode(policy.trainable.hidden_states(ids, mask, tokens), noise, 2.0, 3, latents)
-    assert (policy.decode(hidden, noise, 2.0, 3, changed) - plain).abs().max() > 1e-3
+    plain = decode(policy, policy.trainable.hidden_states(ids, mask, tokens), noise, 2.0, 3, latents)
+    assert (decode(policy, hidden, noise, 2.0, 3, changed) - plain).abs().max() > 1e-3
 
 
 def by_diffusers(
@@ -178,8 +184,8 @@ def test_an_edit_model_survives_its_folder(
     "attempt",
     [
         lambda policy: policy.reference_of(torch.zeros(1, 3, 32, 64)),
-        lambda policy: policy.decode(
-            torch.zeros(1, 9, 32), torch.zeros(1, 4, 2, 4), 2.0, 1, torch.zeros(1, 4, 2, 4)
+        lambda policy: decode(
+            policy, torch.zeros(1, 9, 32), torch.zeros(1, 4, 2, 4), 2.0, 1, torch.zeros(1, 4, 2, 4)
         ),
     ],
 )

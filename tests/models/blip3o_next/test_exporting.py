@@ -16,13 +16,12 @@ from imagerl.models.blip3o_next.exporting import (
     save_language_model,
     save_published,
 )
-from imagerl.models.blip3o_next.loading import load_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.published import VISION_TOWER
 from imagerl.models.blip3o_next.weights import full_state
 from imagerl.models.common.shards import INDEX, Shards
 from tests.micro import micro_folder, micro_policy
-from tests.models.helpers import CAPTIONS, add_lively_lora, random_tokens, stir
+from tests.models.helpers import CAPTIONS, add_lively_lora, decode, load_policy, random_tokens, stir
 from tests.parity import fixture
 from tests.published import published_state, write_published
 
@@ -122,7 +121,7 @@ def test_diffusers_loads_the_decoder_and_its_pipeline_draws_the_same(
     ids, mask = policy.encode_prompts(CAPTIONS[:2])
     hidden = policy.trainable.hidden_states(ids, mask, random_tokens(policy, 2)).detach()
     noise = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    wanted = policy.decode(hidden, noise, 2.0, 3)
+    wanted = decode(policy, hidden, noise, 2.0, 3)
     decoder = load_diffusers(tmp_path, hidden.shape[-1], policy.latent_shape[1:])
     assert torch.equal(decoder.draw(decoder.latents(hidden, noise, 2.0, 3)), wanted)
 

@@ -5,12 +5,11 @@ import torch
 from torch import Tensor
 
 from imagerl.models.blip3o_next import flow_decoder
-from imagerl.models.blip3o_next.flow_decoder import FlowDecoder, build_connector
+from imagerl.models.blip3o_next.flow_decoder import FlowDecoder, build_connector, caption_keys, velocity
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.models.blip3o_next.sana import caption_keys, velocity
 from imagerl.rl.types import ImageRLError
 from tests.micro import MODEL
-from tests.models.helpers import lively_policy, stir
+from tests.models.helpers import decode, lively_policy, stir
 
 HIDDEN = 32
 
@@ -229,4 +228,4 @@ def test_pictures_are_decoded_at_the_autoencoders_scale(decoder: FlowDecoder) ->
 def test_noise_of_another_shape_is_refused(policy: ImagePolicy) -> None:
     hidden, _, _ = inputs(policy.decoder)
     with pytest.raises(ImageRLError, match=r"shape \(4, 3, 4\).*wants \(4, 2, 4\)"):
-        policy.decode(hidden, torch.zeros(3, 4, 3, 4), 2.0, 2)
+        decode(policy, hidden, torch.zeros(3, 4, 3, 4), 2.0, 2)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from imagerl.models.blip3o_next.flow_policy import FlowPolicy
-from imagerl.models.blip3o_next.loading import load_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.types import FlowSampling
+from imagerl.rl.types import FlowSampling, SamplingParams
 from tests.micro import micro_policy
+from tests.models.helpers import load_policy
 
 SAMPLING = FlowSampling("sde", 0.7, range(1, 3), guidance=2.0, steps=4)
 
@@ -64,7 +64,7 @@ def test_replay_repeats_the_log_probs_of_the_rollout(
     schedule = flow.schedule(sampling)
     for row in range(3):
         part = trajectory.part(row, 3)
-        velocity = flow.trainable(part.hidden, part.latents[:, :-1], schedule.sigma.expand(1, 2), guidance)
+        velocity = flow.trainable(part.condition, part.latents[:, :-1], schedule.sigma.expand(1, 2), guidance)
         scores = flow.score(velocity, part.latents, schedule)
         torch.testing.assert_close(scores.logprobs, part.rollout_logprobs, rtol=0, atol=1e-5)
         # what was drawn is mean + std · noise, and the next step began there
@@ -91,7 +91,9 @@ def test_only_the_network_trains_and_the_autoencoder_is_not_part_of_it(policy: I
     hidden, noise, step_noise = inputs(policy)
     _, trajectory = flow.sample(hidden, noise, step_noise, SAMPLING)
     schedule = flow.schedule(SAMPLING)
-    velocity = flow.trainable(hidden, trajectory.latents[:, :-1], schedule.sigma.expand(3, 2), 2.0)
+    velocity = flow.trainable(
+        {"hidden": hidden}, trajectory.latents[:, :-1], schedule.sigma.expand(3, 2), 2.0
+    )
     flow.score(velocity, trajectory.latents, schedule).logprobs.sum().backward()
     missing = [name for name, p in flow.trainable.named_parameters() if p.grad is None]
     assert not missing
@@ -101,7 +103,7 @@ def test_only_the_network_trains_and_the_autoencoder_is_not_part_of_it(policy: I
 def test_the_reference_stays_where_it_was(policy: ImagePolicy) -> None:
     flow = FlowPolicy(policy.decoder)
     hidden, noise, _ = inputs(policy)
-    arguments = (hidden, noise[:, None], torch.full((3, 1), 0.5), 2.0)
+    arguments = ({"hidden": hidden}, noise[:, None], torch.full((3, 1), 0.5), 2.0)
     before = flow.trainable(*arguments).detach()
     with pytest.raises(ImageRLError, match="no reference decoder"):
         flow.reference_velocity(*arguments)
@@ -114,7 +116,7 @@ def test_the_reference_stays_where_it_was(policy: ImagePolicy) -> None:
 
 def test_lora_trains_adapters_refers_to_the_base_and_merges(policy: ImagePolicy) -> None:
     hidden, noise, _ = inputs(policy)
-    arguments = (hidden, noise[:, None], torch.full((3, 1), 0.5), 2.0)
+    arguments = ({"hidden": hidden}, noise[:, None], torch.full((3, 1), 0.5), 2.0)
     plain = FlowPolicy(policy.decoder).trainable(*arguments).detach()
     keys = set(policy.decoder.sana.state_dict())
     flow = FlowPolicy(policy.decoder)
@@ -146,15 +148,14 @@ def test_the_gradient_goes_through_both_branches_of_guidance() -> None:
     policy, _ = load_policy("tiny")
     flow = FlowPolicy(policy.decoder)
     prompts = prompt_set("train", 16)
-    ids, mask = policy.encode_prompts([prompt.text for prompt in prompts])
     draws = torch.Generator().manual_seed(0)
     uniforms = torch.rand(16, policy.num_actions, generator=draws, dtype=torch.float64)
-    hidden = policy.sample_tokens(ids, mask, uniforms, 1.0).hidden
+    hidden = policy.sample_tokens(policy.encode(prompts), uniforms, SamplingParams()).states["hidden"]
     noise = torch.randn(16, *policy.latent_shape, generator=draws)
     step_noise = torch.randn(16, 2, *policy.latent_shape, generator=draws)
     _, trajectory = flow.sample(hidden, noise, step_noise, SAMPLING)
     schedule = flow.schedule(SAMPLING)
-    points = (hidden, trajectory.latents[:, :-1], schedule.sigma.expand(16, 2))
+    points = ({"hidden": hidden}, trajectory.latents[:, :-1], schedule.sigma.expand(16, 2))
     advantages = torch.randn(16, 1, generator=draws)
 
     def gradient(velocity: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from imagerl.models.blip3o_next.adapters import save_adapter
-from imagerl.models.blip3o_next.loading import full_state, load_policy, model_folder, save_policy
+from imagerl.models.blip3o_next.loading import full_state, save_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.rl.types import ImageRLError
+from imagerl.models.families import model_folder
+from imagerl.rl.types import ImageRLError, SamplingParams
 from tests.micro import micro_folder, micro_policy
-from tests.models.helpers import CAPTIONS, add_lively_lora, lively_policy, stir, uniforms
+from tests.models.helpers import CAPTIONS, add_lively_lora, decode, lively_policy, load_policy, stir, uniforms
 
 WEIGHTS = "model.safetensors"
 
@@ -25,9 +25,9 @@ def drawn(policy: ImagePolicy) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and pixels for fixed random numbers."""
     ids, mask = policy.encode_prompts(CAPTIONS)
     policy.refresh_sampler()
-    trajectory = policy.sample_tokens(ids, mask, uniforms(policy, 3), 1.0)
+    trajectory = policy.sample_tokens({"ids": ids, "mask": mask}, uniforms(policy, 3), SamplingParams())
     noise = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    return trajectory.tokens, policy.decode(trajectory.hidden, noise, 2.0, 2)
+    return trajectory.tokens, decode(policy, trajectory.states["hidden"], noise, 2.0, 2)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_an_adapter_folder_brings_its_base(tmp_path: Path) -> None:
     save_policy(policy, tmp_path / "base", config)
     plain = drawn(policy)
     add_lively_lora(policy)
-    save_adapter(policy, tmp_path / "adapter", str(tmp_path / "base"))
+    policy.save_adapter(tmp_path / "adapter", str(tmp_path / "base"))
     loaded, _ = load_policy(str(tmp_path / "adapter"))
     for before, after in zip(drawn(policy), drawn(loaded), strict=True):
         assert torch.equal(before, after)
@@ -133,7 +133,7 @@ def test_an_adapter_folder_brings_its_base(tmp_path: Path) -> None:
 def test_an_adapter_folder_holds_adapters_alone(tmp_path: Path) -> None:
     policy = lively_policy()
     add_lively_lora(policy)
-    save_adapter(policy, tmp_path, "tiny")
+    policy.save_adapter(tmp_path, "tiny")
     assert all(".lora_" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
 
@@ -142,7 +142,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, saved: Path) ->
     policy = lively_policy()
     add_lively_lora(policy)
     adapter = tmp_path / "adapter"
-    save_adapter(policy, adapter, str(micro_folder(tmp_path / "narrow", hidden_size=16)))
+    policy.save_adapter(adapter, str(micro_folder(tmp_path / "narrow", hidden_size=16)))
 
     def refused(match: str) -> None:
         with pytest.raises(ImageRLError, match=match) as caught:
@@ -150,7 +150,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, saved: Path) ->
         assert "\n" not in str(caught.value)
 
     refused("does not fit its base model .*narrow: .*size mismatch")
-    save_adapter(policy, adapter, str(saved))
+    policy.save_adapter(adapter, str(saved))
     load_policy(str(adapter))
     file = adapter / "adapter_model.safetensors"
     weights = load_file(file)
@@ -184,7 +184,7 @@ def test_adapter_settings_that_would_not_be_honoured_are_refused(
 ) -> None:
     policy = lively_policy()
     add_lively_lora(policy)
-    save_adapter(policy, tmp_path, "tiny")
+    policy.save_adapter(tmp_path, "tiny")
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     monkeypatch.chdir(tmp_path)
@@ -300,7 +300,7 @@ def test_the_shipped_model_is_small_and_whole() -> None:
     tokens, pixels = drawn(policy)
     height, width = policy.image_tokenizer.config.image_size
     assert tokens.shape == (3, policy.num_actions) and pixels.shape == (3, 3, height, width)
-    assert config["sampling"].keys() == {"guidance", "flow_steps"}
+    assert config["sampling"].keys() == {"guidance", "flow_steps", "temperature"}
     rows, columns = policy.image_tokenizer.config.grid
     assert policy.num_actions == rows * columns == config["num_image_positions"]
 

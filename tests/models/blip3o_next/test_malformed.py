@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from imagerl.models.blip3o_next.loading import load_policy
 from imagerl.rl.rollout.engine import RolloutEngine
 from imagerl.rl.types import ImageRLError, Prompt, SamplingParams
 from tests.micro import micro_folder
+from tests.models.helpers import load_policy
 
 FOLDERS = 170
 HANGS_S = 20.0

@@ -12,6 +12,7 @@ from imagerl.models.blip3o_next import flow_decoder, sana
 from imagerl.models.blip3o_next.ar_sampler import TokenSampler
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.weights import full_state
+from imagerl.rl.types import SamplingParams
 from tests.parity import VARIANTS, Fixture, fixture, policy_of
 
 TOLERANCE = 1e-5
@@ -79,7 +80,9 @@ def test_log_probs(given: Fixture, policy: ImagePolicy, hidden: Tensor) -> None:
     assert_equal(full.gather(-1, chosen)[..., 0], wanted)
     mask = torch.ones_like(given.prompt_ids, dtype=torch.bool)
     with torch.no_grad():
-        ours = policy.trainable(given.prompt_ids, mask, given.tokens, 1.0).logprobs
+        ours = policy.trainable(
+            {"ids": given.prompt_ids, "mask": mask}, given.tokens, SamplingParams()
+        ).logprobs
     assert_equal(ours, wanted - full[..., columns].logsumexp(-1))
 
 
@@ -133,6 +136,6 @@ def test_sampler_agrees_with_the_teacher_forced_pass(given: Fixture, policy: Ima
     sampled = TokenSampler(policy.trainable).sample(given.prompt_ids, mask, uniforms, 1.0)
     with torch.no_grad():
         hidden = policy.trainable.hidden_states(given.prompt_ids, mask, sampled.tokens)
-        scores = policy.trainable(given.prompt_ids, mask, sampled.tokens, 1.0)
-    assert_equal(sampled.hidden, hidden)
+        scores = policy.trainable({"ids": given.prompt_ids, "mask": mask}, sampled.tokens, SamplingParams())
+    assert_equal(sampled.states["hidden"], hidden)
     assert_equal(sampled.rollout_logprobs, scores.logprobs)

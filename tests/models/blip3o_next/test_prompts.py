@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from imagerl.models.blip3o_next.loading import load_policy, load_prompts
+from imagerl.models.blip3o_next.loading import load_prompts
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.prompts import EDIT, REQUEST, SYSTEM, PromptEncoder, PromptTooLong
 from imagerl.models.blip3o_next.understanding import greedy_text
-from imagerl.rl.types import ImageRLError, Prompt
+from imagerl.rl.types import Canvas, ImageRLError, Prompt, SamplingParams
 from tests.micro import micro_folder, micro_policy
-from tests.models.helpers import edit_policy
+from tests.models.helpers import edit_policy, load_policy
 from tools.tiny.samples import captions
 
 HEAD = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
@@ -121,7 +121,7 @@ def test_a_wrong_template_is_told(policy: ImagePolicy, template: str | None, mes
     tokenizer = copy.deepcopy(policy.text_tokenizer)
     tokenizer.chat_template = template
     with pytest.raises(ImageRLError, match=message):
-        PromptEncoder(tokenizer, policy.vocabulary, 512, 8)
+        PromptEncoder(tokenizer, policy.vocabulary, 512, Canvas(8, (32, 64), (4, 2, 4)))
 
 
 def test_a_tokenizer_that_knows_no_pictures_is_told_in_words(policy: ImagePolicy) -> None:
@@ -133,7 +133,7 @@ def test_a_tokenizer_that_knows_no_pictures_is_told_in_words(policy: ImagePolicy
 
     tokenizer = Blind(tokenizer_object=policy.text_tokenizer.backend_tokenizer, pad_token="<|endoftext|>")
     tokenizer.chat_template = policy.text_tokenizer.chat_template
-    blind = PromptEncoder(tokenizer, policy.vocabulary, 512, 8)
+    blind = PromptEncoder(tokenizer, policy.vocabulary, 512, Canvas(8, (32, 64), (4, 2, 4)))
     assert blind.captions(["CAT"]) == policy.prompts.captions(["CAT"])
     with pytest.raises(ImageRLError, match=r"vision_start.*cannot read pictures"):
         blind.edits(["CAT"], torch.zeros(1, 2, dtype=torch.long))
@@ -158,7 +158,9 @@ def test_the_longest_prompt_still_draws(policy: ImagePolicy) -> None:
     room = 504 - len(policy.prompts.encode("Q", "caption")) + 1
     ids, mask = policy.encode_prompts(["Q" * room])
     assert ids.shape[1] + policy.num_actions == 512
-    tokens = policy.sample_tokens(ids, mask, torch.full((1, 8), 0.5), 1.0).tokens
+    tokens = policy.sample_tokens(
+        {"ids": ids, "mask": mask}, torch.full((1, 8), 0.5), SamplingParams()
+    ).tokens
     assert tokens.shape == (1, 8)
     with pytest.raises(PromptTooLong):
         policy.encode_prompts(["Q" * (room + 1)])
@@ -197,7 +199,7 @@ def test_many_names_of_tokens_are_mere_letters_in_reasonable_time(policy: ImageP
 
 def test_without_weights_prompts_are_read_alike(tmp_path: Path) -> None:
     folder = micro_folder(tmp_path / "model", max_position_embeddings=100)
-    ours, theirs = load_prompts(str(folder)), load_policy(str(folder))[0].prompts
+    ours, theirs = load_prompts(folder), load_policy(str(folder))[0].prompts
     (folder / "model.safetensors").rename(folder / "model.safetensors.gone")
     assert ours.encode("a sign", "caption") == theirs.encode("a sign", "caption")
     assert (ours.positions, ours.image_tokens) == (theirs.positions, theirs.image_tokens) == (100, 8)

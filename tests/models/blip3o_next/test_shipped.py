@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from imagerl.models.blip3o_next.loading import load_policy, model_folder
 from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.models.families import model_folder
 from imagerl.rewards.colours import score_colours
 from imagerl.rl.data.tiny.edits import edit_set, question_set
-from imagerl.rl.rollout.engine import encode, to_uint8
-from imagerl.rl.types import Prompt
+from imagerl.rl.rollout.engine import to_uint8
+from imagerl.rl.types import Prompt, SamplingParams
+from tests.models.helpers import load_policy
 
 FILES = ("README.md", "config.json", "model.safetensors", "pretraining.json", "tokenizer.json")
 CASES = 12
@@ -29,10 +30,10 @@ def edited(policy: ImagePolicy, prompts: list[Prompt]) -> np.ndarray:
     numbers = torch.Generator().manual_seed(0)
     uniforms = torch.rand(len(prompts), policy.num_actions, generator=numbers, dtype=torch.float64)
     noise = torch.randn(len(prompts), *policy.latent_shape, generator=numbers)
-    given = encode(policy, prompts)
+    given = policy.encode(prompts)
     with torch.no_grad():
-        drawn = policy.sample_tokens(given.ids, given.mask, uniforms, 1.0)
-        return to_uint8(policy.decode(drawn.hidden, noise, 2.0, 2, given.latents))
+        drawn = policy.sample_tokens(given, uniforms, SamplingParams())
+        return to_uint8(policy.decode(given, drawn, noise, SamplingParams(flow_steps=2)))
 
 
 def test_it_is_small_and_whole() -> None:
@@ -55,7 +56,7 @@ def test_it_edits(policy: ImagePolicy) -> None:
 def test_it_reads(policy: ImagePolicy) -> None:
     """92 % are right over many questions."""
     prompts = question_set("heldout", CASES)
-    tokens = policy.picture_tokens([prompt.columns["reference"] for prompt in prompts])
-    answers = policy.answer(tokens, [prompt.text for prompt in prompts], 16)
+    pictures = [prompt.columns["reference"] for prompt in prompts]
+    answers = policy.answer(pictures, [prompt.text for prompt in prompts], 16)
     right = [answer == prompt.columns["answer"] for answer, prompt in zip(answers, prompts, strict=True)]
     assert sum(right) >= CASES - 3

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.understanding import greedy_text, text_columns
 from imagerl.rl.types import ImageRLError
-from tests.models.helpers import lively_policy, random_tokens
+from tests.models.helpers import edit_policy, lively_policy, random_tokens
 
 QUESTIONS = ["what is written?", "colour?", "what colour is the ink, and what is the background?"]
 NEW = 12
+PICTURE = Image.new("RGB", (64, 32), "red")
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +68,9 @@ def test_only_text_is_written(policy: ImagePolicy) -> None:
 
 
 def test_an_answer_is_words_up_to_the_end_of_the_turn(
-    policy: ImagePolicy, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    policy, _ = edit_policy()
     asked: dict[str, object] = {}
 
     def scripted(ar: object, ids: object, mask: object, stop: set[int], limit: int) -> list[list[int]]:
@@ -75,11 +78,12 @@ def test_an_answer_is_words_up_to_the_end_of_the_turn(
         return [policy.prompts.plain(" RIVER 42"), []]
 
     monkeypatch.setattr("imagerl.models.blip3o_next.policy.greedy_text", scripted)
-    assert policy.answer(random_tokens(policy, 2), QUESTIONS[:2], 5) == ["RIVER 42", ""]
+    assert policy.answer([PICTURE] * 2, QUESTIONS[:2], 5) == ["RIVER 42", ""]
     names = policy.text_tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert asked == {"stop": set(names), "limit": 5}
 
 
-def test_questions_and_pictures_must_pair(policy: ImagePolicy) -> None:
+def test_questions_and_pictures_must_pair() -> None:
+    policy, _ = edit_policy()
     with pytest.raises(ImageRLError, match="2 prompts need picture tokens"):
-        policy.answer(random_tokens(policy, 3), QUESTIONS[:2])
+        policy.answer([PICTURE] * 3, QUESTIONS[:2])

@@ -74,10 +74,7 @@ def test_a_network_gives_what_it_gives_in_torch(suffix: str, tmp_path: Path) -> 
 
 def test_heads_that_cannot_be_used(tmp_path: Path) -> None:
     path = tmp_path / "head.safetensors"
-    with pytest.raises(
-        ImageRLError,
-        match="there is no file cosinus, and it is none of cosine, clipscore",
-    ):
+    with pytest.raises(ImageRLError, match="there is no file cosinus, and it is none of cosine, clipscore"):
         ClipReward("tiny_clip", head="cosinus")
     save_file({"a.weight": torch.ones(3)}, path)
     with pytest.raises(ImageRLError, match="holds no linear layer"):

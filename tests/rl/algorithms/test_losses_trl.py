@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagerl.rl.algorithms.policy_weights import entropy_threshold, highest_entropy, policy_weights
+from imagerl.rl.algorithms.losses import entropy_threshold, highest_entropy, policy_weights
 from imagerl.rl.types import LossInputs
 from tests.loss_examples import backward, example, settings_of
 

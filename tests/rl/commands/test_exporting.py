@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from imagerl.api import exporting as export_module
 from imagerl.api.drawing import loaded_rollout
-from imagerl.api.exporting import PROVENANCE, export, proof_samples, trained_policy
-from imagerl.models.blip3o_next.loading import load_policy
+from imagerl.api.exporting import PROVENANCE, export, proof_samples, recipe_of, trained_policy
+from imagerl.models.blip3o_next import loading
 from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.rl.config.sft import AnyRecipe
 from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.engine.checkpoint import load_checkpoint
 from imagerl.rl.errors import ImageRLError
@@ -29,6 +29,7 @@ from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling
 from imagerl.rl.types import SamplingParams
 from tests.command import call
 from tests.micro import micro_folder
+from tests.models.helpers import load_policy
 from tests.small_run import low_tokens, write_recipe
 
 
@@ -43,13 +44,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def equal_samples(one: tuple[ImagePolicy, Mapping[str, Any]], other: tuple[ImagePolicy, Any]) -> bool:
-    pairs = zip(proof_samples(*one), proof_samples(*other), strict=True)
-    return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+def equal_samples(one: tuple[ImagePolicy, Any], other: tuple[ImagePolicy, Any]) -> bool:
+    ours, theirs = proof_samples(one[0]), proof_samples(other[0])
+    return all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def trained(source: Path) -> tuple[ImagePolicy, dict[str, Any]]:
-    return trained_policy(source)[:2]
+def trained(source: Path) -> tuple[ImagePolicy, AnyRecipe]:
+    recipe, checkpoint = recipe_of(source)
+    policy = trained_policy(recipe, checkpoint)
+    assert isinstance(policy, ImagePolicy)
+    return policy, recipe
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +166,10 @@ def test_an_export_draws_as_the_run_was_judged(cold: Path, tmp_path: Path, adapt
     assert provenance["sampling"] == {"guidance": 1.0, "flow_steps": 2, "temperature": 0.5}
     assert load_policy(str(tmp_path / "out"))[1]["sampling"] == provenance["sampling"]
     (groups,) = (
-        loaded_rollout(str(tmp_path / "out"), 0, None, None, None)[1]
+        loaded_rollout(str(tmp_path / "out"), 0)
         .generate(prompt_set("heldout", 4), 1, "eval ocr")
     )  # fmt: skip
-    policy, _, recipe, _ = trained_policy(cold)
+    policy, recipe = trained(cold)
     own = RolloutEngine(policy, evaluation_sampling(recipe), 0, nullcontext)
     (wanted,) = own.generate(prompt_set("heldout", 4), 1, "eval ocr")
     for group, other in zip(groups, wanted, strict=True):
@@ -219,7 +223,7 @@ def test_a_model_of_its_own_temperature_is_sampled_at_it(
 def test_a_tampered_export_is_refused(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str
 ) -> None:
-    save = export_module.save_policy
+    save = loading.save_policy
 
     def tampering(policy: ImagePolicy, folder: Path, *arguments: Any) -> None:
         save(policy, folder, *arguments)
@@ -227,7 +231,7 @@ def test_a_tampered_export_is_refused(
         stored[tensor].view(-1)[0] += 0.1
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(export_module, "save_policy", tampering)
+    monkeypatch.setattr(loading, "save_policy", tampering)
     with pytest.raises(
         ImageRLError, match=r"does not repeat the run's (tokens|pixels) .*nothing was written"
     ):
@@ -265,9 +269,8 @@ def test_provenance_tells_the_truth(place: Path, exported: Path) -> None:
         assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == digest
     logged = [record for record in read_metrics(place / "lora") if record["step"] == 2]
     assert provenance["metrics"] == logged[0] | logged[1]
-    tokens, pixels = proof_samples(*load_policy(str(exported)))
-    assert provenance["proof"]["tokens_sha256"] == hashlib.sha256(tokens.tobytes()).hexdigest()
-    assert provenance["proof"]["pixels_sha256"] == hashlib.sha256(pixels.tobytes()).hexdigest()
+    for name, value in proof_samples(load_policy(str(exported))[0]).items():
+        assert provenance["proof"][f"{name}_sha256"] == hashlib.sha256(value.numpy().tobytes()).hexdigest()
 
 
 # ---- the other commands take it ----------------------------------------------------------------------------

@@ -41,3 +41,20 @@ def test_settings() -> None:
     }
     with pytest.raises(ImageRLError, match="write key=value"):
         parse_settings(["recognise"])
+
+
+def test_a_reward_that_names_groups_is_not_torn_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imagerl.rl.commands.reward._shipped", lambda but: [])
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\n\ndef contrast(images, groups):\n"
+        "    own = np.array([np.asarray(image.convert('L'), float).std() for image in images])\n"
+        "    groups = np.array(groups)\n"
+        "    return [float(own[i] - own[groups == group].mean()) / 128 for i, group in enumerate(groups)]\n"
+    )
+    exit_code(["reward", "check", f"{tmp_path}/mine.py:contrast", "--prompts", "2"])
+    assert (
+        "pass  batch size   the pictures of a prompt alone or with others: the same"
+        in capsys.readouterr().out
+    )

@@ -10,12 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from imagerl.models.blip3o_next.loading import load_policy
 from imagerl.models.blip3o_next.ta_tok import TATokenizer
 from imagerl.models.common.pictures import prepare_picture
 from imagerl.rl.commands.cli import main
 from tests.micro import micro_folder
-from tests.models.helpers import stir
+from tests.models.helpers import load_policy, stir
 
 
 @pytest.fixture(scope="module")

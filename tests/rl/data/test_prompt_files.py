@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 
 from imagerl.rl.config.train import PromptSetConfig
-from imagerl.rl.data.prompt_pictures import with_pictures
 from imagerl.rl.data.prompt_sets import RESERVED_COLUMNS, load_prompt_set
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.reading import MAX_PIXELS
+from imagerl.rl.rollout.engine import with_pictures
 
 FILES = 200
 HANGS_S = 20.0

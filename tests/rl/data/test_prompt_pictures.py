@@ -15,11 +15,10 @@ from PIL import Image
 
 from imagerl.rewards.ocr.reward import wanted_text
 from imagerl.rl.config.train import PromptSetConfig
-from imagerl.rl.data.prompt_pictures import with_pictures
 from imagerl.rl.data.prompt_sets import PromptSet, load_prompt_set, refuse_overlap
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.reading import read_picture
-from imagerl.rl.rollout.engine import RolloutEngine
+from imagerl.rl.rollout.engine import RolloutEngine, with_pictures
 from imagerl.rl.types import SamplingParams
 from tests.models.helpers import edit_policy
 

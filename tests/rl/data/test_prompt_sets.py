@@ -11,7 +11,8 @@ from PIL import Image
 from imagerl.rewards.ocr.reward import exact_match, target_of, wanted_text
 from imagerl.rl.config.recipe import read_recipe
 from imagerl.rl.config.train import PromptSetConfig, load_recipe
-from imagerl.rl.data.prompt_sets import GroupedSampler, PromptSet, load_prompt_set, refuse_overlap
+from imagerl.rl.data.prompt_sets import PromptSet, load_prompt_set, refuse_overlap
+from imagerl.rl.data.seeding import GroupedSampler
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files import reading
 from imagerl.rl.types import Prompt

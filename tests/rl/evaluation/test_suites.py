@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagerl.models.blip3o_next.fingerprint import model_fingerprint
+from imagerl.models.families import fingerprint as model_fingerprint
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.suites import SUITES, find_suite, fingerprint
 from tests.command import call as imagerl

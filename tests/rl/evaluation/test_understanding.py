@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import Tensor
 
 from imagerl.rl.data.tiny.edits import question_set
 from imagerl.rl.evaluation.understanding import evaluate_answers, same_answer
@@ -19,21 +17,17 @@ class Parrot:
 
     def __init__(self, wrong: str | None = None) -> None:
         self.known = {(p.text, p.columns["reference"].tobytes()): p.columns for p in PROMPTS}
-        self.pictures: list[bytes] = []
         self.batches: list[int] = []
         self.wrong = wrong
 
-    def picture_tokens(self, pictures: Sequence[Image.Image]) -> Tensor:
-        first = len(self.pictures)
-        self.pictures += [picture.tobytes() for picture in pictures]
-        return torch.arange(first, len(self.pictures))[:, None]
-
-    def answer(self, picture_tokens: Tensor, questions: Sequence[str], max_new_tokens: int) -> list[str]:
+    def answer(
+        self, pictures: Iterable[Image.Image], questions: Sequence[str], max_new_tokens: int
+    ) -> list[str]:
         assert max_new_tokens >= 7  # six capitals and the end of the turn
         self.batches.append(len(questions))
         found = [
-            self.known[question, self.pictures[int(row)]]
-            for question, row in zip(questions, picture_tokens[:, 0], strict=True)
+            self.known[question, picture.tobytes()]
+            for question, picture in zip(questions, pictures, strict=True)
         ]
         return ["nothing" if c["asked"] == self.wrong else c["answer"].lower() for c in found]
 

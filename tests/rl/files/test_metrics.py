@@ -14,7 +14,6 @@ from imagerl.rl.files import metrics as metrics_module
 from imagerl.rl.files.metrics import (
     METRICS_FILE,
     MetricsLog,
-    PhaseTimer,
     Progress,
     image_grid,
     is_timing,
@@ -23,6 +22,7 @@ from imagerl.rl.files.metrics import (
     save_image,
     to_json,
 )
+from imagerl.rl.training.step_metrics import PhaseTimer
 
 
 def _log(run_dir, steps, resume_step=None):

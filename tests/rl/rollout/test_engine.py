@@ -14,7 +14,7 @@ from imagerl.rl.config.train import Recipe
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling, reward_request, to_uint8
-from imagerl.rl.types import Prompt, RolloutGroup, SamplingParams
+from imagerl.rl.types import Prompt, RolloutGroup, Rows, SamplingParams, TokenTrajectory
 from tests.models.helpers import lively_policy, stir
 from tests.small_run import recipe_data
 
@@ -122,13 +122,13 @@ def test_tokens_of_all_prompts_are_sampled_before_the_first_is_drawn(
     calls: list[tuple[str, int]] = []
     sample, decode = policy.sample_tokens, policy.decode
 
-    def sampled(ids: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> Any:
+    def sampled(prompts: Rows, uniforms: torch.Tensor, sampling: SamplingParams) -> TokenTrajectory:
         calls.append(("sample", len(uniforms)))
-        return sample(ids, mask, uniforms, temperature)
+        return sample(prompts, uniforms, sampling)
 
-    def decoded(hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
-        calls.append(("decode", len(hidden)))
-        return decode(hidden, *rest)
+    def decoded(prompts: Rows, trajectory: TokenTrajectory, *rest: Any) -> torch.Tensor:
+        calls.append(("decode", len(trajectory.tokens)))
+        return decode(prompts, trajectory, *rest)
 
     monkeypatch.setattr(policy, "sample_tokens", sampled)
     monkeypatch.setattr(policy, "decode", decoded)
@@ -156,7 +156,7 @@ def test_one_sample_alone_has_its_documented_seeds(policy: ImagePolicy) -> None:
     assert torch.equal(rollout.uniforms(5, PROMPTS, GROUP)[row], uniforms)
     assert torch.equal(rollout.noise(5, PROMPTS, GROUP)[row], noise)
     ids, mask = policy.encode_prompts([prompt.text])
-    tokens = policy.sample_tokens(ids, mask, uniforms[None], 1.0).tokens
+    tokens = policy.sample_tokens({"ids": ids, "mask": mask}, uniforms[None], SamplingParams()).tokens
     assert torch.equal(tokens[0], tokens_of(draw(rollout))[row])
 
 

@@ -13,7 +13,7 @@ from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.data.tiny.edits import edit_set
 from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.rollout.engine import RolloutEngine, encode, reward_request
+from imagerl.rl.rollout.engine import RolloutEngine, reward_request
 from imagerl.rl.types import Prompt, RolloutGroup, SamplingParams
 from tests.models.helpers import edit_policy
 
@@ -58,17 +58,17 @@ def test_another_picture_gives_another_edit(policy: ImagePolicy) -> None:
 
 
 def test_prompts_are_encoded_with_their_pictures(policy: ImagePolicy) -> None:
-    encoded = encode(policy, PROMPTS)
+    encoded = policy.encode(PROMPTS)
     tokens, latents = policy.reference_of([prompt.columns["reference"] for prompt in PROMPTS])
     ids, mask = policy.encode_prompts([prompt.text for prompt in PROMPTS], tokens)
-    assert torch.equal(encoded.ids, ids) and torch.equal(encoded.mask, mask)
-    assert encoded.latents is not None and torch.equal(encoded.latents, latents)
-    assert encode(policy, prompt_set("train", 2)).latents is None
+    assert torch.equal(encoded["ids"], ids) and torch.equal(encoded["mask"], mask)
+    assert torch.equal(encoded["reference"], latents)
+    assert policy.encode(prompt_set("train", 2)).keys() == {"ids", "mask"}
 
 
 def test_captions_and_edits_do_not_mix(policy: ImagePolicy) -> None:
     with pytest.raises(ImageRLError, match="1 of 2 prompts have a picture to edit"):
-        encode(policy, [PROMPTS[0], *prompt_set("train", 1)])
+        policy.encode([PROMPTS[0], *prompt_set("train", 1)])
 
 
 def test_rewards_see_the_reference(policy: ImagePolicy) -> None:

@@ -268,9 +268,7 @@ def test_there_must_be_a_run_to_resume(place: Path, capsys: pytest.CaptureFixtur
 def test_a_folder_that_cannot_be_written_is_found_before_anything_loads(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "imagerl.models.blip3o_next.loading.load_policy", lambda *_: pytest.fail("a model was loaded")
-    )
+    monkeypatch.setattr("imagerl.models.families.load_policy", lambda *_: pytest.fail("a model was loaded"))
     assert call(*arguments(place, "full", "full.yaml/run")) == 1
     message = capsys.readouterr().err
     assert "cannot write" in message and message.count("\n") == 1

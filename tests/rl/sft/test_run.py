@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from imagerl.models.blip3o_next.loading import load_policy
 from imagerl.rl.commands.cli import main
 from imagerl.rl.engine.checkpoint import list_checkpoints
 from imagerl.rl.files.metrics import read_metrics
 from imagerl.rl.sft.trainer import SFTTrainer
 from tests.command import call, logged_steps, measured, results
 from tests.micro import micro_folder
+from tests.models.helpers import load_policy
 from tests.small_run import RANK_PROGRAM
 from tests.small_sft import recipe, small_trainer, write_pictures, write_recipe
 

@@ -18,6 +18,7 @@ from imagerl.rl.data.seeding import generator
 from imagerl.rl.sft import objective as sft_objective
 from imagerl.rl.sft.objective import SFTBatch, SFTModule, noise_levels, part_of, prompt_targets, token_nll
 from imagerl.rl.sft.trainer import Collator, counts, of_one_kind
+from imagerl.rl.types import SamplingParams
 from tests.micro import MODEL, micro_policy
 from tests.models.helpers import stir
 from tests.small_sft import examples, recipe, small_trainer, write_pictures
@@ -99,9 +100,11 @@ def sampled_states(policy: ImagePolicy, batch: SFTBatch) -> Tensor:
     before = torch.cat([torch.zeros_like(cumulative[..., :1]), cumulative], dim=-1)
     chosen = batch.tokens[..., None]
     uniforms = (before.gather(-1, chosen) + before.gather(-1, chosen + 1))[..., 0] / 2
-    trajectory = policy.sample_tokens(batch.prompt_ids, batch.prompt_mask, uniforms, 1.0)
+    trajectory = policy.sample_tokens(
+        {"ids": batch.prompt_ids, "mask": batch.prompt_mask}, uniforms, SamplingParams()
+    )
     assert torch.equal(trajectory.tokens, batch.tokens)
-    return trajectory.hidden
+    return trajectory.states["hidden"]
 
 
 @torch.no_grad()

@@ -112,14 +112,14 @@ def test_lora_trains_adapters_alone() -> None:
 
 def test_a_replay_that_sees_something_else_stops_the_run() -> None:
     trainer = flow_trainer("algorithm.flow={name: flow_grpo}")
-    decode_steps = trainer.policy.decode_steps
+    decode_steps = trainer.policy.flow.decode_steps
 
     def shifted(*arguments: Any) -> Any:
         pictures, trajectory = decode_steps(*arguments)
         trajectory.latents = trajectory.latents + 0.01
         return pictures, trajectory
 
-    trainer.policy.decode_steps = shifted  # type: ignore[method-assign]
+    trainer.policy.flow.decode_steps = shifted  # type: ignore[method-assign]
     before = weights(trainer)
     with pytest.raises(
         ImageRLError, match=r"disagree by .*algorithm\.flow\.max_logprob_diff is 1e-05"

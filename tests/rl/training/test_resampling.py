@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from imagerl.rl.rollout.decodes import average_decodes
-from imagerl.rl.rollout.scores import merge_scores
+from imagerl.rl.rollout.scores import average_decodes, merge_scores
 from imagerl.rl.training.resampling import replace_groups, resample, silent_groups
 from imagerl.rl.types import Prompt, RewardScores, RolloutGroup
 

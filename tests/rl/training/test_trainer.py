@@ -17,7 +17,7 @@ from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import is_timing
 from imagerl.rl.training.token_half import TokenHalf
 from imagerl.rl.training.trainer import Trainer
-from imagerl.rl.types import LossInputs, TokenTrajectory
+from imagerl.rl.types import LossInputs, SamplingParams, TokenTrajectory
 from tests.micro import micro_policy
 from tests.small_run import low_tokens, small_trainer
 
@@ -271,7 +271,7 @@ def test_an_entropy_bonus_raises_entropy(normaliser: str) -> None:
     common = ("algorithm.kl_coef=0", f"algorithm.normaliser={normaliser}", "rollout.temperature=0.1")
     trainer = small_trainer(*common, "algorithm.entropy_coef=1", equal=equal)
     batch = trainer._assemble(trainer._roll_out(trainer.sampler.step(0), 0)[0], 0)[0]
-    arguments = (batch.prompt_ids, batch.prompt_mask, batch.tokens, 0.1)
+    arguments = (batch.prompts, batch.tokens, SamplingParams(0.1))
     before = trainer.policy.trainable(*arguments).entropy.mean().item()
     trainer.step(0)
     assert trainer.policy.trainable(*arguments).entropy.mean().item() > before + 0.01
@@ -308,10 +308,10 @@ def test_lora_trains_adapters_and_refers_to_the_base() -> None:
     base = micro_policy()[0]
     ids, mask = base.encode_prompts(["a word", "another word in red"])
     tokens = torch.arange(16).view(2, 8)
-    expected = base.trainable(ids, mask, tokens, 1.0).logprobs
-    reference = trainer.policy.reference_scores(ids, mask, tokens, 1.0).logprobs
+    expected = base.trainable({"ids": ids, "mask": mask}, tokens, SamplingParams()).logprobs
+    reference = trainer.policy.reference_scores({"ids": ids, "mask": mask}, tokens, SamplingParams()).logprobs
     torch.testing.assert_close(reference, expected, rtol=0, atol=1e-6)
-    adapted = trainer.policy.trainable(ids, mask, tokens, 1.0).logprobs.detach()
+    adapted = trainer.policy.trainable({"ids": ids, "mask": mask}, tokens, SamplingParams()).logprobs.detach()
     assert float((adapted - expected).abs().max()) > 1e-3
 
 

@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.rl.data.prompt_sets import GroupedSampler
+from imagerl.rl.data.seeding import GroupedSampler
 from imagerl.rl.data.tiny.edits import edit_set
 from imagerl.rl.data.tiny.world import prompt_set
-from imagerl.rl.rollout.engine import encode
 from imagerl.rl.run.loop import with_sources
 from imagerl.rl.training.trainer import Trainer
-from imagerl.rl.types import Prompt
+from imagerl.rl.types import Prompt, SamplingParams
 from tests.models.helpers import edit_policy, random_tokens
 from tests.small_run import small_trainer
 
@@ -50,12 +49,12 @@ def test_the_first_step_is_on_policy_and_the_second_is_not(size: int) -> None:
 
 
 def scores(policy: ImagePolicy, prompts: list[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
-    given = encode(policy, prompts, to_draw=False)
-    assert given.latents is None
+    given = policy.encode(prompts, to_draw=False)
+    assert given.keys() == {"ids", "mask"}
     tokens = random_tokens(policy, len(prompts))
     with torch.no_grad():
-        own = policy.trainable(given.ids, given.mask, tokens, 1.0).logprobs
-    return own, policy.reference_scores(given.ids, given.mask, tokens, 1.0).logprobs
+        own = policy.trainable(given, tokens, SamplingParams()).logprobs
+    return own, policy.reference_scores(given, tokens, SamplingParams()).logprobs
 
 
 def test_the_reference_sees_the_picture() -> None:

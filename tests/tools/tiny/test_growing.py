@@ -6,7 +6,7 @@ import torch
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.types import ImageRLError
 from tests.micro import micro_policy
-from tests.models.helpers import random_tokens, stir
+from tests.models.helpers import decode, random_tokens, stir
 from tools.tiny.model import grow, turns
 from tools.tiny.samples import captions
 
@@ -66,7 +66,7 @@ def test_the_same_ids_draw_the_same_picture(pair: tuple[ImagePolicy, ImagePolicy
         hidden.append(policy.trainable.hidden_states(ids, torch.ones_like(ids, dtype=torch.bool), tokens))
     torch.testing.assert_close(hidden[1], hidden[0])
     noise = torch.randn(2, *old.latent_shape, generator=torch.Generator().manual_seed(0))
-    drawn = [policy.decode(hidden[0], noise, 2.0, 2) for policy in pair]
+    drawn = [decode(policy, hidden[0], noise, 2.0, 2) for policy in pair]
     torch.testing.assert_close(drawn[1], drawn[0])
     pictures = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(new.image_tokenizer.encode(pictures), old.image_tokenizer.encode(pictures))

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from imagerl.models.blip3o_next.loading import load_policy, load_state, read_weights, save_policy
+from imagerl.models.blip3o_next.loading import load_state, read_weights, save_policy
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.config.recipe import validate_recipe
 from imagerl.rl.errors import ImageRLError
 from tests.micro import MODEL, micro_folder, micro_policy
-from tests.models.helpers import edit_policy
+from tests.models.helpers import edit_policy, load_policy
 from tools.tiny.config import PretrainRecipe
 from tools.tiny.pretrain import pretrain, refuse_foreign_stages, run
 
@@ -89,7 +90,7 @@ def test_a_model_that_draws_learns_to_edit_and_to_read(tmp_path: Path) -> None:
     assert any(name.startswith("model.und_image_vae_connector.") for name in new)
     policy, config = load_policy(str(tmp_path / "out" / "model"))
     assert config["edit"] and (tmp_path / "out" / "snapshot_000001").is_dir()
-    assert isinstance(policy.answer(torch.zeros(1, 8, dtype=torch.long), ["what is written?"], 2)[0], str)
+    assert isinstance(policy.answer([Image.new("RGB", (64, 32))], ["what is written?"], 2)[0], str)
     facts = json.loads((tmp_path / "out" / "model" / "pretraining.json").read_text())
     assert set(facts["stages"]) == {"tasks", "decoder"}
     assert {"draw", "edit", "read"} <= set(facts["stages"]["tasks"])

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from imagerl.models.blip3o_next.ar import ADAPTER
-from imagerl.models.blip3o_next.config import Dropout, SamplingSettings, Settings
-from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.models.common.adaptable import ADAPTER, Adaptable
+from imagerl.models.common.hub import SHIPPED
+from imagerl.models.common.settings import Dropout, SamplingSettings, Settings, stored_sampling
 from imagerl.models.common.shards import Shards, require_finite
+from imagerl.rl.errors import one_line
 from imagerl.rl.files.mistakes import validated
 from imagerl.rl.files.reading import is_regular, read_json
-from imagerl.rl.types import ImageRLError
+from imagerl.rl.types import ImageRLError, SamplingParams
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SAMPLING = "sampling.json"
@@ -51,17 +51,14 @@ class AdapterSettings(Settings):
     bias: Literal["none"] = "none"
 
 
-def save_adapter(
-    policy: ImagePolicy, folder: Path, base: str, sampling: Mapping[str, float] | None = None
-) -> None:
+def save_adapter(half: Adaptable, folder: Path, base: str, sampling: SamplingParams) -> None:
     """Write the LoRA adapters alone, in PEFT's own layout, with the base model's path beside them, and how pictures are
-    drawn where that is not as the base says."""
-    adapter = policy.trainable.adapter
+    drawn, which may not be as the base says."""
+    adapter = half.adapter
     if adapter is None:
         raise ImageRLError("the policy has no LoRA adapter to save")
-    named = (
-        base in ("tiny", "tiny_edit") or not Path(base).expanduser().is_dir()
-    )  # a shipped model, or one of the hub
+    # a shipped model, or one of the hub
+    named = base in SHIPPED or not Path(base).expanduser().is_dir()
     adapter.peft_config[ADAPTER].base_model_name_or_path = (
         base if named else str(Path(base).expanduser().resolve())
     )
@@ -69,12 +66,12 @@ def save_adapter(
     adapter.save_pretrained(
         str(folder), safe_serialization=True, save_embedding_layers=False, selected_adapters=[ADAPTER]
     )
-    if sampling is not None:
-        (folder / SAMPLING).write_text(json.dumps(sampling, indent=2) + "\n", encoding="utf-8")
+    settings = json.dumps(stored_sampling(sampling), indent=2)
+    (folder / SAMPLING).write_text(settings + "\n", encoding="utf-8")
 
 
-def load_adapter(policy: ImagePolicy, folder: Path) -> None:
-    """Put saved adapters onto a base policy, ready to train on.
+def load_adapter(half: Adaptable, folder: Path) -> None:
+    """Put saved adapters onto the half of a base policy, ready to train on.
 
     Raises ImageRLError when they do not fit, or change the policy in a way that its sampler would not see."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -85,23 +82,23 @@ def load_adapter(policy: ImagePolicy, folder: Path) -> None:
     given = settings.model_dump(exclude={"base_model_name_or_path", "peft_type"}, exclude_unset=True)
     try:
         # With dropout the trainer would score other probabilities than those sampled from.
-        config = LoraConfig(**{**given, "lora_dropout": 0.0}, task_type="CAUSAL_LM")
-        adapter = get_peft_model(policy.trainable.lm, config)
+        config = LoraConfig(**{**given, "lora_dropout": 0.0}, task_type=half.task_type)
+        adapter = get_peft_model(half.lm, config)
         outcome = set_peft_model_state_dict(adapter, weights)
     except Exception as error:  # what PEFT and torch say of layers and shapes that do not fit
-        why = " ".join(str(error).split())[:200]
-        raise ImageRLError(f"the adapter in {folder} does not fit its base model {base}: {why}") from error
+        told = one_line(error, 200)
+        raise ImageRLError(f"the adapter in {folder} does not fit its base model {base}: {told}") from error
     absent = [key for key in outcome.missing_keys if "lora_" in key]
     if outcome.unexpected_keys or absent:
         wrong = f"no layer for {outcome.unexpected_keys[0]}" if outcome.unexpected_keys else f"no {absent[0]}"
         raise ImageRLError(f"the adapter in {folder} does not fit its base model {base}: {wrong}")
-    policy.trainable.attach_adapter(adapter)
+    half.attach_adapter(adapter)
 
 
-def adapter_sampling(folder: Path) -> dict[str, object]:
-    """Return how the policy with a folder's adapter draws, where its base says otherwise."""
+def adapter_sampling(folder: Path) -> SamplingParams | None:
+    """Return how the policy with a folder's adapter draws; None: as its base says."""
     file = folder / SAMPLING
-    return validated(SamplingSettings, read_json(file), str(file)).model_dump() if file.exists() else {}
+    return validated(SamplingSettings, read_json(file), str(file)).params() if file.exists() else None
 
 
 def adapter_base(folder: Path) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from imagerl.rl.algorithms.policy_weights import (
+from imagerl.rl.algorithms.losses import (
     entropy_threshold,
     highest_entropy,
     policy_weights,

@@ -1,0 +1,146 @@
+"""What most families share of a policy: adapters, the frozen reference, and refusals of what a family lacks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from imagerl.models.common.adaptable import Adaptable, freeze
+from imagerl.rl.types import Canvas, ImageRLError, Prompt, Rows, SamplingParams, TokenScores
+
+if TYPE_CHECKING:
+    from imagerl.models.base import DecoderPolicy, Proof
+
+
+class BasePolicy:
+    """A policy to build on; see `models.base.Policy` for what a family must add: `trainable`, `prompts`, `encode`,
+    `sample_tokens` and `decode`."""
+
+    trainable: nn.Module
+    flow: DecoderPolicy | None = None
+    sampler_dtype = torch.float32
+    _reference: nn.Module | None = None
+
+    def __init__(self, trainable: nn.Module, sampling: SamplingParams) -> None:
+        self.trainable = trainable
+        self.sampling = sampling
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.trainable.parameters()).device
+
+    def parts(self) -> Sequence[nn.Module]:
+        return [self.trainable]
+
+    def proof(self, folder: Path, layout: str, prompts: Sequence[Prompt]) -> Proof | None:
+        """Return nothing: every layout is a whole model."""
+        return None
+
+    def refresh_sampler(self) -> None:
+        """Do nothing: the present weights draw."""
+
+    def train_decoder(self) -> DecoderPolicy:
+        raise ImageRLError(
+            "this model's decoder does not train: it has no denoising steps; remove algorithm.flow"
+        )
+
+    def answer(
+        self, pictures: Iterable[Image.Image], questions: Sequence[str], max_new_tokens: int
+    ) -> list[str]:
+        raise ImageRLError("this model cannot read pictures")
+
+    # ---- adapters --------------------------------------------------------------------------------------------
+
+    @property
+    def adapted(self) -> bool:
+        return isinstance(self.trainable, Adaptable) and self.trainable.adapter is not None
+
+    def _adaptable(self) -> Adaptable:
+        if not isinstance(self.trainable, Adaptable):
+            raise ImageRLError("this model takes no LoRA adapters; remove model.lora")
+        return self.trainable
+
+    def add_lora(self, rank: int, alpha: float, dropout: float, target_modules: Sequence[str] | str) -> None:
+        self._adaptable().add_lora(rank, alpha, dropout, target_modules)
+
+    def merge_lora(self) -> None:
+        if self.adapted:
+            self._adaptable().merge_adapter()
+
+    def load_adapter(self, folder: Path) -> None:
+        from imagerl.models.common.adapters import adapter_sampling, load_adapter
+
+        load_adapter(self._adaptable(), folder)
+        self.sampling = adapter_sampling(folder) or self.sampling
+
+    def save_adapter(self, folder: Path, base: str) -> None:
+        from imagerl.models.common.adapters import save_adapter
+
+        save_adapter(self._adaptable(), folder, base, self.sampling)
+
+    def freeze(self, patterns: Sequence[str]) -> None:
+        freeze(self.trainable, patterns)
+
+    # ---- the frozen reference --------------------------------------------------------------------------------
+
+    def freeze_reference(self) -> None:
+        """Remember the present policy as the KL reference: a frozen copy of the half that writes tokens, or of the
+        adapter alone where one trains. Called again, parameters gathered, it renews the copy of a half."""
+        if self.adapted:
+            self._adaptable().keep_reference()
+        elif self._reference is None:
+            self._reference = copy.deepcopy(self.trainable).requires_grad_(False).eval()
+        else:
+            self.load_reference({n: p.data for n, p in self.trainable.named_parameters()})
+
+    def reference_state(self) -> dict[str, Tensor]:
+        return {} if self._reference is None else {n: p.data for n, p in self._reference.named_parameters()}
+
+    @torch.no_grad()
+    def load_reference(self, state: Mapping[str, Tensor]) -> None:
+        own = self.reference_state()
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())[0]
+            raise ImageRLError(
+                f"the checkpoint's reference is of another model ({odd}); resume with the same model"
+            )
+        for name, weight in state.items():
+            own[name].copy_(weight)
+
+    @torch.no_grad()
+    def reference_scores(self, prompts: Rows, tokens: Tensor, sampling: SamplingParams) -> TokenScores:
+        if self._reference is not None:
+            scores: TokenScores = self._reference(prompts, tokens, sampling)
+            return scores
+        if not self.adapted:
+            raise ImageRLError("no reference policy: call freeze_reference() before training with KL")
+        with self._adaptable().reference_weights():
+            scores = self.trainable(prompts, tokens, sampling)
+        return scores
+
+
+class PlainPrompts:
+    """Implements `models.base.PromptReader` for models that draw pictures of one size, and read any text."""
+
+    def __init__(self, canvas: Canvas, token_guided: bool = False) -> None:
+        self.token_guided = token_guided
+        self._canvas = canvas
+
+    def canvas(self, prompt: Prompt) -> Canvas:
+        return self._canvas
+
+    def require(self, prompts: Iterable[Prompt], questions: bool = False) -> None:
+        for prompt in prompts:
+            if questions or prompt.columns.get("reference") is not None:
+                raise ImageRLError(f"{prompt.place}: this model cannot read pictures")
+            if not prompt.text.strip():
+                raise ImageRLError(f"{prompt.place}: a prompt is empty; every prompt needs a caption")
+
+    def longest(self, prompts: Sequence[Prompt]) -> int:
+        return max(len(prompt.text) for prompt in prompts)
