@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from imagerl.models.blip3o_next.ar import ARPolicy, ImageVocabulary
 from imagerl.models.blip3o_next.ar_sampler import TokenSampler
-from imagerl.models.blip3o_next.flow_decoder import FlowDecoder
-from imagerl.models.blip3o_next.flow_policy import FlowPolicy
+from imagerl.models.blip3o_next.flow_decoder import CaptionKeys, FlowDecoder
 from imagerl.models.blip3o_next.prompts import TURN_END, PromptEncoder
 from imagerl.models.blip3o_next.understanding import greedy_text
+from imagerl.models.common.flow_policy import FlowPolicy
 from imagerl.models.common.image_tokenizer import ImageTokenizer
 from imagerl.models.common.pictures import prepare_picture
 from imagerl.models.common.policy import BasePolicy
@@ -185,6 +185,21 @@ class ImagePolicy(BasePolicy):
         self._sampler = None  # before the new one needs its memory
         self._sampler = TokenSampler(self.trainable, self.sampler_dtype)
 
+    def release_sampler(self) -> None:
+        self._sampler = None
+
+    def recompute(self) -> None:
+        """Let transformers and the decoder recompute layers. transformers does so in training mode only, in which
+        Qwen3 without dropout is what it is otherwise."""
+        if self.trainable.lm.config.attention_dropout:
+            raise ImageRLError(
+                "attention_dropout in the model's config.json is not 0, so that engine.activation_checkpointing would "
+                "change its log-probs; set it to false"
+            )
+        self.trainable.lm.activation_checkpointing_enable({"use_reentrant": False})
+        self.trainable.lm.train()
+        self.decoder.sana.enable_gradient_checkpointing()
+
     def sample_tokens(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> TokenTrajectory:
         """Draw tokens for uniforms [P·G, T] after P prompts; see `TokenSampler.sample`."""
         if self._sampler is None:
@@ -207,7 +222,7 @@ class ImagePolicy(BasePolicy):
         latents = self.decoder.latents(hidden, noise, sampling.guidance, sampling.flow_steps, reference)
         return self.decoder.draw(latents)
 
-    def train_decoder(self) -> FlowPolicy:
+    def train_decoder(self) -> FlowPolicy[list[CaptionKeys]]:
         """Make the decoder a policy over its denoising steps, with gradients."""
         self.flow = flow = FlowPolicy(self.decoder)
         return flow

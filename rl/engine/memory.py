@@ -39,6 +39,7 @@ class StepShape:
     sampler_dtype: torch.dtype
     storage: torch.dtype  # of frozen weights
     bf16: bool  # autocast
+    recompute: bool = False  # layers, in the backward pass
     edits: int = 0  # pictures to edit that are read together; 0: prompts are captions
 
     @property
@@ -117,6 +118,8 @@ def language_model_bytes(
     ar, lm = policy.trainable, policy.trainable.lm
     weights = sum(p.numel() for p in ar.parameters())
     ar.requires_grad_(True).eval()
+    if shape.recompute:
+        policy.recompute()
     if lora is not None:
         policy.add_lora(**lora)  # here, where PEFT may still move modules about
     policy.freeze(freeze)

@@ -61,11 +61,12 @@ def step_shape(
         prompt_tokens=prompt_tokens,
         image_tokens=image_tokens,
         micro_batch=micro_batch,
-        share=rollout.group_size if whole_groups else 1,
+        share=rollout.group_size if whole_groups and not engine.activation_checkpointing else 1,
         guidance=rollout.guidance,
         sampler_dtype=types[engine.precision],
         storage=types[recipe.model.dtype],
         bf16=engine.precision == "bf16",
+        recompute=engine.activation_checkpointing,
         edits=max(sampled, evaluated) if edits else 0,
     )
 
@@ -83,7 +84,6 @@ def make_plan(
         "language model, trained": trained / (gpus if stage == 3 else 1),
         "language model, frozen": round(language["weights"] - language["trained_base"]) * storage,
         "KL reference": language["weights"] * storage if copied else 0.0,
-        "sampler's copy of the weights": language["sampler"],
         "connector and decoder": decoder["decoder"] * storage,
         "autoencoder": decoder["vae"] * storage,
         "image tokenizer": tokenizer * storage,
@@ -105,13 +105,15 @@ def make_plan(
     update = 2 * language["largest"] * FLOAT32 if on_cpu else trained / shards
     if stage:
         update += trained / gpus  # the averaged gradients of this rank's share
+    sampler = language["sampler"]
     whole = trained if stage == 3 else 0.0  # gathered while the sampler copies them
     phases = {
-        "copying weights for sampling": language["laying_out"] - language["sampler"] + whole,
-        "sampling tokens": language["sampling"],
-        **({"reading pictures to edit": decoder["reading"]} if "reading" in decoder else {}),
-        "denoising": decoder["integrating"] + language["hidden"],
-        "drawing pixels": decoder["drawing"] + language["hidden"],
+        # with the sampler's copy of the weights, which is released before the update
+        "copying weights for sampling": language["laying_out"] + whole,
+        "sampling tokens": sampler + language["sampling"],
+        **({"reading pictures to edit": sampler + decoder["reading"]} if "reading" in decoder else {}),
+        "denoising": sampler + decoder["integrating"] + language["hidden"],
+        "drawing pixels": sampler + decoder["drawing"] + language["hidden"],
         "scoring by the reference": language["reference"] if recipe.algorithm.kl_coef > 0 else 0.0,
         "forward and backward": activations + (held if several else 0.0),
         "optimizer step": held + update,
