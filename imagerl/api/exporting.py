@@ -121,7 +121,7 @@ def proof_of(policy: Policy, folder: Path, layout: str, family: str | None) -> P
 
 def round_weights(policy: Policy, dtype: torch.dtype) -> None:
     """Round every weight to what `dtype` can store, so that the export is compared with what it will hold."""
-    for module in policy.parts():
+    for module in policy.parts().values():
         for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imagerl.models.common.adaptable import Adaptable, freeze
-from imagerl.rl.types import Canvas, ImageRLError, Prompt, Rows, SamplingParams, TokenScores
+from imagerl.rl.types import Canvas, ImageRLError, Prompt, Rows, SamplingParams, TokenScores, TokenTrajectory
 
 if TYPE_CHECKING:
     from imagerl.models.base import DecoderPolicy, Proof
@@ -35,8 +35,16 @@ class BasePolicy:
     def device(self) -> torch.device:
         return next(self.trainable.parameters()).device
 
-    def parts(self) -> Sequence[nn.Module]:
-        return [self.trainable]
+    def parts(self) -> Mapping[str, nn.Module]:
+        return {"model": self.trainable}
+
+    def blank(
+        self, prompts: int, length: int, samples: int, edits: bool = False
+    ) -> tuple[Rows, TokenTrajectory]:
+        raise ImageRLError("this model does not say what memory it takes")
+
+    def token_bytes(self) -> tuple[int, int]:
+        return 0, 0
 
     def proof(self, folder: Path, layout: str, prompts: Sequence[Prompt]) -> Proof | None:
         """Return nothing: every layout is a whole model."""
