@@ -173,7 +173,7 @@ def test_edits_cost_their_pictures(tmp_path: Path) -> None:
     (edited,) = plans(recipe("eval.batch_size=4", *edits, path=path), [1], 60)
     assert edited.phases["reading pictures to edit"] > 4 * 3 * 32 * 64 * 4
     assert "reading pictures to edit" not in captioned.phases
-    assert edited.phases["drawing pictures"] > 1.2 * captioned.phases["drawing pictures"]
+    assert edited.phases["drawing pictures"] > captioned.phases["drawing pictures"]
     assert edited.parts == captioned.parts
 
 
