@@ -54,7 +54,7 @@ class PromptReader(Protocol):
 
 
 class DecoderPolicy(Protocol):
-    """A decoder as a policy over its denoising steps. See `models.blip3o_next.flow_policy`."""
+    """A decoder as a policy over its denoising steps. See `models.common.flow_policy`."""
 
     @property
     def trainable(self) -> nn.Module:

@@ -27,7 +27,8 @@ class Blip3oNext:
     layouts: Mapping[str, str] = LAYOUTS
 
     def recognises(self, settings: Mapping[str, object]) -> bool:
-        return is_published(settings) or any(key in settings for key in REQUIRED)
+        own = "_class_name" not in settings and any(key in settings for key in REQUIRED)
+        return own or is_published(settings)
 
     def load(self, folder: Path, device: torch.device | str, dtype: torch.dtype) -> ImagePolicy:
         return load_policy(folder, device, dtype)[0]

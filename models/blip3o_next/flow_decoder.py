@@ -6,7 +6,6 @@ velocity field from noise to latents, an autoencoder draws the pixels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from imagerl.rl.types import ImageRLError
+from imagerl.models.common.pictures import drawn
+from imagerl.rl.types import ImageRLError, Rows, TokenTrajectory
 
 CONNECTOR_EPS = 1e-5
 MAX_PIXELS = 1 << 21  # in the autoencoder at once: two pictures of 1024x1024, whatever the batch
@@ -48,6 +48,9 @@ class FlowDecoder(nn.Module):
     through which a reference picture's latents join the condition.
 
     Velocities follow v = noise − x with x_σ = (1 − σ)·x + σ·noise (arXiv 2210.02747, 2209.03003)."""
+
+    trained: tuple[str, ...] = ("connector", "sana")
+    adapted: str = "sana"
 
     def __init__(
         self,
@@ -81,9 +84,9 @@ class FlowDecoder(nn.Module):
         _, rows, columns = self.latent_shape
         return rows * self.vae.spatial_compression_ratio, columns * self.vae.spatial_compression_ratio
 
-    def sigmas(self, steps: int) -> Tensor:
+    def sigmas(self, steps: int, shape: Sequence[int] = ()) -> Tensor:
         """Return [steps + 1] noise levels from 1 to 0 on the CPU: linspace(1, 1/steps, steps), shifted as the
-        scheduler says, then 0."""
+        scheduler says, then 0. They are those of every shape."""
         scheduler = self._scheduler_class.from_config(self.scheduler_config)
         scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1.0 / steps, steps).tolist())
         return scheduler.sigmas.float()
@@ -122,6 +125,18 @@ class FlowDecoder(nn.Module):
         for all steps: the caption's branch, and unless guidance is 1 the unconditional one before it."""
         given = caption_keys(self.sana, self.condition(hidden, reference))
         return [given] if guidance == 1.0 else [self._unconditional_keys(hidden, reference), given]
+
+    def flow_condition(self, prompts: Rows, trajectory: TokenTrajectory) -> Rows:
+        """Return what denoising steps that train are conditioned on. Raises ImageRLError for edits."""
+        if "reference" in prompts:
+            raise ImageRLError(
+                "denoising steps are trained on captions only; train edits with a token algorithm"
+            )
+        return {"hidden": trajectory.states["hidden"]}
+
+    def seen(self, condition: Rows, guidance: float) -> list[CaptionKeys]:
+        """Return `branches` of a condition."""
+        return self.branches(condition["hidden"], guidance)
 
     def guided_velocity(
         self,
@@ -169,13 +184,7 @@ class FlowDecoder(nn.Module):
         height, width = self.picture_size
         scaled = (latents / self.scaling_factor).to(self.vae.dtype)
         few = scaled.split(max(1, MAX_PIXELS // (height * width)))
-        pictures = torch.cat([self.vae.decode(part).sample.float() for part in few])
-        if not math.isfinite(pictures.sum()):
-            raise ImageRLError(
-                "the model draws pixels that are not finite: its numbers overflow; check its weights and settings, or, "
-                "if it was just trained, go back to an earlier checkpoint and lower optim.lr"
-            )
-        return (pictures / 2 + 0.5).clamp(0, 1)
+        return drawn(torch.cat([self.vae.decode(part).sample.float() for part in few]))
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from imagerl.models.blip3o_next.ar import ARPolicy, ImageVocabulary
 from imagerl.models.blip3o_next.ar_sampler import TokenSampler
-from imagerl.models.blip3o_next.flow_decoder import FlowDecoder
-from imagerl.models.blip3o_next.flow_policy import FlowPolicy
+from imagerl.models.blip3o_next.flow_decoder import CaptionKeys, FlowDecoder
 from imagerl.models.blip3o_next.prompts import TURN_END, PromptEncoder
 from imagerl.models.blip3o_next.understanding import greedy_text
+from imagerl.models.common.flow_policy import FlowPolicy
 from imagerl.models.common.image_tokenizer import ImageTokenizer
 from imagerl.models.common.pictures import prepare_picture
 from imagerl.models.common.policy import BasePolicy
@@ -234,7 +234,7 @@ class ImagePolicy(BasePolicy):
         latents = self.decoder.latents(hidden, noise, sampling.guidance, sampling.flow_steps, reference)
         return self.decoder.draw(latents)
 
-    def train_decoder(self) -> FlowPolicy:
+    def train_decoder(self) -> FlowPolicy[list[CaptionKeys]]:
         """Make the decoder a policy over its denoising steps, with gradients."""
         self.flow = flow = FlowPolicy(self.decoder)
         return flow

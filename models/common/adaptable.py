@@ -82,13 +82,16 @@ class Adaptable(nn.Module):
                     f"model.lora.target_modules: {name} cannot have an adapter; name other layers"
                 )
         self._adapter = (adapter,)
+        for parameter_name, parameter in self.named_parameters():
+            if ".lora_" not in parameter_name:  # PEFT knows `lm` only, not a head beside it
+                parameter.requires_grad_(False)
 
     def merge_adapter(self) -> None:
         """Fold the adapter into the weights for good, which may then train again. Nothing to do without."""
         if self.adapter is not None:
             self.adapter.merge_and_unload()
             self._adapter = ()
-            self.lm.requires_grad_(True)
+            self.requires_grad_(True)
 
     def keep_reference(self) -> None:
         """Remember the present adapter as a second one, which never trains, for `reference_weights`. A new adapter

@@ -22,6 +22,7 @@ SAMPLING = "sampling.json"
 # What PEFT writes beside the settings below: of no effect on a language model that is here already.
 UNUSED = (
     "task_type",
+    "auto_mapping",
     "inference_mode",
     "peft_version",
     "revision",

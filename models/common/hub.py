@@ -8,13 +8,9 @@ from pathlib import Path
 from imagerl.rl.errors import why
 from imagerl.rl.types import ImageRLError
 
-# Everything a model folder is read from. Code (*.py) and pickles (*.bin, *.pt, *.pth) are not even downloaded.
-WANTED = (
-    *("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
-    *("special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
-    *("adapter_config.json", "sampling.json"),
-)
+# Everything a model folder and the folders of its parts are read from. Code (*.py) and pickles (*.bin, *.pt, *.pth) are
+# not even downloaded.
+WANTED = ("*.safetensors", "*.json", "*.jinja", "*merges.txt")
 SHIPPED = ("tiny", "tiny_edit")  # folders beside this one
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 

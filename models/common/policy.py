@@ -15,7 +15,7 @@ from imagerl.models.common.adaptable import Adaptable, freeze
 from imagerl.rl.types import Canvas, ImageRLError, Prompt, Rows, SamplingParams, TokenScores, TokenTrajectory
 
 if TYPE_CHECKING:
-    from imagerl.models.base import DecoderPolicy, Proof
+    from imagerl.models.base import DecoderPolicy, Outline, Proof
 
 
 class BasePolicy:
@@ -131,6 +131,16 @@ class BasePolicy:
         with self._adaptable().reference_weights():
             scores = self.trainable(prompts, tokens, sampling)
         return scores
+
+
+class BaseFamily:
+    """A family to build on, whose memory is not planned."""
+
+    def outline(self, folder: Path) -> Outline:
+        raise ImageRLError(f"{folder}: models of this family do not say what memory they take")
+
+    def published(self, name: str) -> Outline | None:
+        return None
 
 
 class PlainPrompts:

@@ -76,7 +76,7 @@ class Shards:
     def __init__(self, folder: Path, weights: str = WEIGHTS) -> None:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
-        index = _read_index(folder) if weights == WEIGHTS else None
+        index = _read_index(folder / f"{weights}.index.json")
         files = sorted(set(index.values())) if index is not None else [weights]
         for name in files:
             if not is_regular(folder / name):
@@ -88,7 +88,7 @@ class Shards:
         lost = sorted((index or {}).keys() - self.entries.keys())
         if lost:
             raise ImageRLError(
-                f"{folder / INDEX} names {len(lost)} tensors such as {lost[0]} that are not in its files; "
+                f"{folder / weights}.index.json names {len(lost)} tensors such as {lost[0]} that are not in its files; "
                 "copy the folder again"
             )
 
@@ -186,9 +186,8 @@ def _stored_size(tensor: Tensor, dtype: torch.dtype | None) -> int:
     return tensor.numel() * torch.empty((), dtype=dtype).element_size()
 
 
-def _read_index(folder: Path) -> dict[str, str] | None:
+def _read_index(file: Path) -> dict[str, str] | None:
     """Map tensor names to files, or return None where one file holds all."""
-    file = folder / INDEX
     if not is_regular(file):
         return None
     try:

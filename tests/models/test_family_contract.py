@@ -50,8 +50,17 @@ def blip3o_next(folder: Path) -> None:
     save_policy(policy, folder, config)
 
 
+def glm_image(folder: Path) -> None:
+    from tests.models.glm_image.small import small_folder
+
+    small_folder(folder)
+
+
 # name in `models.families` -> writes a model folder with random weights of a lively size
-FAMILIES_UNDER_TEST: dict[str, Callable[[Path], None]] = {"blip3o_next": blip3o_next}
+FAMILIES_UNDER_TEST: dict[str, Callable[[Path], None]] = {
+    "blip3o_next": blip3o_next,
+    "glm_image": glm_image,
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES_UNDER_TEST)

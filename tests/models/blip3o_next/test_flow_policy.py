@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagerl.models.blip3o_next.flow_policy import FlowPolicy
 from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.models.common.flow_policy import FlowPolicy
 from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.types import FlowSampling, SamplingParams
@@ -43,7 +43,9 @@ def inputs(policy: ImagePolicy, batch: int = 3, steps: int = 2) -> tuple[Tensor,
 def test_an_empty_window_is_the_deterministic_sampler(policy: ImagePolicy, guidance: float) -> None:
     hidden, noise, step_noise = inputs(policy)
     sampling = FlowSampling("ode", 0.0, range(0), guidance, 4)
-    finished, trajectory = FlowPolicy(policy.decoder).sample(hidden, noise, step_noise[:, :0], sampling)
+    finished, trajectory = FlowPolicy(policy.decoder).sample(
+        {"hidden": hidden}, noise, step_noise[:, :0], sampling
+    )
     torch.testing.assert_close(
         finished, policy.decoder.latents(hidden, noise, guidance, 4), rtol=0, atol=1e-6
     )
@@ -59,7 +61,7 @@ def test_replay_repeats_the_log_probs_of_the_rollout(
     flow = FlowPolicy(policy.decoder)
     sampling = replace(SAMPLING, sampler=sampler, guidance=guidance)
     hidden, noise, step_noise = inputs(policy)
-    finished, trajectory = flow.sample(hidden, noise, step_noise, sampling)
+    finished, trajectory = flow.sample({"hidden": hidden}, noise, step_noise, sampling)
     assert trajectory.latents.shape == (3, 3, *policy.latent_shape)
     schedule = flow.schedule(sampling)
     for row in range(3):
@@ -76,10 +78,10 @@ def test_replay_repeats_the_log_probs_of_the_rollout(
 def test_the_noise_is_each_samples_own(policy: ImagePolicy) -> None:
     flow = FlowPolicy(policy.decoder)
     hidden, noise, step_noise = inputs(policy)
-    together, _ = flow.sample(hidden, noise, step_noise, SAMPLING)
-    alone, _ = flow.sample(hidden[1:2], noise[1:2], step_noise[1:2], SAMPLING)
+    together, _ = flow.sample({"hidden": hidden}, noise, step_noise, SAMPLING)
+    alone, _ = flow.sample({"hidden": hidden[1:2]}, noise[1:2], step_noise[1:2], SAMPLING)
     torch.testing.assert_close(alone[0], together[1], rtol=0, atol=1e-5)
-    other, _ = flow.sample(hidden, noise, step_noise.flip(1), SAMPLING)
+    other, _ = flow.sample({"hidden": hidden}, noise, step_noise.flip(1), SAMPLING)
     assert (other - together).abs().max() > 1e-2
 
 
@@ -89,7 +91,7 @@ def test_only_the_network_trains_and_the_autoencoder_is_not_part_of_it(policy: I
     assert names == {"connector", "sana"}
     assert not any(p.requires_grad for p in policy.decoder.vae.parameters())
     hidden, noise, step_noise = inputs(policy)
-    _, trajectory = flow.sample(hidden, noise, step_noise, SAMPLING)
+    _, trajectory = flow.sample({"hidden": hidden}, noise, step_noise, SAMPLING)
     schedule = flow.schedule(SAMPLING)
     velocity = flow.trainable(
         {"hidden": hidden}, trajectory.latents[:, :-1], schedule.sigma.expand(3, 2), 2.0
@@ -153,7 +155,7 @@ def test_the_gradient_goes_through_both_branches_of_guidance() -> None:
     hidden = policy.sample_tokens(policy.encode(prompts), uniforms, SamplingParams()).states["hidden"]
     noise = torch.randn(16, *policy.latent_shape, generator=draws)
     step_noise = torch.randn(16, 2, *policy.latent_shape, generator=draws)
-    _, trajectory = flow.sample(hidden, noise, step_noise, SAMPLING)
+    _, trajectory = flow.sample({"hidden": hidden}, noise, step_noise, SAMPLING)
     schedule = flow.schedule(SAMPLING)
     points = ({"hidden": hidden}, trajectory.latents[:, :-1], schedule.sigma.expand(16, 2))
     advantages = torch.randn(16, 1, generator=draws)

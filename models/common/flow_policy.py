@@ -1,16 +1,15 @@
-"""The decoder as a policy: its denoising steps are actions with log-probs that reinforcement learning can train."""
+"""A decoder as a policy: its denoising steps are actions with log-probs that reinforcement learning can train."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from imagerl.models.blip3o_next.flow_decoder import FlowDecoder
 from imagerl.models.common.flow_step import (
     StepCoefficients,
     next_latents,
@@ -27,42 +26,72 @@ from imagerl.rl.types import (
     ImageRLError,
     Rows,
     TokenTrajectory,
+    repeat,
 )
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+S = TypeVar("S")  # what a decoder makes of a condition, once for all steps
 
-class FlowNetwork(nn.Module):
-    """The part of a decoder that trains: connector and transformer, never the autoencoder. It gives
-    velocities; all else is arithmetic."""
 
-    def __init__(self, decoder: FlowDecoder) -> None:
+class VelocityField(Protocol[S]):
+    """What the decoder of a family gives: an `nn.Module` whose children `trained` are what can learn."""
+
+    trained: tuple[str, ...]
+    adapted: str  # the child that takes low-rank adapters
+
+    def flow_condition(self, prompts: Rows, trajectory: TokenTrajectory, /) -> Rows:
+        """Return what pictures of a trajectory [B] are drawn by, a row for each token sequence."""
+        ...
+
+    def sigmas(self, steps: int, shape: Sequence[int], /) -> Tensor:
+        """Return [steps + 1] falling noise levels from 1 to 0 on the CPU, for latents of a shape [C, h, w]."""
+        ...
+
+    def seen(self, condition: Rows, guidance: float, /) -> S:
+        """Compute what depends on the condition alone."""
+        ...
+
+    def guided_velocity(self, x: Tensor, sigma: Tensor, seen: S, guidance: float, /) -> Tensor:
+        """Return the velocity [B, C, h, w] at noise levels `sigma` [B]."""
+        ...
+
+    def draw(self, latents: Tensor, /) -> Tensor:
+        """Draw latents [B, C, h, w] as pictures [B, 3, H, W] in [0, 1]."""
+        ...
+
+
+class FlowNetwork(nn.Module, Generic[S]):
+    """The part of a decoder that trains, never the autoencoder. It gives velocities; all else is arithmetic."""
+
+    def __init__(self, decoder: VelocityField[S]) -> None:
         super().__init__()
-        self.connector, self.sana = decoder.connector, decoder.sana
-        self._decoder = (decoder,)  # in a tuple, so that the autoencoder is not registered
+        for name in decoder.trained:
+            self.add_module(name, getattr(decoder, name))
+        self._decoder = (decoder,)  # in a tuple, so that what is frozen is not registered
 
     def forward(self, condition: Rows, latents: Tensor, sigma: Tensor, guidance: float) -> Tensor:
-        """Return guided velocities [B, N, C, h, w] in float32 at N points of each sample: latents
-        [B, N, C, h, w] at noise levels sigma [B, N], all given the same hidden states [B, R, D].
+        """Return guided velocities [B, N, C, h, w] in float32 at N points of each sample: latents [B, N, C, h, w] at
+        noise levels sigma [B, N], all given the same condition [B].
 
-        What depends on the hidden states alone is computed once for the N points, gradients included."""
+        What depends on the condition alone is computed once for the N points, gradients included."""
         (decoder,) = self._decoder
-        branches = decoder.branches(condition["hidden"], guidance)
+        seen = decoder.seen(condition, guidance)
         points = zip(latents.unbind(1), sigma.unbind(1), strict=True)
-        return torch.stack([decoder.guided_velocity(x, s, branches, guidance).float() for x, s in points], 1)
+        return torch.stack([decoder.guided_velocity(x, s, seen, guidance).float() for x, s in points], 1)
 
 
-class FlowPolicy:
+class FlowPolicy(Generic[S]):
     """Implements `models.base.DecoderPolicy` around a decoder."""
 
-    def __init__(self, decoder: FlowDecoder) -> None:
+    def __init__(self, decoder: VelocityField[S]) -> None:
         """Give gradients to the network only; the rest stays frozen."""
         self.decoder = decoder
         self.trainable = FlowNetwork(decoder)
         self.trainable.requires_grad_(True)
         self._adapter: PeftModel | None = None
-        self._reference: FlowNetwork | None = None
+        self._reference: FlowNetwork[S] | None = None
 
     @torch.no_grad()
     def decode_steps(
@@ -73,38 +102,31 @@ class FlowPolicy:
         step_noise: Tensor,
         sampling: FlowSampling,
     ) -> tuple[Tensor, FlowTrajectory]:
-        """Decode by stochastic steps: pictures [B·M, 3, H, W] in [0, 1], and what replaying the steps needs.
-
-        Raises ImageRLError for edits."""
-        if "reference" in prompts:
-            raise ImageRLError(
-                "denoising steps are trained on captions only; train edits with a token algorithm"
-            )
-        self.decoder.require_shape(noise)
-        hidden = trajectory.states["hidden"]
-        noise, step_noise = noise.to(hidden.device), step_noise.to(hidden.device)
-        repeated = hidden.repeat_interleave(len(noise) // len(hidden), 0)
+        """Decode by stochastic steps: pictures [B·M, 3, H, W] in [0, 1], and what replaying the steps needs."""
+        condition = self.decoder.flow_condition(prompts, trajectory)
+        repeated = repeat(condition, len(noise) // len(trajectory.tokens))
         latents, steps = self.sample(repeated, noise, step_noise, sampling)
-        steps.condition = {"hidden": hidden}  # one row serves all pictures of a token sequence
+        steps.condition = condition  # one row serves all pictures of a token sequence
         return self.decoder.draw(latents), steps
 
     @torch.no_grad()
     def sample(
-        self, hidden: Tensor, noise: Tensor, step_noise: Tensor, sampling: FlowSampling
+        self, condition: Rows, noise: Tensor, step_noise: Tensor, sampling: FlowSampling
     ) -> tuple[Tensor, FlowTrajectory]:
         """Integrate from `noise` [B, C, h, w], stochastic within the window with `step_noise` [B, S, C, h, w].
 
         Returns the finished latents [B, C, h, w], and what replay needs. Latents stay float32 throughout."""
         decoder, window = self.decoder, sampling.window
-        sigmas = decoder.sigmas(sampling.steps)
+        sigmas = decoder.sigmas(sampling.steps, noise.shape[1:])
         plain = step_coefficients("ode", sigmas)
         drawing = step_coefficients(sampling.sampler, sigmas, sampling.noise_level)  # type: ignore[arg-type]
-        branches = decoder.branches(hidden, sampling.guidance)
-        x = noise.float()
+        seen = decoder.seen(condition, sampling.guidance)
+        device = next(self.trainable.parameters()).device
+        x, step_noise = noise.to(device).float(), step_noise.to(device)
         visited, logprobs = [], []
         for step in range(sampling.steps):
-            sigma = sigmas[step].to(x.device).expand(len(x))
-            velocity = decoder.guided_velocity(x, sigma, branches, sampling.guidance)
+            sigma = sigmas[step].to(device).expand(len(x))
+            velocity = decoder.guided_velocity(x, sigma, seen, sampling.guidance)
             if step not in window:
                 x = transition_mean(plain, step, x, velocity)
                 continue
@@ -115,11 +137,11 @@ class FlowPolicy:
             if step + 1 == window.stop:
                 visited.append(x)
         rollout_logprobs = torch.stack(logprobs, 1) if logprobs else x.new_zeros(len(x), 0)
-        return x, FlowTrajectory({"hidden": hidden}, torch.stack(visited or [x], 1), rollout_logprobs)
+        return x, FlowTrajectory(condition, torch.stack(visited or [x], 1), rollout_logprobs)
 
     def schedule(self, sampling: FlowSampling, shape: Sequence[int] = ()) -> FlowSchedule:
-        """Return the stochastic steps of a rollout, the same for all shapes of latents."""
-        sigmas = self.decoder.sigmas(sampling.steps)
+        """Return the stochastic steps of a rollout of latents of a shape [C, h, w], on which some families' depend."""
+        sigmas = self.decoder.sigmas(sampling.steps, shape)
         drawing = step_coefficients(sampling.sampler, sigmas, sampling.noise_level)  # type: ignore[arg-type]
         rows = slice(sampling.window.start, sampling.window.stop)
         return FlowSchedule(sigmas[:-1][rows], sigmas.diff()[rows], *(value[rows] for value in drawing))
@@ -135,24 +157,27 @@ class FlowPolicy:
         return FlowScores(torch.stack(logprobs, 1), torch.stack(means, 1))
 
     def freeze_reference(self) -> None:
-        """Remember the present network as the KL reference: a frozen copy, or nothing at all with LoRA, where the
-        reference is the base with adapters off."""
+        """Remember the present network as the KL reference: a frozen copy of what trains, or nothing at all with LoRA,
+        where the reference is the base with adapters off."""
         if self._adapter is None:
-            decoder = copy.copy(self.decoder)
-            decoder._modules = {**self.decoder._modules}
-            decoder.connector = copy.deepcopy(self.decoder.connector)
-            decoder.sana = copy.deepcopy(self.decoder.sana)
+            decoder: Any = copy.copy(self.decoder)
+            decoder._modules = {**decoder._modules}
+            for name in decoder.trained:
+                decoder._modules[name] = copy.deepcopy(getattr(self.decoder, name))
             self._reference = FlowNetwork(decoder).requires_grad_(False).eval()
 
     @torch.no_grad()
     def reference_velocity(self, condition: Rows, latents: Tensor, sigma: Tensor, guidance: float) -> Tensor:
         """Return `FlowNetwork.forward` of the frozen reference."""
+        velocity: Tensor
         if self._reference is not None:
-            return self._reference(condition, latents, sigma, guidance)
+            velocity = self._reference(condition, latents, sigma, guidance)
+            return velocity
         if self._adapter is None:
             raise ImageRLError("no reference decoder: call freeze_reference() before training with KL")
         with self.base_weights():
-            return self.trainable(condition, latents, sigma, guidance)
+            velocity = self.trainable(condition, latents, sigma, guidance)
+            return velocity
 
     def add_lora(self, rank: int, alpha: float, target_modules: Sequence[str]) -> None:
         """Freeze the network and train low-rank adapters of the transformer instead (arXiv 2106.09685), by PEFT."""
@@ -161,7 +186,7 @@ class FlowPolicy:
         self.trainable.requires_grad_(False)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules))
         try:
-            self._adapter = get_peft_model(self.decoder.sana, config)
+            self._adapter = get_peft_model(getattr(self.decoder, self.decoder.adapted), config)
         except ValueError as error:
             raise ImageRLError(f"algorithm.flow.lora: {one_line(error, 300)}") from error
 
@@ -171,6 +196,6 @@ class FlowPolicy:
             self._adapter.merge_and_unload()
             self._adapter = None
 
-    def base_weights(self) -> AbstractContextManager[Any]:
+    def base_weights(self) -> AbstractContextManager[object]:
         """Turn adapters off in a context."""
         return self._adapter.disable_adapter() if self._adapter is not None else nullcontext()
