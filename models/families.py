@@ -17,6 +17,7 @@ from imagerl.rl.types import ImageRLError
 
 FAMILIES: dict[str, str] = {  # name -> its `models.base.Family`
     "blip3o_next": "imagerl.models.blip3o_next.family:Blip3oNext",
+    "janus_pro": "imagerl.models.janus_pro.family:JanusPro",
     "glm_image": "imagerl.models.glm_image.family:GlmImage",
 }
 SETTINGS = ("config.json", "model_index.json")  # by which a folder is recognised, the first that is there

@@ -1,7 +1,7 @@
 """The autoregressive half: a Qwen3 language model with image tokens in its vocabulary.
 
 `ARPolicy` scores given tokens with gradients (what the trainer differentiates); drawing new ones is
-`models.blip3o_next.ar_sampler`. Both use the same distribution: a softmax over the image columns of the vocabulary
+`models.common.token_sampler`. Both use the same distribution: a softmax over the image columns of the vocabulary
 alone, divided by the temperature. Nothing but an image token has any probability inside an image.
 """
 
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from imagerl.models.common.adaptable import Adaptable
-from imagerl.models.common.tokens import positions_of, score_tokens
+from imagerl.models.common.tokens import PromptIds, image_states, score_tokens, sequence_states
 from imagerl.rl.types import ImageRLError, Rows, SamplingParams, TokenScores
 
 if TYPE_CHECKING:
@@ -73,49 +74,29 @@ class ARPolicy(Adaptable):
         """The image columns [V, D] of the language model's head."""
         return self.lm.lm_head.weight[self.vocabulary.columns]
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map final-norm hidden states [..., D] to logits [..., V] of the image tokens."""
+        return F.linear(hidden, self.head)
+
+    def embed(self, prompt_ids: Tensor, tokens: Tensor) -> Tensor:
+        """Embed sequences [B, L + T, D] of prompts [B, L], then image tokens [B, T]."""
+        ids = torch.cat([prompt_ids, tokens + self.vocabulary.image_start_token_id], dim=1)
+        embedded: Tensor = self.lm.model.embed_tokens(ids)
+        return embedded
+
     def hidden_states(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor) -> Tensor:
         """Return final-norm hidden states [B, T + 1, D] of `<S0>` (the prompt's last id) and of T image tokens.
 
         `prompt_ids`, `prompt_mask` [P, L] left-padded; `tokens` [B, T] 0-based image tokens, B = P·G in
         group-major order. With G > 1 a prompt is read once for its whole group, gradients included."""
-        if len(prompt_ids) < len(tokens):
-            image_ids = tokens + self.vocabulary.image_start_token_id
-            return self._hidden_states_of_groups(prompt_ids, prompt_mask.bool(), image_ids)
-        return self.sequence_states(prompt_ids, prompt_mask, tokens)[:, prompt_ids.shape[1] - 1 :]
+        return image_states(self.lm.model, self.embed, PromptIds(prompt_ids, prompt_mask), tokens)
 
     def sequence_states(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor) -> Tensor:
         """Return final-norm hidden states [B, L + T, D] of sequences: prompts [B, L], then image tokens [B, T]."""
-        ids = torch.cat([prompt_ids, tokens + self.vocabulary.image_start_token_id], dim=1)
-        mask = torch.cat([prompt_mask.bool(), torch.ones_like(tokens, dtype=torch.bool)], dim=1)
-        out = self.lm.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
-        )
-        return out.last_hidden_state
-
-    def _hidden_states_of_groups(self, prompt_ids: Tensor, prompt_mask: Tensor, image_ids: Tensor) -> Tensor:
-        group, rest = divmod(len(image_ids), len(prompt_ids))
-        if rest:
-            raise ValueError(f"{len(image_ids)} samples are not groups of {len(prompt_ids)} prompts")
-        prompt = self.lm.model(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask,
-            position_ids=positions_of(prompt_mask),
-            use_cache=True,
-        )
-        prompt.past_key_values.batch_repeat_interleave(group)  # differentiable: gradients of a group add up
-        image_mask = torch.ones_like(image_ids, dtype=torch.bool)
-        mask = torch.cat([prompt_mask.repeat_interleave(group, 0), image_mask], dim=1)
-        image = self.lm.model(
-            input_ids=image_ids,
-            attention_mask=mask,
-            position_ids=positions_of(mask)[:, prompt_ids.shape[1] :],
-            past_key_values=prompt.past_key_values,
-            use_cache=True,
-        )
-        first = prompt.last_hidden_state[:, -1:].repeat_interleave(group, 0)
-        return torch.cat([first, image.last_hidden_state], dim=1)
+        return sequence_states(self.lm.model, self.embed, prompt_ids, prompt_mask, tokens)
 
     def forward(self, prompts: Rows, tokens: Tensor, sampling: SamplingParams) -> TokenScores:
         """Score `tokens` [B, T] after the prompt. The last token is predicted, never fed."""
         hidden = self.hidden_states(prompts["ids"], prompts["mask"], tokens[:, :-1])
-        return score_tokens(hidden, self.head, tokens, sampling.temperature)
+        codes = self.vocabulary.num_image_tokens
+        return score_tokens([hidden], self.logits, codes, tokens, sampling.temperature)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imagerl.models.base import Proof
 from imagerl.models.blip3o_next.flow_decoder import FlowDecoder
@@ -17,7 +17,7 @@ from imagerl.models.blip3o_next.loading import read_config
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.published import QWEN3_FIELDS, is_published, to_published
 from imagerl.models.blip3o_next.weights import HEAD, full_state, is_tied, language_model_state
-from imagerl.models.common.shards import SHARD_BYTES, Shards, save_shards, save_tensors
+from imagerl.models.common.shards import SHARD_BYTES, Shards, own_memory, save_shards, save_tensors
 from imagerl.rl.types import ImageRLError, Prompt
 
 Config = Mapping[str, Any]
@@ -133,21 +133,13 @@ def load_diffusers(folder: Path, hidden_size: int, latent_size: tuple[int, int])
     edit = (folder / CONNECTORS["reference_connector"]).is_file()
     decoder = FlowDecoder(hidden_size, sana.config, vae.config, scheduler.config, latent_size, edit=edit)
     for part in (sana, vae):
-        align(part)
+        own_memory(part)
     decoder.sana, decoder.vae = sana, vae
     for attribute, file in CONNECTORS.items():
         if getattr(decoder, attribute) is not None:
             state = {name: tensor.float() for name, tensor in load_file(folder / file).items()}
             getattr(decoder, attribute).load_state_dict(state)
     return decoder.requires_grad_(False).eval()
-
-
-def align(module: nn.Module) -> None:
-    """Move the weights into memory of torch's own. `from_pretrained` leaves them where they lie in the mapped
-    file, and on addresses that are no multiple of 64 some kernels add up in another order: equal weights, but pixels
-    that differ by 1e-6."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = tensor.data.clone()
 
 
 def load_language_model(folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
@@ -158,7 +150,7 @@ def load_language_model(folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
     lm = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
-    align(lm)
+    own_memory(lm)
     if type(lm).__name__ != "Qwen3ForCausalLM":
         raise ImageRLError(f"{folder} loads as {type(lm).__name__}, not as Qwen3ForCausalLM")
     return lambda ids, mask: lm.eval()(input_ids=ids, attention_mask=mask).logits

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from imagerl.models.blip3o_next.ar import ARPolicy, ImageVocabulary
-from imagerl.models.blip3o_next.ar_sampler import TokenSampler
 from imagerl.models.blip3o_next.flow_decoder import CaptionKeys, FlowDecoder
 from imagerl.models.blip3o_next.prompts import TURN_END, PromptEncoder
 from imagerl.models.blip3o_next.understanding import greedy_text
@@ -22,7 +21,8 @@ from imagerl.models.common.image_tokenizer import ImageTokenizer
 from imagerl.models.common.pictures import prepare_picture
 from imagerl.models.common.policy import BasePolicy
 from imagerl.models.common.settings import SamplingSettings, stored_sampling
-from imagerl.models.common.tokens import pad_left
+from imagerl.models.common.token_sampler import TokenSampler
+from imagerl.models.common.tokens import PromptIds, pad_left
 from imagerl.rl.types import Canvas, ImageRLError, Prompt, Rows, SamplingParams, TokenTrajectory, repeat
 
 if TYPE_CHECKING:
@@ -210,15 +210,19 @@ class ImagePolicy(BasePolicy):
         """Lay out the present weights for sampling, in `sampler_dtype`. Call after every update, parameters
         gathered."""
         self._sampler = None  # before the new one needs its memory
-        self._sampler = TokenSampler(self.trainable, self.sampler_dtype)
+        model, head = self.trainable.lm.model, self.trainable.head.detach().to(self.sampler_dtype)
+        image_rows = model.embed_tokens.weight[self.vocabulary.columns]
+        self._sampler = TokenSampler(
+            model, image_rows, lambda hidden: F.linear(hidden, head), self.sampler_dtype
+        )
 
     def sample_tokens(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> TokenTrajectory:
         """Draw tokens for uniforms [P·G, T] after P prompts; see `TokenSampler.sample`."""
         if self._sampler is None:
             self.refresh_sampler()
         assert self._sampler is not None
-        uniforms = uniforms.to(self.device)
-        return self._sampler.sample(prompts["ids"], prompts["mask"], uniforms, sampling.temperature)
+        ids = PromptIds(prompts["ids"], prompts["mask"])
+        return self._sampler.sample(ids, uniforms.to(self.device), sampling.temperature)
 
     def decode(
         self, prompts: Rows, trajectory: TokenTrajectory, noise: Tensor | None, sampling: SamplingParams

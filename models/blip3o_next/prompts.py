@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from imagerl.models.blip3o_next.ar import ImageVocabulary
+from imagerl.models.common.policy import PlainText
 from imagerl.rl.types import Canvas, ImageRLError, Prompt
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class PromptTooLong(ImageRLError):
     """A prompt that leaves the model no positions for its answer."""
 
 
-class PromptEncoder:
+class PromptEncoder(PlainText):
     """Prompts as ids. A user's words are encoded as plain text: `<I5>` or `<|im_end|>` in a caption are seven or more
     letters, never the token of that name, so that nobody can end a turn or draw from inside a caption.
 
@@ -46,41 +46,14 @@ class PromptEncoder:
         canvas: Canvas,
     ) -> None:
         """Take the language model's `positions`, for prompt and answer together, and the sizes of its pictures."""
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer)
         self.vocabulary = vocabulary
         self.positions = positions
         self.image_tokens = canvas.tokens
         self._canvas = canvas
         self.pad = tokenizer.pad_token_id or 0
-        self._ids_of_names = tokenizer.get_added_vocab()  # built anew at every call, of 65,000 names
-        self._named = set(self._ids_of_names.values())
         before, self._after = _chat_frame(tokenizer)
-        # Between named tokens text is encoded as one piece, so the user's words must be joined to what touches them.
-        cut = max((end for _, end in self._named_spans(before)), default=0)
-        self._head, self._lead = self._ids(before[:cut]), before[cut:]
-        cut = min((start for start, _ in self._named_spans(self._after)), default=len(self._after))
-        self._trail, self._tail = self._after[:cut], self._ids(self._after[cut:])
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-
-    def _named_spans(self, text: str) -> list[tuple[int, int]]:
-        """Find where the tokenizer would see a named token in a text."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        return [span for id_, span in pairs if id_ in self._named]
-
-    def plain(self, text: str) -> list[int]:
-        """Return ids of a text in which names of tokens are mere letters; other texts' are the tokenizer's own."""
-        ids = self._ids(text)
-        if self._named.isdisjoint(ids):
-            return ids
-        cuts = {start + 1 if end - start > 1 else end for start, end in self._named_spans(text)} - {len(text)}
-        if not cuts:
-            return ids
-        return [
-            id_ for part in pairwise([0, *sorted(cuts), len(text)]) for id_ in self.plain(text[slice(*part)])
-        ]
+        self._frame = self.frame(before, self._after)
 
     def canvas(self, prompt: Prompt) -> Canvas:
         """Return the sizes of every picture that the model draws."""
@@ -117,23 +90,18 @@ class PromptEncoder:
     def captions(self, texts: Sequence[str]) -> Rows:
         """Encode text-to-image prompts, each ending in `<im_start><S0>`."""
         require_words(texts, "prompt", "a caption")
-        rows = [
-            self._head
-            + self.plain(self._lead + REQUEST.format(caption=text) + self._trail)
-            + self._tail
-            + self._image_tags
-            for text in texts
-        ]
+        rows = [self.framed(self._frame, REQUEST.format(caption=text)) + self._image_tags for text in texts]
         return self._fitting(rows, texts, self.image_tokens)
 
     def edits(self, texts: Sequence[str], reference_tokens: Tensor) -> Rows:
         """Encode edit prompts around the references' tokens [P, T], each ending in `<im_start><S0>`."""
         require_words(texts, "prompt", "an instruction")
+        frame = self._frame
         rows = [
-            self._head
-            + self.plain(self._lead + EDIT.format(instruction=text))
+            frame.head
+            + self.plain(frame.lead + EDIT.format(instruction=text))
             + picture
-            + self._ids(self._after)
+            + self.ids(self._after)
             + self._image_tags
             for text, picture in zip(texts, self._pictures(reference_tokens, len(texts)), strict=True)
         ]
@@ -143,8 +111,9 @@ class PromptEncoder:
         """Encode questions about pictures of tokens [P, T], each ending where the answer starts. The picture stands
         before the words."""
         require_words(texts, "question", "words")
+        frame = self._frame
         rows = [
-            self._head + self.plain(self._lead) + picture + self.plain(f"\n{text}{self._trail}") + self._tail
+            frame.head + self.plain(frame.lead) + picture + self.plain(f"\n{text}{frame.trail}") + frame.tail
             for text, picture in zip(texts, self._pictures(picture_tokens, len(texts)), strict=True)
         ]
         return self._fitting(rows, texts, 0)
@@ -179,7 +148,7 @@ class PromptEncoder:
         return [[start, *(first + token for token in row), end] for row in tokens.tolist()]
 
     def id_of(self, name: str) -> int:
-        id_ = self._ids_of_names.get(name)
+        id_ = self.ids_of_names.get(name)
         if id_ is None:
             raise ImageRLError(
                 f"this model's text tokenizer has no {name}: it cannot read pictures; use a model trained to edit"

@@ -93,7 +93,7 @@ def slots(policy: ImagePolicy) -> dict[str, Slot]:
 
 def language_model_state(policy: ImagePolicy) -> dict[str, Tensor]:
     """Return the language model's own keys, adapters merged; a tied head is not stored twice."""
-    from imagerl.models.blip3o_next.ar_sampler import effective_weight
+    from imagerl.models.common.token_sampler import effective_weight
 
     state: dict[str, Tensor] = {}
     adapted = {name for name, module in policy.trainable.lm.named_modules() if hasattr(module, "base_layer")}

@@ -29,6 +29,7 @@ UNUSED = (
     "init_lora_weights",
     "megatron_core",
     "qalora_group_size",
+    "auto_mapping",  # the class that PEFT found, for its own loading
 )
 Names = str | list[str]
 

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import torch
 from pydantic import BaseModel, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from imagerl.rl.errors import one_line
 from imagerl.rl.files.mistakes import validated
@@ -131,6 +131,14 @@ def require_finite(tensor: Tensor, name: str) -> Tensor:
     if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):
         raise ImageRLError(f"{name} holds numbers that are not finite; copy the model again")
     return tensor
+
+
+def own_memory(module: nn.Module) -> None:
+    """Move the weights into memory of torch's own. `from_pretrained` leaves them where they lie in the mapped
+    file, and on addresses that are no multiple of 64 some kernels add up in another order: equal weights, but pixels
+    that differ by 1e-6."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def save_shards(

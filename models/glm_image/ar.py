@@ -72,7 +72,7 @@ class TokenWriter(Adaptable):
     def forward(self, prompts: Rows, tokens: Tensor, sampling: SamplingParams) -> TokenScores:
         """Score `tokens` [B, T] after prompts [P]."""
         hidden = self.hidden_states(prompts, tokens)
-        return score_tokens(hidden, self.lm_head.weight[: self.codes], tokens, sampling.temperature)
+        return score_tokens([hidden], self.logits, self.codes, tokens, sampling.temperature)
 
     @torch.no_grad()
     def sample(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> TokenTrajectory:

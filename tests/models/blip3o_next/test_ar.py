@@ -3,13 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Categorical
 
 from imagerl.models.blip3o_next.ar import ImageVocabulary
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.models.common import tokens as common_tokens
 from imagerl.models.common.adaptable import freeze
-from imagerl.models.common.tokens import positions_of, score_tokens
 from imagerl.rl.types import ImageRLError, SamplingParams
 from tests.models.helpers import CAPTIONS, add_lively_lora, lively_policy, random_tokens
 
@@ -83,53 +80,6 @@ def test_the_last_token_is_predicted_but_never_fed(policy: ImagePolicy) -> None:
     assert not torch.isclose(one.logprobs[:, -1], two.logprobs[:, -1]).any()
 
 
-def test_entropy_is_that_of_the_tempered_distribution() -> None:
-    random_numbers = torch.Generator().manual_seed(3)
-    hidden = torch.randn(2, 5, 6, generator=random_numbers)
-    head = torch.randn(7, 6, generator=random_numbers)
-    tokens = torch.randint(7, (2, 5), generator=random_numbers)
-    scores = score_tokens(hidden, head, tokens, 0.7)
-    wanted = Categorical(logits=hidden @ head.T / 0.7)
-    torch.testing.assert_close(scores.entropy, wanted.entropy())
-    torch.testing.assert_close(scores.logprobs, wanted.log_prob(tokens))
-    flat = score_tokens(torch.zeros(1, 3, 6), head, tokens[:1, :3], 1.0)
-    torch.testing.assert_close(flat.entropy, torch.full((1, 3), 7.0).log())
-
-
-@pytest.mark.parametrize("rows", [1, 4, 7])
-def test_scoring_in_chunks_changes_neither_scores_nor_gradients(
-    monkeypatch: pytest.MonkeyPatch, rows: int
-) -> None:
-    random_numbers = torch.Generator().manual_seed(4)
-    hidden = torch.randn(3, 5, 6, generator=random_numbers, dtype=torch.float64)
-    head = torch.randn(9, 6, generator=random_numbers, dtype=torch.float64)
-    tokens = torch.randint(9, (3, 5), generator=random_numbers)
-    weights = torch.randn(3, 5, generator=random_numbers)
-
-    def run() -> tuple[Tensor, ...]:
-        inputs = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-        scores = score_tokens(*inputs, tokens, 0.9)
-        loss = (weights * scores.logprobs).sum() + scores.entropy.square().sum()
-        return scores.logprobs.detach(), scores.entropy.detach(), *torch.autograd.grad(loss, inputs)
-
-    whole = run()
-    monkeypatch.setattr(common_tokens, "MAX_LOGITS_PER_CHUNK", rows * 9)
-    calls = []
-    plain = common_tokens.checkpoint
-    monkeypatch.setattr(common_tokens, "checkpoint", lambda *a, **k: calls.append(1) or plain(*a, **k))
-    for chunked, unchunked in zip(run(), whole, strict=True):
-        torch.testing.assert_close(chunked, unchunked, rtol=1e-6, atol=1e-6)
-    assert len(calls) == -(-15 // rows)
-
-
-def test_half_precision_weights_still_give_a_float32_softmax(policy: ImagePolicy) -> None:
-    hidden = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    scores = score_tokens(
-        hidden, policy.trainable.head.detach().bfloat16(), random_tokens(policy, 1)[:, :4], 1.0
-    )
-    assert scores.logprobs.dtype == scores.entropy.dtype == torch.float32
-
-
 def test_lora_starts_as_the_identity_and_its_base_stays_reachable() -> None:
     policy = lively_policy()
     ids, mask = policy.encode_prompts(CAPTIONS)
@@ -187,11 +137,6 @@ def test_lora_refuses_layers_that_are_not_there() -> None:
 def test_lora_refuses_layers_whose_adapters_would_be_ignored(layer: str) -> None:
     with pytest.raises(ImageRLError, match=rf"target_modules: .*{layer}"):
         lively_policy(tie_word_embeddings=False).trainable.add_lora(4, 8.0, 0.0, ["q_proj", layer])
-
-
-def test_positions_count_real_tokens_only() -> None:
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    assert positions_of(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
 
 
 def test_vocabulary_comes_from_the_config_and_must_add_up(policy: ImagePolicy) -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagerl.models.blip3o_next import flow_decoder, sana
-from imagerl.models.blip3o_next.ar_sampler import TokenSampler
+from imagerl.models.blip3o_next import flow_decoder
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.weights import full_state
 from imagerl.rl.types import SamplingParams
@@ -49,9 +48,10 @@ def hidden(given: Fixture, policy: ImagePolicy) -> Tensor:
 def drawn(given: Fixture, policy: ImagePolicy) -> tuple[Tensor, list[Tensor]]:
     """Our latents from the fixture's hidden states, and the raw velocity of every step on the way."""
     velocities: list[Tensor] = []
+    velocity = flow_decoder.velocity
 
     def spy(*arguments: Any) -> Tensor:
-        velocities.append(sana.velocity(*arguments))
+        velocities.append(velocity(*arguments))
         return velocities[-1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -133,9 +133,10 @@ def test_sampler_agrees_with_the_teacher_forced_pass(given: Fixture, policy: Ima
     """On the fixture's own prompts: in an edit most of the prompt is a picture."""
     mask = torch.ones_like(given.prompt_ids, dtype=torch.bool)
     uniforms = torch.rand(2 * len(mask), 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    sampled = TokenSampler(policy.trainable).sample(given.prompt_ids, mask, uniforms, 1.0)
+    prompts = {"ids": given.prompt_ids, "mask": mask}
+    sampled = policy.sample_tokens(prompts, uniforms, SamplingParams())
     with torch.no_grad():
         hidden = policy.trainable.hidden_states(given.prompt_ids, mask, sampled.tokens)
-        scores = policy.trainable({"ids": given.prompt_ids, "mask": mask}, sampled.tokens, SamplingParams())
+        scores = policy.trainable(prompts, sampled.tokens, SamplingParams())
     assert_equal(sampled.states["hidden"], hidden)
     assert_equal(sampled.rollout_logprobs, scores.logprobs)

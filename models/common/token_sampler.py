@@ -3,7 +3,8 @@
 transformers' `generate` spends most of a small model's time outside the matrix products, prefills a shared
 prompt once per sample and forgets the hidden states. Here the weights are laid out once per rollout (fused
 projections, adapters merged, norms folded), the prompt's keys and values are kept once per group, and the same
-pass yields tokens, their log-probs and the hidden states that condition the decoder.
+pass yields tokens, their log-probs and the hidden states that condition the decoder. With guidance on the logits a
+sample is two sequences, of its prompt and of the unconditional one, that go on with the same tokens.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from imagerl.models.blip3o_next.ar import ARPolicy
-from imagerl.models.common.tokens import draw_tokens, positions_of
+from imagerl.models.common.tokens import Logits, PromptIds, draw_tokens, guided_logits, positions_of
 from imagerl.rl.types import TokenTrajectory
 
 
@@ -35,8 +35,8 @@ def effective_weight(linear: Any) -> Tensor:
 class _Layer:
     """One decoder layer's weights. A norm's scale is folded into the projection that follows it."""
 
-    qkv: Tensor  # [(Hq + 2·Hkv)·d, D]
-    qk_scale: Tensor  # [Hq + Hkv, d] per-head norms; the query's holds 1/sqrt(d) too
+    qkv: Tensor  # [(Hq + 2·Hkv)·d, D]; without `qk_scale` 1/sqrt(d) is in the query's rows
+    qk_scale: Tensor | None  # [Hq + Hkv, d] per-head norms, the query's with 1/sqrt(d); None: there are none
     out: Tensor  # [D, Hq·d]
     gate_up: Tensor  # [2·I, D]
     down: Tensor  # [D, I]
@@ -53,19 +53,23 @@ class _Cache:
 
 
 class TokenSampler:
-    """A snapshot of an `ARPolicy`, ready to draw. Make a new one after every update of the weights."""
+    """A snapshot of a language model of Llama's or Qwen3's kind that writes image tokens. Make a new one after every
+    update of the weights."""
 
-    def __init__(self, policy: ARPolicy, dtype: torch.dtype = torch.float32) -> None:
-        config = policy.lm.config
+    def __init__(
+        self, model: Any, image_embedding: Tensor, image_logits: Logits, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Lay out `model`, transformers' stack of layers without a head. Image token t is read as row t of
+        `image_embedding` [V, D], and `image_logits` makes logits [..., V] of final-norm hidden states in `dtype`."""
+        config = model.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
+        self.head_dim, self.eps = model.layers[0].self_attn.head_dim, config.rms_norm_eps
         self.dtype = dtype
-        self.image_start = policy.vocabulary.image_start_token_id
-        model = policy.lm.model
         self.inv_freq = model.rotary_emb.inv_freq.float()
         self.embedding = model.embed_tokens.weight.detach()
+        self.image_embedding = image_embedding.detach()
         self.final_norm = model.norm.weight.detach()
-        self.head = policy.head.detach().to(dtype)
+        self.image_logits = image_logits
         self.layers = [self._pack(layer) for layer in model.layers]
 
     def _pack(self, layer: Any) -> _Layer:
@@ -75,54 +79,70 @@ class TokenSampler:
             layer.post_attention_layernorm.weight.detach(),
         )
         qkv = torch.cat([effective_weight(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
+        scale, qk_scale = self.head_dim**-0.5, None
+        if hasattr(attention, "q_norm"):
+            queries = (attention.q_norm.weight * scale).expand(self.heads, -1)
+            keys = attention.k_norm.weight.expand(self.kv_heads, -1)
+            qk_scale = torch.cat([queries, keys]).detach().to(self.dtype)
+        else:
+            qkv[: self.heads * self.head_dim] *= scale
         gate_up = torch.cat([effective_weight(mlp.gate_proj), effective_weight(mlp.up_proj)])
-        query_scale = (attention.q_norm.weight * self.head_dim**-0.5).expand(self.heads, -1)
-        key_scale = attention.k_norm.weight.expand(self.kv_heads, -1)
         return _Layer(
             qkv=(qkv * norm_in).to(self.dtype),
-            qk_scale=torch.cat([query_scale, key_scale]).detach().to(self.dtype),
+            qk_scale=qk_scale,
             out=effective_weight(attention.o_proj).to(self.dtype),
             gate_up=(gate_up * norm_mlp).to(self.dtype),
             down=effective_weight(mlp.down_proj).to(self.dtype),
         )
 
     def sample(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float
+        self,
+        prompts: PromptIds,
+        uniforms: Tensor,
+        temperature: float,
+        guidance: float = 1.0,
+        keep_hidden: bool = True,
     ) -> TokenTrajectory:
-        """Draw T tokens for each of G samples of P prompts.
+        """Draw T tokens for each of G samples of P prompts, whose unconditional ones are there where `guidance` is
+        not 1.
 
-        `prompt_ids`, `prompt_mask` [P, L] left-padded; `uniforms` [P·G, T] in [0, 1), one per token: the draw is
-        the inverse of the cumulative distribution there, so a sample depends on its own numbers alone."""
+        `uniforms` [P·G, T] in [0, 1), one per token: the draw is the inverse of the cumulative distribution there, so
+        a sample depends on its own numbers alone. With `keep_hidden` the trajectory has the hidden states
+        [P·G, T + 1, D] of the prompt's last id and of every token, and one more step is made for those of the last."""
         batch, steps = uniforms.shape
-        prompt_mask = prompt_mask.bool()
         with torch.inference_mode():
-            caches, first = self._prefill(prompt_ids, prompt_mask, batch, steps)
+            caches, hidden, prompt_mask = self._prefill(prompts, batch, steps)
             prompt_bias = torch.zeros_like(prompt_mask, dtype=self.dtype)
             prompt_bias = prompt_bias.masked_fill(~prompt_mask, float("-inf"))
             padding = prompt_bias[:, None, None, :] if bool((~prompt_mask).any()) else None
-            group = batch // len(prompt_ids)
+            branches = 1 if prompts.rows is None else 2
+            group = branches * batch // len(prompt_mask)
             start = prompt_mask.sum(1).repeat_interleave(group)  # position of the first image token
             cos, sin = self._rotation(start[:, None] + torch.arange(steps, device=start.device))
 
-            hidden = first.repeat_interleave(group, dim=0)  # [B, D] of <S0>
-            all_hidden, all_tokens, all_logprobs = [hidden], [], []
+            hidden = hidden.repeat_interleave(group, dim=0)  # [B, D] of the prompt's last id, or [2·B, D]
+            all_hidden: list[Tensor] = []
+            all_tokens, all_logprobs = [], []
             for step in range(steps):
-                logits = F.linear(hidden, self.head).float() / temperature
+                logits = guided_logits(self.image_logits, hidden.split(batch), guidance) / temperature
                 token, logprob = draw_tokens(logits, uniforms[:, step])
                 all_tokens.append(token)
                 all_logprobs.append(logprob)
-                x = F.embedding(token + self.image_start, self.embedding).to(self.dtype)
+                if keep_hidden:
+                    all_hidden.append(hidden[:batch])
+                elif step == steps - 1:
+                    break
+                x = F.embedding(token, self.image_embedding).to(self.dtype).repeat(branches, 1)
                 turn = (cos[:, step, None], sin[:, step, None])
                 for layer, cache in zip(self.layers, caches, strict=True):
                     x = self._decode_layer(layer, cache, x, turn, padding, step)
                 hidden = self._final(x)
-                all_hidden.append(hidden)
         tokens = torch.stack(all_tokens, dim=1)  # out here, so that autograd may keep what is returned
         return TokenTrajectory(
             tokens=tokens,
             rollout_logprobs=torch.stack(all_logprobs, dim=1),
             action_mask=torch.ones_like(tokens, dtype=torch.bool),
-            states={"hidden": torch.stack(all_hidden, dim=1)},
+            states={"hidden": torch.stack([*all_hidden, hidden[:batch]], dim=1)} if keep_hidden else {},
         )
 
     def _final(self, x: Tensor) -> Tensor:
@@ -147,7 +167,8 @@ class TokenSampler:
         """Map x [..., D] to queries [..., Hq, d], keys and values [..., Hkv, d], rotated."""
         qkv = F.linear(self._normed(x), layer.qkv).unflatten(-1, (-1, self.head_dim))
         qk, values = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=-2)
-        qk = F.rms_norm(qk.float(), (self.head_dim,), eps=self.eps).to(self.dtype) * layer.qk_scale
+        if layer.qk_scale is not None:
+            qk = F.rms_norm(qk.float(), (self.head_dim,), eps=self.eps).to(self.dtype) * layer.qk_scale
         qk = qk * cos + qk.roll(self.head_dim // 2, -1) * sin
         queries, keys = qk.split([self.heads, self.kv_heads], dim=-2)
         return queries, keys, values
@@ -156,14 +177,17 @@ class TokenSampler:
         gate, up = F.linear(self._normed(x), layer.gate_up).chunk(2, -1)
         return x + F.linear(F.silu(gate) * up, layer.down)
 
-    def _prefill(self, ids: Tensor, mask: Tensor, batch: int, steps: int) -> tuple[list[_Cache], Tensor]:
-        """Run the prompts once; returns the caches and the last position's final hidden state [P, D]."""
+    def _prefill(self, prompts: PromptIds, batch: int, steps: int) -> tuple[list[_Cache], Tensor, Tensor]:
+        """Read every prompt once; returns, for each branch of each prompt, the caches, the last position's final
+        hidden state and the mask."""
+        ids, mask, rows = prompts.ids, prompts.mask.bool(), prompts.rows
         length = ids.shape[1]
         cos, sin = (t[:, :, None] for t in self._rotation(positions_of(mask)))
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
         # A padded row attends to itself, so that its softmax is not empty; nobody reads its output.
         visible = (causal & mask[:, None, :]) | torch.eye(length, dtype=torch.bool, device=ids.device)
         x = F.embedding(ids, self.embedding).to(self.dtype)
+        sequences = batch if rows is None else 2 * batch
         caches = []
         for layer in self.layers:
             queries, keys, values = (t.transpose(1, 2) for t in self._queries_keys_values(layer, x, cos, sin))
@@ -172,7 +196,8 @@ class TokenSampler:
             )
             x = x + F.linear(attended.transpose(1, 2).flatten(2), layer.out)
             x = self._mlp(layer, x)
-            shape = (batch, self.kv_heads, self.head_dim, steps)
+            keys, values = (t if rows is None else t[rows] for t in (keys, values))
+            shape = (sequences, self.kv_heads, self.head_dim, steps)
             caches.append(
                 _Cache(
                     prompt_keys=keys.transpose(2, 3).contiguous(),
@@ -181,7 +206,8 @@ class TokenSampler:
                     values=x.new_zeros(shape).transpose(2, 3).contiguous(),
                 )
             )
-        return caches, self._final(x[:, -1])
+        last = self._final(x[:, -1])
+        return caches, *((last, mask) if rows is None else (last[rows], mask[rows]))
 
     def _decode_layer(
         self,

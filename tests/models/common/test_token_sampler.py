@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagerl.models.blip3o_next.ar_sampler import TokenSampler, effective_weight
 from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.models.common.token_sampler import effective_weight
 from imagerl.models.common.tokens import draw_tokens
 from imagerl.rl.types import SamplingParams, TokenTrajectory
 from tests.models.helpers import CAPTIONS, add_lively_lora, lively_policy, uniforms
@@ -95,7 +95,8 @@ def test_a_refreshed_sampler_follows_the_weights() -> None:
 def test_bfloat16_is_close_and_its_log_probs_are_still_float32() -> None:
     policy = lively_policy()
     ids, mask = policy.encode_prompts(CAPTIONS)
-    drawn = TokenSampler(policy.trainable, torch.bfloat16).sample(ids, mask, uniforms(policy, 9), 1.0)
+    policy.sampler_dtype = torch.bfloat16
+    drawn = policy.sample_tokens({"ids": ids, "mask": mask}, uniforms(policy, 9), SamplingParams())
     logprobs, hidden = replay(policy, drawn, 1.0)
     assert drawn.states["hidden"].dtype == torch.bfloat16 and drawn.rollout_logprobs.dtype == torch.float32
     gap = (drawn.rollout_logprobs - logprobs).abs()
