@@ -137,6 +137,10 @@ class Policy(Protocol):
         """Lay out the present weights for sampling. Called after every update, parameters gathered."""
         ...
 
+    def release_sampler(self) -> None:
+        """Free what `refresh_sampler` has laid out: nothing is drawn until it is called again."""
+        ...
+
     def sample_tokens(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> TokenTrajectory:
         """Draw tokens for uniforms [B, T] in [0, 1) float64, one number each: a sample depends on its own alone."""
         ...
@@ -174,6 +178,12 @@ class Policy(Protocol):
     def freeze(self, patterns: Sequence[str]) -> None:
         """Leave parameters of `trainable` as they are whose names match a pattern. Raises ImageRLError when one matches
         none."""
+        ...
+
+    def recompute(self) -> None:
+        """Keep only the inputs of layers for the backward pass, of `trainable` and of a decoder that trains (activation
+        checkpointing): less memory, a third more time. Prompts are then read once for each sample, P = B. Raises
+        ImageRLError when the family cannot."""
         ...
 
     def train_decoder(self) -> DecoderPolicy:

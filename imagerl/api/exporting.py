@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from imagerl.models.base import Policy, Proof
 from imagerl.models.common.adapters import adapter_base
 from imagerl.models.common.settings import stored_sampling
+from imagerl.models.common.shards import Shards
 from imagerl.models.families import base_folder, family_of, load_policy, model_folder
 from imagerl.rl.config.recipe import validate_recipe
 from imagerl.rl.config.sft import AnyRecipe, SFTRecipe
@@ -35,10 +37,7 @@ from imagerl.rl.sft.objective import sft_module
 from imagerl.rl.training.halves import trained_module
 from imagerl.rl.types import Prompt
 
-PROOF_PROMPTS = (
-    Prompt(0, 'a sign that says "RIVER" in red on a white background'),
-    Prompt(1, 'a sign that says "472" in blue on a yellow background'),
-)
+PROOF_PROMPTS = 2  # by default
 PROOF_SEED = 20_240_203
 PROVENANCE = "provenance.json"
 
@@ -63,8 +62,8 @@ def checkpoint_of(source: Path) -> Path:
 
 
 def recipe_of(source: Path) -> tuple[AnyRecipe, Checkpoint]:
-    """Return a checkpoint, and the recipe of its run."""
-    checkpoint = load_checkpoint(checkpoint_of(source))
+    """Return a checkpoint, verified, its tensors not read, and the recipe of its run."""
+    checkpoint = load_checkpoint(checkpoint_of(source), groups=("model",), read=False)
     stored = dict(checkpoint.state["recipe"])
     schema = SFTRecipe if stored.get("kind") == "sft" else Recipe
     recipe = validate_recipe(schema, stored, f"{checkpoint.folder}/state.json")
@@ -72,12 +71,12 @@ def recipe_of(source: Path) -> tuple[AnyRecipe, Checkpoint]:
     return recipe, checkpoint
 
 
-def trained_policy(recipe: AnyRecipe, checkpoint: Checkpoint) -> Policy:
+def trained_policy(recipe: AnyRecipe, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Policy:
     """Load the policy as it was at a checkpoint. Its own settings are those by which the run drew what it was judged
     by; supervised training leaves them as the model had them."""
-    policy = load_policy(recipe.model.path, family=recipe.model.family)
+    policy = load_policy(recipe.model.path, device, family=recipe.model.family)
     module = sft_module(policy, recipe) if isinstance(recipe, SFTRecipe) else trained_module(policy, recipe)
-    load_trained(module, checkpoint.tensors["model"])
+    load_trained(module, Shards(checkpoint.folder))
     if policy.flow is not None:
         policy.flow.merge_lora()
     if isinstance(recipe, Recipe):
@@ -85,38 +84,50 @@ def trained_policy(recipe: AnyRecipe, checkpoint: Checkpoint) -> Policy:
     return policy
 
 
-def load_trained(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put a checkpoint's weights, named as the trained module names its parameters, into that module.
+def load_trained(module: nn.Module, weights: Shards) -> None:
+    """Put a checkpoint's weights, named as the trained module names its parameters, into that module, one at a time.
 
     Raises ImageRLError when they belong to another model."""
     parameters = dict(module.named_parameters())
-    for name, tensor in weights.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
+    for name in weights.in_order():
+        if name not in parameters or parameters[name].shape != weights.shapes[name]:
             raise ImageRLError(
                 f"the checkpoint's {name} does not fit the model; was model.path replaced since?"
             )
-        parameters[name].data.copy_(tensor)
+        parameters[name].data.copy_(weights.read(name))
+
+
+def proof_prompts(count: int) -> list[Prompt]:
+    """Return the first `count` prompts that are drawn for a proof."""
+    texts = ['"RIVER" in red on a white', '"472" in blue on a yellow']
+    texts += [f'"{number}" in black on a white' for number in range(count)]
+    return [Prompt(i, f"a sign that says {text} background") for i, text in enumerate(texts[:count])]
 
 
 @torch.no_grad()
-def proof_samples(policy: Policy) -> dict[str, Tensor]:
-    """Return tokens [P, T] and pixels [P, 3, H, W] of fixed prompts and random numbers: what an export must repeat."""
+def proof_samples(policy: Policy, prompts: Sequence[Prompt] | None = None) -> dict[str, Tensor]:
+    """Return tokens [P, T] and pixels [P, 3, H, W] of prompts with fixed random numbers: what an export must repeat.
+    None: those of a proof by default."""
+    prompts = proof_prompts(PROOF_PROMPTS) if prompts is None else prompts
+    if not prompts:
+        return {}
     policy.refresh_sampler()
     rollout = RolloutEngine(policy, policy.sampling, PROOF_SEED, nullcontext)
-    uniforms, noise = rollout.uniforms("proof", PROOF_PROMPTS, 1), rollout.noise("proof", PROOF_PROMPTS, 1)
-    prompts = policy.encode(PROOF_PROMPTS)
-    trajectory = policy.sample_tokens(prompts, uniforms, policy.sampling)
-    pixels = policy.decode(prompts, trajectory, noise, policy.sampling)
-    return {"tokens": trajectory.tokens, "pixels": pixels}
+    uniforms, noise = rollout.uniforms("proof", prompts, 1), rollout.noise("proof", prompts, 1)
+    encoded = policy.encode(prompts)
+    trajectory = policy.sample_tokens(encoded, uniforms, policy.sampling)
+    pixels = policy.decode(encoded, trajectory, noise, policy.sampling)
+    return {"tokens": trajectory.tokens.cpu(), "pixels": pixels.cpu()}
 
 
-def proof_of(policy: Policy, folder: Path, layout: str, family: str | None) -> Proof:
-    """Return quantities that a policy computes, and the same from its written form, loaded as its users will."""
-    partial = policy.proof(folder, layout, PROOF_PROMPTS)
-    if partial is not None:
-        return partial
-    ours, theirs = proof_samples(policy), proof_samples(load_policy(str(folder), family=family))
-    return {name: (value, theirs[name]) for name, value in ours.items()}
+def weights_digest(policy: Policy) -> Tensor:
+    """Return the SHA-256 of every weight of a policy and its name, as 32 bytes."""
+    digest = hashlib.sha256()
+    for part in policy.parts():
+        for name, tensor in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
 def round_weights(policy: Policy, dtype: torch.dtype) -> None:
@@ -132,13 +143,19 @@ def export(
     adapter_only: bool = False,
     dtype: torch.dtype | None = None,
     layout: str | None = None,
+    device: torch.device | str = "cpu",
+    proof: int = PROOF_PROMPTS,
 ) -> dict[str, Any]:
     """Write the policy of a run or checkpoint in one of its family's layouts and return its provenance.
 
-    The folder appears only once it has been loaded back and has repeated exactly what the policy does: tokens and
-    pixels, or the logits or pixels of the half that was written. With LoRA the adapters are merged, or with
-    `adapter_only` kept as a PEFT adapter beside the path of what it stands on: what the run began from, or the base of
-    that where the run went on training its adapter. Those of a trained decoder are always merged.
+    The folder appears only once it has been loaded back and has repeated exactly what the policy is and does: its
+    weights, and the tokens and pixels of `proof` prompts, or the logits or pixels of the half that was written. With
+    LoRA the adapters are merged, or with `adapter_only` kept as a PEFT adapter beside the path of what it stands on:
+    what the run began from, or the base of that where the run went on training its adapter. Those of a trained decoder
+    are always merged.
+
+    Host memory is that of one policy in float32 and a tenth more; with `proof` that of the sampler's copy comes on top.
+    On another `device` it is that of a few tensors.
 
     Raises ImageRLError when `target` exists, the source has no checkpoint, or the proof fails."""
     if target.exists():
@@ -151,7 +168,7 @@ def export(
         raise ImageRLError(f"there is no layout {layout!r}; choose one of {', '.join(layouts)}")
     if adapter_only and layout != own:
         raise ImageRLError(f"an adapter has a layout of its own; export without --layout {layout}")
-    policy = trained_policy(recipe, checkpoint)
+    policy = trained_policy(recipe, checkpoint, device)
     if adapter_only and policy.flow is not None:
         raise ImageRLError(
             "the run trained the decoder, which no adapter file holds; export without --adapter"
@@ -170,20 +187,33 @@ def export(
             policy.save_adapter(temporary, base)
         else:
             policy.save(temporary, layout, base_folder(recipe.model.path), dtype)
-        proof = proof_of(policy, temporary, layout, recipe.model.family)
-        for what, (values, found) in proof.items():
+        prompts, family, sampling = proof_prompts(proof), recipe.model.family, policy.sampling
+        pairs = policy.proof(temporary, layout, prompts or proof_prompts(1))
+        if pairs is None:
+            ours = proof_samples(policy, prompts)
+            if layout == own and not adapter_only:  # other layouts may leave parts out
+                ours["weights"] = weights_digest(policy)
+            del policy  # before the written one needs its memory
+            gc.collect()
+            again = load_policy(str(temporary), device, family=family)
+            theirs = proof_samples(again, prompts)
+            theirs |= {"weights": weights_digest(again)} if "weights" in ours else {}
+            pairs = {name: (value, theirs[name]) for name, value in ours.items()}
+        for what, (values, found) in pairs.items():
             if not torch.equal(values, found):
                 share = float((values != found).float().mean())
                 raise ImageRLError(
                     f"the export does not repeat the run's {what} ({share:.1%} differ); nothing was written"
                 )
-        provenance = describe(recipe, checkpoint.folder, temporary, layout, proof)
-        provenance |= {"what": layouts[layout], "sampling": stored_sampling(policy.sampling)}
+        provenance = describe(recipe, checkpoint.folder, temporary, layout, pairs, prompts)
+        provenance |= {"what": layouts[layout], "sampling": stored_sampling(sampling)}
         (temporary / PROVENANCE).write_text(to_json(provenance, indent=2) + "\n", encoding="utf-8")
     return provenance
 
 
-def describe(recipe: AnyRecipe, checkpoint: Path, folder: Path, layout: str, proof: Proof) -> dict[str, Any]:
+def describe(
+    recipe: AnyRecipe, checkpoint: Path, folder: Path, layout: str, proof: Proof, prompts: Sequence[Prompt]
+) -> dict[str, Any]:
     """Tell where a model came from: recipe, step, last metrics, versions, hashes of every file."""
     step = step_of(checkpoint)
     metrics: dict[str, Any] = {}
@@ -201,7 +231,7 @@ def describe(recipe: AnyRecipe, checkpoint: Path, folder: Path, layout: str, pro
         "versions": package_versions(),
         "sha256": hashes,
         "proof": {
-            "prompts": [prompt.text for prompt in PROOF_PROMPTS],
+            "prompts": [prompt.text for prompt in prompts],
             **{
                 f"{name}_sha256": hashlib.sha256(value.cpu().numpy().tobytes()).hexdigest()
                 for name, (value, _) in proof.items()

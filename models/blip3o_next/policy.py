@@ -216,6 +216,21 @@ class ImagePolicy(BasePolicy):
             model, image_rows, lambda hidden: F.linear(hidden, head), self.sampler_dtype
         )
 
+    def release_sampler(self) -> None:
+        self._sampler = None
+
+    def recompute(self) -> None:
+        """Let transformers and the decoder recompute layers. transformers does so in training mode only, in which
+        Qwen3 without dropout is what it is otherwise."""
+        if self.trainable.lm.config.attention_dropout:
+            raise ImageRLError(
+                "attention_dropout in the model's config.json is not 0, so that engine.activation_checkpointing would "
+                "change its log-probs; set it to false"
+            )
+        self.trainable.lm.activation_checkpointing_enable({"use_reentrant": False})
+        self.trainable.lm.train()
+        self.decoder.sana.enable_gradient_checkpointing()
+
     def sample_tokens(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> TokenTrajectory:
         """Draw tokens for uniforms [P·G, T] after P prompts; see `TokenSampler.sample`."""
         if self._sampler is None:

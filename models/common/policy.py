@@ -56,6 +56,14 @@ class BasePolicy:
     def refresh_sampler(self) -> None:
         """Do nothing: the present weights draw."""
 
+    def release_sampler(self) -> None:
+        """Do nothing: no copy of them is held."""
+
+    def recompute(self) -> None:
+        raise ImageRLError(
+            "this model cannot recompute activations; set engine.activation_checkpointing=false"
+        )
+
     def train_decoder(self) -> DecoderPolicy:
         raise ImageRLError(
             "this model's decoder does not train: it has no denoising steps; remove algorithm.flow"

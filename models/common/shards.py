@@ -25,7 +25,7 @@ from imagerl.rl.types import ImageRLError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5_000_000_000  # the size at which the Hugging Face libraries begin a new file
+SHARD_BYTES = 2_000_000_000  # one is in memory beside the model while it is converted
 MAX_HEADER = 100_000_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 DTYPES = {

@@ -23,15 +23,38 @@ def export(
             help="default: the model's own to go on with; of BLIP3o-NEXT also blip3o, qwen3 or diffusers"
         ),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="where the policy is loaded: cpu, or cuda, much faster")
+    ] = "cpu",
+    proof: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=64,
+            help="prompts whose tokens and pixels must be repeated; weights are compared in any case",
+        ),
+    ] = 2,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="upload it there, with a model card")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="make a new repository public")] = False,
 ) -> None:
     """Write a trained policy for others and prove that it does the same when it is loaded again."""
     import torch
 
     from imagerl.api.exporting import export as write_export
+    from imagerl.api.publishing import push, reserve
 
     dtypes = {"fp32": None, "bf16": torch.bfloat16}
     if dtype not in dtypes:
         raise ImageRLError(f"--dtype must be fp32 or bf16, not {dtype!r}")
-    provenance = write_export(source, target, adapter, dtypes[dtype], layout)
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ImageRLError(f"--device must be cpu, or cuda where there is a GPU, not {device!r}")
+    if push_to_hub:
+        reserve(push_to_hub, public)
+    provenance = write_export(source, target, adapter, dtypes[dtype], layout, device, proof)
     proved = " and ".join(key.removesuffix("_sha256") for key in provenance["proof"] if key != "prompts")
-    print(f"{target}: step {provenance['step']}, {provenance['what']}; reloaded and proved equal in {proved}")
+    proved = f"reloaded and proved equal in {proved}" if proved else "reloaded"
+    print(f"{target}: step {provenance['step']}, {provenance['what']}; {proved}")
+    if push_to_hub:
+        print(push(target, push_to_hub, provenance))

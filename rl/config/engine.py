@@ -57,6 +57,9 @@ class OptimConfig(RecipeModel):
 class EngineConfig(RecipeModel):
     name: Literal["torch", "deepspeed"] = Field("torch", description="what runs the training")
     zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="ZeRO stage, deepspeed only (there 1)")
+    activation_checkpointing: bool = Field(
+        False, description="recompute layers in the backward pass: far less memory, a third more time"
+    )
     offload_optimizer: bool = Field(
         False,
         description="keep ZeRO's optimizer state in host memory and update there; slower, saves 8 bytes a "

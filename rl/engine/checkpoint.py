@@ -177,10 +177,10 @@ def step_of(folder: Path) -> int:
 
 
 def load_checkpoint(
-    folder: str | Path, groups: Collection[str] | None = None, verify: bool = True
+    folder: str | Path, groups: Collection[str] | None = None, verify: bool = True, read: bool = True
 ) -> Checkpoint:
     """Read and verify one checkpoint folder, or only these `groups` of its tensors. Without `verify` contents are not
-    hashed: another process has done so.
+    hashed: another process has done so. Without `read` tensors are verified only.
 
     Raises:
         DamagedCheckpoint: a file is missing, truncated or altered.
@@ -222,7 +222,9 @@ def load_checkpoint(
         if verify and _sha256(path) != expected.sha256:
             raise _damaged(path, "its SHA-256 is not the one in the manifest")
     tensors = {
-        name.removesuffix(TENSORS): load_file(folder / name) for name in wanted if name.endswith(TENSORS)
+        name.removesuffix(TENSORS): load_file(folder / name)
+        for name in wanted
+        if read and name.endswith(TENSORS)
     }
     state = _read_json(folder / STATE)
     try:

@@ -43,6 +43,7 @@ class StepShape:
     sampler_dtype: torch.dtype
     storage: torch.dtype  # of frozen weights
     bf16: bool  # autocast
+    recompute: bool = False  # layers, in the backward pass
     edits: int = 0  # pictures to edit that are read together; 0: prompts are captions
 
     @property
@@ -125,6 +126,8 @@ def token_half_bytes(
     half = policy.trainable
     weights = sum(p.numel() for p in half.parameters())
     half.requires_grad_(True).eval()
+    if shape.recompute:
+        policy.recompute()
     if lora is not None:  # here, where PEFT may still move modules about
         policy.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
         policy.freeze_reference()

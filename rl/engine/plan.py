@@ -62,13 +62,14 @@ def step_shape(
         prompt_tokens=prompt_tokens,
         image_tokens=canvas.tokens,
         micro_batch=micro_batch,
-        share=rollout.group_size if whole_groups else 1,
+        share=rollout.group_size if whole_groups and not engine.activation_checkpointing else 1,
         guidance=rollout.guidance,
         token_guidance=rollout.token_guidance,
         noise=canvas.noise,
         sampler_dtype=types[engine.precision],
         storage=types[recipe.model.dtype],
         bf16=engine.precision == "bf16",
+        recompute=engine.activation_checkpointing,
         edits=max(sampled, evaluated) if edits else 0,
     )
 
@@ -84,7 +85,6 @@ def make_plan(recipe: Recipe, gpus: int, shape: StepShape, language: Bytes, deco
         "language model, trained": trained / (gpus if stage == 3 else 1),
         "language model, frozen": round(language["weights"] - language["trained_base"]) * storage,
         "KL reference": language["weights"] * storage if copied else 0.0,
-        "sampler's copy of the weights": language["sampler"],
         **{
             name.removeprefix("part "): count * storage
             for name, count in decoder.items()
@@ -108,12 +108,14 @@ def make_plan(recipe: Recipe, gpus: int, shape: StepShape, language: Bytes, deco
     update = 2 * language["largest"] * FLOAT32 if on_cpu else trained / shards
     if stage:
         update += trained / gpus  # the averaged gradients of this rank's share
+    sampler = language["sampler"]
     whole = trained if stage == 3 else 0.0  # gathered while the sampler copies them
     phases = {
-        "copying weights for sampling": language["laying_out"] - language["sampler"] + whole,
-        "sampling tokens": language["sampling"],
-        **({"reading pictures to edit": decoder["reading"]} if "reading" in decoder else {}),
-        "drawing pictures": decoder["drawing"] + language["hidden"],
+        # with the sampler's copy of the weights, which is released before the update
+        "copying weights for sampling": language["laying_out"] + whole,
+        "sampling tokens": sampler + language["sampling"],
+        **({"reading pictures to edit": sampler + decoder["reading"]} if "reading" in decoder else {}),
+        "drawing pictures": sampler + decoder["drawing"] + language["hidden"],
         "scoring by the reference": language["reference"] if recipe.algorithm.kl_coef > 0 else 0.0,
         "forward and backward": activations + (held if several else 0.0),
         "optimizer step": held + update,

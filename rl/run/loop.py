@@ -102,11 +102,20 @@ class Loop:
     def _execute(self) -> dict[str, Any] | None:
         stopping = Stopping(self.recipe.checkpoint.grace_s, self._rescue, self._leave)
         try:
-            with stopping:
-                self.finished = self._drive(stopping)
+            with (
+                stopping
+            ):  # also while the last step is saved: launchers send SIGTERM when another process ends
+                self.finished = self._driven(stopping)
+                return self._conclude()
         except KeyboardInterrupt:
             if not stopping.given_up:
                 raise
+        return self._conclude()
+
+    def _driven(self, stopping: Stopping) -> bool:
+        """Do what `_drive` does; whatever goes wrong, the last finished step is saved."""
+        try:
+            return self._drive(stopping)
         except Exception as error:
             self._rescue()
             if self._rescued() and self.kept:
@@ -114,6 +123,9 @@ class Loop:
             if lost := self.engine.lost_others(error):
                 raise ImageRLError(f"{lost}; continue with --resume") from error
             raise
+
+    def _conclude(self) -> dict[str, Any] | None:
+        """Finish a run that is done, or was stopped; see `execute`."""
         if not self.finished:
             self.saver.wait()
             self.note(self._where_stopped())

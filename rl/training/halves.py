@@ -70,6 +70,8 @@ def trained_module(policy: Policy, recipe: Recipe) -> nn.Module:
         torch.manual_seed(derive_seed(recipe.run.seed, "lora"))  # adapters begin at random
         policy.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
     policy.freeze(recipe.model.freeze)
+    if recipe.engine.activation_checkpointing:
+        policy.recompute()
     flow = recipe.algorithm.flow
     if flow is None:
         return policy.trainable

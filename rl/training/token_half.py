@@ -82,7 +82,9 @@ class TokenHalf:
     def arguments(self, part: TrainBatch) -> tuple[Rows, Tensor, SamplingParams]:
         """Return the policy's arguments for a microbatch. One of whole groups names each prompt once."""
         group = self.recipe.rollout.group_size
-        share = group if self.recipe.engine.micro_batch_size % group == 0 else 1
+        engine = self.recipe.engine
+        together = engine.micro_batch_size % group == 0 and not engine.activation_checkpointing
+        share = group if together else 1
         return select(part.prompts, slice(None, None, share)), part.tokens, self.sampled_with
 
     def frozen(self, part: TrainBatch, old: TokenScores | None) -> dict[str, Tensor]:

@@ -75,8 +75,10 @@ class Trainer:
                 gather=self.engine.gather_objects,
                 rank=self.engine.rank,
             )
+            self.policy.release_sampler()
             batches = self._score_frozen(self._assemble(groups, step))
         else:
+            self.policy.release_sampler()
             batches = self._score_frozen(self._assemble(groups, step))  # rewards are still being computed
             scores = drawn = self._collect(tickets)
         drawn = merge_scores(self.engine.gather_objects(drawn))

@@ -19,6 +19,7 @@ from imagerl.api.drawing import loaded_rollout
 from imagerl.api.exporting import PROVENANCE, export, proof_samples, recipe_of, trained_policy
 from imagerl.models.blip3o_next import loading
 from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.models.common.shards import Shards
 from imagerl.rl.config.sft import AnyRecipe
 from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.engine.checkpoint import load_checkpoint
@@ -252,7 +253,7 @@ def test_a_run_without_a_checkpoint(place: Path, tmp_path: Path) -> None:
 
 
 def test_another_model_under_the_run_is_noticed(place: Path, tmp_path: Path) -> None:
-    checkpoint = load_checkpoint(place / "full" / "checkpoints" / "step_000002").tensors["model"]
+    checkpoint = Shards(place / "full" / "checkpoints" / "step_000002")
     policy, _ = load_policy(str(micro_folder(tmp_path / "wider", hidden_size=64)))
     with pytest.raises(ImageRLError, match=r"does not fit the model; was model\.path replaced since"):
         export_module.load_trained(policy.trainable, checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,6 +105,17 @@ def test_parameters_are_counted() -> None:
     assert decoder["part autoencoder"] == sum(p.numel() for p in policy.decoder.vae.parameters())
     counts = (decoder["part connector and decoder"], decoder["part autoencoder"])
     assert sum(counts) == sum(p.numel() for p in policy.decoder.parameters())
+
+
+def test_recomputing_layers_leaves_one_at_a_time() -> None:
+    layers = 12
+    plain, recomputed = (
+        language_model_bytes(empty_policy(config(layers), None), replace(SHAPE, recompute=recompute))
+        for recompute in (False, True)
+    )
+    activations = [cost["update_first"] - cost["gradients"] for cost in (plain, recomputed)]
+    assert activations[1] < 0.4 * activations[0]
+    assert plain["reference"] == recomputed["reference"]
 
 
 def test_keys_and_values() -> None:

@@ -17,12 +17,12 @@ from imagerl.rl.files.metrics import read_metrics
 from imagerl.rl.run import loop
 from imagerl.rl.run.folder import LOCK, RunFolder
 from imagerl.rl.training.trainer import Trainer
+from tests.command import call
 from tests.rl.run.helpers import (
     STEPS,
     VARIANTS,
     arguments,
     being_written,
-    call,
     logged_steps,
     measured,
     results,

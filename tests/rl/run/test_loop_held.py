@@ -21,9 +21,9 @@ import pytest
 from imagerl.rl.engine.checkpoint import list_checkpoints
 from imagerl.rl.run.folder import LOCK, RunFolder
 from imagerl.rl.training.trainer import Trainer
+from tests.command import call
 from tests.rl.run.helpers import (
     arguments,
-    call,
     logged_steps,
     measured,
     results,

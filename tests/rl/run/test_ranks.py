@@ -9,23 +9,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imagerl.rl.engine.checkpoint import list_checkpoints
-from tests.rl.run.helpers import arguments, call, logged_steps, measured
+from tests.command import call
+from tests.rl.run.helpers import arguments, logged_steps, measured
 from tests.small_run import RANK_PROGRAM, Command
 
 ROOT = Path(__file__).parents[3]
 ZERO2 = ("engine.name=deepspeed", "engine.zero_stage=2")
 # After two steps the other rank gets no further, or ends; the first one waits for it in a collective.
 FATE = """
-def {name}(completions, **_):
+shares = low_tokens
+
+def low_tokens(completions, **_):
     import os, pathlib, time
     done = pathlib.Path({metrics!r})
     if os.environ.get("RANK") == "1" and done.exists() and done.read_text().count('"loss"') == 2:
         {what}
-    return low_tokens(completions)
+    return shares(completions)
 """
 
 
@@ -53,14 +57,21 @@ class Ranks:
 def with_fate(place: Path, name: str, what: str) -> list[str]:
     """The arguments of a run of two ranks on which a fate falls."""
     file = place / f"{name}.py"
-    fate = FATE.format(name=name, metrics=str(place / name / "metrics.jsonl"), what=what)
+    fate = FATE.format(metrics=str(place / name / "metrics.jsonl"), what=what)
     file.write_text((place / "reward.py").read_text() + fate)
-    reward = f"rewards.functions=[{{import_path: {file}:{name}, name: low_tokens}}]"
+    reward = f"rewards.functions=[{{import_path: {file}:low_tokens}}]"
     return arguments(place, "full", name, reward, "checkpoint.every=0", "checkpoint.grace_s=1", *ZERO2)
 
 
+def compared(run: Path) -> list[dict[str, Any]]:
+    """Every step, and the last evaluation without its monitors: a run that ended in between evaluated more often."""
+    records = measured(run)
+    last = {key: value for key, value in records[-1].items() if key.startswith("eval/")}
+    return [*(record for record in records if "loss" in record), last]
+
+
 def assert_like(run: Path, whole: Path) -> None:
-    for one, other in zip(measured(run), measured(whole), strict=True):
+    for one, other in zip(compared(run), compared(whole), strict=True):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
@@ -99,7 +110,7 @@ def test_other_processes_take_over(
     assert "Traceback" not in output.split("held-out after step 0")[-1].split("torch/distributed")[0]
     assert [path.name for path in list_checkpoints(killed / "checkpoints")] == ["step_000002"]
 
-    reward = f"rewards.functions=[{{import_path: {killed}.py:killed, name: low_tokens}}]"
+    reward = f"rewards.functions=[{{import_path: {killed}.py:low_tokens}}]"
     assert call(*arguments(place, "full", "killed", reward, "--resume")) == 0
     assert_like(killed, undisturbed["full"])
 

@@ -331,8 +331,9 @@ def test_a_sampler_that_disagrees_stops_the_run() -> None:
 def test_a_stale_sampler_is_noticed() -> None:
     """The weights change with every update, so sampling from older ones must show."""
     trainer = small_trainer("optim.lr=0.02")
+    trainer.policy.refresh_sampler()
+    trainer.policy.release_sampler = trainer.policy.refresh_sampler = lambda: None  # type: ignore[method-assign]
     trainer.step(0)
-    trainer.policy.refresh_sampler = lambda: None  # type: ignore[method-assign]
     with pytest.raises(ImageRLError, match="sampler and trainer disagree"):
         trainer.step(1)
 

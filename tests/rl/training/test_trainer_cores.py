@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from imagerl.rl.files.metrics import is_timing
 from tests.small_run import small_trainer
 
 
@@ -36,6 +37,19 @@ def test_a_core_is_left_to_the_scoring_and_taken_back(monkeypatch: pytest.Monkey
     assert used["draw"][0] == 3 and set(used["draw"][1:]) == {2}  # nothing to score before the first pictures
     assert set(used["reference"]) == {2}
     assert set(used["update"]) == {3}
+
+
+@pytest.mark.parametrize(
+    "what", ["model.lora=null", "model.lora={r: 4}", "algorithm.flow={name: flow_grpo, joint: true}"]
+)
+def test_recomputed_layers_give_the_same_step(what: str) -> None:
+    metrics = []
+    for on in ("false", "true"):
+        trainer = small_trainer(what, "rollout.flow_steps=3", f"engine.activation_checkpointing={on}")
+        metrics.append([{k: v for k, v in trainer.step(n).items() if not is_timing(k)} for n in range(2)])
+        assert trainer.policy._sampler is None  # its copy of the weights is gone before the update
+    for one, other in zip(*metrics, strict=True):
+        assert other == pytest.approx(one, rel=1e-5, abs=1e-6)
 
 
 class Rows:
