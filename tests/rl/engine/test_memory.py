@@ -110,7 +110,7 @@ def test_parameters_are_counted() -> None:
 def test_recomputing_layers_leaves_one_at_a_time() -> None:
     layers = 12
     plain, recomputed = (
-        language_model_bytes(empty_policy(config(layers), None), replace(SHAPE, recompute=recompute))
+        token_half_bytes(empty_policy(config(layers), None), replace(SHAPE, recompute=recompute))
         for recompute in (False, True)
     )
     activations = [cost["update_first"] - cost["gradients"] for cost in (plain, recomputed)]
