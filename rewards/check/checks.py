@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -166,18 +167,19 @@ def _differences(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
 
 def _compare(
     name: str,
-    call: Callable[[], tuple[np.ndarray, np.ndarray]],
+    first: RewardValues,
     pictures: Sequence[CheckPicture],
-    scale: float,
+    call: Callable[[], np.ndarray],
     good: str,
     bad: str,
 ) -> Finding:
-    """Compare two calls on the same pictures; `bad` may use {picture}, {before} and {after}."""
+    """Compare a call with the first one on the same pictures; `bad` may use {picture}, {before} and {after}."""
+    before = first.values[: len(pictures)]
     try:
-        before, after = call()
+        after = call()
     except (Failure, ImageRLError) as error:
         return Finding(name, "fail", f"the call failed: {error}")
-    wrong = np.flatnonzero(_differences(before, after, scale))
+    wrong = np.flatnonzero(_differences(before, after, spread_of(first.values)))
     if not wrong.size:
         return Finding(name, "pass", good)
     at = int(wrong[0])
@@ -190,32 +192,22 @@ def _number(value: float) -> str:
 
 
 def _repeat(reward: LoadedReward, pictures: Sequence[CheckPicture], first: RewardValues) -> Finding:
-    return _compare(
-        "repeat",
-        lambda: (first.values, score_pictures(reward, pictures).values),
-        pictures,
-        spread_of(first.values),
-        "the same pictures earn the same again",
+    good = "the same pictures earn the same again"
+    bad = (
         "{picture} earned {before}, and in a second call {after}; seed what is random, put models in eval mode, "
-        "keep nothing between calls",
+        "keep nothing between calls"
     )
+    return _compare("repeat", first, pictures, lambda: score_pictures(reward, pictures).values, good, bad)
 
 
 def _order(reward: LoadedReward, pictures: Sequence[CheckPicture], first: RewardValues) -> Finding:
     """Reverse the batch: pictures of a prompt stay together, and every one moves."""
-
-    def call() -> tuple[np.ndarray, np.ndarray]:
-        return first.values, score_pictures(reward, pictures[::-1]).values[::-1]
-
-    return _compare(
-        "batch order",
-        call,
-        pictures,
-        spread_of(first.values),
-        "does not matter",
+    bad = (
         "{picture} earned {before}, and {after} with the batch reversed; score each picture by itself and return "
-        "values in the order of the pictures",
+        "values in the order of the pictures"
     )
+    backwards = lambda: score_pictures(reward, pictures[::-1]).values[::-1]  # noqa: E731
+    return _compare("batch order", first, pictures, backwards, "does not matter", bad)
 
 
 def _batch_size(
@@ -225,36 +217,21 @@ def _batch_size(
     few = pictures[:SINGLES]
     times: list[float] = []
 
-    def call() -> tuple[np.ndarray, np.ndarray]:
+    def call() -> np.ndarray:
         values = []
-        for part in _by_prompt(few) if grouped else ([picture] for picture in few):
+        for _, part in groupby(few, (lambda p: p.prompt.index) if grouped else id):
             started = time.perf_counter()
-            values.append(score_pictures(reward, part).values)
+            values.append(score_pictures(reward, list(part)).values)
             times.append((time.perf_counter() - started) * 1e3)
-        return first.values[: len(few)], np.concatenate(values)
+        return np.concatenate(values)
 
     unit = "the pictures of a prompt alone" if grouped else "alone"
-    finding = _compare(
-        "batch size",
-        call,
-        few,
-        spread_of(first.values),
-        f"{unit} or with others: the same",
+    bad = (
         f"{{picture}} earned {{before}} among {len(pictures)} pictures and {{after}} {unit}; how many pictures a "
-        "call holds is not promised, so divide by nothing that is taken over the batch",
+        "call holds is not promised, so divide by nothing that is taken over the batch"
     )
+    finding = _compare("batch size", first, few, call, f"{unit} or with others: the same", bad)
     return finding, float(np.median(times)) if times else np.nan
-
-
-def _by_prompt(pictures: Sequence[CheckPicture]) -> Iterator[list[CheckPicture]]:
-    part: list[CheckPicture] = []
-    for picture in pictures:
-        if part and picture.prompt.index != part[0].prompt.index:
-            yield part
-            part = []
-        part.append(picture)
-    if part:
-        yield part
 
 
 def _refusals(
