@@ -123,7 +123,7 @@ def proof_samples(policy: Policy, prompts: Sequence[Prompt] | None = None) -> di
 def weights_digest(policy: Policy) -> Tensor:
     """Return the SHA-256 of every weight of a policy and its name, as 32 bytes."""
     digest = hashlib.sha256()
-    for part in policy.parts():
+    for part in policy.parts().values():
         for name, tensor in sorted(part.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
