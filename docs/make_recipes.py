@@ -6,7 +6,7 @@ Run by `make docs`. tests/test_docs.py fails when the page and the schemas diffe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -114,6 +114,8 @@ def kinds(annotation: Any) -> Iterator[str]:
         yield "list"
     elif origin is tuple:
         yield f"list of {len(arguments)} numbers"
+    elif origin is Callable:
+        yield "function"
     elif origin is dict or is_section(annotation):
         yield "mapping"
     elif origin is Annotated:

@@ -66,19 +66,27 @@ class RewardSpec:
     python: str | None = None
     runtime_env: Mapping[str, Any] | None = None
     half: Half = "both"
+    function: RewardFn | None = None  # given in Python; `target` is then only its name
 
     @classmethod
     def from_mapping(cls, entry: Mapping[str, Any]) -> RewardSpec:
-        """Read `{name | import_path | url, weight, gate, python, runtime_env, half, **settings}`; a None stands for
-        an absent key."""
+        """Read `{name | import_path | url, weight, gate, function, python, runtime_env, half, **settings}`; a None
+        stands for an absent key."""
         settings = dict(entry)
         weight, gate = settings.pop("weight", None), settings.pop("gate", None)
         python, runtime_env = settings.pop("python", None), settings.pop("runtime_env", None)
+        function = settings.pop("function", None)
         half: Half = settings.pop("half", None) or "both"
         sources = [settings.pop(key, None) for key in ("name", "import_path", "url")]
         targets = [target for target in sources if target is not None]
         if len(targets) != 1:
             raise ImageRLError(f"a reward needs exactly one of name, import_path and url, got {dict(entry)}")
+        if isinstance(function, str):
+            raise ImageRLError(
+                f"reward {targets[0]!r} was a function given in Python, of which only the source is kept: give it "
+                "again, as in imagerl.train(recipe, rewards=..., resume=True), or save it in a file and name it by "
+                f"import_path: file.py:{targets[0]}"
+            )
         return cls(
             targets[0],
             1.0 if weight is None else weight,
@@ -87,6 +95,7 @@ class RewardSpec:
             python,
             runtime_env,
             half,
+            function,
         )
 
     @property
@@ -94,9 +103,14 @@ class RewardSpec:
         return self.target.startswith(("http://", "https://"))
 
     @property
+    def ships(self) -> bool:
+        """Tell whether it is one of NAMES."""
+        return self.function is None and self.target in NAMES
+
+    @property
     def asks_server(self) -> bool:
         """Tell whether a server must answer."""
-        return self.is_remote or _shipped(self.target)[0] in ("judge", "pairwise")
+        return self.is_remote or (self.ships and _shipped(self.target)[0] in ("judge", "pairwise"))
 
     @property
     def is_isolated(self) -> bool:
@@ -127,11 +141,14 @@ class LoadedReward:
 
 def _resolve(spec: RewardSpec) -> tuple[str, Any]:
     """Return the label and the function or class of a spec, signature and settings checked, nothing constructed."""
-    if spec.is_remote:
+    found: Any
+    if spec.function is not None:
+        label, found = spec.target, spec.function
+    elif spec.is_remote:
         label, found = _label_of_address(spec.target), import_target(REMOTE)
     elif ":" in spec.target or spec.target.endswith(".py"):
         label, found = spec.target.rpartition(":")[2], import_target(spec.target)
-    elif spec.target in NAMES:
+    elif spec.ships:
         label, found = spec.target, import_target(REWARDS[_shipped(spec.target)[0]])
     else:
         meant = hint(spec.target, NAMES, "use one of")
@@ -139,7 +156,7 @@ def _resolve(spec: RewardSpec) -> tuple[str, Any]:
             f"no reward is named {spec.target!r}; {meant} (your own: import_path: file.py:name)"
         )
     check_settings(label, found, _all_settings(spec))
-    if spec.is_remote or spec.target in NAMES:
+    if spec.is_remote or spec.ships:
         _check_types(label, found, _all_settings(spec))
     return label, found
 
@@ -261,7 +278,7 @@ def load_spec(
         settings.setdefault("patience_s", patience_s)
     if columns is not None and spec.is_isolated:
         check_columns(label, needed_columns(found, settings), columns)
-    if spec.is_remote or spec.target in NAMES:
+    if spec.is_remote or spec.ships:
         with before_scoring(f"reward {label!r} could not be constructed"):
             return label, found(**settings)
     return label, construct(label, found, settings, policy)

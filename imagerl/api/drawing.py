@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,18 @@ if TYPE_CHECKING:
     from imagerl.rl.rollout.engine import RolloutEngine
 
 
-def loaded_policy(model: str, family: str | None = None) -> Policy:
-    """Load a policy for inference, on the GPU where there is one."""
+def load_policy(model: str | PathLike[str], family: str | None = None) -> Policy:
+    """Load a model or adapter folder, "tiny", or the result of `train`, for inference, on the GPU where there is one.
+
+    Raises ImageRLError when it is no model."""
     import torch
 
-    from imagerl.models.families import load_policy
+    from imagerl.api.runs import TrainingResult
+    from imagerl.models import families
 
-    return load_policy(model, "cuda" if torch.cuda.is_available() else "cpu", family=family)
+    if isinstance(model, TrainingResult):
+        return model.policy()
+    return families.load_policy(fspath(model), "cuda" if torch.cuda.is_available() else "cpu", family=family)
 
 
 def loaded_rollout(
@@ -37,7 +43,7 @@ def loaded_rollout(
 
     from imagerl.rl.rollout.engine import RolloutEngine
 
-    policy = loaded_policy(model, family)
+    policy = load_policy(model, family)
     own = policy.sampling
     sampling = replace(
         own,

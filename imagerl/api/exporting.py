@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from imagerl.rl.types import Prompt
 PROOF_PROMPTS = 2  # by default
 PROOF_SEED = 20_240_203
 PROVENANCE = "provenance.json"
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def checkpoint_of(source: Path) -> Path:
@@ -123,7 +125,7 @@ def proof_samples(policy: Policy, prompts: Sequence[Prompt] | None = None) -> di
 def weights_digest(policy: Policy) -> Tensor:
     """Return the SHA-256 of every weight of a policy and its name, as 32 bytes."""
     digest = hashlib.sha256()
-    for part in policy.parts():
+    for part in policy.parts().values():
         for name, tensor in sorted(part.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -132,12 +134,58 @@ def weights_digest(policy: Policy) -> Tensor:
 
 def round_weights(policy: Policy, dtype: torch.dtype) -> None:
     """Round every weight to what `dtype` can store, so that the export is compared with what it will hold."""
-    for module in policy.parts():
+    for module in policy.parts().values():
         for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
+class ExportResult:
+    """A model folder that has been written and proved, with its provenance."""
+
+    def __init__(self, folder: Path, provenance: dict[str, Any]) -> None:
+        self.folder = folder
+        self.provenance = provenance
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __repr__(self) -> str:
+        told = self.provenance
+        proved = " and ".join(key.removesuffix("_sha256") for key in told["proof"] if key != "prompts")
+        end = f"reloaded and proved equal in {proved}" if proved else "reloaded"
+        return f"{self.folder}: step {told['step']}, {told['what']}; {end}"
+
+
+def check_storage(dtype: str, device: str) -> None:
+    """Raise ImageRLError for a storage type or a device that there is not."""
+    if dtype not in DTYPES:
+        raise ImageRLError(f"dtype must be fp32 or bf16, not {dtype!r}")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ImageRLError(f"device must be cpu, or cuda where there is a GPU, not {device!r}")
+
+
 def export(
+    source: str | PathLike[str],
+    target: str | PathLike[str],
+    *,
+    adapter: bool = False,
+    dtype: str = "fp32",
+    layout: str | None = None,
+    device: str = "cpu",
+    proof: int = PROOF_PROMPTS,
+) -> ExportResult:
+    """Write the policy of a run or checkpoint as a model folder, weights stored as fp32 or bf16; `layout` is one of its
+    family's, None: the one to go on with; see `write_export`.
+
+    Raises ImageRLError like that."""
+    check_storage(dtype, device)
+    folder = Path(target)
+    return ExportResult(
+        folder, write_export(Path(source), folder, adapter, DTYPES[dtype], layout, device, proof)
+    )
+
+
+def write_export(
     source: Path,
     target: Path,
     adapter_only: bool = False,

@@ -28,7 +28,9 @@ def closing_line(comparison: Mapping[str, Any]) -> str:
     return f"held-out {'; '.join(parts)}"
 
 
-def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
+def run_sft(
+    recipe: SFTRecipe, resume: bool = False, overwrite: bool = False, command: Sequence[str] | None = None
+) -> dict[str, Any] | None:
     """Put a run together and execute it; returns the held-out comparison (empty when nothing is held out), None when
     it was stopped early and on all but the main process."""
     import torch
@@ -107,7 +109,7 @@ def run_sft(recipe: SFTRecipe, resume: bool = False, overwrite: bool = False) ->
             origin = {"base_model": recipe.model.path, "recipe": recipe.model_dump(mode="json")}
             (target / "provenance.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
-        begin_run(engine, folder, recipe, overwrite)
+        begin_run(engine, folder, recipe, overwrite, command)
         run = SFTRun(recipe, folder, trainer, heldout, rollout, checkpoint, save_model)
         return run.execute(resume)
     finally:

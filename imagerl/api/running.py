@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,9 +47,32 @@ def open_run(
     return load_checkpoint(chosen, verify=False)
 
 
-def begin_run(engine: Engine, folder: RunFolder, recipe: Any, overwrite: bool) -> None:
-    """Write the recipe and the environment into the folder, once everything else is found in order."""
-    on_main(engine, lambda: folder.begin(recipe, sys.argv, overwrite))
+def begin_run(
+    engine: Engine, folder: RunFolder, recipe: Any, overwrite: bool, command: Sequence[str] | None
+) -> None:
+    """Write the recipe and the environment into the folder, once everything else is found in order. Of a run begun
+    from Python the command is one that repeats it."""
+    repeat = ["imagerl", recipe.kind, f"{folder.path}/recipe.yaml", "run.output_dir=NEW_FOLDER"]
+    on_main(engine, lambda: folder.begin(recipe, command or repeat, overwrite))
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Inside, settings of the process may change: of torch and Accelerate, environment, random numbers. Afterwards they
+    are as before."""
+    import torch  # before it is looked at  # noqa: F401
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    from imagerl.rewards.boundary.guard import process_kept
+
+    kept = [(state, dict(state._shared_state)) for state in (PartialState, AcceleratorState, GradientState)]
+    with process_kept():
+        try:
+            yield
+        finally:
+            for state, values in kept:
+                state._shared_state.clear()
+                state._shared_state.update(values)
 
 
 def on_main(engine: Engine, action: Callable[[], T]) -> T:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
+    from imagerl.api.recipes import Overrides, Rewards
+    from imagerl.api.runs import TrainingResult
     from imagerl.models.base import PromptReader
+    from imagerl.rl.config.sft import AnyRecipe
     from imagerl.rl.config.train import Recipe
     from imagerl.rl.data.prompt_sets import PromptSet
 
@@ -44,7 +48,51 @@ def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet, PromptReader]:
     return prompts, heldout, reader
 
 
-def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
+def train(
+    recipe: AnyRecipe | str | Path,
+    overrides: Overrides = (),
+    /,
+    *,
+    rewards: Rewards | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    command: Sequence[str] | None = None,
+) -> TrainingResult:
+    """Train as a recipe says, by reinforcement or, where its kind is sft, by supervision.
+
+    Recipe and overrides are those of `load_recipe`; `rewards`, in place of the recipe's, may be functions: see
+    `reward_entries`. They may be called in other processes unless `rewards.workers` is 0. `command` is what the run's
+    record gives as the way to repeat it. What the process had set, of torch, Accelerate, signals, environment and
+    random numbers, is as before when this returns.
+
+    Raises ImageRLError for whatever the caller can mend."""
+    from imagerl.api.recipes import load_recipe
+    from imagerl.api.running import settings_kept
+    from imagerl.api.runs import TrainingResult
+    from imagerl.rl.config.train import Recipe
+
+    sections = {} if rewards is None else {"rewards.functions": rewards}
+    settings = load_recipe(recipe, overrides, **sections)
+    if resume and overwrite:
+        raise ImageRLError("resume continues a run and overwrite deletes it; ask for only one")
+    with settings_kept():
+        if isinstance(settings, Recipe):
+            comparison = run_training(settings, resume, overwrite, command)
+            told = None if comparison is None else closing_line(comparison)
+        else:
+            from imagerl.api.fine_tuning import closing_line as closing_losses
+            from imagerl.api.fine_tuning import run_sft
+
+            comparison = run_sft(settings, resume, overwrite, command)
+            told = closing_losses(comparison) if comparison else None
+    if told is not None:
+        print(told)
+    return TrainingResult(settings.run.output_dir)
+
+
+def run_training(
+    recipe: Recipe, resume: bool = False, overwrite: bool = False, command: Sequence[str] | None = None
+) -> dict[str, Any] | None:
     """Put a run together and execute it; returns the held-out comparison, None when it was stopped early and on
     all but the main process. The run folder is locked first; it is written to only once everything else is found in
     order."""
@@ -106,7 +154,7 @@ def run_training(recipe: Recipe, resume: bool = False, overwrite: bool = False) 
         if checkpoint:
             trainer.restore(checkpoint.state.get("trainer", {}), checkpoint.tensors)
         scorer.wait_until_ready()
-        begin_run(engine, folder, recipe, overwrite)
+        begin_run(engine, folder, recipe, overwrite, command)
         for doubt in recipe.doubts if engine.is_main else ():
             print(f"imagerl: {doubt}", file=sys.stderr)
         return Run(recipe, folder, trainer, heldout.prompts, eval_rollout, checkpoint).execute(resume)

@@ -200,6 +200,19 @@ def users_code() -> Iterator[None]:
 
 
 @contextmanager
+def process_kept() -> Iterator[None]:
+    """Inside, our own code may change what `users_code` keeps. Afterwards it is as before, and what users' code has set
+    is forgotten."""
+    ours = _state()
+    try:
+        yield
+    finally:
+        _switch(ours, _state())
+        _theirs.clear()
+        _their_variables.clear()
+
+
+@contextmanager
 def _signals() -> Iterator[list[int]]:
     """Put signal handlers back; yield a list of the interruptions that came from outside."""
     heard: list[int] = []

@@ -366,6 +366,19 @@ def start_ray(workers: int) -> bool:
     return True
 
 
+def refuse_unsendable(label: str, function: object) -> None:
+    """Raises ImageRLError for a function given in Python that holds what no other process can have."""
+    from ray import cloudpickle
+
+    try:
+        cloudpickle.dumps(function)
+    except Exception as error:
+        raise ImageRLError(
+            f"reward {label!r} cannot be sent to a worker ({error_line(error)}); set rewards.workers=0, or let it make "
+            "what it holds when it is first called"
+        ) from error
+
+
 def actor_class(cpus: int, environment: Mapping[str, Any] | None) -> Any:
     """Return `RewardActor` for Ray, in a runtime environment of its own or in ours. Raises ImageRLError for one
     that Ray does not accept."""

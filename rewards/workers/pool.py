@@ -22,6 +22,7 @@ from imagerl.rewards.workers.actors import (
     actor_class,
     cluster_address,
     refuse_ended_ray,
+    refuse_unsendable,
     start_ray,
     stop_ray,
 )
@@ -114,6 +115,9 @@ class RewardWorkers:
                     load_spec(
                         spec, PATIENCE * timeout_s, columns
                     )  # what an actor says of a dead one is not seen
+        for label, spec in zip(self.labels, self._specs, strict=True):
+            if spec.function is not None:
+                refuse_unsendable(label, spec.function)
         self._owns_ray = start_ray(workers)
         cpus = 0 if self._owns_ray else 1  # nothing else is to be scheduled on a cluster of our own
         self._calls: dict[int, queue.SimpleQueue[Call | None]] = {}  # by place of the reward

@@ -19,10 +19,10 @@ def ask(
     family: Family = None,
 ) -> None:
     """Let a model that reads pictures answer questions about one, each on a line of its own."""
-    from imagerl.api.drawing import loaded_policy, picture_for
+    from imagerl.api.drawing import load_policy, picture_for
     from imagerl.rl.types import Prompt
 
-    policy = loaded_policy(model, family)
+    policy = load_policy(model, family)
     policy.prompts.require([Prompt(number, text) for number, text in enumerate(questions)], questions=True)
     shown = picture_for(policy, picture)
     for answer in policy.answer([shown] * len(questions), questions, max_tokens):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,6 @@ from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
     from imagerl.api.evaluating import Drawing
-    from imagerl.rl.evaluation.stats import Interval
     from imagerl.rl.evaluation.suites import Suite
 
 LAYOUT_ONLY = "it draws for a scorer and measures nothing"
@@ -57,7 +56,7 @@ def evaluate_model(
     family: Family = None,
 ) -> None:
     """Measure a model on held-out prompts with 95 % intervals, compare two, or draw for a benchmark's own scorer."""
-    from imagerl.api.evaluating import Drawing
+    from imagerl.api.evaluating import Drawing, evaluate
     from imagerl.rl.evaluation.suites import find_suite
 
     how = Drawing(seed, samples, batch_size, temperature, guidance, flow_steps, token_guidance, family)
@@ -78,8 +77,25 @@ def evaluate_model(
             raise ImageRLError(f"{option} goes with --layout; prompts of your own stand in a suite file")
     chosen = find_suite(suite)
     refuse_impossible(chosen, ceiling, copy, samples, pictures)
-    measured = "ground truth" if ceiling else "unchanged sources" if copy else model or chosen.model
-    compare(chosen, n, measured, against, how, json, pictures)
+    measured = "ground truth" if ceiling else "unchanged sources" if copy else model
+    result = evaluate(
+        measured,
+        chosen,
+        n,
+        against=against,
+        samples=samples,
+        pictures=pictures,
+        seed=seed,
+        batch_size=batch_size,
+        temperature=temperature,
+        guidance=guidance,
+        flow_steps=flow_steps,
+        token_guidance=token_guidance,
+        family=family,
+    )
+    print(result)
+    if json is not None:
+        print(f"written: {result.save(json)}")
 
 
 def refuse_impossible(
@@ -96,63 +112,6 @@ def refuse_impossible(
         ):
             if given:
                 raise ImageRLError(f"{what}; suite {suite.name!r} draws none")
-
-
-def compare(
-    suite: Suite,
-    n: int | None,
-    measured: str,
-    against: str | None,
-    how: Drawing,
-    json: Path | None,
-    pictures: Path | None,
-) -> None:
-    """Measure one or two models, tell and write what came out."""
-    from imagerl.api.evaluating import STAND_INS, earlier_results, facts_of, measure
-    from imagerl.models.families import load_prompts
-    from imagerl.rl.evaluation.against import compared, differing_settings
-    from imagerl.rl.evaluation.kept_pictures import refuse_filled
-    from imagerl.rl.evaluation.stats import Interval, change, number
-    from imagerl.rl.files.metrics import to_json
-    from imagerl.rl.files.writing import write_atomic
-
-    if pictures is not None:
-        refuse_filled(pictures)
-    prompts = suite.prompts(n or suite.size)
-    facts = facts_of(suite, prompts, how)
-    earlier = earlier_results(against, facts) if against and against.endswith(".json") else None
-    for name in (measured, against if earlier is None else None):
-        if name is not None and name not in STAND_INS:
-            load_prompts(name, how.family).require(
-                prompts, suite.reads
-            )  # a mistake should show before anything is drawn
-    result, own_facts = measure(suite, prompts, measured, how, pictures)
-    document: dict[str, Any] = result.to_dict(**own_facts, **facts)
-    show(result.metrics, facts["gold"])
-    if against is not None:
-        if earlier is None:
-            beside = pictures / "against" if pictures is not None else None
-            other, other_facts = measure(suite, prompts, against, how, beside)
-            earlier = other.to_dict(**other_facts, **facts)
-        document["against"] = compared(earlier, result.per_prompt)
-        if differing := differing_settings(document, earlier):
-            print(f"\nnote: more differs than the model: {', '.join(differing)}")
-        print(f"\nagainst {against}, at the same prompts and random numbers:")
-        for name, row in document["against"]["metrics"].items():
-            means = f"{number(row['model'])} against {number(row['against'])}"
-            print(f"{name:>20}  {means}: {change(Interval.read(row['difference']))}")
-    if json is not None:
-        write_atomic(json, to_json(document, indent=1) + "\n")
-        print(f"written: {json}")
-
-
-def show(metrics: dict[str, Interval], gold: list[str]) -> None:
-    from imagerl.rl.evaluation.stats import number, span
-
-    for name, value in metrics.items():
-        kind = ", gold" if name.partition("/")[0] in gold else ""
-        level = "95 % " if value.bounded else ""
-        print(f"{name:>20}  {number(value.mean)}  ({level}{span(value)}, n={value.n}{kind})")
 
 
 def draw_for_scorer(

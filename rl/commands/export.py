@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from imagerl.rl.errors import ImageRLError
-
 
 def export(
     source: Annotated[Path, typer.Argument(help="run folder, or one of its checkpoints/step_*")],
@@ -40,21 +38,15 @@ def export(
     public: Annotated[bool, typer.Option("--public", help="make a new repository public")] = False,
 ) -> None:
     """Write a trained policy for others and prove that it does the same when it is loaded again."""
-    import torch
-
-    from imagerl.api.exporting import export as write_export
+    from imagerl.api import exporting
     from imagerl.api.publishing import push, reserve
 
-    dtypes = {"fp32": None, "bf16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise ImageRLError(f"--dtype must be fp32 or bf16, not {dtype!r}")
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ImageRLError(f"--device must be cpu, or cuda where there is a GPU, not {device!r}")
+    exporting.check_storage(dtype, device)
     if push_to_hub:
         reserve(push_to_hub, public)
-    provenance = write_export(source, target, adapter, dtypes[dtype], layout, device, proof)
-    proved = " and ".join(key.removesuffix("_sha256") for key in provenance["proof"] if key != "prompts")
-    proved = f"reloaded and proved equal in {proved}" if proved else "reloaded"
-    print(f"{target}: step {provenance['step']}, {provenance['what']}; {proved}")
+    written = exporting.export(
+        source, target, adapter=adapter, dtype=dtype, layout=layout, device=device, proof=proof
+    )
+    print(written)
     if push_to_hub:
-        print(push(target, push_to_hub, provenance))
+        print(push(target, push_to_hub, written.provenance))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,29 +30,19 @@ def sample(
     family: Family = None,
 ) -> None:
     """Draw pictures, or edit one, and a grid of them."""
-    import numpy as np
+    from imagerl.api import sampling
 
-    from imagerl.api.drawing import loaded_rollout, picture_for
-    from imagerl.rl.files.metrics import image_grid, save_image
-    from imagerl.rl.types import Prompt
-
-    model = model or ("tiny" if edit is None else "tiny_edit")
-    rollout = loaded_rollout(model, seed, temperature, guidance, flow_steps, token_guidance, family)
-    columns = {} if edit is None else {"reference": picture_for(rollout.policy, edit)}
-    wanted = [Prompt(index, text, columns) for index, text in enumerate(prompts)]
-    rollout.policy.prompts.require(wanted)
-    captions, images = [], []
-    for (group,) in rollout.generate(wanted, count, "sample", 1, 1):
-        for number, image in enumerate(group.images):
-            save_image(_picture(image), out / f"{group.prompt.index:03d}_{number:02d}.png")
-            captions.append(group.prompt.text)
-            images.append(image)
-    scale = max(1, 192 // images[0].shape[1])
-    grid = save_image(image_grid(np.stack(images), count, captions, scale), out / "grid.png")
-    print(f"{len(images)} pictures and {grid}")
-
-
-def _picture(image: Any) -> Any:
-    from PIL import Image
-
-    return Image.fromarray(image)
+    drawn = sampling.sample(
+        prompts,
+        model,
+        n=count,
+        edit=edit,
+        out=out,
+        seed=seed,
+        temperature=temperature,
+        guidance=guidance,
+        flow_steps=flow_steps,
+        token_guidance=token_guidance,
+        family=family,
+    )
+    print(f"{len(drawn)} pictures and {out / 'grid.png'}")

@@ -27,13 +27,13 @@ def serve(
     """Serve a model that answers questions about pictures behind an OpenAI-compatible endpoint."""
     from PIL import Image
 
-    from imagerl.api.drawing import loaded_policy
+    from imagerl.api.drawing import load_policy
     from imagerl.rl.commands.chat_server import chat_app
     from imagerl.rl.commands.serving import run_app, token_from
     from imagerl.rl.types import Prompt
 
     token = token_from(token_env)
-    policy = loaded_policy(model, family)
+    policy = load_policy(model, family)
 
     def refuse(text: str) -> None:
         policy.prompts.require([Prompt(0, text, source="the question")], questions=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -16,11 +17,9 @@ def sft(
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune a model on pictures with captions."""
-    from imagerl.api.fine_tuning import closing_line, run_sft
+    from imagerl.api import training
     from imagerl.rl.config.sft import load_sft_recipe
 
     settings = load_sft_recipe(recipe, overrides or [])
     refuse_both(resume, overwrite)
-    comparison = run_sft(settings, resume, overwrite)
-    if comparison:
-        print(closing_line(comparison))
+    training.train(settings, resume=resume, overwrite=overwrite, command=sys.argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -16,11 +17,9 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a policy as a recipe says."""
-    from imagerl.api.training import closing_line, run_training
+    from imagerl.api import training
     from imagerl.rl.config.train import load_recipe
 
     settings = load_recipe(recipe, overrides or [])
     refuse_both(resume, overwrite)
-    comparison = run_training(settings, resume, overwrite)
-    if comparison is not None:
-        print(closing_line(comparison))
+    training.train(settings, resume=resume, overwrite=overwrite, command=sys.argv)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
@@ -17,6 +16,7 @@ from imagerl.rl.files.reading import MAX_DEPTH, read_text
 from imagerl.rl.files.yaml_text import MAX_RECIPE_BYTES, Dumper, parse_yaml
 
 Loc = tuple[str | int, ...]
+Override = str | tuple[str, object]  # "run.steps=5", its value in YAML, or ("run.steps", 5)
 SHIPPED = Path(__file__).parents[2] / "recipes"  # of the installed package, by a link of the checkout
 
 
@@ -112,19 +112,18 @@ def _read_mapping(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def apply_override(cls: type[RecipeModel], data: dict[str, Any], override: str) -> None:
-    """Set one `dotted.key=value` in `data`. Missing sections on the way are created, list entries are
-    counted from 0, and the value is YAML.
+def apply_override(cls: type[RecipeModel], data: dict[str, Any], override: Override) -> None:
+    """Set one dotted key in `data`. Missing sections on the way are created, list entries are counted from 0.
 
     Raises:
         ImageRLError: the override has no `=`, or leads below a plain value or past the end of a list.
     """
-    key, equals, text = override.partition("=")
+    place = f'override "{_named(override)}"'
+    key, equals, text = override.partition("=") if isinstance(override, str) else (override[0], True, "")
     parts = key.strip().split(".")
-    place = f'override "{one_line(override, 80)}"'
     if not equals or not all(parts) or len(parts) > MAX_DEPTH or not key.isprintable():
         raise ImageRLError(f"cannot read the {place}; write dotted.key=value, as in run.steps=50")
-    value = parse_yaml(text, place)
+    value = parse_yaml(text, place) if isinstance(override, str) else override[1]
     loc = cls.redirect(tuple(int(p) if re.fullmatch("[0-9]{1,9}", p) else p for p in parts), value)
     here: Any = data
     for depth, part in enumerate(loc):
@@ -148,10 +147,15 @@ def apply_override(cls: type[RecipeModel], data: dict[str, Any], override: str) 
             here = here[part]
 
 
+def _named(override: Override) -> str:
+    """Name an override in a message."""
+    return one_line(override if isinstance(override, str) else f"{override[0]}={override[1]}", 80)
+
+
 # ---- validation --------------------------------------------------------------------------------------------
 
 
-def load_yaml_recipe(cls: type[RecipeT], path: str | Path, overrides: Sequence[str] = ()) -> RecipeT:
+def load_yaml_recipe(cls: type[RecipeT], path: str | Path, overrides: Sequence[Override] = ()) -> RecipeT:
     """Read, override and validate a recipe.
 
     Raises:
@@ -165,11 +169,22 @@ def load_yaml_recipe(cls: type[RecipeT], path: str | Path, overrides: Sequence[s
             raise ImageRLError(
                 f'{path} is a recipe of kind {shown(theirs)}; this command takes kind "{ours}"'
             )
+    return _validated(cls, data, overrides, str(path))
+
+
+def changed_recipe(recipe: RecipeT, overrides: Sequence[Override]) -> RecipeT:
+    """Return a recipe with overrides. Raises ImageRLError like `load_yaml_recipe`."""
+    return _validated(type(recipe), recipe.model_dump(), overrides, "the recipe")
+
+
+def _validated(
+    cls: type[RecipeT], data: dict[str, Any], overrides: Sequence[Override], source: str
+) -> RecipeT:
     try:
         return cls.model_validate(_overridden(cls, data, overrides))
     except ValidationError as error:
         mistake = explain(error, cls)
-    raise ImageRLError(f"{_blamed(cls, data, overrides, mistake) or path}: {mistake}")
+    raise ImageRLError(f"{_blamed(cls, data, overrides, mistake) or source}: {mistake}")
 
 
 def validate_recipe(cls: type[RecipeT], data: dict[str, Any], source: str) -> RecipeT:
@@ -180,17 +195,26 @@ def validate_recipe(cls: type[RecipeT], data: dict[str, Any], source: str) -> Re
         raise ImageRLError(f"{source}: {explain(error, cls)}") from None
 
 
-def _overridden(cls: type[RecipeModel], data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    changed = deepcopy(data)
+def _overridden(
+    cls: type[RecipeModel], data: dict[str, Any], overrides: Sequence[Override]
+) -> dict[str, Any]:
+    changed: dict[str, Any] = _copied(data)
     for override in overrides:
         apply_override(cls, changed, override)
     return changed
 
 
-def _blamed(cls: type[RecipeModel], data: dict[str, Any], overrides: Sequence[str], mistake: str) -> str:
+def _copied(value: Any) -> Any:
+    """Copy lists and mappings; functions and the like within them stay what they are."""
+    if isinstance(value, dict):
+        return {key: _copied(entry) for key, entry in value.items()}
+    return [_copied(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _blamed(cls: type[RecipeModel], data: dict[str, Any], overrides: Sequence[Override], mistake: str) -> str:
     """Find the overrides without which a mistake is not made; none when the file makes it alone."""
 
-    def makes(chosen: Sequence[str]) -> bool:
+    def makes(chosen: Sequence[Override]) -> bool:
         try:
             cls.model_validate(_overridden(cls, data, chosen))
         except ValidationError as error:
@@ -201,9 +225,7 @@ def _blamed(cls: type[RecipeModel], data: dict[str, Any], overrides: Sequence[st
 
     rest = ([*overrides[:index], *overrides[index + 1 :]] for index in range(len(overrides)))
     guilty = [
-        f'"{one_line(override, 80)}"'
-        for override, others in zip(overrides, rest, strict=True)
-        if not makes(others)
+        f'"{_named(override)}"' for override, others in zip(overrides, rest, strict=True) if not makes(others)
     ]
     return f"override{'s' * (len(guilty) > 1)} {' and '.join(guilty)}" if guilty else ""
 

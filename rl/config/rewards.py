@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_serializer, field_validator, model_validator
@@ -35,6 +37,7 @@ EVALUATION_FIELDS = ("index", "sample", "prompt", "total", "reward", "exact_matc
 # YAML's keys are texts to the recipe reader.
 Step = Annotated[int, Field(strict=False, le=10_000_000)]
 
+NO_SOURCE = "(its source could not be found)"
 SERVED = r"https?://[\w.\-\[\]:]+(?:/[\w.\-~]+)*/[A-Za-z_]\w*"
 
 
@@ -48,6 +51,10 @@ class RewardSpec(RecipeModel):
     import_path: str | None = Field(None, description="your own: file.py:function or package.module:function")
     url: str | None = Field(
         None, description="a served reward, http://host:port/name (docs/isolated-rewards.md)"
+    )
+    function: Callable[..., Any] | str | None = Field(
+        None,
+        description="a function given in Python under `name`; written down as its source, which is not run",
     )
     python: str | None = Field(
         None, min_length=1, description="Python interpreter with its own packages that runs import_path"
@@ -72,6 +79,10 @@ class RewardSpec(RecipeModel):
         if runtime_env is None or not variables:
             return runtime_env
         return {**runtime_env, "env_vars": dict.fromkeys(variables, HIDDEN)}
+
+    @field_serializer("function", when_used="json")
+    def _source(self, function: Callable[..., Any] | str | None) -> str | None:
+        return source_of(function) if callable(function) else function
 
     @property
     def scheduled(self) -> bool:
@@ -107,6 +118,8 @@ class RewardSpec(RecipeModel):
     def _one_source(self) -> Self:
         if [self.name, self.import_path, self.url].count(None) != 2:
             raise ValueError("a reward needs exactly one of name, import_path and url")
+        if self.function is not None and (self.name is None or self.python or self.runtime_env):
+            raise ValueError("a function needs a name, and runs in an environment of ours")
         if self.url is not None and not re.fullmatch(SERVED, self.url):
             raise ValueError(
                 "url should look like http://host:port/name, without user, password and query: the token comes from "
@@ -174,6 +187,15 @@ class RewardsConfig(RecipeModel):
                 raise ValueError(
                     f"no reward with a weight teaches the {half}; give one half: {half} or half: both"
                 )
+
+
+def source_of(function: Callable[..., Any]) -> str:
+    """Return the text that defines a function, or the class of an object. What it closes over is not in it."""
+    named = inspect.isroutine(function) or inspect.isclass(function)
+    try:
+        return textwrap.dedent(inspect.getsource(function if named else type(function)))
+    except (OSError, TypeError):
+        return NO_SOURCE
 
 
 def refuse_hidden(rewards: Sequence[RewardSpec]) -> None:

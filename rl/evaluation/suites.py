@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from imagerl.rl.config.recipe import RecipeModel, load_yaml_recipe
-from imagerl.rl.config.train import PromptSetConfig, RewardSpec
+from imagerl.rl.config.rewards import RewardSpec, source_of
+from imagerl.rl.config.train import PromptSetConfig
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.types import Prompt
 
@@ -182,7 +183,10 @@ def fingerprint(suite: Suite, prompts: Sequence[Prompt]) -> str:
 
 
 def _told(value: Any) -> Any:
-    """Replace a value that JSON does not hold: pictures by their pixels, picture files by their bytes."""
+    """Replace a value that JSON does not hold: pictures by their pixels, their files by the bytes, functions by their
+    source."""
+    if callable(value):
+        return source_of(value)
     if isinstance(value, Path):
         return hashlib.sha256(value.read_bytes()).hexdigest()
     if hasattr(value, "tobytes"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -122,7 +122,9 @@ class RolloutEngine:
     """Samples groups from a policy. Sample g of a prompt uses random numbers of its own, seeded by (run seed,
     occasion, prompt index, g): a batch can be drawn again bit for bit, or one sample of it alone."""
 
-    def __init__(self, policy: Policy, sampling: SamplingParams, seed: int, autocast: Autocast) -> None:
+    def __init__(
+        self, policy: Policy, sampling: SamplingParams, seed: int = 0, autocast: Autocast = nullcontext
+    ) -> None:
         self.policy = policy
         self.sampling = sampling
         self.seed = seed

@@ -101,8 +101,8 @@ class RunFolder:
         others = sorted(written - own)
         if self.begun and not overwrite:
             raise ImageRLError(
-                f"{self.path} already holds a run; add --resume to continue it, --overwrite to replace it, "
-                "or set another run.output_dir"
+                f"{self.path} already holds a run; add --resume to continue it, --overwrite to replace it "
+                "(in Python resume=True, overwrite=True), or set another run.output_dir"
             )
         if overwrite and not own:
             others = others or sorted(path for path in self.path.iterdir() if path.name != LOCK)

@@ -40,7 +40,7 @@ def write_report(run_dir: Path | str) -> Path:
         ImageRLError: metrics.jsonl is damaged, or the page cannot be written.
     """
     path = Path(run_dir) / "report.html"
-    write_atomic(path, render_page("report.html.j2", _gather(Path(run_dir))))
+    write_atomic(path, render_page("report.html.j2", gather(Path(run_dir))))
     return path
 
 
@@ -59,7 +59,10 @@ def render_page(template: str, content: Mapping[str, Any]) -> str:
     return templates.get_template(template).render(content)
 
 
-def _gather(run_dir: Path) -> dict[str, Any]:
+def gather(run_dir: Path, drawn: bool = True) -> dict[str, Any]:
+    """Return all that a page tells of a run's folder; `charts` are not `drawn` yet where somebody else will.
+
+    Raises ImageRLError when metrics.jsonl is damaged."""
     problems: list[str] = []
 
     def load(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def _gather(run_dir: Path) -> dict[str, Any]:
     charts = [c for c in [*_heldout_charts(suites), *watch, *training_charts(training)] if c.series]
     for place, chart in enumerate(charts):
         chart.last_step = total
-        chart.svg = Markup(render(chart, f"chart{place}"))
+        chart.svg = Markup(render(chart, f"chart{place}")) if drawn else ""
     return {
         "name": run_dir.resolve().name,
         "done": done,

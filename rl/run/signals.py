@@ -34,7 +34,8 @@ class Stopping:
     seconds later, the step is given up: KeyboardInterrupt in the main thread. So does a second signal at once.
 
     A thread waits for the signals: while the main thread computes in C, or waits for another rank that will never
-    answer, no handler written in Python runs."""
+    answer, no handler written in Python runs. Only the main thread can handle signals: a run of another one is left
+    alone."""
 
     def __init__(
         self, grace_s: float, on_ask: Callable[[], None], on_leave: Callable[[], None] = lambda: None
@@ -50,6 +51,8 @@ class Stopping:
         self._watcher = threading.Thread(target=self._watch, name="stop signals", daemon=True)
 
     def __enter__(self) -> Stopping:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         self._read, self._written = os.pipe()
         os.set_blocking(self._written, False)
         self._wakeup = signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
@@ -61,6 +64,8 @@ class Stopping:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._watcher.ident is None:  # never started
+            return
         self._over.set()
         os.write(self._written, b"\0")
         self._watcher.join()

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from imagerl.api.checking import CheckResult, page_content
 from imagerl.rewards.base import LoadedReward, load_reward
 from imagerl.rewards.check.checks import CheckReport, check
 from imagerl.rewards.check.ranking import rank, rank_correlation
-from imagerl.rl.commands.reward import page_content, table
 from imagerl.rl.data.tiny.pictures import KINDS, check_pictures
 from imagerl.rl.run.report import render_page
 from imagerl.rl.types import RewardOutput
@@ -223,4 +223,6 @@ def test_a_reward_that_says_why_it_has_no_value_is_quoted() -> None:
     assert "pictures have no value (the first: " in finding.sentence and "guard" not in finding.sentence
     assert finding.sentence.endswith("): the judge refuses: HTTP 400: too dark")
     report = CheckReport("judge", [finding])
-    assert table(report)[0].endswith("): the judge refuses: HTTP 400: too dark")
+    assert (
+        repr(CheckResult(report, [], "")).splitlines()[0].endswith("): the judge refuses: HTTP 400: too dark")
+    )

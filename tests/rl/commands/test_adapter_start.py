@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from imagerl.api.exporting import export, proof_samples, recipe_of, trained_policy
+from imagerl.api.exporting import proof_samples, recipe_of, trained_policy, write_export
 from imagerl.models.common.adapters import adapter_base
 from imagerl.rl.commands.plan import plans
 from imagerl.rl.config.recipe import load_yaml_recipe, validate_recipe
@@ -51,10 +51,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("starts")
     micro_folder(folder / "model")
     train(folder, folder / "first", "model.lora={r: 4}", "run.steps=2")
-    export(folder / "first", folder / "adapter", adapter_only=True)
+    write_export(folder / "first", folder / "adapter", adapter_only=True)
     file = folder / "adapter" / "adapter_config.json"  # as other trainers leave it
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_dropout": 0.5}))
-    export(folder / "first", folder / "merged")
+    write_export(folder / "first", folder / "merged")
     for name, (start, lora) in STARTS.items():
         train(folder, folder / name, f"model.path={folder / start}", f"model.lora={lora}", "run.steps=3")
     return folder
@@ -109,7 +109,7 @@ def test_a_resumed_run_ends_bit_for_bit_alike(place: Path, start: str, tmp_path:
 
 @pytest.mark.parametrize("adapter_only", [True, False])
 def test_its_export_repeats_it(place: Path, start: str, tmp_path: Path, adapter_only: bool) -> None:
-    export(place / start, tmp_path / "out", adapter_only=adapter_only)
+    write_export(place / start, tmp_path / "out", adapter_only=adapter_only)
     again = load_policy(str(tmp_path / "out"))[0]
     trained, drawn = proof_samples(trained_policy(*recipe_of(place / start))), proof_samples(again)
     assert all(torch.equal(value, trained[name]) for name, value in drawn.items())
@@ -122,7 +122,7 @@ def test_its_export_repeats_it(place: Path, start: str, tmp_path: Path, adapter_
 
 
 def test_other_layouts_are_of_the_model_underneath(place: Path, start: str, tmp_path: Path) -> None:
-    export(place / start, tmp_path / "out", layout="blip3o")
+    write_export(place / start, tmp_path / "out", layout="blip3o")
     drawn = proof_samples(load_policy(str(tmp_path / "out"))[0])
     trained = proof_samples(trained_policy(*recipe_of(place / start)))
     assert torch.equal(drawn["tokens"], trained["tokens"])

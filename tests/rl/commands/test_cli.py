@@ -165,7 +165,7 @@ def test_what_a_reward_leaves_changed_changes_no_weight(
         (["export", "{place}/none", "{place}/out"], "none"),
         (["export", "{place}", "{place}/out"], "has no complete checkpoint"),
         (["export", "{place}/step_000002", "{place}/out"], "there is no checkpoint"),
-        (["export", "{place}", "{place}/out", "--dtype", "int4"], "--dtype must be fp32 or bf16"),
+        (["export", "{place}", "{place}/out", "--dtype", "int4"], "dtype must be fp32 or bf16"),
     ],
 )
 def test_mistakes_of_other_commands(

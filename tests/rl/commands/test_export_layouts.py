@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from imagerl.api.exporting import PROVENANCE, export, proof_samples, recipe_of, trained_policy
+from imagerl.api.exporting import PROVENANCE, proof_samples, recipe_of, trained_policy, write_export
 from imagerl.models.blip3o_next import exporting as export_module
 from imagerl.models.blip3o_next.exporting import save_published
 from imagerl.models.blip3o_next.family import Blip3oNext
@@ -80,7 +80,7 @@ def test_a_tampered_half_is_refused(
 
     monkeypatch.setattr(export_module, name, tampering)
     with pytest.raises(ImageRLError, match=r"does not repeat the run's (logits|pixels)"):
-        export(place / "run", tmp_path / "out", layout=layout)
+        write_export(place / "run", tmp_path / "out", layout=layout)
     assert not list(tmp_path.iterdir())
 
 
@@ -88,9 +88,9 @@ def test_a_misspelt_layout_and_an_adapter_in_another(place: Path, tmp_path: Path
     with pytest.raises(
         ImageRLError, match=f"no layout 'blip3'; choose one of {', '.join(Blip3oNext.layouts)}"
     ):
-        export(place / "run", tmp_path / "out", layout="blip3")
+        write_export(place / "run", tmp_path / "out", layout="blip3")
     with pytest.raises(ImageRLError, match="an adapter has a layout of its own"):
-        export(place / "run", tmp_path / "out", adapter_only=True, layout="blip3o")
+        write_export(place / "run", tmp_path / "out", adapter_only=True, layout="blip3o")
 
 
 @pytest.mark.parametrize("lora", ["null", "{r: 4}"])
@@ -103,5 +103,5 @@ def test_a_run_with_frozen_parts_in_bfloat16(place: Path, tmp_path: Path, lora: 
     )
     recipe = write_recipe(place, *overrides, "run.steps=1", name="bf16.yaml")
     assert call("train", str(recipe)) == 0
-    export(tmp_path / "run", tmp_path / "out", dtype=torch.bfloat16, layout="blip3o")
+    write_export(tmp_path / "run", tmp_path / "out", dtype=torch.bfloat16, layout="blip3o")
     assert {entry.dtype for entry in Shards(tmp_path / "out").entries.values()} == {torch.bfloat16}

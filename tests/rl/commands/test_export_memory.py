@@ -14,7 +14,7 @@ from tests.small_run import write_recipe
 MEASURE = """
 import json, sys
 from pathlib import Path
-from imagerl.api.exporting import export
+from imagerl.api.exporting import write_export
 from imagerl.models.families import load_policy
 from imagerl.rl.config.train import load_recipe
 from imagerl.rl.engine.checkpoint import save_checkpoint
@@ -30,8 +30,8 @@ def run(name):
     return folder
 for name, out in (("warm", "out0"), ("big", "out1")):
     source = run(name)
-    used = grown(lambda: export(source, place / out, proof=0))
-print(json.dumps([used, grown(lambda: export(source, place / "out2"))]))
+    used = grown(lambda: write_export(source, place / out, proof=0))
+print(json.dumps([used, grown(lambda: write_export(source, place / "out2"))]))
 """
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from imagerl.api import exporting as export_module
 from imagerl.api.drawing import loaded_rollout
-from imagerl.api.exporting import PROVENANCE, export, proof_samples, recipe_of, trained_policy
+from imagerl.api.exporting import PROVENANCE, proof_samples, recipe_of, trained_policy, write_export
 from imagerl.models.blip3o_next import loading
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.common.shards import Shards
@@ -67,7 +67,7 @@ def exported(place: Path) -> Path:
 
 @pytest.mark.parametrize("run", ["full", "lora"])
 def test_an_export_repeats_the_run(place: Path, tmp_path: Path, run: str) -> None:
-    export(place / run, tmp_path / "out")
+    write_export(place / run, tmp_path / "out")
     loaded = load_policy(str(tmp_path / "out"))
     assert loaded[0].trainable.adapter is None
     assert equal_samples(loaded, trained(place / run))
@@ -86,7 +86,7 @@ def test_an_export_repeats_the_run(place: Path, tmp_path: Path, run: str) -> Non
 @pytest.mark.parametrize("run", ["full", "lora"])
 def test_an_export_scores_what_the_run_measured(place: Path, tmp_path: Path, run: str) -> None:
     """Held to the run's own last evaluation, which knows nothing of exports."""
-    export(place / run, tmp_path / "out")
+    write_export(place / run, tmp_path / "out")
     policy, _ = load_policy(str(tmp_path / "out"))
     rollout = RolloutEngine(policy, SamplingParams(flow_steps=1), 0, nullcontext)
     (groups,) = rollout.generate(prompt_set("heldout", 4), 1, "eval ocr")
@@ -96,7 +96,7 @@ def test_an_export_scores_what_the_run_measured(place: Path, tmp_path: Path, run
 
 
 def test_full_weights_are_those_of_the_checkpoint(place: Path, tmp_path: Path) -> None:
-    provenance = export(place / "full" / "checkpoints" / "step_000001", tmp_path / "out")
+    provenance = write_export(place / "full" / "checkpoints" / "step_000001", tmp_path / "out")
     assert provenance["step"] == 1
     stored = load_file(tmp_path / "out" / "model.safetensors")
     base = load_file(place / "model" / "model.safetensors")
@@ -109,10 +109,10 @@ def test_full_weights_are_those_of_the_checkpoint(place: Path, tmp_path: Path) -
 
 
 def test_the_newest_checkpoint_is_taken(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = [export(place / "full", tmp_path / "one")["step"]]
-    steps += [export(place / "full" / "checkpoints", tmp_path / "two")["step"]]
+    steps = [write_export(place / "full", tmp_path / "one")["step"]]
+    steps += [write_export(place / "full" / "checkpoints", tmp_path / "two")["step"]]
     monkeypatch.chdir(place / "full" / "checkpoints")
-    provenance = export(Path("step_000002"), tmp_path / "three")
+    provenance = write_export(Path("step_000002"), tmp_path / "three")
     assert [*steps, provenance["step"]] == [2, 2, 2]
     assert provenance["metrics"]["eval/ocr/low_tokens"] >= 0
 
@@ -134,7 +134,7 @@ def test_an_adapter_folder_stands_on_its_base(place: Path, tmp_path: Path) -> No
 
 def test_no_adapter_to_keep(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ImageRLError, match="no LoRA adapter"):
-        export(place / "full", tmp_path / "out", adapter_only=True)
+        write_export(place / "full", tmp_path / "out", adapter_only=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -163,7 +163,7 @@ def cold(place: Path) -> Path:
 @pytest.mark.parametrize("adapter_only", [False, True])
 def test_an_export_draws_as_the_run_was_judged(cold: Path, tmp_path: Path, adapter_only: bool) -> None:
     """With no option given, `eval` repeats the run's last held-out evaluation, pictures included."""
-    provenance = export(cold, tmp_path / "out", adapter_only=adapter_only)
+    provenance = write_export(cold, tmp_path / "out", adapter_only=adapter_only)
     assert provenance["sampling"] == {"guidance": 1.0, "flow_steps": 2, "temperature": 0.5}
     assert load_policy(str(tmp_path / "out"))[1]["sampling"] == provenance["sampling"]
     (groups,) = (
@@ -185,7 +185,7 @@ def test_others_sample_at_its_temperature_from_the_whole_distribution(
 ) -> None:
     from transformers import GenerationConfig
 
-    export(cold, tmp_path / "out", layout=layout)
+    write_export(cold, tmp_path / "out", layout=layout)
     theirs = GenerationConfig.from_pretrained(tmp_path / "out")
     vocabulary = json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"]
     assert (theirs.do_sample, theirs.temperature, theirs.top_p, theirs.top_k) == (True, 0.5, 1.0, vocabulary)
@@ -197,7 +197,7 @@ def test_a_model_of_its_own_temperature_is_sampled_at_it(
     cold: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By `eval` and `sample`; what differs from the other model of a comparison is said."""
-    export(cold, tmp_path / "out")
+    write_export(cold, tmp_path / "out")
     entry = {"import_path": f"{cold.parent / 'reward.py'}:low_tokens"}
     monkeypatch.setitem(SUITES, "ocr", replace(SUITES["ocr"], rewards=[entry], gold=[]))
     written, against = tmp_path / "result.json", str(cold.parent / "model")
@@ -236,20 +236,20 @@ def test_a_tampered_export_is_refused(
     with pytest.raises(
         ImageRLError, match=r"does not repeat the run's (tokens|pixels) .*nothing was written"
     ):
-        export(place / "full", tmp_path / "out")
+        write_export(place / "full", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_target_is_left_alone(place: Path, tmp_path: Path) -> None:
     (tmp_path / "note").write_text("mine")
     with pytest.raises(ImageRLError, match="exists already"):
-        export(place / "full", tmp_path)
+        write_export(place / "full", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
 
 
 def test_a_run_without_a_checkpoint(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ImageRLError, match="has no complete checkpoint"):
-        export(place / "model", tmp_path / "out")
+        write_export(place / "model", tmp_path / "out")
 
 
 def test_another_model_under_the_run_is_noticed(place: Path, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_an_export_holds_the_trained_decoder(place: Path, tmp_path: Path, flow: 
     overrides = (f"algorithm.flow={flow}", "rollout.flow_steps=2", f"run.output_dir={tmp_path / 'run'}")
     recipe = write_recipe(place, *overrides, "run.steps=1", "optim.lr=0.02", "algorithm.kl_coef=0")
     assert call("train", str(recipe)) == 0
-    export(tmp_path / "run", tmp_path / "out")
+    write_export(tmp_path / "run", tmp_path / "out")
     exported, base = load_policy(str(tmp_path / "out"))[0], load_policy(str(place / "model"))[0]
     ours, theirs = exported.decoder.state_dict(), base.decoder.state_dict()
     assert ours.keys() == theirs.keys()
@@ -319,5 +319,5 @@ def test_an_export_holds_the_trained_decoder(place: Path, tmp_path: Path, flow: 
 
 def main_error(source: Path, target: Path) -> str:
     with pytest.raises(ImageRLError) as caught:
-        export(source, target, adapter_only=True)
+        write_export(source, target, adapter_only=True)
     return str(caught.value).rpartition("; ")[2]
