@@ -172,7 +172,7 @@ def proof_samples(policy: Policy, prompts: Sequence[Prompt] | None = None) -> di
 def weights_digest(policy: Policy) -> Tensor:
     """Return the SHA-256 of every weight of a policy and its name, as 32 bytes."""
     digest = hashlib.sha256()
-    for part in policy.parts():
+    for part in policy.parts().values():
         for name, tensor in sorted(part.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -181,7 +181,7 @@ def weights_digest(policy: Policy) -> Tensor:
 
 def round_weights(policy: Policy, dtype: torch.dtype) -> None:
     """Round every weight to what `dtype` can store, so that the export is compared with what it will hold."""
-    for module in policy.parts():
+    for module in policy.parts().values():
         for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 

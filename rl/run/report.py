@@ -130,8 +130,7 @@ def gather(run_dir: Path, drawn: bool = True) -> dict[str, Any]:
     rows += [best] if best else []
     _add_bars(rows)
     suite = _dig(recipe, "eval", "suite") or next(iter(suites), "")
-    watch = monitor_charts(records, suite)
-    heldout = _heldout_charts(suites)
+    watch, heldout = monitor_charts(records, suite), _heldout_charts(suites)
     charts = [c for c in [*heldout, *watch, *training_charts(training)] if c.series]
     for chart in charts:
         chart.last_step = total
@@ -261,9 +260,8 @@ def _best_row(comparison: Mapping[str, Any], rows: Sequence[Row]) -> Row | None:
     result, chosen = told["metrics"][name], told["chosen"]
     before, after = (summarise(told["per_prompt"][when])[name] for when in ("before", "after"))
     label = f"{name} at temperature {words(chosen['before'])} → {words(chosen['after'])}"
-    return replace(
-        usual, metric=label, before=before, after=after, difference=Interval.read(result["difference"])
-    )
+    difference = Interval.read(result["difference"])
+    return replace(usual, metric=label, before=before, after=after, difference=difference)
 
 
 def _add_bars(rows: Sequence[Row]) -> None:
