@@ -178,14 +178,15 @@ def bench_model(
     from benchmarks import measuring as benchmarks
     from benchmarks.model import bench_model as measure
     from benchmarks.model import require_memory
+    from imagerl.models.blip3o_next.outline import SizedModel
     from imagerl.models.blip3o_next.published import full_size_config
     from imagerl.models.blip3o_next.weights import empty_policy, fill, fill_randomly, full_state
     from imagerl.models.common.shards import Shards, save_shards
-    from imagerl.rl.commands.plan import model_config
+    from imagerl.models.families import base_folder
 
     if size == "full":
         require_memory(FULL_SIZE_GB, "the full-size model", "try --size tiny")
-    config = full_size_config() if size == "full" else model_config(size)
+    config = full_size_config() if size == "full" else SizedModel.of(base_folder(size)).config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     policy = empty_policy(config, None)

@@ -106,8 +106,8 @@ class Policy(Protocol):
     @property
     def prompts(self) -> PromptReader: ...
 
-    def parts(self) -> Sequence[nn.Module]:
-        """Return modules that hold every weight between them."""
+    def parts(self) -> Mapping[str, nn.Module]:
+        """Return modules that hold every weight between them, by what they are in words; `trainable` comes first."""
         ...
 
     @property
@@ -216,12 +216,41 @@ class Policy(Protocol):
         will; None where that is a whole model again, which must draw the same tokens and pixels."""
         ...
 
+    # ---- memory ----------------------------------------------------------------------------------------------
+
+    def blank(
+        self, prompts: int, length: int, samples: int, edits: bool = False
+    ) -> tuple[Rows, TokenTrajectory]:
+        """Return rows of prompts of `length` ids and a trajectory, of the right shapes and without content. The
+        pictures of edits are encoded, as they would be."""
+        ...
+
+    def token_bytes(self) -> tuple[int, int]:
+        """Return bytes that a token of a sample holds while others are drawn (keys, values, states), and from then on
+        until its picture is decoded."""
+        ...
+
     # ---- reading ---------------------------------------------------------------------------------------------
 
     def answer(
         self, pictures: Iterable[Image.Image], questions: Sequence[str], max_new_tokens: int
     ) -> list[str]:
         """Answer a question about each picture. Raises ImageRLError when the model cannot read pictures."""
+        ...
+
+
+class Outline(Protocol):
+    """A model known by its sizes alone. What costs memory is a straight line in the layers of each half, so that
+    shallow ones tell of deep ones."""
+
+    layers: int  # of the half that writes tokens
+    decoder_layers: int  # of the decoder; 0: it is no stack of layers
+
+    @property
+    def prompts(self) -> PromptReader: ...
+
+    def policy(self, layers: int, decoder_layers: int) -> Policy:
+        """Return a policy of any depth, whose parameters have shapes only."""
         ...
 
 
@@ -244,4 +273,12 @@ class Family(Protocol):
 
     def prompts(self, folder: Path) -> PromptReader:
         """Return what the model in a folder can be asked; no weights are read."""
+        ...
+
+    def outline(self, folder: Path) -> Outline:
+        """Return the sizes of the model in a folder; no weights are read."""
+        ...
+
+    def published(self, name: str) -> Outline | None:
+        """Return the sizes behind a name of the hub, where they are known without its files."""
         ...

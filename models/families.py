@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from imagerl.models.base import Family, Policy, PromptReader
+from imagerl.models.base import Family, Outline, Policy, PromptReader
 from imagerl.models.common.adapters import ADAPTER_CONFIG, adapter_base
 from imagerl.models.common.hub import SHIPPED, is_hub_name, snapshot
 from imagerl.rl.files.importing import import_callable
@@ -128,6 +128,15 @@ def load_prompts(path: str, family: str | None = None) -> PromptReader:
     """Return what the model at `path`, as `load_policy` takes it, can be asked; no weights are read."""
     folder = base_folder(path)
     return family_of(folder, family).prompts(folder)
+
+
+def load_outline(path: str, family: str | None = None) -> Outline:
+    """Return the sizes of the model at `path`, as `load_policy` takes it, or of one of the hub that is not here."""
+    for candidate in map(find_family, FAMILIES if family is None else [family]):
+        if known := candidate.published(path):
+            return known
+    folder = base_folder(path)
+    return family_of(folder, family).outline(folder)
 
 
 def fingerprint(path: str) -> str:

@@ -53,6 +53,8 @@ def select(rows: Rows, which: slice) -> Rows:
 
 def repeat(rows: Rows, times: int) -> Rows:
     """Repeat every row, copies side by side: P prompts become P·G samples in group-major order."""
+    if times == 1:
+        return rows
     return {name: tensor.repeat_interleave(times, 0) for name, tensor in rows.items()}
 
 

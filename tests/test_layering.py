@@ -20,7 +20,7 @@ COMMON = tuple(
     f"imagerl.models.{name}" for name in ("base", "common", "families")
 )  # of models: no one family
 # Commands that still know one family.
-OF_A_FAMILY = ("imagerl.rl.commands.tokenize", "imagerl.rl.commands.plan")
+OF_A_FAMILY = ("imagerl.rl.commands.tokenize",)
 # Seconds each to import: only inside functions, so that `imagerl --help` and recipe errors come at once.
 HEAVY = ("accelerate", "deepspeed", "diffusers", "matplotlib", "onnxruntime", "paddleocr", "paddlex")
 HEAVY += ("open_clip", "peft", "rapidocr", "ray", "tensorboard", "timm", "torchvision", "transformers", "trl")

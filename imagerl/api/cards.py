@@ -11,8 +11,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from imagerl.rl.run.charts import Chart, render
+from imagerl.rl.run.charts import Chart
 from imagerl.rl.run.report import render_page
+from imagerl.rl.run.svg import render
 
 STYLE = Path(render_page.__code__.co_filename).with_name("style.css.j2")
 FONT = 'font-family: Inter, system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'
@@ -52,7 +53,7 @@ def _chart_uri(chart: Chart) -> str:
     """Return a chart as an SVG that stands alone, its colours those of the reader's scheme."""
     colours = re.match(r":root \{.*?\n\}\n@media.*?\n\}\n", STYLE.read_text(encoding="utf-8"), re.DOTALL)
     assert colours is not None
-    head, _, rest = render(chart, "chart").partition(">")
+    head, _, rest = render(chart).partition(">")
     whole = f"{head}><style>{colours[0]} svg {{ {FONT} }}</style>{rest}"
     return f"data:image/svg+xml;base64,{base64.b64encode(whole.encode()).decode()}"
 

@@ -38,7 +38,7 @@ class ComparisonResult:
         """What training did to each recipe, then each recipe against the baseline, in the headline metric."""
         headline = self.results.metrics[:1]
         every = [*self.results.gains, *self.results.contrasts]
-        return [one for one in every if [one.metric] == headline and one.kind == "final"]
+        return [one for one in every if [one.metric] == headline and one.kind in ("final", "best")]
 
     def plot(self) -> Plot:
         """Draw every curve of the report."""

@@ -21,12 +21,15 @@ def load_policy(model: str | PathLike[str], family: str | None = None) -> Policy
     Raises ImageRLError when it is no model."""
     import torch
 
+    from imagerl.api.exporting import as_model
     from imagerl.api.runs import TrainingResult
     from imagerl.models import families
 
     if isinstance(model, TrainingResult):
         return model.policy()
-    return families.load_policy(fspath(model), "cuda" if torch.cuda.is_available() else "cpu", family=family)
+    return families.load_policy(
+        as_model(fspath(model)), "cuda" if torch.cuda.is_available() else "cpu", family=family
+    )
 
 
 def loaded_rollout(

@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from imagerl.models.base import Policy, Proof
 from imagerl.models.common.adapters import adapter_base
+from imagerl.models.common.hub import SHIPPED
 from imagerl.models.common.settings import stored_sampling
-from imagerl.models.common.shards import Shards
+from imagerl.models.common.shards import WEIGHTS, Shards
 from imagerl.models.families import base_folder, family_of, load_policy, model_folder
 from imagerl.rl.config.recipe import validate_recipe
 from imagerl.rl.config.sft import AnyRecipe, SFTRecipe
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.engine.checkpoint import (
     CHECKPOINTS,
+    MANIFEST,
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
     package_versions,
     step_of,
 )
+from imagerl.rl.engine.engine import AVERAGE
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import read_metrics, to_json
-from imagerl.rl.files.writing import atomic_folder
+from imagerl.rl.files.writing import atomic_folder, remove_folder, wait_for
 from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling
+from imagerl.rl.run.folder import EXPORTS, MODEL, RECIPE_FILE, read_stored_recipe
 from imagerl.rl.sft.objective import sft_module
 from imagerl.rl.training.halves import trained_module
 from imagerl.rl.types import Prompt
@@ -41,6 +47,7 @@ from imagerl.rl.types import Prompt
 PROOF_PROMPTS = 2  # by default
 PROOF_SEED = 20_240_203
 PROVENANCE = "provenance.json"
+RunRecipe = TypeVar("RunRecipe", Recipe, SFTRecipe)
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -63,9 +70,47 @@ def checkpoint_of(source: Path) -> Path:
     return newest
 
 
+def as_model(path: str) -> str:
+    """Return what `load_policy` reads: the path of a model or adapter as it is, and for a run or one of its checkpoints
+    the export of that, which is made once and kept in the run folder."""
+    place = Path(path).expanduser()
+    if path in SHIPPED or not place.is_dir():
+        return path
+    if (place / MODEL / "config.json").is_file():  # of supervised training
+        return str(place / MODEL)
+    if not ((place / CHECKPOINTS).is_dir() or (place / MANIFEST).is_file()):
+        return path
+    checkpoint = checkpoint_of(place)
+    target = checkpoint.parents[1] / EXPORTS / checkpoint.name
+    if os.environ.get("RANK", "0") != "0":
+        wait_for(target / PROVENANCE)
+        return str(target)
+    if target.is_dir() and target.stat().st_mtime < (checkpoint / MANIFEST).stat().st_mtime:
+        remove_folder(target)  # of a run that was made again
+    if not target.is_dir():
+        print(f"imagerl: {path} is a run's; making a model of it in {target}", file=sys.stderr)
+        export(checkpoint, target)
+    return str(target)
+
+
+def with_model(recipe: RunRecipe, resumed: bool = False) -> RunRecipe:
+    """Return a recipe whose `model.path` is `as_model`'s. A resumed run keeps the one that it began from, whatever the
+    run that this is of has made since."""
+    stored = Path(recipe.run.output_dir) / RECIPE_FILE
+    if resumed and stored.is_file():
+        began, given = read_stored_recipe(stored, type(recipe)).model.path, Path(recipe.model.path).resolve()
+        run = Path(began).resolve().parents[Path(began).parent.name == EXPORTS]
+        ours = Path(began).parent.name == EXPORTS or Path(began).name == MODEL
+        path = began if ours and given.is_dir() and given.is_relative_to(run) else recipe.model.path
+    else:
+        path = as_model(recipe.model.path)
+    model = recipe.model.model_copy(update={"path": path})
+    return recipe.model_copy(update={"model": model})
+
+
 def recipe_of(source: Path) -> tuple[AnyRecipe, Checkpoint]:
     """Return a checkpoint, verified, its tensors not read, and the recipe of its run."""
-    checkpoint = load_checkpoint(checkpoint_of(source), groups=("model",), read=False)
+    checkpoint = load_checkpoint(checkpoint_of(source), groups=("model", AVERAGE), read=False)
     stored = dict(checkpoint.state["recipe"])
     schema = SFTRecipe if stored.get("kind") == "sft" else Recipe
     recipe = validate_recipe(schema, stored, f"{checkpoint.folder}/state.json")
@@ -78,7 +123,9 @@ def trained_policy(recipe: AnyRecipe, checkpoint: Checkpoint, device: torch.devi
     by; supervised training leaves them as the model had them."""
     policy = load_policy(recipe.model.path, device, family=recipe.model.family)
     module = sft_module(policy, recipe) if isinstance(recipe, SFTRecipe) else trained_module(policy, recipe)
-    load_trained(module, Shards(checkpoint.folder))
+    average = f"{AVERAGE}.safetensors"
+    weights = average if (checkpoint.folder / average).is_file() else WEIGHTS
+    load_trained(module, Shards(checkpoint.folder, weights))
     if policy.flow is not None:
         policy.flow.merge_lora()
     if isinstance(recipe, Recipe):
@@ -125,7 +172,7 @@ def proof_samples(policy: Policy, prompts: Sequence[Prompt] | None = None) -> di
 def weights_digest(policy: Policy) -> Tensor:
     """Return the SHA-256 of every weight of a policy and its name, as 32 bytes."""
     digest = hashlib.sha256()
-    for part in policy.parts():
+    for part in policy.parts().values():
         for name, tensor in sorted(part.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -134,7 +181,7 @@ def weights_digest(policy: Policy) -> Tensor:
 
 def round_weights(policy: Policy, dtype: torch.dtype) -> None:
     """Round every weight to what `dtype` can store, so that the export is compared with what it will hold."""
-    for module in policy.parts():
+    for module in policy.parts().values():
         for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 

@@ -29,12 +29,16 @@ def closing_line(comparison: Mapping[str, Any]) -> str:
 
 
 def run_sft(
-    recipe: SFTRecipe, resume: bool = False, overwrite: bool = False, command: Sequence[str] | None = None
+    recipe: SFTRecipe,
+    resume: bool | int = False,
+    overwrite: bool = False,
+    command: Sequence[str] | None = None,
 ) -> dict[str, Any] | None:
     """Put a run together and execute it; returns the held-out comparison (empty when nothing is held out), None when
     it was stopped early and on all but the main process."""
     import torch
 
+    from imagerl.api.exporting import with_model
     from imagerl.api.running import begin_run, open_run
     from imagerl.models.families import base_folder, family_of, load_policy
     from imagerl.rl.data.image_data import ImageStream, first_examples
@@ -47,6 +51,7 @@ def run_sft(
     from imagerl.rl.sft.trainer import Collator, SFTTrainer
     from imagerl.rl.types import Prompt
 
+    recipe = with_model(recipe, resume is not False)
     data, seed = recipe.data, recipe.run.seed
     train_sources = open_sources(data.train, data, seed)
     heldout_sources = open_sources(data.heldout, data, seed)
@@ -111,7 +116,7 @@ def run_sft(
 
         begin_run(engine, folder, recipe, overwrite, command)
         run = SFTRun(recipe, folder, trainer, heldout, rollout, checkpoint, save_model)
-        return run.execute(resume)
+        return run.execute(resume is not False)
     finally:
         if stream is not None:
             stream.close()

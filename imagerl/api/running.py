@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def open_run(
-    engine: Engine, folder: RunFolder, recipe: Any, resume: bool, overwrite: bool
+    engine: Engine, folder: RunFolder, recipe: Any, resume: bool | int, overwrite: bool
 ) -> Checkpoint | None:
     """Return the checkpoint to continue from, None for a run from its start. The folder is locked, until
     `folder.release()`, and else as it was.
@@ -32,10 +32,10 @@ def open_run(
     def look() -> Path | None:
         nonlocal checkpoint
         folder.lock()
-        if not resume:
+        if resume is False:
             folder.refuse_loss(recipe, overwrite)
             return None
-        checkpoint = folder.resumable(recipe)
+        checkpoint = folder.resumable(recipe, None if resume is True else resume)
         if checkpoint and (told := told_changes(checkpoint, recipe, engine.world_size)):
             print(f"imagerl: {told}", file=sys.stderr)
         return checkpoint.folder if checkpoint else None

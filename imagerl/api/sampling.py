@@ -33,7 +33,7 @@ class Samples:
 
     @property
     def grid(self) -> Image.Image:
-        from imagerl.rl.files.metrics import image_grid
+        from imagerl.rl.files.grids import image_grid
 
         scale = max(1, READABLE // self.pictures.shape[2])
         return image_grid(self.pictures, self.columns, self.captions, scale)
@@ -77,7 +77,7 @@ def sample(
 
     from imagerl.api.drawing import loaded_rollout, picture_for
     from imagerl.api.evaluating import as_model
-    from imagerl.rl.files.metrics import save_image
+    from imagerl.rl.files.grids import save_image
     from imagerl.rl.types import Prompt
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -54,7 +54,7 @@ def train(
     /,
     *,
     rewards: Rewards | None = None,
-    resume: bool = False,
+    resume: bool | int = False,
     overwrite: bool = False,
     command: Sequence[str] | None = None,
 ) -> TrainingResult:
@@ -73,7 +73,7 @@ def train(
 
     sections = {} if rewards is None else {"rewards.functions": rewards}
     settings = load_recipe(recipe, overrides, **sections)
-    if resume and overwrite:
+    if resume is not False and overwrite:
         raise ImageRLError("resume continues a run and overwrite deletes it; ask for only one")
     with settings_kept():
         if isinstance(settings, Recipe):
@@ -91,13 +91,15 @@ def train(
 
 
 def run_training(
-    recipe: Recipe, resume: bool = False, overwrite: bool = False, command: Sequence[str] | None = None
+    recipe: Recipe, resume: bool | int = False, overwrite: bool = False, command: Sequence[str] | None = None
 ) -> dict[str, Any] | None:
     """Put a run together and execute it; returns the held-out comparison, None when it was stopped early and on
-    all but the main process. The run folder is locked first; it is written to only once everything else is found in
+    all but the main process. `resume` is True to go on from the newest checkpoint, or the step
+    of another. The run folder is locked first; it is written to only once everything else is found in
     order."""
     import torch
 
+    from imagerl.api.exporting import with_model
     from imagerl.api.running import begin_run, open_run
     from imagerl.models.families import load_policy
     from imagerl.rewards.base import check_entries
@@ -111,6 +113,7 @@ def run_training(
     from imagerl.rl.training.halves import freeze_references, lr_factor, trained_module
     from imagerl.rl.training.trainer import Trainer
 
+    recipe = with_model(recipe, resume is not False)
     refuse_hidden([*recipe.rewards.functions, *recipe.gold])
     prompts, heldout, reader = read_prompts(recipe)
     sampler = GroupedSampler(prompts, recipe.rollout.prompts_per_step, recipe.run.seed, reader.canvas)
@@ -157,7 +160,9 @@ def run_training(
         begin_run(engine, folder, recipe, overwrite, command)
         for doubt in recipe.doubts if engine.is_main else ():
             print(f"imagerl: {doubt}", file=sys.stderr)
-        return Run(recipe, folder, trainer, heldout.prompts, eval_rollout, checkpoint).execute(resume)
+        return Run(recipe, folder, trainer, heldout.prompts, eval_rollout, checkpoint).execute(
+            resume is not False
+        )
     finally:
         if scorer is not None:
             scorer.close()

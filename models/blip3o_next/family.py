@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from imagerl.models.blip3o_next.loading import REQUIRED, load_policy, load_prompts
+from imagerl.models.blip3o_next.outline import SizedModel
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.models.blip3o_next.prompts import PromptEncoder
 from imagerl.models.blip3o_next.published import is_published
@@ -34,3 +35,9 @@ class Blip3oNext:
 
     def prompts(self, folder: Path) -> PromptEncoder:
         return load_prompts(folder)
+
+    def outline(self, folder: Path) -> SizedModel:
+        return SizedModel.of(folder)
+
+    def published(self, name: str) -> SizedModel | None:
+        return SizedModel.published(name)

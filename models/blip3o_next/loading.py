@@ -114,11 +114,15 @@ def load_prompts(folder: Path) -> PromptEncoder:
 
     config, text_tokenizer, _, _ = _open(folder)
     positions = Qwen3Config(**config["qwen3"]).max_position_embeddings
+    return PromptEncoder(text_tokenizer, ImageVocabulary.from_config(config), positions, canvas_of(config))
+
+
+def canvas_of(config: Mapping[str, Any]) -> Canvas:
+    """Return the sizes of the pictures that a config in our form describes."""
     rows, columns = config["latent_size"]
     pixels = 2 ** (len(config["vae"]["encoder_block_out_channels"]) - 1)  # of a side that a latent stands for
     latents = (int(config["sana"]["in_channels"]), rows, columns)
-    canvas = Canvas(int(config["num_image_positions"]), (rows * pixels, columns * pixels), latents)
-    return PromptEncoder(text_tokenizer, ImageVocabulary.from_config(config), positions, canvas)
+    return Canvas(int(config["num_image_positions"]), (rows * pixels, columns * pixels), latents)
 
 
 def _open(folder: Path) -> tuple[dict[str, Any], Any, Shards, dict[str, Any] | None]:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from imagerl.models.base import Proof
 
+ROW_TYPES = {"ids": torch.int64, "mask": torch.bool}
+
 
 class ImagePolicy(BasePolicy):
     """Implements `models.base.Policy`. In RL only `trainable`, the autoregressive half, has gradients, and
@@ -63,13 +65,38 @@ class ImagePolicy(BasePolicy):
         return self.decoder.latent_shape
 
     def to(self, device: torch.device | str) -> ImagePolicy:
-        for module in (*self.parts(), *([] if self._reference is None else [self._reference])):
+        for module in (*self.parts().values(), *([] if self._reference is None else [self._reference])):
             module.to(device)
         return self
 
-    def parts(self) -> list[nn.Module]:
-        tokenizer = [] if self.image_tokenizer is None else [self.image_tokenizer]
-        return [self.trainable, self.decoder, *tokenizer]
+    def parts(self) -> dict[str, nn.Module]:
+        decoder = [part for name, part in self.decoder.named_children() if name != "vae"]
+        tokenizer = {} if self.image_tokenizer is None else {"image tokenizer": self.image_tokenizer}
+        return {
+            "language model": self.trainable,
+            "connector and decoder": nn.ModuleList(decoder),
+            "autoencoder": self.decoder.vae,
+            **tokenizer,
+        }
+
+    def blank(
+        self, prompts: int, length: int, samples: int, edits: bool = False
+    ) -> tuple[Rows, TokenTrajectory]:
+        """Return prompts and a trajectory without content."""
+        rows = {name: torch.empty(prompts, length, dtype=kind) for name, kind in ROW_TYPES.items()}
+        if edits:
+            rows["reference"] = self.decoder.encode(torch.empty(prompts, 3, *self.decoder.picture_size))
+        shape, width = (samples, self.num_actions), self.trainable.lm.config.hidden_size
+        hidden = torch.empty(samples, self.num_actions + 1, width, dtype=self.sampler_dtype)
+        tokens, mask = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.bool)
+        return rows, TokenTrajectory(tokens, torch.empty(shape), mask, {"hidden": hidden})
+
+    def token_bytes(self) -> tuple[int, int]:
+        """Count keys, values and hidden states; these are a list while drawing, and stacked at its end."""
+        config, width = self.trainable.lm.config, self.sampler_dtype.itemsize
+        hidden = config.hidden_size * width
+        cache = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * width
+        return cache + 2 * hidden, hidden
 
     def renew_decoder(self) -> FlowDecoder:
         """Put a decoder with fresh weights, drawn from torch's global generator, in the place of the present one,

@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imagerl.models.common.adaptable import Adaptable, freeze
-from imagerl.rl.types import Canvas, ImageRLError, Prompt, Rows, SamplingParams, TokenScores
+from imagerl.rl.types import Canvas, ImageRLError, Prompt, Rows, SamplingParams, TokenScores, TokenTrajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from imagerl.models.base import DecoderPolicy, Proof
+    from imagerl.models.base import DecoderPolicy, Outline, Proof
 
 
 class BasePolicy:
@@ -38,8 +38,16 @@ class BasePolicy:
     def device(self) -> torch.device:
         return next(self.trainable.parameters()).device
 
-    def parts(self) -> Sequence[nn.Module]:
-        return [self.trainable]
+    def parts(self) -> Mapping[str, nn.Module]:
+        return {"model": self.trainable}
+
+    def blank(
+        self, prompts: int, length: int, samples: int, edits: bool = False
+    ) -> tuple[Rows, TokenTrajectory]:
+        raise ImageRLError("this model does not say what memory it takes")
+
+    def token_bytes(self) -> tuple[int, int]:
+        return 0, 0
 
     def proof(self, folder: Path, layout: str, prompts: Sequence[Prompt]) -> Proof | None:
         """Return nothing: every layout is a whole model."""
@@ -134,6 +142,16 @@ class BasePolicy:
         with self._adaptable().reference_weights():
             scores = self.trainable(prompts, tokens, sampling)
         return scores
+
+
+class BaseFamily:
+    """A family to build on, whose memory is not planned."""
+
+    def outline(self, folder: Path) -> Outline:
+        raise ImageRLError(f"{folder}: models of this family do not say what memory they take")
+
+    def published(self, name: str) -> Outline | None:
+        return None
 
 
 class PlainPrompts:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from imagerl.models.common.policy import BaseFamily
 from imagerl.models.glm_image.loading import PIPELINE, load_policy, load_prompts
 from imagerl.models.glm_image.policy import GlmImagePolicy
 from imagerl.models.glm_image.prompts import PromptEncoder
 
 
-class GlmImage:
+class GlmImage(BaseFamily):
     """Implements `models.base.Family`."""
 
     layouts: Mapping[str, str] = {

@@ -36,8 +36,8 @@ class GlmImagePolicy(BasePolicy):
             pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, pipeline.scheduler
         )
 
-    def parts(self) -> Sequence[nn.Module]:
-        return [self.model, self.decoder]
+    def parts(self) -> dict[str, nn.Module]:
+        return {"language model and vision tower": self.model, "decoder": self.decoder}
 
     @cached_property
     def prompts(self) -> PromptEncoder:

@@ -45,8 +45,10 @@ class JanusPolicy(BasePolicy):
         self.scale = scale
         self._sampler: TokenSampler | None = None
 
-    def parts(self) -> Sequence[nn.Module]:
-        return [self.model]
+    def parts(self) -> dict[str, nn.Module]:
+        own, whole = set(self.trainable.modules()), (*self.model.model.children(), self.model.lm_head)
+        rest = nn.ModuleList(part for part in whole if part not in own)
+        return {"language model": self.trainable, "VQ decoder and vision tower": rest}
 
     def blank(
         self, prompts: int, length: int, samples: int, edits: bool = False

@@ -21,8 +21,10 @@ from imagerl.rl.commands.reward import reward
 from imagerl.rl.commands.sample import sample
 from imagerl.rl.commands.serve import serve
 from imagerl.rl.commands.sft import sft
+from imagerl.rl.commands.sweep import sweep
 from imagerl.rl.commands.tokenize import tokenize
 from imagerl.rl.commands.train import train
+from imagerl.rl.commands.watch import watch
 from imagerl.rl.errors import ImageRLError, one_line
 from imagerl.rl.files.environment import leave_to_the_recipe
 
@@ -59,6 +61,8 @@ app.command("eval")(evaluate_model)
 app.command()(tokenize)
 app.command()(export)
 app.command()(compare)
+app.command()(sweep)
+app.command()(watch)
 app.command()(plan)
 app.add_typer(recipes, name="recipes")
 app.add_typer(reward, name="reward")

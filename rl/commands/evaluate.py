@@ -37,7 +37,7 @@ def evaluate_model(
     json: Annotated[Path | None, typer.Option(help="write results and every prompt's values here")] = None,
     pictures: Annotated[Path | None, typer.Option(help="folder in which to keep the pictures")] = None,
     layout: Annotated[
-        str | None, typer.Option(help="draw for an official scorer instead: geneval, dpg or imgedit")
+        str | None, typer.Option(help="draw for an official scorer instead: geneval, dpg, imgedit, longtext")
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="with --layout: the benchmark's own prompt file or folder")

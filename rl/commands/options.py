@@ -11,7 +11,10 @@ from imagerl.rl.errors import ImageRLError
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="recipe overrides, values in YAML")
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="continue the run in run.output_dir")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="continue the run in run.output_dir; a number after it: from that step"),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the run in run.output_dir")]
 Model = Annotated[str, typer.Option(help='model folder, LoRA adapter folder, or "tiny"')]
 Reader = Annotated[str, typer.Option("--model", help='model folder, or "tiny_edit"')]
@@ -35,7 +38,17 @@ Family = Annotated[
 ]
 
 
-def refuse_both(resume: bool, overwrite: bool) -> None:
+def resume_point(resume: bool, words: list[str] | None) -> tuple[bool | int, list[str]]:
+    """Return whether to continue a run, or from which step, and the overrides, among which the number of `--resume 20`
+    arrives. Raises ImageRLError for numbers that say no step."""
+    steps = [word for word in words or [] if word.isdecimal()]
+    overrides = [word for word in words or [] if word not in steps]
+    if steps and (not resume or len(steps) > 1):
+        raise ImageRLError(f'"{steps[-1]}" is no override; write --resume STEP with one step, or key=value')
+    return (int(steps[0]) if steps else resume), overrides
+
+
+def refuse_both(resume: bool | int, overwrite: bool) -> None:
     """Raise ImageRLError when a run is to be continued and deleted."""
-    if resume and overwrite:
+    if resume is not False and overwrite:
         raise ImageRLError("--resume continues the run and --overwrite deletes it; give only one")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from imagerl.rl.commands.options import Overrides, Overwrite, Resume, refuse_both
+from imagerl.rl.commands.options import Overrides, Overwrite, Resume, refuse_both, resume_point
 
 
 def sft(
@@ -20,6 +20,7 @@ def sft(
     from imagerl.api import training
     from imagerl.rl.config.sft import load_sft_recipe
 
-    settings = load_sft_recipe(recipe, overrides or [])
-    refuse_both(resume, overwrite)
-    training.train(settings, resume=resume, overwrite=overwrite, command=sys.argv)
+    point, words = resume_point(resume, overrides)
+    settings = load_sft_recipe(recipe, words)
+    refuse_both(point, overwrite)
+    training.train(settings, resume=point, overwrite=overwrite, command=sys.argv)

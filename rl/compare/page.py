@@ -13,8 +13,9 @@ from imagerl.rl.compare.results import Contrast, Kind, Results, RunResult, Stand
 from imagerl.rl.evaluation.stats import FEWEST_SEEDS, number, span
 from imagerl.rl.files.reading import read_json
 from imagerl.rl.files.writing import write_atomic
-from imagerl.rl.run.charts import Chart, Series, as_float, render
+from imagerl.rl.run.charts import Chart, Series, as_float
 from imagerl.rl.run.report import bar, embedded_grid, reach, render_page
+from imagerl.rl.run.svg import render
 
 PAGE = "report.html"
 PER_CHART = 6  # curves beside the baseline's that one chart can hold
@@ -31,9 +32,9 @@ def write_comparison_page(results: Results, folder: Path) -> Path:
 def _content(results: Results, folder: Path) -> dict[str, object]:
     environment = folder / "environment.json"
     charts = comparison_charts(results)
-    for place, chart in enumerate(charts):
+    for chart in charts:
         chart.last_step = max(s for series in chart.series for s in series.steps)
-        chart.svg = Markup(render(chart, f"chart{place}"))
+        chart.svg = Markup(render(chart))
     headline = results.metrics[0] if results.metrics else None
     rate = is_rate(results, headline)
     return {
@@ -67,7 +68,11 @@ def _content(results: Results, folder: Path) -> dict[str, object]:
 
 def sentence(one: Contrast, rate: bool) -> str:
     """Put a contrast into plain words, for the page and the terminal."""
-    what = "after training" if one.kind == "final" else "on average over the budget"
+    what = {
+        "final": "after training",
+        "mean": "on average over the budget",
+        "best": "after training, each model at its best temperature",
+    }[one.kind]
     other = "its start" if one.baseline == "untrained" else one.baseline
     seeds = f"{len(one.seeds)} seed{'s' if len(one.seeds) > 1 else ''}"
     mean = number(one.difference.mean, rate, sign=True) + (" points" if rate else "")
@@ -100,7 +105,7 @@ def comparison_charts(results: Results) -> list[Chart]:
         for labels in parts:
             charts.append(
                 Chart(
-                    f"{metric.replace('_', ' ')}",
+                    metric,
                     f"{kind[0].upper()}{kind[1:]}. {band}",
                     [_heldout(results, label, metric) for label in labels],
                     percent=is_rate(results, metric),

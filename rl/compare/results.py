@@ -26,11 +26,12 @@ from imagerl.rl.evaluation.stats import (
     verdict,
 )
 from imagerl.rl.files.metrics import read_metrics
-from imagerl.rl.files.reading import read_text
+from imagerl.rl.files.reading import read_json, read_text
 from imagerl.rl.files.yaml_text import parse_yaml
 from imagerl.rl.run.report import gold_metrics
 
-Kind = Literal["final", "mean"]  # after training, or averaged over the run: area under the curve / budget
+# after training, averaged over the run (area under the curve / budget), or after training at the best temperature
+Kind = Literal["final", "mean", "best"]
 UNTRAINED = "untrained"
 
 
@@ -56,9 +57,14 @@ class RunResult:
     evaluations: list[Evaluated]
     prompts: list[str]
     recipe: dict[str, Any]
+    best: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None = (
+        None  # before and after, at best temperatures
+    )
 
     def at(self, metric: str, kind: Kind, unit: str) -> np.ndarray:
         """Return [P] of a metric, after training or as the mean over the budget."""
+        if kind == "best" and self.best:
+            return self.best[1][metric]
         if kind == "final":
             return self.evaluations[-1].values[metric]
         xs = [getattr(evaluated, unit) for evaluated in self.evaluations]
@@ -150,6 +156,8 @@ def collect(folder: Path) -> Results:
         try:
             for kind in kinds:
                 _compare(results, metric, kind)
+            if metric == metrics[0] and all(run.best for run in done):
+                _compare(results, metric, "best")
         except ValueError as error:
             results.notes.append(f"{metric} is not compared: {error}")
     results.notes += _notes(results)
@@ -185,7 +193,13 @@ def read_run(label: str, seed: int, folder: Path) -> RunResult | None:
         evaluations,
         prompts,
         parse_yaml(read_text(folder / "recipe.yaml"), str(folder / "recipe.yaml")),
+        _at_best(folder / "eval" / "comparison.json"),
     )
+
+
+def _at_best(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None:
+    told = read_json(path).get("best_temperature") if path.exists() else None
+    return (_columns(told["per_prompt"]["before"]), _columns(told["per_prompt"]["after"])) if told else None
 
 
 def refuse_other_prompts(runs: Sequence[RunResult]) -> None:
@@ -216,9 +230,13 @@ def _compare(results: Results, metric: str, kind: Kind) -> None:
         made = contrast(scores[label], scores[plan.baseline], len(others))
         if made is not None:
             results.contrasts.append(Contrast(label, plan.baseline, metric, kind, **made))
-    if kind == "final":
+    if kind != "mean":
         for label in labels:
-            before = {s: run.evaluations[0].values[metric] for s, run in results.finished(label).items()}
+            finished = results.finished(label).items()
+            before = {
+                seed: (run.best[0] if kind == "best" and run.best else run.evaluations[0].values)[metric]
+                for seed, run in finished
+            }
             made = contrast(scores[label], before, len(labels))
             if made is not None:
                 results.gains.append(Contrast(label, UNTRAINED, metric, kind, **made))

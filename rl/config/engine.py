@@ -38,6 +38,13 @@ class OptimConfig(RecipeModel):
     decay_share: float = Field(1.0, gt=0, le=1, description="last share of the updates, in which lr falls")
     min_lr: float = Field(0.0, ge=0, le=10, description="what the linear and cosine schedules fall to")
     warmup_steps: Every = Field(0, description="updates of linear warm-up")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of a moving average of the trained weights, which is evaluated and exported in their place; "
+        "null: none",
+    )
     max_grad_norm: Coefficient = Field(1.0, description="clip the gradient norm to this; 0: never")
 
     @field_validator("betas")

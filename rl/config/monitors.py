@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from imagerl.rl.config.recipe import RecipeModel
-from imagerl.rl.files.bounds import Coefficient
+from imagerl.rl.files.bounds import Coefficient, Every
 
 
 class MonitorsConfig(RecipeModel):
@@ -42,6 +42,9 @@ class MonitorsConfig(RecipeModel):
         ge=3,
         le=10_000,
         description="evaluations that a correlation is of, and steps averaged for the other alarms",
+    )
+    patience: Every = Field(
+        0, description="end the run after so many evaluations without a higher held-out total; 0: never"
     )
     stop: bool = Field(
         False, description="end the run at the first alarm on a watched metric; peak/ has the best checkpoint"

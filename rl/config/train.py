@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, Self
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,6 +19,7 @@ from imagerl.rl.config.rewards import RewardsConfig, RewardSpec
 from imagerl.rl.files.bounds import Count, Every, FlowSteps, Guidance, OutputDir, Positive, Seed, Steps
 
 MAX_DRAWN = 2**20  # pictures a step
+FILES = (".jsonl", ".json", ".csv", ".txt", ".yaml", ".yml", ".parquet")  # of prompts, without splits
 
 
 class ReportConfig(RecipeModel):
@@ -44,6 +45,9 @@ class RunConfig(ReportConfig):
     output_dir: OutputDir = Field(description="run folder")
     sample_every: Every = Field(10, description="steps between grids of the fixed prompts; 0: none")
     sample_prompts: Count = Field(8, description="held-out prompts on a grid")
+    report_every: Every = Field(
+        10, description="steps between two writings of report.html; 0: first and last"
+    )
     images: int | None = Field(
         None,
         ge=1,
@@ -87,20 +91,35 @@ class PromptSetConfig(RecipeModel):
         None,
         description="a named set: tiny_world, tiny_composition, tiny_edits, tiny_text_edits, ocr_signs or edits",
     )
-    path: str | None = Field(None, description="a prompt file: .jsonl, .csv, .txt or .yaml")
-    split: Literal["train", "heldout"] | None = Field(None, description="which part of a named set")
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="a prompt file (.jsonl, .json, .csv, .txt, .yaml, .parquet), a saved data set, or hf:owner/name",
+    )
+    split: str | None = Field(
+        None, min_length=1, description="which part: train or heldout of a named set, its own name in others"
+    )
+    subset: str | None = Field(None, min_length=1, description="configuration of a data set of the hub")
     size: Steps | None = Field(None, description="take only the first this many prompts; null: all")
     seed: Seed = Field(0, description="what a named set draws at random, such as colours")
     column: str = Field("prompt", min_length=1, description="which column of a file holds the prompt")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="new names of a file's columns, ours: theirs, as in {target: answer}",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.name is None) == (self.path is None):
             raise ValueError("give exactly one of name and path")
-        if self.name is not None and self.split is None:
+        if self.name is not None and self.split not in ("train", "heldout"):
             raise ValueError("a named set needs its split: train or heldout")
-        if self.path is not None and self.split is not None:
+        if self.path is not None and self.split is not None and PurePath(self.path).suffix in FILES:
             raise ValueError("a file has no splits; remove split, and use two files")
+        if self.subset is not None and not (self.path or "").startswith("hf:"):
+            raise ValueError("only data sets of the hub have a subset; remove it")
+        if self.columns and self.name is not None:
+            raise ValueError("columns renames those of a file; a named set has its own")
         return self
 
 
@@ -162,6 +181,12 @@ class EvalConfig(RecipeModel):
     guidance: Guidance | None = Field(None, description="of the decoder; null: as in training")
     flow_steps: FlowSteps | None = Field(None, description="of the decoder; null: as in rollout")
     seed: Seed = Field(0, description="seed of the samples, the same at every evaluation")
+    temperatures: list[Annotated[float, Field(ge=1e-3, le=100)]] = Field(
+        [],
+        max_length=16,
+        description="others to evaluate at, before and after: both models are also compared at the best of each, "
+        "chosen on other prompts",
+    )
 
 
 class Recipe(RecipeModel):
@@ -269,6 +294,8 @@ class Recipe(RecipeModel):
         self.rewards.require_halves(joint=flow is not None and flow.joint)
         if flow is not None:
             flow.check(self)
+        if self.optim.ema is not None and self.engine.name == "deepspeed":
+            raise ValueError("optim.ema needs whole weights on every process; set engine.name: torch")
         if self.model.dtype == "bf16" and self.engine.precision != "bf16":
             raise ValueError(
                 "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "

@@ -4,13 +4,14 @@ pixels are decoded when a prompt is drawn, so that a set of any size fits in mem
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
 
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.files.reading import check_picture, is_regular
+from imagerl.rl.files.reading import as_picture, check_picture, is_regular, open_undecoded
 from imagerl.rl.types import Prompt
 
 PICTURE_COLUMNS = ("reference", "mask", "ideal")  # the picture to edit, where it may change, a perfect result
@@ -25,6 +26,10 @@ def picture_paths(columns: Mapping[str, object], folder: Path, place: str) -> di
     for name in PICTURE_COLUMNS:
         if (given := found.get(name)) in (None, ""):  # a CSV file has no other way to say that there is none
             found |= {name: None} if name in found else {}
+            continue
+        if isinstance(given, bytes):
+            with as_picture(f'"{name}"', place):
+                open_undecoded(io.BytesIO(given))
             continue
         if not isinstance(given, str) or not is_regular(folder / given):
             raise ImageRLError(
@@ -48,4 +53,5 @@ def picture_hash(prompt: Prompt) -> str:
     picture = prompt.columns.get("reference")
     if isinstance(picture, Image.Image):
         return hashlib.sha256(picture.tobytes()).hexdigest()
-    return hashlib.sha256(picture.read_bytes()).hexdigest() if isinstance(picture, Path) else ""
+    data = picture.read_bytes() if isinstance(picture, Path) else picture
+    return hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else ""

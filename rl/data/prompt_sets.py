@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagerl.rl.config.recipe import SHIPPED
 from imagerl.rl.data.prompt_pictures import picture_hash, picture_paths
+from imagerl.rl.data.tables import HUB, is_table, read_table
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.reading import parse_json, read_text, require_plain
 from imagerl.rl.files.yaml_text import parse_yaml_lines
@@ -125,7 +126,8 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
         prompts = [replace(p, source=source, line=n) for p, n in zip(prompts, lines, strict=True)]
     else:
         source = path
-        prompts = _to_prompts(_read_rows(source), config.column, source)
+        rows = _renamed(_read_rows(source, config), config.columns, source)
+        prompts = _to_prompts(rows, config.column, source)
     if config.size is not None and config.size > len(prompts):
         raise ImageRLError(
             f"{source} has {len(prompts)} prompts, fewer than its size in the recipe, {config.size}"
@@ -177,11 +179,16 @@ def refuse_overlap(train: PromptSet, heldout: PromptSet, wanted: Callable[[Any, 
             )
 
 
-def _read_rows(source: str) -> list[Row]:
+def _read_rows(source: str, config: PromptSetConfig) -> list[Row]:
+    if is_table(source):
+        return list(read_table(source, config.split, config.subset, config.size))
     suffix = Path(source).suffix.lower()
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _txt, ".yaml": _yaml, ".yml": _yaml}
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _txt, ".yaml": _yaml, ".yml": _yaml}
     if suffix not in readers:
-        raise ImageRLError(f'cannot tell the format of "{source}"; name it .jsonl, .csv, .txt or .yaml')
+        raise ImageRLError(
+            f'cannot tell the format of "{source}"; name it .jsonl, .json, .csv, .txt, .yaml or .parquet, or write '
+            f"{HUB}owner/name for a data set of the hub"
+        )
     return list(readers[suffix](read_text(source), source))
 
 
@@ -189,6 +196,31 @@ def _jsonl(text: str, source: str) -> Iterator[Row]:
     for line, content in enumerate(text.split("\n"), 1):
         if content.strip():
             yield line, parse_json(content, f"{source}, line {line}")
+
+
+def _json(text: str, source: str) -> Iterator[Row]:
+    rows = parse_json(text, source)
+    if not isinstance(rows, list):
+        raise ImageRLError(f"{source}: should be a list of prompts, or of mappings with a prompt in each")
+    return iter(enumerate(rows, 1))
+
+
+def _renamed(rows: Sequence[Row], columns: Mapping[str, str], source: str) -> list[Row]:
+    """Call columns as a recipe says, ours: theirs. Raises ImageRLError for one that no row has."""
+    known = {name for _, row in rows if isinstance(row, dict) for name in row}
+    for ours, theirs in columns.items():
+        if theirs not in known:
+            raise ImageRLError(f'{source}: no column "{theirs}" to call {ours}, only {_shown(sorted(known))}')
+        if ours in known - set(columns.values()):
+            raise ImageRLError(f'{source}: has a column "{ours}" already; rename that one too')
+    names = {theirs: ours for ours, theirs in columns.items()}
+    return [
+        (
+            line,
+            {names.get(name, name): value for name, value in row.items()} if isinstance(row, dict) else row,
+        )
+        for line, row in rows
+    ]
 
 
 def _csv(text: str, source: str) -> Iterator[Row]:
@@ -227,7 +259,8 @@ def _to_prompts(rows: Sequence[Row], column: str, source: str) -> list[Prompt]:
         mapping = {column: row} if isinstance(row, str) else row
         if not isinstance(mapping, dict):
             raise ImageRLError(f"{place}: should be a mapping of columns, or a prompt")
-        mappings.append((place, require_plain(mapping, place)))
+        require_plain({name: value for name, value in mapping.items() if not isinstance(value, bytes)}, place)
+        mappings.append((place, mapping))
     names = list(dict.fromkeys(name for _, mapping in mappings for name in mapping))
     column, reference = _taken(names, column, source)
     for place, mapping in mappings:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from imagerl.rl.config.engine import EngineConfig, OptimConfig
 
+AVERAGE = "average"  # the group of the moving average in a checkpoint
 StateDict = dict[str, dict[str, Tensor]]  # group -> name -> whole tensor
 
 
@@ -102,6 +103,10 @@ class Engine:
             parameter.data = parameter.data.float()
         if state is not None:
             self._load_weights(state["model"])
+        self._average: dict[str, Tensor] = {}
+        if optim.ema is not None:
+            begun = state[AVERAGE] if state is not None and AVERAGE in state else self._whole_weights()
+            self._average = {name: tensor.to(self.device, copy=True) for name, tensor in begun.items()}
         self._optim = optim
         self._total_updates = total_updates
         groups: dict[float, list[nn.Parameter]] = {}
@@ -183,7 +188,25 @@ class Engine:
                 "engine.precision=fp32 in a new run"
             )
         self.updates += 1
+        if self._optim.ema is not None:
+            for name, tensor in self._average.items():
+                tensor.lerp_(self._parameters[name].data, 1 - self._optim.ema)
         return norm
+
+    def _whole_weights(self) -> dict[str, Tensor]:
+        return {name: parameter.data for name, parameter in self._parameters.items()}
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the trained weights are their moving average, where `optim.ema` keeps one. Do not train inside."""
+        weights = self._whole_weights() if self._average else {}
+        try:
+            for name in weights:
+                self._parameters[name].data = self._average[name]
+            yield
+        finally:
+            for name, tensor in weights.items():
+                self._parameters[name].data = tensor
 
     def gradient_norms(self, parts: Sequence[str]) -> dict[str, float]:
         """Measure the present gradient's norm of each part of the module, named by its attribute; empty under ZeRO 1
@@ -229,11 +252,12 @@ class Engine:
                 copies = on_host(whole)
                 model[name] = copies.pop("weight")
                 optimizer |= {f"{key}/{name}": tensor for key, tensor in copies.items()}
+        average = {AVERAGE: on_host(self._average)} if self.is_main and self._average else {}
         if not moments:
-            return {"model": model}
+            return {"model": model} | average
         if self.is_main:
             optimizer["updates"] = torch.tensor(self.updates)
-        return {"model": model, "optimizer": optimizer}
+        return {"model": model, "optimizer": optimizer} | average
 
     def sum_over_ranks(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
         """Add up scalars over ranks in float64. Collective, with the same keys everywhere."""

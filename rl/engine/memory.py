@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from imagerl.models.base import Policy
+from imagerl.rl.config.engine import LoraConfig
 from imagerl.rl.types import SamplingParams, TokenScores
 
 Bytes = dict[str, float]
@@ -36,6 +38,8 @@ class StepShape:
     micro_batch: int  # samples of a forward and backward pass
     share: int  # samples that read one prompt in the update; 1: each reads its own
     guidance: float
+    token_guidance: float
+    noise: tuple[int, int, int] | None  # of a picture
     sampler_dtype: torch.dtype
     storage: torch.dtype  # of frozen weights
     bf16: bool  # autocast
@@ -100,39 +104,43 @@ def at_depth(measure: Callable[[int], Bytes], layers: int) -> Bytes:
 
 
 def without_content(module: nn.Module, dtype: torch.dtype) -> None:
-    """Give a module fake parameters of `dtype`; call under FakeTensorMode. Ties between parameters are lost."""
+    """Give a module fake parameters of `dtype`, shared where they were; call under FakeTensorMode."""
+    fakes: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=dtype)
-                part._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
+                fake = fakes.get(id(parameter))
+                if fake is None:
+                    fake = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
+                    fakes[id(parameter)] = fake
+                part._parameters[name] = fake
 
 
-def language_model_bytes(
-    policy: Any, shape: StepShape, lora: Mapping[str, Any] | None = None, freeze: Sequence[str] = ()
+def token_half_bytes(
+    policy: Policy, shape: StepShape, lora: LoraConfig | None = None, freeze: Sequence[str] = ()
 ) -> Bytes:
-    """Measure the autoregressive half of a policy without weights: parameters by kind (counted), and bytes beyond
-    its weights in each phase. `policy` is a `models.blip3o_next.policy.ImagePolicy`, which is used up."""
+    """Measure the half that writes tokens of a policy without weights, which is used up: parameters by kind (counted),
+    and bytes beyond its weights in each phase."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    ar, lm = policy.trainable, policy.trainable.lm
-    weights = sum(p.numel() for p in ar.parameters())
-    ar.requires_grad_(True).eval()
+    half = policy.trainable
+    weights = sum(p.numel() for p in half.parameters())
+    half.requires_grad_(True).eval()
     if shape.recompute:
         policy.recompute()
-    if lora is not None:
-        policy.add_lora(**lora)  # here, where PEFT may still move modules about
+    if lora is not None:  # here, where PEFT may still move modules about
+        policy.add_lora(lora.r, lora.alpha, lora.dropout, lora.target_modules)
+        policy.freeze_reference()
     policy.freeze(freeze)
+    policy.sampler_dtype = shape.sampler_dtype
     with FakeTensorMode(allow_non_fake_inputs=True):
-        without_content(ar, shape.storage)
-        if lm.config.tie_word_embeddings:
-            lm.tie_weights()
-        with ar.base_weights():
-            reference = _reference(ar, shape)
-        for parameter in ar.parameters():
+        without_content(half, shape.storage)
+        with torch.no_grad(), LiveBytes() as memory:
+            _scored(policy, shape, policy.reference_scores if lora else half)
+        for parameter in half.parameters():
             if parameter.requires_grad:  # what trains is float32, whatever its storage; see `Engine.prepare`
                 parameter.data = parameter.data.float()
-        trained = {name: p.numel() for name, p in ar.named_parameters() if p.requires_grad}
+        trained = {name: p.numel() for name, p in half.named_parameters() if p.requires_grad}
         own = sum(size for name, size in trained.items() if ".lora_" not in name)
         counts = {
             "weights": weights,
@@ -140,88 +148,70 @@ def language_model_bytes(
             "trained_base": own,
             "largest": max(trained.values()),
         }
-        costs = {"reference": reference, **_sampling(policy, shape), **_update(ar, shape)}
+        costs = {"reference": memory.peak, **_sampling(policy, shape), **_update(policy, shape)}
         return {name: float(value) for name, value in (counts | costs).items()}
 
 
-def decoder_bytes(policy: Any, shape: StepShape) -> Bytes:
-    """Measure the decoder likewise: parameters, and bytes beyond weights while latents are integrated and drawn."""
+def decoder_bytes(policy: Policy, shape: StepShape) -> Bytes:
+    """Measure all other parts likewise: their parameters as "part <name>", and bytes beyond weights while pictures are
+    drawn, and those to edit are read."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    decoder = policy.decoder
-    width = policy.trainable.lm.config.hidden_size
+    sampling = SamplingParams(guidance=shape.guidance, flow_steps=2)
+    policy.sampler_dtype = shape.sampler_dtype
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        without_content(decoder, shape.storage)
-        hidden = torch.empty(shape.pictures, shape.image_tokens + 1, width, dtype=shape.sampler_dtype)
-        noise = torch.empty(shape.pictures, *policy.latent_shape)
-        reading = 0
+        for part in policy.parts().values():
+            without_content(part, shape.storage)
+        costs: dict[str, float] = {}
         if shape.edits:
-            shown = torch.empty(shape.edits, 3, *decoder.picture_size)
             with LiveBytes() as memory:
-                decoder.encode(shown)
-            reading = memory.peak + shown.untyped_storage().nbytes()
-        reference = torch.empty_like(noise) if shape.edits else None
+                policy.blank(shape.edits, 1, 1, edits=True)
+            costs["reading"] = memory.peak
+        prompts, trajectory = policy.blank(shape.pictures, 1, shape.pictures, bool(shape.edits))
+        noise = None if shape.noise is None else torch.empty(shape.pictures, *shape.noise)
         with LiveBytes() as memory, shape.autocast():
-            latents = decoder.latents(hidden, noise, shape.guidance, 2, reference)
-            integrating = memory.peak
-            memory.restart()
-            decoder.draw(latents)
-    vae = sum(p.numel() for p in decoder.vae.parameters())
-    others = sum(p.numel() for p in decoder.parameters()) - vae
-    costs = {"vae": vae, "decoder": others, "integrating": integrating, "drawing": memory.peak}
-    costs |= {"reading": reading} if shape.edits else {}
-    return {name: float(value) for name, value in costs.items()}
+            policy.decode(prompts, trajectory, noise, sampling)
+    parts = {f"part {name}": part for name, part in list(policy.parts().items())[1:]}
+    counts = {name: float(sum(p.numel() for p in part.parameters())) for name, part in parts.items()}
+    return {**counts, **costs, "drawing": float(memory.peak)}
 
 
-def _sampling(policy: Any, shape: StepShape) -> dict[str, int]:
+def _sampling(policy: Policy, shape: StepShape) -> dict[str, int]:
     """Measure the sampler's own copy of the weights, and what drawing a chunk of samples takes beside it."""
     steps = min(4, shape.image_tokens)
-    policy.sampler_dtype = shape.sampler_dtype
     with torch.no_grad(), LiveBytes() as memory:
         policy.refresh_sampler()
         copies, laying_out = memory.live, memory.peak
         memory.restart()
-        ids = torch.empty(shape.sampled, shape.prompt_tokens, dtype=torch.int64)
-        mask = torch.empty(shape.sampled, shape.prompt_tokens, dtype=torch.bool)
+        prompts, _ = policy.blank(shape.sampled, shape.prompt_tokens, 0)
         uniforms = torch.empty(shape.samples, steps, dtype=torch.float64)
-        policy.sample_tokens({"ids": ids, "mask": mask}, uniforms, SamplingParams())
-    config = policy.trainable.lm.config
-    width = shape.sampler_dtype.itemsize
-    keys_values = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * width
-    hidden = 2 * config.hidden_size * width  # a list while drawing, stacked at its end
+        policy.sample_tokens(prompts, uniforms, SamplingParams(token_guidance=shape.token_guidance))
+    drawing, kept = policy.token_bytes()
     rest = (shape.image_tokens - steps) * shape.samples
     return {
         "sampler": copies,
         "laying_out": laying_out,
-        "cache": keys_values * shape.samples * shape.image_tokens,
-        "sampling": memory.peak - copies + rest * (keys_values + hidden),
-        "hidden": shape.samples * (shape.image_tokens + 1) * config.hidden_size * width,
+        "sampling": memory.peak - copies + rest * drawing,
+        "hidden": shape.samples * (shape.image_tokens + 1) * kept,
     }
 
 
-def _scored(ar: nn.Module, shape: StepShape) -> TokenScores:
+def _scored(policy: Policy, shape: StepShape, score: Callable[..., TokenScores]) -> TokenScores:
     rows = max(1, shape.micro_batch // shape.share)
-    ids = torch.empty(rows, shape.prompt_tokens, dtype=torch.int64)
-    mask = torch.empty(rows, shape.prompt_tokens, dtype=torch.bool)
-    tokens = torch.empty(shape.micro_batch, shape.image_tokens, dtype=torch.int64)
+    prompts, trajectory = policy.blank(rows, shape.prompt_tokens, shape.micro_batch)
+    tokens = trajectory.tokens
+    del trajectory  # of which scoring needs no more
     with shape.autocast():
-        return ar({"ids": ids, "mask": mask}, tokens, SamplingParams())
+        return score(prompts, tokens, SamplingParams(token_guidance=shape.token_guidance))
 
 
-def _reference(ar: nn.Module, shape: StepShape) -> int:
-    """Measure the peak of scoring a microbatch by weights as they are stored."""
-    with torch.no_grad(), LiveBytes() as memory:
-        _scored(ar, shape)
-    return memory.peak
-
-
-def _update(ar: nn.Module, shape: StepShape) -> dict[str, int]:
+def _update(policy: Policy, shape: StepShape) -> dict[str, int]:
     """Measure the peak of forward and backward of a step's first microbatch and of a later one, when gradients are
     there."""
     peaks = {}
     with LiveBytes() as memory:
         for name in ("update_first", "update"):
-            _scored(ar, shape).logprobs.sum().backward()
+            _scored(policy, shape, policy.trainable).logprobs.sum().backward()
             peaks[name] = memory.peak
             memory.restart()
         return peaks | {"gradients": memory.live}

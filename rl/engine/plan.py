@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.engine.memory import Bytes, StepShape
 from imagerl.rl.errors import ImageRLError
+from imagerl.rl.types import Canvas
 
 GIB = 2**30
 FLOAT32 = 4
@@ -38,7 +39,7 @@ class Plan:
 
 
 def step_shape(
-    recipe: Recipe, gpus: int, prompt_tokens: int, image_tokens: int, edits: bool = False
+    recipe: Recipe, gpus: int, prompt_tokens: int, canvas: Canvas, edits: bool = False
 ) -> StepShape:
     """Return the work that one of `gpus` processes does at once. Raises ImageRLError when they cannot share a step's
     prompts."""
@@ -59,10 +60,12 @@ def step_shape(
         group=rollout.group_size,
         pictures=max(drawn, evaluated),
         prompt_tokens=prompt_tokens,
-        image_tokens=image_tokens,
+        image_tokens=canvas.tokens,
         micro_batch=micro_batch,
         share=rollout.group_size if whole_groups and not engine.activation_checkpointing else 1,
         guidance=rollout.guidance,
+        token_guidance=rollout.token_guidance,
+        noise=canvas.noise,
         sampler_dtype=types[engine.precision],
         storage=types[recipe.model.dtype],
         bf16=engine.precision == "bf16",
@@ -71,10 +74,8 @@ def step_shape(
     )
 
 
-def make_plan(
-    recipe: Recipe, gpus: int, shape: StepShape, language: Bytes, decoder: Bytes, tokenizer: float
-) -> Plan:
-    """Put together what `language_model_bytes` and `decoder_bytes` found, and the image tokenizer's parameters."""
+def make_plan(recipe: Recipe, gpus: int, shape: StepShape, language: Bytes, decoder: Bytes) -> Plan:
+    """Put together what `token_half_bytes` and `decoder_bytes` found."""
     storage, stage = shape.storage.itemsize, recipe.engine.zero_stage
     shards = gpus if stage else 1
     trained, gradients = language["trained"] * FLOAT32, language["gradients"]
@@ -84,9 +85,11 @@ def make_plan(
         "language model, trained": trained / (gpus if stage == 3 else 1),
         "language model, frozen": round(language["weights"] - language["trained_base"]) * storage,
         "KL reference": language["weights"] * storage if copied else 0.0,
-        "connector and decoder": decoder["decoder"] * storage,
-        "autoencoder": decoder["vae"] * storage,
-        "image tokenizer": tokenizer * storage,
+        **{
+            name.removeprefix("part "): count * storage
+            for name, count in decoder.items()
+            if name.startswith("part ")
+        },
         "optimizer state": 0.0 if offloaded else language["trained"] * MOMENTS / shards,
         "ZeRO's own float32 copy": trained / gpus if stage and not offloaded else 0.0,
     }
@@ -112,8 +115,7 @@ def make_plan(
         "copying weights for sampling": language["laying_out"] + whole,
         "sampling tokens": sampler + language["sampling"],
         **({"reading pictures to edit": sampler + decoder["reading"]} if "reading" in decoder else {}),
-        "denoising": sampler + decoder["integrating"] + language["hidden"],
-        "drawing pixels": sampler + decoder["drawing"] + language["hidden"],
+        "drawing pictures": sampler + decoder["drawing"] + language["hidden"],
         "scoring by the reference": language["reference"] if recipe.algorithm.kl_coef > 0 else 0.0,
         "forward and backward": activations + (held if several else 0.0),
         "optimizer step": held + update,

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.files.metrics import save_image
+from imagerl.rl.files.grids import save_image
 from imagerl.rl.types import RolloutGroup
 
 

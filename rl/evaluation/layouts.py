@@ -1,6 +1,7 @@
 """Folders of pictures laid out as the official scorers of public benchmarks read them.
 
-GenEval (arXiv 2310.11513), DPG-Bench (arXiv 2403.05135) and ImgEdit-Bench (arXiv 2505.20275). Prompts come from the
+GenEval (arXiv 2310.11513), DPG-Bench (arXiv 2403.05135), ImgEdit-Bench (arXiv 2505.20275) and LongText-Bench
+(arXiv 2507.22058). Prompts come from the
 benchmark's own files, unchanged; every random number depends on the seed, the prompt's place and the sample, so an
 interrupted drawing goes on as if it had not been."""
 
@@ -19,7 +20,8 @@ from PIL import Image
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.evaluate import Source
 from imagerl.rl.evaluation.kept_pictures import refuse_filled
-from imagerl.rl.files.metrics import save_image, to_json
+from imagerl.rl.files.grids import save_image
+from imagerl.rl.files.metrics import to_json
 from imagerl.rl.files.mistakes import validated
 from imagerl.rl.files.reading import parse_json, read_json, read_picture, read_text
 from imagerl.rl.files.writing import write_atomic
@@ -129,12 +131,36 @@ def write_imgedit(folder: Path, entry: Entry, pictures: np.ndarray) -> None:
     save_image(Image.fromarray(pictures[0]), folder / f"{entry.name}.png")
 
 
+def read_longtext(file: Path, sources: Path | None) -> list[Entry]:
+    """Read text_prompts.jsonl, or text_prompts_zh.jsonl. Raises ImageRLError for a line that the scorer cannot use."""
+    entries: dict[str, Entry] = {}
+    for line, text in enumerate(_lines(file), 1):
+        place = f"{file}, line {line}"
+        record = _mapping(parse_json(text, place), ("prompt_id", "prompt", "text"), place)
+        number = record["prompt_id"]
+        if type(number) is not int or number < 0 or f"{number:04d}" in entries:
+            raise ImageRLError(
+                f"{place}: prompt_id {number!r} is no number of its own; take the file as it is"
+            )
+        entries[f"{number:04d}"] = Entry(line - 1, record["prompt"], f"{number:04d}")
+    return list(entries.values())
+
+
+def write_longtext(folder: Path, entry: Entry, pictures: np.ndarray) -> None:
+    """Write `0000_1.png`, `0000_2.png`, ..."""
+    for number, picture in enumerate(pictures, 1):
+        save_image(Image.fromarray(picture), folder / f"{entry.name}_{number}.png")
+
+
 LAYOUTS: dict[str, Layout] = {
     "geneval": Layout(
         read_geneval, (), lambda entry, samples: f"{entry.name}/samples/{samples - 1:04d}.png", write_geneval
     ),
     "dpg": Layout(read_dpg, (GRID, 1), lambda entry, samples: f"{entry.name}.png", write_dpg),
     "imgedit": Layout(read_imgedit, (1,), lambda entry, samples: f"{entry.name}.png", write_imgedit),
+    "longtext": Layout(
+        read_longtext, (4,), lambda entry, samples: f"{entry.name}_{samples}.png", write_longtext
+    ),
 }
 GENEVAL_SAMPLES = 4
 

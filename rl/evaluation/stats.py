@@ -16,6 +16,8 @@ import numpy as np
 from scipy.special import stdtrit
 from scipy.stats import binomtest, mannwhitneyu
 
+from imagerl.rl.files.metrics import fixed
+
 PLACES = ("index", "sample")  # keys of a row that say what it is about
 TOTAL = "total"  # held-out: the weighted sum of the rewards, which training raises; no reward has that name
 HEADLINES = ("success", "exact_match")  # what a run is judged by, the first of them that was measured
@@ -241,7 +243,7 @@ def number(value: float | None, rate: bool = False, sign: bool = False, digits: 
     """Write a mean or a bound: of a `rate` in per cent, of a signed one (a difference) in points, "–" for none."""
     if value is None or not math.isfinite(value):
         return "–"
-    scaled = f"{100 * value if rate else value:{'+' if sign else ''}.{1 if rate else digits}f}"
+    scaled = fixed(100 * value if rate else value, 1 if rate else digits, sign)
     return scaled.replace("-", "−") + (" %" if rate and not sign else "")
 
 

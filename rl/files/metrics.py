@@ -1,4 +1,4 @@
-"""The output of a run while it runs: metrics.jsonl, progress, timings, picture grids."""
+"""The output of a run while it runs: metrics.jsonl, progress, timings."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, ConfigDict, Field
 
 from imagerl.rl.errors import ImageRLError, one_line
@@ -27,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 METRICS_FILE = "metrics.jsonl"
+LARGE = 1e7  # from here on a number is written by its power of ten
 
 
 def is_timing(key: str) -> bool:
@@ -212,11 +210,17 @@ class Progress:
             self._bar.stop()
 
 
+def fixed(value: float, digits: int = 3, sign: bool = False) -> str:
+    """Write a number with so many digits after the point; one that is too large for that by its power of ten."""
+    plus = "+" if sign else ""
+    return f"{value:{plus}.{digits}f}" if abs(value) < LARGE else f"{value:{plus}.{digits}g}"
+
+
 def progress_line(step: int, total: int, metrics: Mapping[str, Any], seconds_left: float) -> str:
     """Return `step 10/200  total 0.423  KL 0.0012  exact 41 %  3m12s left`, without what is not measured."""
     parts = [f"step {step:>{len(str(total))}}/{total}"]
     if (reward := metrics.get("reward/mean")) is not None:
-        parts.append(f"total {reward:.3f}")
+        parts.append(f"total {fixed(reward)}")
     if (kl := metrics.get("kl/k3")) is not None:
         parts.append(f"KL {kl:.4f}")
     if reward is None and (loss := metrics.get("loss")) is not None:
@@ -228,82 +232,3 @@ def progress_line(step: int, total: int, metrics: Mapping[str, Any], seconds_lef
     hours, minutes = divmod(minutes, 60)
     left = f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
     return "  ".join([*parts, f"{left} left"])
-
-
-def image_grid(
-    images: Sequence[np.ndarray] | np.ndarray,
-    columns: int,
-    captions: Sequence[str] | None = None,
-    scale: int = 1,
-) -> Image.Image:
-    """Lay out pictures of one size in rows of `columns`, with a small caption under each.
-
-    Args:
-        images: [N, H, W, 3] uint8 RGB.
-        captions: one per picture; three lines at most, the rest is cut with an ellipsis.
-        scale: enlargement by whole pixels, so that single pixels stay visible.
-
-    Raises:
-        ValueError: no pictures, another dtype or shape, or not one caption per picture.
-    """
-    stack = np.asarray(images)
-    if stack.ndim != 4 or stack.shape[-1] != 3 or stack.dtype != np.uint8 or not len(stack):
-        raise ValueError(f"images must be [N, H, W, 3] uint8 with N >= 1, got {stack.dtype} {stack.shape}")
-    if captions is not None and len(captions) != len(stack):
-        raise ValueError(f"{len(stack)} images but {len(captions)} captions")
-    stack = stack.repeat(scale, axis=1).repeat(scale, axis=2)
-    count, height, width, _ = stack.shape
-    columns = max(1, min(columns, count))
-    rows = -(-count // columns)
-    margin, line_height = 8, 13
-    blocks = [_fit(caption, width) for caption in captions] if captions else [[] for _ in range(count)]
-    caption_height = line_height * max(map(len, blocks)) + (3 if captions else 0)
-    size = margin + columns * (width + margin), margin + rows * (height + caption_height + margin)
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, (picture, lines) in enumerate(zip(stack, blocks, strict=True)):
-        x = margin + i % columns * (width + margin)
-        y = margin + i // columns * (height + caption_height + margin)
-        canvas.paste(Image.fromarray(picture), (x, y))
-        for number, line in enumerate(lines):
-            draw.text((x, y + height + 3 + number * line_height), line, fill=(70, 74, 82), font=_font())
-    return canvas
-
-
-def save_image(image: Image.Image, path: Path | str) -> Path:
-    """Write a PNG atomically.
-
-    Raises:
-        ImageRLError: the disk is full or the folder cannot be written.
-    """
-    path, buffer = Path(path), io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    write_atomic(path, buffer.getvalue())
-    return path
-
-
-@cache
-def _font() -> ImageFont.FreeTypeFont:
-    import matplotlib  # only for the path of DejaVu, which covers far more scripts than Pillow's own font
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
-
-
-def _fit(caption: str, width: int, max_lines: int = 3) -> list[str]:
-    """Break a caption into lines of at most `width` pixels, the last one cut with an ellipsis."""
-    font = _font()
-    lines = [""]
-    for word in caption.split():
-        joined = f"{lines[-1]} {word}".lstrip()
-        if lines[-1] and font.getlength(joined) > width:
-            lines.append(word)
-        else:
-            lines[-1] = joined
-    cut = len(lines) > max_lines
-    lines = lines[:max_lines]
-    for i, line in enumerate(lines):
-        mark = "…" if cut and i == max_lines - 1 else ""
-        while line and font.getlength(line + mark) > width:
-            line, mark = line[:-1].rstrip(), "…"
-        lines[i] = line + mark
-    return lines

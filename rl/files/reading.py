@@ -180,24 +180,28 @@ def open_undecoded(file: BinaryIO, max_pixels: float | None = None) -> Image.Ima
 def check_picture(path: Path, place: str = "") -> None:
     """Check that a file begins as a picture that is not too large; nothing is decoded. Raises ImageRLError, beginning
     with `place`."""
-    with _as_picture(path, place), open_regular(path) as file:
+    with as_picture(path, place), open_regular(path) as file:
         open_undecoded(file)
 
 
-def read_picture(source: Image.Image | Path | str, place: str = "") -> Image.Image:
-    """Read a picture, or the one in a file, as upright 8-bit RGB.
+def read_picture(source: Image.Image | Path | str | bytes, place: str = "") -> Image.Image:
+    """Read a picture, or the one in a file or its bytes, as upright 8-bit RGB.
 
     Raises ImageRLError, beginning with `place`, when the file is missing, damaged, no picture, of more than MAX_PIXELS,
     or of a mode without a known range."""
+    if isinstance(source, bytes):
+        with as_picture("the picture", place):
+            return to_rgb(open_undecoded(io.BytesIO(source)))
     if not isinstance(source, Path | str):
-        with _as_picture("the picture", place):
+        with as_picture("the picture", place):
             return to_rgb(source)
-    with _as_picture(source, place):
+    with as_picture(source, place):
         return to_rgb(open_undecoded(io.BytesIO(read_bytes(source))))
 
 
 @contextmanager
-def _as_picture(name: object, place: str) -> Iterator[None]:
+def as_picture(name: object, place: str) -> Iterator[None]:
+    """Turn whatever goes wrong inside into one line about the picture of that name."""
     before = f"{place}: " if place else ""
     try:
         yield

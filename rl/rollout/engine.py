@@ -94,7 +94,7 @@ def with_pictures(prompt: Prompt) -> Prompt:
     """Return the prompt with its pictures opened, RGB.
 
     Raises ImageRLError when a file is no picture that can be read."""
-    paths = {name: value for name, value in prompt.columns.items() if isinstance(value, Path)}
+    paths = {name: value for name, value in prompt.columns.items() if isinstance(value, Path | bytes)}
     if not paths:
         return prompt
     return replace(
@@ -175,6 +175,11 @@ class RolloutEngine:
         return product(prompts, range(group_size), range(self.sampling.decodes))
 
     @torch.no_grad()
+    def at(self, temperature: float) -> RolloutEngine:
+        """Return an engine that draws with the same random numbers at another temperature."""
+        sampling = replace(self.sampling, temperature=temperature)
+        return RolloutEngine(self.policy, sampling, self.seed, self.autocast)
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -254,3 +259,20 @@ def _groups(
             images=images[number * drawn : (number + 1) * drawn],
             flow=steps.part(number, len(prompts)) if steps is not None else None,
         )
+
+
+def with_sources(
+    images: Sequence[np.ndarray], prompts: Sequence[Prompt]
+) -> tuple[list[np.ndarray], list[str]]:
+    """Return pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
+    prompts = [with_pictures(prompt) for prompt in prompts]
+    shown: list[np.ndarray] = []
+    captions: list[str] = []
+    for image, prompt in zip(images, prompts, strict=True):
+        if prompt.reference is not None:
+            source = prompt.reference.convert("RGB").resize((image.shape[1], image.shape[0]))
+            shown.append(np.asarray(source))
+            captions.append("to edit")
+        shown.append(image)
+        captions.append(prompt.text)
+    return shown, captions

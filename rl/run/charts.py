@@ -1,26 +1,16 @@
-"""Line charts as inline SVG whose colours are CSS variables, so that a page can switch light and dark."""
+"""The charts of a page: which curves each has, what it means and what is healthy. Drawn by `svg.py`."""
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-# Placeholders that matplotlib draws with; the SVG carries `var(--…)` in their place.
-SERIES_COLOURS = ("#010101", "#020202", "#030303", "#040404", "#050505", "#060606", "#070707")
-_INK, _RULE = "#0a0a0a", "#0b0b0b"
-_VARIABLES = {colour: f"var(--s{i})" for i, colour in enumerate(SERIES_COLOURS, 1)} | {
-    _INK: "var(--muted)",
-    _RULE: "var(--rule)",
-}
+COLOURS = 7  # of curves in a chart: --s1 to --s7 of style.css.j2
 SMOOTH_FROM = 40  # points; shorter curves are drawn as they are
 
 
@@ -78,7 +68,7 @@ def training_charts(training: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
     def series(**labels: str) -> list[Series]:
         return [
-            Series(label.replace("_", " "), steps, column(key))
+            Series(label, steps, column(key))
             for label, key in labels.items()
             if any(math.isfinite(v) for v in column(key))
         ]
@@ -92,7 +82,7 @@ def training_charts(training: Sequence[Mapping[str, Any]]) -> list[Chart]:
         one.high = [m + s for m, s in zip(one.values, spread, strict=True)]
     parts = [m[1] for key in keys if (m := re.fullmatch(r"reward/(.+)/mean", key))]
     components = [Series(p, steps, column(f"reward/{p}/mean")) for p in parts]
-    width = len(SERIES_COLOURS)
+    width = COLOURS
     shares = [key for key in keys if key.startswith("share/")]
     shares.sort(key=lambda key: (key == "share/other", -sum(v for v in column(key) if math.isfinite(v))))
     expected = [r["policy/ratio_is_one_expected"] for r in training if "policy/ratio_is_one_expected" in r]
@@ -183,108 +173,3 @@ def smooth(values: Sequence[float] | np.ndarray) -> np.ndarray:
     sums[window:] -= sums[:-window].copy()
     counts[window:] -= counts[:-window].copy()
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-
-
-def render(chart: Chart, prefix: str) -> str:
-    """Render the chart as an `<svg>` element. `prefix` keeps its ids apart from those of other charts."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    settings = {"svg.fonttype": "none", "svg.hashsalt": prefix, "font.size": 9, "text.parse_math": False}
-    with rc_context(settings):
-        figure = Figure(figsize=(5.4, 2.45), layout="constrained")
-        axes = figure.add_subplot()
-        if chart.kind == "stack":
-            _draw_stack(axes, chart.series)
-            axes.set_ylim(0, 1)
-        else:
-            for series, colour in zip(chart.series, SERIES_COLOURS, strict=False):
-                _draw_series(axes, series, colour, chart)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(_RULE)
-        axes.tick_params(length=0, colors=_INK, labelcolor=_INK, which="both", pad=5)
-        if chart.kind != "stack":
-            axes.grid(axis="y", color=_RULE, linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=chart.kind != "path", steps=[1, 2, 2.5, 5, 10]))
-        if chart.log and _largest(chart) > 0:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6))
-            axes.yaxis.set_minor_locator(NullLocator())
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-        if chart.zero:
-            # A curve that is 0 throughout would otherwise sit on an axis of arbitrary reach.
-            axes.set_ylim(0, None if _largest(chart) > 0 else 0.01 if chart.percent else 1)
-        unit, factor = (" %", 100) if chart.percent else ("", 1)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:.4g}{unit}"))
-        if chart.kind == "path":
-            axes.set_xlabel(chart.axis, color=_INK)
-        else:
-            reach = max(1, chart.last_step, *(step for series in chart.series for step in series.steps))
-            axes.set_xlim(0 if chart.kind == "stack" else -0.01 * reach, reach * 1.01)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", transparent=True)
-    return _inline(buffer.getvalue().decode(), prefix, chart.description)
-
-
-def _draw_series(axes: Axes, series: Series, colour: str, chart: Chart) -> None:
-    values = np.asarray(series.values, dtype=np.float64)
-    bounds = series.low is not None and series.high is not None
-    if chart.kind == "path":  # in the order of time, the end filled
-        axes.plot(series.steps, values, color=colour, linewidth=1.2, marker=".", markersize=5, alpha=0.6)
-        axes.plot(series.steps[-1:], values[-1:], color=colour, marker="o", markersize=7)
-        return
-    if chart.kind == "points":
-        if bounds:
-            low, high = (np.asarray(b, dtype=np.float64) for b in (series.low, series.high))
-            errors = np.nan_to_num(np.stack([values - low, high - values])).clip(min=0)
-            axes.errorbar(series.steps, values, errors, fmt="none", ecolor=colour, elinewidth=1.4, alpha=0.55)
-        axes.plot(series.steps, values, color=colour, linewidth=1.6, marker="o", markersize=4.5)
-        return
-    ease = smooth if chart.smoothed else np.asarray
-    if bounds:
-        assert series.low is not None and series.high is not None
-        axes.fill_between(
-            series.steps, ease(series.low), ease(series.high), color=colour, alpha=0.13, linewidth=0
-        )
-    if chart.smoothed and len(values) >= SMOOTH_FROM:
-        axes.plot(series.steps, values, color=colour, linewidth=0.7, alpha=0.3)
-    marker = "o" if len(values) == 1 else None
-    axes.plot(
-        series.steps,
-        ease(values),
-        color=colour,
-        linewidth=1.8,
-        marker=marker,
-        solid_joinstyle="round",
-        clip_on=chart.log,  # a line along the zero axis keeps its full width
-    )
-
-
-def _draw_stack(axes: Axes, series: list[Series]) -> None:
-    base = np.zeros(len(series[0].steps))
-    for one, colour in zip(series, SERIES_COLOURS, strict=False):
-        top = base + np.nan_to_num(smooth(one.values))
-        axes.fill_between(one.steps, base, top, color=colour, alpha=0.75, linewidth=0)
-        base = top
-
-
-def _largest(chart: Chart) -> float:
-    return max((v for series in chart.series for v in series.values if math.isfinite(v)), default=0.0)
-
-
-def _inline(svg: str, prefix: str, description: str) -> str:
-    """Strip what only a file needs, make ids unique, and swap placeholders for CSS variables."""
-    from markupsafe import escape
-
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
-    svg = re.sub(r'((?:xlink:)?href="|url\()#', rf"\g<1>#{prefix}-", svg)
-    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    return f'<svg role="img" aria-label="{escape(description)}" {svg[len("<svg ") :]}'

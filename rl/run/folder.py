@@ -15,22 +15,31 @@ from imagerl.rl.config.monitors import MonitorsConfig
 from imagerl.rl.config.recipe import RecipeModel, load_yaml_recipe, validate_recipe
 from imagerl.rl.config.rewards import without_addresses
 from imagerl.rl.config.sft import AnyRecipe
-from imagerl.rl.engine.checkpoint import CHECKPOINTS, Checkpoint, newest_sound
+from imagerl.rl.engine.checkpoint import (
+    CHECKPOINTS,
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    newest_sound,
+    step_of,
+)
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.evaluate import Evaluation
 from imagerl.rl.files.environment import ENVIRONMENT_FILE, recorded_files, write_environment
-from imagerl.rl.files.metrics import METRICS_FILE, image_grid, save_image, to_json
+from imagerl.rl.files.grids import image_grid, save_image
+from imagerl.rl.files.metrics import METRICS_FILE, to_json
 from imagerl.rl.files.writing import clean_leftovers, lock_file, process_place, write_atomic, write_error
 
 RECIPE_FILE = "recipe.yaml"
 TRACKERS_FILE = "trackers.json"  # by which a resumed run finds its lines
 LOCK = ".lock"
 MODEL = "model"  # what supervised training leaves
+EXPORTS = "exports"  # models made of its checkpoints, for those who begin from them
 PEAK = "peak"  # the checkpoint at which the watched metrics were best, with monitors.stop
 # What may change between a run and its continuation without making it another experiment.
 CHANGEABLE = {
     *("run.steps", "run.images", "run.minutes", "run.output_dir"),
-    *("run.report_to", "run.project"),
+    *("run.report_to", "run.project", "run.report_every"),
     *(f"checkpoint.{key}" for key in CheckpointConfig.model_fields),
     *("rollout.max_logprob_diff", "algorithm.flow.max_logprob_diff"),
     *(f"rewards.{key}" for key in ("workers", "timeout_s", "max_failure_rate", "max_restarts")),
@@ -134,8 +143,9 @@ class RunFolder:
     def _found(self, patterns: Iterable[str]) -> set[Path]:
         return {path for pattern in patterns for path in self.path.glob(pattern)}
 
-    def resumable(self, recipe: AnyRecipe) -> Checkpoint | None:
-        """Return the newest sound checkpoint; None when the run was stopped before its first. Damaged ones are told of.
+    def resumable(self, recipe: AnyRecipe, step: int | None = None) -> Checkpoint | None:
+        """Return the newest sound checkpoint, or that of a `step`; None when the run was stopped before its first.
+        Damaged ones are told of.
 
         Raises ImageRLError when there is no run, or it is one of another recipe, or longer."""
         if not self.begun:
@@ -143,7 +153,7 @@ class RunFolder:
         stored = self.path / RECIPE_FILE
         if stored.exists():
             self._refuse_other(read_stored_recipe(stored, type(recipe)), recipe, "was")
-        checkpoint = newest_sound(self.checkpoints)
+        checkpoint = newest_sound(self.checkpoints) if step is None else self._checkpoint_of(step)
         if checkpoint is None:
             return None
         source = str(checkpoint.folder)
@@ -160,6 +170,15 @@ class RunFolder:
                 "raise run.steps or set another run.output_dir"
             )
         return checkpoint
+
+    def _checkpoint_of(self, step: int) -> Checkpoint:
+        kept = {step_of(folder): folder for folder in list_checkpoints(self.checkpoints)}
+        if step not in kept:
+            there = f"there is {', '.join(map(str, kept))}" if kept else "there is none"
+            raise ImageRLError(
+                f"{self.path} has no checkpoint of step {step}; {there} (checkpoint.keep says how many stay)"
+            )
+        return load_checkpoint(kept[step])
 
     def _refuse_other(self, stored: AnyRecipe, given: AnyRecipe, which: str) -> None:
         if changed := differing_keys(stored, given):
@@ -184,7 +203,8 @@ class RunFolder:
         files = self._recorded()
         for path in sorted(files - {record}):
             path.unlink()
-        for folder in sorted({p.parent for p in files} | {self.checkpoints, self.path / PEAK}, reverse=True):
+        owned = self.checkpoints, self.path / PEAK, self.path / EXPORTS
+        for folder in sorted({p.parent for p in files} | {*owned}, reverse=True):
             with contextlib.suppress(OSError):  # others' files are in it
                 if folder != self.path:
                     folder.rmdir()
@@ -194,7 +214,13 @@ class RunFolder:
         text = to_json(evaluation.to_dict(step=step, model=model, seed=seed), indent=1)
         write_atomic(self.path / "eval" / f"{evaluation.suite}_step_{step:06d}.json", text + "\n")
 
-    def write_comparison(self, comparison: Mapping[str, Any], suite: str, after_step: int) -> None:
+    def write_comparison(
+        self,
+        comparison: Mapping[str, Any],
+        suite: str,
+        after_step: int,
+        best: Mapping[str, Any] | None = None,
+    ) -> None:
         document = {
             "suite": suite,
             "before_step": 0,
@@ -203,6 +229,7 @@ class RunFolder:
                 name: {**entry, "difference": asdict(entry["difference"])}
                 for name, entry in comparison.items()
             },
+            **({"best_temperature": best} if best else {}),
         }
         write_atomic(self.path / "eval" / "comparison.json", to_json(document, indent=1) + "\n")
 
@@ -229,7 +256,13 @@ def contents(recipe: RecipeModel) -> tuple[str, ...]:
             TRACKERS_FILE,
             "tb/events.out.tfevents.*",
         ),
-        *(f"samples/{step}.png", f"eval/{suite}_{step}.json", "eval/comparison.json", *saved),
+        *(
+            f"samples/{step}.png",
+            f"eval/{suite}_{step}.json",
+            "eval/comparison.json",
+            f"exports/{step}/*",
+            *saved,
+        ),
         *(model if getattr(recipe, "kind", "train") == "sft" else ()),
     )
 

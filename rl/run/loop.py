@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,33 +18,17 @@ from imagerl.rl.engine.saving import Saver, Snapshot
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.evaluate import evaluate, try_rewards
 from imagerl.rl.evaluation.stats import compare, results_table
+from imagerl.rl.evaluation.temperatures import AtTemperatures, Rows, compare_at_best, told_at_best
 from imagerl.rl.files.metrics import MetricsLog, Progress
-from imagerl.rl.rollout.engine import RolloutEngine, with_pictures
+from imagerl.rl.rollout.engine import RolloutEngine, with_sources
 from imagerl.rl.run.budget import Budget
 from imagerl.rl.run.folder import PEAK, RunFolder
 from imagerl.rl.run.monitors import Watch, watched
-from imagerl.rl.run.report import write_report
+from imagerl.rl.run.report import LivePage, write_report
 from imagerl.rl.run.signals import Stopping
 from imagerl.rl.run.trackers import Trackers
 from imagerl.rl.training.trainer import Trainer
 from imagerl.rl.types import Prompt
-
-
-def with_sources(
-    images: Sequence[np.ndarray], prompts: Sequence[Prompt]
-) -> tuple[list[np.ndarray], list[str]]:
-    """Return pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
-    prompts = [with_pictures(prompt) for prompt in prompts]
-    shown: list[np.ndarray] = []
-    captions: list[str] = []
-    for image, prompt in zip(images, prompts, strict=True):
-        if prompt.reference is not None:
-            source = prompt.reference.convert("RGB").resize((image.shape[1], image.shape[0]))
-            shown.append(np.asarray(source))
-            captions.append("to edit")
-        shown.append(image)
-        captions.append(prompt.text)
-    return shown, captions
 
 
 class Stepper(Protocol):
@@ -129,8 +113,8 @@ class Loop:
         if not self.finished:
             self.saver.wait()
             self.note(self._where_stopped())
-        told = self.engine.is_main and self.finished
-        comparison = compare(self.first or [], self.last or []) if told else None
+        done = self.engine.is_main and self.finished
+        comparison = compare(self.first or [], self.last or []) if done else None
         self._finish(comparison)
         self.saver.wait()
         return comparison
@@ -143,7 +127,7 @@ class Loop:
         elif self.looked < self.start_step:
             self._look(self.start_step)
         ended = self.budget.spent or self._ends_early()
-        with _progress(total, self.start_step, self.engine.is_main) as progress:
+        with Progress(total, self.start_step) if self.engine.is_main else nullcontext() as progress:
             for step in range(self.start_step + 1, total + 1):
                 if ended:
                     break
@@ -180,11 +164,10 @@ class Loop:
         if not self.engine.is_main:
             yield
             return
-        run, settings = self.recipe.run, self.recipe.model_dump(mode="json")
+        names = self.recipe.run.report_to, self.recipe.run.project
+        settings = self.recipe.model_dump(mode="json")
         with MetricsLog(self.folder.path, resume_step, self.looked >= self.start_step) as self.log:
-            self.trackers = Trackers.begin(
-                run.report_to, run.project, self.folder.path, settings, resume_step
-            )
+            self.trackers = Trackers.begin(*names, self.folder.path, settings, resume_step)
             try:
                 yield
             except KeyboardInterrupt:  # stop at once: wait for no thread and no upload
@@ -202,11 +185,6 @@ class Loop:
     def _show(self, step: int, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
         """Save a grid of samples, and show it in the trackers."""
         self.trackers.pictures(step, self.folder.save_grid(step, images, captions), images, captions)
-
-    def _tell_results(self, comparison: Mapping[str, Any], suite: str) -> None:
-        """Write the held-out comparison into the run folder, and as a table into the trackers."""
-        self.folder.write_comparison(comparison, suite, self.done)
-        self.trackers.table(self.done, *results_table(comparison))
 
     @staticmethod
     def _due(step: int, every: int) -> bool:
@@ -300,13 +278,34 @@ class Run(Loop):
         self.heldout = heldout[: recipe.eval.size]
         self.eval_rollout = eval_rollout
         gold = [spec.label for spec in recipe.gold]
+        kept = checkpoint.state.get("temperatures", {}) if checkpoint else {}
+        self.before: AtTemperatures = {float(temperature): rows for temperature, rows in kept.items()}
+        self.after: AtTemperatures = {}
+        self.page = LivePage(folder.path, self.note)
         self.watch = Watch(recipe.monitors, watched(recipe.monitors, gold))
         self.watch.restore(checkpoint.state.get("watch", {}) if checkpoint else {})
 
     def _evaluate(self, step: int) -> None:
-        self._measure(step)
+        with self.engine.averaged():
+            self._measure(step)
+            if step == 0:
+                self.before = self._at_temperatures()
         if self.watch.best_step == step and step and self.recipe.monitors.stop:
             self._save(step, self.folder.path / PEAK, keep=1)
+
+    def _at_temperatures(self) -> dict[float, Rows]:
+        """Evaluate at the recipe's further temperatures too; returns the rows at each. Collective."""
+        settings, usual = self.recipe.eval, self.eval_rollout
+        if not settings.temperatures:
+            return {}
+        with self.engine.gathered_parameters():
+            self.trainer.policy.refresh_sampler()
+        found: dict[float, Rows] = {usual.sampling.temperature: self.last or []}
+        for temperature in settings.temperatures:
+            source, scorer, size = usual.at(temperature), self.trainer.scorer, settings.batch_size
+            drawn = evaluate(settings.suite, self.heldout, source, scorer, size, shown=0, ranks=self.engine)
+            found[temperature] = drawn.per_prompt
+        return found
 
     def _measure(self, step: int) -> None:
         """Evaluate on all processes; each of them learns the whole."""
@@ -336,14 +335,20 @@ class Run(Loop):
         self._sound(step, alarms)
         self._show(step, *with_sources(list(evaluation.images), self.heldout[:count]))
 
+    def _look(self, step: int) -> None:
+        super()._look(step)
+        if self.engine.is_main and (step == 1 or self._due(step, self.recipe.run.report_every)):
+            self.page.write()
+
     def _draw_samples(self, step: int) -> None:
         """Draw a grid of the first held-out prompts, with the random numbers of the evaluation."""
-        with self.engine.gathered_parameters():
-            self.trainer.policy.refresh_sampler()
+        prompts = self.heldout[: self.recipe.run.sample_prompts]
+        with self.engine.averaged():
+            with self.engine.gathered_parameters():
+                self.trainer.policy.refresh_sampler()
+            if self.engine.is_main:
+                (groups,) = self.eval_rollout.generate(prompts, 1, f"eval {self.recipe.eval.suite}")
         if self.engine.is_main:
-            prompts = self.heldout[: self.recipe.run.sample_prompts]
-            occasion = f"eval {self.recipe.eval.suite}"
-            (groups,) = self.eval_rollout.generate(prompts, 1, occasion)
             self._show(step, *with_sources([group.images[0] for group in groups], prompts))
 
     def _tensors(self) -> StateDict:
@@ -351,7 +356,8 @@ class Run(Loop):
         return super()._tensors() | {group: on_host(named) for group, named in own.items()}
 
     def _state(self) -> dict[str, Any]:
-        return {**super()._state(), "trainer": self.trainer.state(), "watch": self.watch.state()}
+        own = {"trainer": self.trainer.state(), "watch": self.watch.state()}
+        return super()._state() | own | {"temperatures": {str(t): rows for t, rows in self.before.items()}}
 
     def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
         found, alarms = self.watch.after_step(step, metrics)
@@ -373,19 +379,19 @@ class Run(Loop):
         return f"the watched metrics were best at step {self.watch.best_step}, kept in {place}"
 
     def _finish(self, comparison: Mapping[str, Any] | None) -> None:
+        if self.finished:
+            with self.engine.averaged():
+                self.after = self._at_temperatures()
         if not self.engine.is_main:
             return
         if comparison is not None:
-            self._tell_results(comparison, self.recipe.eval.suite)
+            best = compare_at_best(self.before, self.after)
+            self.folder.write_comparison(comparison, self.recipe.eval.suite, self.done, best)
+            self.trackers.table(self.done, *results_table(comparison))
+            if told := told_at_best(self.before, self.after):
+                self.note(told)
             if self.watch.halts and self.done < self.recipe.run.steps:
-                self.note(f"ended after step {self.done} by monitors.stop; {self._where_best()}")
+                flat = f"patience: the held-out total was {self.watch.waited} evaluations no higher"
+                told = flat if self.watch.plateaued else f"stop; {self._where_best()}"
+                self.note(f"ended after step {self.done} by monitors.{told}")
         self.note(f"report: {write_report(self.folder.path)}")
-
-
-@contextmanager
-def _progress(total: int, start: int, show: bool) -> Iterator[Progress | None]:
-    if not show:
-        yield None
-        return
-    with Progress(total, start) as progress:
-        yield progress

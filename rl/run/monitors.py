@@ -141,11 +141,18 @@ class Watch:
     hacked: bool = False
     best: float | None = None  # highest mean of the watched metrics at an evaluation
     best_step: int | None = None
+    best_total: float | None = None  # highest held-out mean of the total
+    waited: int = 0  # evaluations since
 
     @property
     def halts(self) -> bool:
         """Tell whether the run is to end here."""
-        return self.settings.stop and self.hacked
+        return (self.settings.stop and self.hacked) or self.plateaued
+
+    @property
+    def plateaued(self) -> bool:
+        """Tell whether the held-out total has not risen for as long as one was ready to wait."""
+        return 0 < self.settings.patience <= self.waited
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> tuple[Metrics, list[str]]:
         """Return the metrics that a training step adds, and the alarms that it sets off."""
@@ -177,6 +184,11 @@ class Watch:
         metrics: Metrics = {}
         alarms: list[str] = []
         found: list[float] = []
+        total = _mean([row.get(TOTAL, math.nan) for row in rows])
+        if self.best_total is None or total > self.best_total:
+            self.best_total, self.waited = (total, 0) if math.isfinite(total) else (None, 0)
+        else:
+            self.waited += 1
         for name in self.names:
             now = held_out(step, rows, name)
             found.append(now.means[1])
@@ -228,7 +240,18 @@ class Watch:
             name: {"step": peak.step, "total": _pairs(peak.total), "gold": _pairs(peak.gold)}
             for name, peak in self.peaks.items()
         }
-        names = ("start", "recent", "means", "looks", "sounding", "hacked", "best", "best_step")
+        names = (
+            "start",
+            "recent",
+            "means",
+            "looks",
+            "sounding",
+            "hacked",
+            "best",
+            "best_step",
+            "best_total",
+            "waited",
+        )
         return {name: getattr(self, name) for name in names} | {"peaks": peaks}
 
     def restore(self, state: Mapping[str, Any]) -> None:

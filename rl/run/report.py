@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import datetime
 import io
+import math
 import re
 import shlex
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,29 @@ from markupsafe import Markup
 from PIL import Image
 
 from imagerl.rl.config.monitors import MonitorsConfig
-from imagerl.rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError, one_line
 from imagerl.rl.evaluation.against import read_evaluation
-from imagerl.rl.evaluation.stats import HEADLINES, TOTAL, Interval, compare, headline, number, span, verdict
+from imagerl.rl.evaluation.stats import (
+    HEADLINES,
+    TOTAL,
+    Interval,
+    compare,
+    headline,
+    number,
+    span,
+    summarise,
+    verdict,
+)
+from imagerl.rl.evaluation.temperatures import words
 from imagerl.rl.files.metrics import is_timing, read_metrics
 from imagerl.rl.files.reading import read_json, read_text
 from imagerl.rl.files.writing import write_atomic
 from imagerl.rl.files.yaml_text import parse_yaml
-from imagerl.rl.run.charts import SMOOTH_FROM, Chart, Series, as_float, render, training_charts
+from imagerl.rl.run.charts import SMOOTH_FROM, Chart, Series, as_float, training_charts
 from imagerl.rl.run.monitors_report import alarms, monitor_charts
+from imagerl.rl.run.svg import render
 
+COST = 0.02  # of a run's time, at most, goes into its page
 MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
 MAX_PICTURE = 400_000  # bytes; larger grids are embedded as JPEG, 1400 px wide at most
 
@@ -44,6 +59,27 @@ def write_report(run_dir: Path | str) -> Path:
     return path
 
 
+class LivePage:
+    """The page of a run that goes on: written now and then, at most COST of the time, and never the end of the run."""
+
+    def __init__(self, run_dir: Path, note: Callable[[str], None]) -> None:
+        self.run_dir = run_dir
+        self.note = note
+        self.written, self.took = -math.inf, 0.0  # seconds
+
+    def write(self) -> None:
+        """Write the page, unless the last one took more than its share of the time since."""
+        begun = time.monotonic()
+        if (begun - self.written) * COST < self.took:
+            return
+        try:
+            write_report(self.run_dir)
+        except Exception as error:  # a run goes on without its page
+            self.note(f"the report page could not be written: {one_line(error, 200)}")
+        self.written = time.monotonic()
+        self.took = self.written - begun
+
+
 def render_page(template: str, content: Mapping[str, Any]) -> str:
     """Render a page from one of the templates beside this file."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -55,7 +91,7 @@ def render_page(template: str, content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"number": number, "span": span, "command": _command}
+    templates.filters |= {"number": number, "span": span, "command": _command, "title": title}
     return templates.get_template(template).render(content)
 
 
@@ -82,7 +118,7 @@ def gather(run_dir: Path, drawn: bool = True) -> dict[str, Any]:
     recipe_file = run_dir / "recipe.yaml"
     recipe = load(recipe_file, lambda path: parse_yaml(read_text(path), str(path)))
     environment = load(run_dir / "environment.json", read_json)
-    training = [r for r in records if any(k.startswith("reward/") for k in r)]
+    training = [r for r in records if "reward/mean" in r or "loss" in r]
     done = max((r["step"] for r in training), default=0)
     suites = _evaluations(run_dir, records, load)
     comparison = load(run_dir / "eval" / "comparison.json", partial(read_evaluation, comparison=True))
@@ -90,32 +126,46 @@ def gather(run_dir: Path, drawn: bool = True) -> dict[str, Any]:
     finished = done > 0 and comparison.get("after_step") == done
     total = done if finished else _dig(recipe, "run", "steps") or done
     rows = [row for suite, steps in suites.items() for row in _rows(suite, steps, comparison, recipe)]
+    best = _best_row(comparison, rows) if comparison.get("after_step") == done else None
+    rows += [best] if best else []
     _add_bars(rows)
     suite = _dig(recipe, "eval", "suite") or next(iter(suites), "")
-    watch = monitor_charts(records, suite)
-    charts = [c for c in [*_heldout_charts(suites), *watch, *training_charts(training)] if c.series]
-    for place, chart in enumerate(charts):
+    watch, heldout = monitor_charts(records, suite), _heldout_charts(suites)
+    charts = [c for c in [*heldout, *watch, *training_charts(training)] if c.series]
+    for chart in charts:
         chart.last_step = total
-        chart.svg = Markup(render(chart, f"chart{place}")) if drawn else ""
+        chart.svg = Markup(render(chart)) if drawn else ""
     return {
         "name": run_dir.resolve().name,
         "done": done,
         "total": total,
         "finished": done > 0 and done >= total,
         "alarms": alarms(records, _dig(recipe, "monitors", "window") or MonitorsConfig().window),
+        "best": best,
+        "temperature": _dig(recipe, "rollout", "temperature") or 1.0,
         "verdict": next((row for row in rows if row.metric in HEADLINES), rows[0] if rows else None),
         "rows": rows,
         "many_suites": len(suites) > 1,
         "reward": _reward_trend(training),
         "charts": charts,
+        "heldout": heldout,
+        "training": training,
         "smoothed": len(training) >= SMOOTH_FROM,
         "frames": _frames(run_dir, problems),
         "recipe": recipe_file.read_text(encoding="utf-8") if recipe_file.exists() else None,
         "facts": _facts(recipe, training),
         "environment": environment,
         "problems": problems,
+        "live": False,
+        "state": "",
+        "several": False,
         "made": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
     }
+
+
+def title(metric: str) -> str:
+    """Write the name of a metric as the subject of a sentence: ours in plain words, all others as they are."""
+    return metric.replace("_", " ") if metric in HEADLINES else metric
 
 
 @dataclass(slots=True)
@@ -200,6 +250,20 @@ def _rows(
     return sorted(rows, key=lambda row: (row.gold, row.metric != first_of_all))
 
 
+def _best_row(comparison: Mapping[str, Any], rows: Sequence[Row]) -> Row | None:
+    """Return the headline's row with each model at its best temperature; None where one was tried only."""
+    told = comparison.get("best_temperature") or {}
+    name = str(told.get("metric"))
+    usual = next((row for row in rows if row.metric == name), None)
+    if usual is None or name not in told["metrics"]:
+        return None
+    result, chosen = told["metrics"][name], told["chosen"]
+    before, after = (summarise(told["per_prompt"][when])[name] for when in ("before", "after"))
+    label = f"{name} at temperature {words(chosen['before'])} → {words(chosen['after'])}"
+    difference = Interval.read(result["difference"])
+    return replace(usual, metric=label, before=before, after=after, difference=difference)
+
+
 def _add_bars(rows: Sequence[Row]) -> None:
     """Place the difference of every row; rates share one scale, because they share a unit."""
     common = max((reach(row.difference) for row in rows if row.rate), default=0.0)
@@ -256,14 +320,16 @@ def _frames(run_dir: Path, problems: list[str]) -> list[dict[str, Any]]:
     frames = []
     for path in paths:
         try:
-            frames.append(embedded_grid(path))
+            frames.append(embedded_grid(path, path.stat().st_mtime_ns))
         except OSError:
             problems.append(f"samples/{path.name} could not be read")
     return frames
 
 
-def embedded_grid(path: Path) -> dict[str, Any]:
-    """Read a sample grid as `uri`, a data URI, with `step`, `width` and `height`. Raises OSError for no picture."""
+@lru_cache(maxsize=2 * MAX_FRAMES)
+def embedded_grid(path: Path, changed: int = 0) -> dict[str, Any]:
+    """Read a sample grid as `uri`, a data URI, with `step`, `width` and `height`; kept for a page that is written again
+    and again, until the file has `changed`. Raises OSError for no picture."""
     data, kind = path.read_bytes(), "png"
     image = Image.open(io.BytesIO(data)).convert("RGB")
     size = image.size

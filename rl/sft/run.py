@@ -14,7 +14,7 @@ from imagerl.rl.data.image_files import Example
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.engine.checkpoint import Checkpoint
 from imagerl.rl.evaluation.evaluate import Evaluation
-from imagerl.rl.evaluation.stats import summarise
+from imagerl.rl.evaluation.stats import results_table, summarise
 from imagerl.rl.files.writing import atomic_folder
 from imagerl.rl.rollout.engine import RolloutEngine, to_uint8
 from imagerl.rl.run.folder import MODEL, RunFolder
@@ -61,7 +61,7 @@ class SFTRun(Loop):
     def execute(self, resumed: bool) -> dict[str, Any] | None:
         comparison = super().execute(resumed)
         if self.finished:
-            with self.engine.gathered_parameters():
+            with self.engine.averaged(), self.engine.gathered_parameters():
                 if self.engine.is_main:
                     with atomic_folder(self.folder.path / MODEL, replace=True) as folder:
                         self.save_model(folder)
@@ -74,7 +74,7 @@ class SFTRun(Loop):
 
     def _evaluate(self, step: int) -> None:
         rows: list[dict[str, Any]] = []
-        with self.engine.gathered_parameters():
+        with self.engine.averaged(), self.engine.gathered_parameters():
             for numbers, batch in self._batches:
                 for number, losses in zip(numbers, self.trainer.measure(batch), strict=True):
                     rows.append({"index": number, "prompt": self.captions[number], **losses})
@@ -133,4 +133,5 @@ class SFTRun(Loop):
 
     def _finish(self, comparison: Mapping[str, Any] | None) -> None:
         if comparison and self.engine.is_main:
-            self._tell_results(comparison, SUITE)
+            self.folder.write_comparison(comparison, SUITE, self.done)
+            self.trackers.table(self.done, *results_table(comparison))

@@ -190,7 +190,8 @@ class Trainer:
         with self.engine.autocast():
             if len(self.halves) == 1:
                 return [self.engine.module(*arguments[0])]
-            return self.engine.module(*arguments)
+            scores: Sequence[Any] = self.engine.module(*arguments)
+            return scores
 
     @torch.no_grad()
     def _score_frozen(self, batches: Batches) -> Batches:

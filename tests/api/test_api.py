@@ -48,7 +48,7 @@ class Brightness:
 def no_report() -> Iterator[None]:
     """Runs draw no charts for their page: cards draw their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "render", lambda chart, prefix: "")
+        patch.setattr(report, "render", lambda chart: "")
         yield
 
 

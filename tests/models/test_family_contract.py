@@ -141,9 +141,9 @@ def test_the_folder_is_recognised_and_read_alike_without_weights(folder: Path, s
 
 def test_only_the_half_that_writes_tokens_has_gradients(shared: Policy) -> None:
     trains = {id(p) for p in shared.trainable.parameters() if p.requires_grad}
-    everything = [p for module in shared.parts() for p in module.parameters()]
+    everything = [p for module in shared.parts().values() for p in module.parameters()]
     assert trains and {id(p) for p in everything if p.requires_grad} == trains
-    assert not any(module.training for part in shared.parts() for module in part.modules())
+    assert not any(module.training for part in shared.parts().values() for module in part.modules())
 
 
 def test_a_sample_depends_on_its_own_prompt_and_numbers_alone(shared: Policy) -> None:

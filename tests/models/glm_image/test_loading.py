@@ -109,4 +109,4 @@ def test_a_checkpoint_in_shards_loads_too(whole: Path, tmp_path: Path) -> None:
         getattr(pipeline, part).save_pretrained(folder / part, max_shard_size="60KB")
         assert len(list((folder / part).glob("*.safetensors"))) > 1
     policy = families.load_policy(str(folder), dtype=torch.bfloat16)
-    assert {p.dtype for part in policy.parts() for p in part.parameters()} == {torch.bfloat16}
+    assert {p.dtype for part in policy.parts().values() for p in part.parameters()} == {torch.bfloat16}

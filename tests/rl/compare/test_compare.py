@@ -19,10 +19,9 @@ from imagerl.rl.compare import jobs as comparison_jobs
 from imagerl.rl.compare import page as comparison_page
 from imagerl.rl.compare.plan import PlannedRun
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.files.metrics import is_timing, read_metrics
 from imagerl.rl.run import report
 from imagerl.rl.training.trainer import Trainer
-from tests.command import exit_code
+from tests.command import exit_code, measured
 from tests.micro import micro_folder
 from tests.small_run import write_recipe
 
@@ -75,7 +74,7 @@ def quicken(patch: pytest.MonkeyPatch) -> None:
     """Runs cost no start, and charts, which others test, are not drawn."""
     patch.setattr(comparison_jobs, "start_training", Training)
     for module in (comparison_page, report):
-        patch.setattr(module, "render", lambda chart, prefix: f'<svg id="{prefix}"></svg>')
+        patch.setattr(module, "render", lambda chart: "<svg></svg>")
     Training.started, Training.stops = [], set()
 
 
@@ -105,10 +104,6 @@ def arguments(place: Path, *names: str, output: str, seeds: int = 2) -> list[str
 
 def rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
-
-
-def measured(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if not is_timing(k)} for record in read_metrics(run)]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from imagerl.rl.compare.results import Contrast, collect
 from imagerl.rl.compare.tables import write_tables
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.stats import Interval, crossed_interval
-from imagerl.rl.files.metrics import MetricsLog, image_grid, save_image, to_json
+from imagerl.rl.files.grids import image_grid, save_image
+from imagerl.rl.files.metrics import MetricsLog, to_json
 from imagerl.rl.run.charts import Chart
 from tests.rl.run.test_report import HOSTILE, _Page
 
@@ -158,10 +159,10 @@ def test_the_page_tells_it(folder: Path) -> None:
 def test_charts_have_the_median_and_the_band(folder: Path) -> None:
     write_run(folder / "b" / "seed-3", [4, 0])
     charts = {chart.title: chart for chart in comparison_charts(collect(folder))}
-    exact = {series.label: series for series in charts["exact match"].series}
+    exact = {series.label: series for series in charts["exact_match"].series}
     assert exact["b"].steps == [0, 16] and exact["b"].values == [0.2, 0.725]
     assert (exact["b"].low, exact["b"].high) == ([0.2, 0.0], [0.2, 0.8])
-    assert exact["a"].values == pytest.approx([0.2, 0.35]) and charts["exact match"].percent
+    assert exact["a"].values == pytest.approx([0.2, 0.35]) and charts["exact_match"].percent
     assert charts["Training total"].series[0].steps[0] == 8  # nothing is known before
     assert charts["Training total"].axis == "image"
 
@@ -172,18 +173,18 @@ def test_many_recipes_share_no_colour(tmp_path: Path, monkeypatch: pytest.Monkey
     for label in labels:
         write_run(tmp_path / label / "seed-0", [4, 8])
     results = collect(tmp_path)
-    exact = [chart for chart in comparison_charts(results) if chart.title == "exact match"]
+    exact = [chart for chart in comparison_charts(results) if chart.title == "exact_match"]
     assert [len(chart.series) for chart in exact] == [7, 3]
     assert all(chart.series[0].label == "r0" for chart in exact)
     drawn: list[Chart] = []
-    monkeypatch.setattr(comparison_page, "render", lambda chart, prefix: drawn.append(chart) or "")
+    monkeypatch.setattr(comparison_page, "render", lambda chart: drawn.append(chart) or "")
     page = write_comparison_page(results, tmp_path).read_text()
     assert "no difference shown (+0.0 points, too few to tell, 1 seed; it takes 3 to say something" in page
     assert drawn and "nan" not in page
 
 
 def test_what_is_unfinished_or_odd_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison_page, "render", lambda chart, prefix: "")
+    monkeypatch.setattr(comparison_page, "render", lambda chart: "")
     (folder / "b" / "seed-1" / "eval" / "comparison.json").unlink()
     changed = folder / "a" / "seed-1" / "eval" / "ocr_step_000000.json"
     changed.write_text(changed.read_text().replace('"exact_match": 0.0', '"exact_match": 1.0', 1))

@@ -26,7 +26,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)
 def test_two_steps(path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "render", lambda chart, prefix: "")
+    monkeypatch.setattr(report, "render", lambda chart: "")
     size = load_recipe(path).rollout.group_size
     rewards = f"rewards.functions=[{{import_path: '{place}/reward.py:brightness'}}]"
     small = ("run.steps=2", f"model.path={place / 'model'}", f"run.output_dir={place / path.stem}", "gold=[]")

@@ -18,20 +18,13 @@ import yaml
 from imagerl.rewards.judge.rubrics import FOLDER as RUBRICS
 from imagerl.rewards.judge.rubrics import load_rubric
 from imagerl.rl.config.recipe import RecipeModel, load_yaml_recipe, read_recipe
-from imagerl.rl.config.sft import SFTRecipe
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.suites import SuiteFile
 from imagerl.rl.files.mistakes import iter_fields
-from tools.tiny.config import ClipRecipe, PretrainRecipe
+from tests.test_recipes import SCHEMAS
 
 FOLDER = Path(__file__).parents[3] / "recipes"
-SCHEMAS: dict[str, type[RecipeModel]] = {
-    "train": Recipe,
-    "pretrain": PretrainRecipe,
-    "sft": SFTRecipe,
-    "clip": ClipRecipe,
-}
 FOLDERS = (FOLDER, FOLDER / "compare", FOLDER.parent / "tools" / "tiny")
 SHIPPED = sorted(path for folder in FOLDERS for path in folder.glob("*.yaml"))
 SUITE = {

@@ -111,7 +111,7 @@ def test_size_keeps_the_first_and_column_chooses(tmp_path: Path) -> None:
         ("a.yaml", "prompt: a\n", "should be a list"),
         ("a.txt", "\n \n", "holds no prompts"),
         ("a.csv", "prompt,x\n", "holds no prompts"),
-        ("a.parquet", "", "name it .jsonl, .csv, .txt or .yaml"),
+        ("a.odt", "", "name it .jsonl, .json, .csv, .txt, .yaml or .parquet"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, text: str, part: str) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from imagerl.models.blip3o_next.weights import empty_policy
-from imagerl.rl.engine.memory import LiveBytes, StepShape, at_depth, decoder_bytes, language_model_bytes
+from imagerl.rl.config.engine import LoraConfig
+from imagerl.rl.engine.memory import LiveBytes, StepShape, at_depth, decoder_bytes, token_half_bytes
 from tests.micro import MODEL, micro_policy
 from tools.tiny.model import vocabulary_of
 
@@ -23,6 +24,8 @@ SHAPE = StepShape(
     micro_batch=3,
     share=1,
     guidance=2.0,
+    token_guidance=1.0,
+    noise=(4, 2, 4),
     sampler_dtype=torch.float32,
     storage=torch.float32,
     bf16=False,
@@ -67,12 +70,10 @@ def test_fake_tensors_cost_what_real_ones_would() -> None:
         assert work() == real > 64 * 64 * 4 * 2
 
 
-@pytest.mark.parametrize(
-    "lora", [None, {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}]
-)
-def test_depth_is_a_straight_line(lora: dict[str, object] | None) -> None:
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=4, alpha=8.0)])
+def test_depth_is_a_straight_line(lora: LoraConfig | None) -> None:
     def language(layers: int) -> dict[str, float]:
-        return language_model_bytes(empty_policy(config(layers), None), SHAPE, lora)
+        return token_half_bytes(empty_policy(config(layers), None), SHAPE, lora)
 
     direct, line = language(7), at_depth(language, 7)
     assert direct.keys() == line.keys()
@@ -90,26 +91,26 @@ def test_depth_is_a_straight_line(lora: dict[str, object] | None) -> None:
 def test_parameters_are_counted() -> None:
     policy, _ = micro_policy()
     whole = sum(p.numel() for p in policy.trainable.parameters())
-    costs = language_model_bytes(empty_policy(config(2), None), SHAPE)
+    costs = token_half_bytes(empty_policy(config(2), None), SHAPE)
     assert costs["weights"] == costs["trained"] == costs["trained_base"] == whole
     assert costs["gradients"] == 4 * whole
     assert costs["largest"] == max(p.numel() for p in policy.trainable.parameters())
-    lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
-    adapted = language_model_bytes(empty_policy(config(2), None), SHAPE, lora)
-    policy.trainable.add_lora(**lora)
+    adapted = token_half_bytes(empty_policy(config(2), None), SHAPE, LoraConfig(r=4, alpha=8.0))
+    policy.add_lora(4, 8.0, 0.0, "all-linear")
     adapters = sum(p.numel() for p in policy.trainable.parameters() if p.requires_grad)
     assert (adapted["weights"], adapted["trained"], adapted["trained_base"]) == (whole, adapters, 0)
-    frozen = language_model_bytes(empty_policy(config(2), None), SHAPE, None, ["*embed_tokens*"])
+    frozen = token_half_bytes(empty_policy(config(2), None), SHAPE, None, ["*embed_tokens*"])
     assert frozen["trained"] == whole - policy.trainable.lm.model.embed_tokens.weight.numel()
     decoder = decoder_bytes(empty_policy(config(2), None), SHAPE)
-    assert decoder["vae"] == sum(p.numel() for p in policy.decoder.vae.parameters())
-    assert decoder["decoder"] + decoder["vae"] == sum(p.numel() for p in policy.decoder.parameters())
+    assert decoder["part autoencoder"] == sum(p.numel() for p in policy.decoder.vae.parameters())
+    counts = (decoder["part connector and decoder"], decoder["part autoencoder"])
+    assert sum(counts) == sum(p.numel() for p in policy.decoder.parameters())
 
 
 def test_recomputing_layers_leaves_one_at_a_time() -> None:
     layers = 12
     plain, recomputed = (
-        language_model_bytes(empty_policy(config(layers), None), replace(SHAPE, recompute=recompute))
+        token_half_bytes(empty_policy(config(layers), None), replace(SHAPE, recompute=recompute))
         for recompute in (False, True)
     )
     activations = [cost["update_first"] - cost["gradients"] for cost in (plain, recomputed)]
@@ -118,7 +119,10 @@ def test_recomputing_layers_leaves_one_at_a_time() -> None:
 
 
 def test_keys_and_values() -> None:
-    costs = language_model_bytes(empty_policy(config(2), None), SHAPE)
-    layers, heads, width, samples, tokens = 2, 2, 8, 6, 8
-    assert costs["cache"] == 2 * layers * heads * width * samples * tokens * 4
-    assert costs["sampling"] > costs["cache"]
+    policy = empty_policy(config(2), None)
+    layers, heads, width, hidden, samples, tokens = 2, 2, 8, 32, 6, 8
+    cache = 2 * layers * heads * width * 4
+    assert policy.token_bytes() == (cache + 2 * hidden * 4, hidden * 4)
+    costs = token_half_bytes(policy, SHAPE)
+    assert costs["sampling"] > cache * samples * tokens
+    assert costs["hidden"] == samples * (tokens + 1) * hidden * 4

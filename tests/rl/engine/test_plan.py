@@ -10,12 +10,14 @@ import torch
 import yaml
 
 from imagerl.models.blip3o_next.loading import save_policy
-from imagerl.rl.commands.plan import longest_prompt, model_config, plans
+from imagerl.models.families import load_outline
+from imagerl.rl.commands.plan import plans
 from imagerl.rl.config.recipe import validate_recipe
 from imagerl.rl.config.train import PromptSetConfig, Recipe, load_recipe
 from imagerl.rl.data.prompt_sets import load_prompt_set
 from imagerl.rl.engine.plan import GIB, make_plan, step_shape, table
 from imagerl.rl.errors import ImageRLError
+from imagerl.rl.types import Canvas, Prompt
 from tests.command import exit_code
 from tests.micro import micro_folder
 from tests.models.helpers import edit_policy
@@ -69,17 +71,23 @@ def test_a_measured_run_takes_what_its_plan_says(tmp_path: Path) -> None:
 
 LANGUAGE = {
     **{"weights": 100.0, "trained": 100.0, "trained_base": 100.0, "largest": 30.0, "gradients": 400.0},
-    **{"sampler": 200.0, "laying_out": 210.0, "cache": 50.0, "sampling": 60.0, "hidden": 7.0},
+    **{"sampler": 200.0, "laying_out": 210.0, "sampling": 60.0, "hidden": 7.0},
     **{"reference": 80.0, "update_first": 900.0, "update": 1000.0},
 }
-DECODER = {"vae": 10.0, "decoder": 20.0, "integrating": 300.0, "drawing": 500.0}
+DECODER = {
+    "part connector and decoder": 20.0,
+    "part autoencoder": 10.0,
+    "part image tokenizer": 5.0,
+    "drawing": 500.0,
+}
+CANVAS = Canvas(8, (32, 64), (4, 2, 4))
 
 
 def put_together(gpus: int, *overrides: str) -> tuple[dict[str, float], dict[str, float]]:
     settings = recipe(
         "rollout.prompts_per_step=8", "engine.micro_batch_size=4", "engine.device=auto", *overrides
     )
-    plan = make_plan(settings, gpus, step_shape(settings, gpus, 20, 8), LANGUAGE, DECODER, 5.0)
+    plan = make_plan(settings, gpus, step_shape(settings, gpus, 20, CANVAS), LANGUAGE, DECODER)
     assert plan.peak == sum(plan.parts.values()) + max(plan.phases.values())
     return dict(plan.parts), dict(plan.phases)
 
@@ -97,8 +105,7 @@ def test_one_gpu_by_hand() -> None:
     assert phases == {
         "copying weights for sampling": 210,  # the sampler's copy and a tensor
         "sampling tokens": 260,
-        "denoising": 507,
-        "drawing pixels": 707,
+        "drawing pictures": 707,
         "scoring by the reference": 80,
         "forward and backward": 1000,
         "optimizer step": 800,  # gradients, and one more tensor for each parameter
@@ -126,7 +133,7 @@ def test_plain_data_parallelism_keeps_its_gradients() -> None:
 def test_lora_and_bfloat16_storage() -> None:
     settings = recipe("model.lora={r: 4}", "model.dtype=bf16", "engine.precision=bf16")
     language = LANGUAGE | {"trained": 6.0, "trained_base": 0.0, "gradients": 24.0}
-    plan = make_plan(settings, 1, step_shape(settings, 1, 20, 8), language, DECODER, 5.0)
+    plan = make_plan(settings, 1, step_shape(settings, 1, 20, CANVAS), language, DECODER)
     assert "KL reference" not in plan.parts  # the base with its adapters off
     assert plan.parts["language model, trained"] == 24
     assert plan.parts["language model, frozen"] == 200
@@ -141,11 +148,11 @@ def test_a_single_microbatch_has_no_gradients_yet() -> None:
 def test_step_shapes() -> None:
     settings = recipe("rollout.prompts_per_step=8", "rollout.sample_chunk=4", "rollout.decode_chunk=2",
                       "eval.batch_size=4", "engine.micro_batch_size=8")  # fmt: skip
-    one, four = (step_shape(settings, gpus, 20, 8) for gpus in (1, 4))
+    one, four = (step_shape(settings, gpus, 20, CANVAS) for gpus in (1, 4))
     assert (one.sampled, one.pictures, one.micro_batch, one.share) == (4, 8, 8, 4)
     assert (four.sampled, four.pictures) == (2, 8)
-    assert step_shape(recipe("eval.batch_size=64"), 1, 20, 8).pictures == 64
-    assert step_shape(settings, 3, 20, 8).sampled == 3  # of the busiest
+    assert step_shape(recipe("eval.batch_size=64"), 1, 20, CANVAS).pictures == 64
+    assert step_shape(settings, 3, 20, CANVAS).sampled == 3  # of the busiest
     with pytest.raises(ImageRLError, match="9 GPUs cannot share 8 prompts"):
         step_shape(settings, 9, 20, 8)
 
@@ -158,22 +165,23 @@ def test_edits_cost_their_pictures(tmp_path: Path) -> None:
     save_policy(policy, Path(path), config)
     prompts = load_prompt_set(PromptSetConfig(name="tiny_edits", split="train", size=8))
     ids, _ = policy.encode_prompts([p.text for p in prompts], torch.zeros(8, 8, dtype=torch.long))
-    assert longest_prompt(path, prompts, 8) == ids.shape[1]
-    assert longest_prompt("BLIP3o/BLIP3o-NEXT-edit-VAE", prompts, 729) > 729 + 2 + 40
+    assert load_outline(path).prompts.longest(prompts.prompts) == ids.shape[1]
+    assert load_outline("BLIP3o/BLIP3o-NEXT-edit-VAE").prompts.longest(prompts.prompts) > 729 + 2 + 40
     edits = ("data.train.name=tiny_edits", "data.heldout.name=tiny_edits")
     (captioned,) = plans(recipe("eval.batch_size=4", path=path), [1], 60)
     (edited,) = plans(recipe("eval.batch_size=4", *edits, path=path), [1], 60)
     assert edited.phases["reading pictures to edit"] > 4 * 3 * 32 * 64 * 4
     assert "reading pictures to edit" not in captioned.phases
-    assert edited.phases["denoising"] > 1.2 * captioned.phases["denoising"]
+    assert edited.phases["drawing pictures"] > captioned.phases["drawing pictures"]
     assert edited.parts == captioned.parts
 
 
 def test_published_names_need_no_files() -> None:
-    assert model_config("BLIP3o/BLIP3o-NEXT-SFT-3B")["qwen3"]["hidden_size"] == 2048
-    assert model_config("BLIP3o/BLIP3o-NEXT-edit-VAE")["edit"]
+    published = load_outline("BLIP3o/BLIP3o-NEXT-SFT-3B")
+    assert published.layers == 28 and published.prompts.canvas(Prompt(0, "")).tokens == 729
+    assert load_outline("BLIP3o/BLIP3o-NEXT-edit-VAE").policy(1, 1).decoder.reference_connector is not None
     with pytest.raises(ImageRLError, match="no folder"):
-        model_config("./nowhere")
+        load_outline("./nowhere")
 
 
 def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,7 +199,9 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_too_much_is_said() -> None:
     settings = recipe()
-    plan = make_plan(settings, 1, step_shape(settings, 1, 20, 8), LANGUAGE, DECODER, 5e9)
+    plan = make_plan(
+        settings, 1, step_shape(settings, 1, 20, CANVAS), LANGUAGE, DECODER | {"part image tokenizer": 5e9}
+    )
     assert "too much" in table([plan], plan.peak / GIB) and "too much" not in table(
         [plan], plan.peak / GIB * 1.2
     )

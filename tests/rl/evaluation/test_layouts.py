@@ -249,3 +249,20 @@ def test_mistakes_are_one_line(
     assert exit_code(["eval", *arguments]) == 1
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
+
+
+def test_longtext_finds_four_pictures_of_every_prompt_by_its_number(tmp_path: Path) -> None:
+    file = tmp_path / "text_prompts.jsonl"
+    lines = [
+        {"prompt_id": n, "prompt": f"poster {n}", "text": ["SALE"], "category": "poster"} for n in (7, 12)
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert drawn("longtext", file, tmp_path / "out", Painter()) == [0, 2]
+    found: dict[int, list[int]] = {}
+    for path in sorted((tmp_path / "out").glob("*.png")):  # as its evaluation script reads them
+        found.setdefault(int(path.name.split("_")[0]), []).append(int(np.asarray(Image.open(path))[0, 0, 1]))
+    assert found == {7: [0, 1, 2, 3], 12: [0, 1, 2, 3]}
+    assert (tmp_path / "out" / "0007_1.png").is_file() and (tmp_path / "out" / "0012_4.png").is_file()
+    file.write_text("\n".join(json.dumps(lines[0]) for _ in range(2)))
+    with pytest.raises(ImageRLError, match="line 2: prompt_id 7 is no number of its own"):
+        entries_of("longtext", file, None)

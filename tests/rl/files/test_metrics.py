@@ -6,7 +6,6 @@ import os
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
 from imagerl.rl.errors import ImageRLError
@@ -15,11 +14,10 @@ from imagerl.rl.files.metrics import (
     METRICS_FILE,
     MetricsLog,
     Progress,
-    image_grid,
+    fixed,
     is_timing,
     progress_line,
     read_metrics,
-    save_image,
     to_json,
 )
 from imagerl.rl.training.step_metrics import PhaseTimer
@@ -107,6 +105,11 @@ def test_a_full_disk_is_one_clear_line(tmp_path):
             log.log(1, {"a": 1})
 
 
+def test_numbers_of_any_size_stay_short():
+    assert [fixed(v) for v in (0.1234, -2.0, 1e300, -1e9)] == ["0.123", "-2.000", "1e+300", "-1e+09"]
+    assert fixed(0.5, 1, sign=True) == "+0.5"
+
+
 def test_timing_keys():
     assert all(map(is_timing, ["time/rollout_s", "share/other", "images_per_s"]))
     assert not any(map(is_timing, ["reward/mean", "step", "kl/k3", "policy/ratio_mean", "eval/ocr/reward"]))
@@ -184,48 +187,6 @@ def test_progress_is_live_on_a_terminal():
     with Progress(4, start_step=1, console=console) as progress:
         progress.update(2, {"reward/mean": 0.5})
     assert "step 2/4" in out.getvalue() and "total 0.500" in out.getvalue() and "\x1b[" in out.getvalue()
-
-
-def test_grid_keeps_every_pixel_in_its_place():
-    pictures = np.random.default_rng(0).integers(0, 256, size=(5, 4, 6, 3), dtype=np.uint8)
-    grid = np.asarray(image_grid(pictures, columns=2, scale=3))
-    assert grid.shape == (8 + 3 * (12 + 8), 8 + 2 * (18 + 8), 3)
-    for i, picture in enumerate(pictures):
-        y, x = 8 + i // 2 * 20, 8 + i % 2 * 26
-        assert np.array_equal(grid[y : y + 12 : 3, x : x + 18 : 3], picture)
-        assert np.array_equal(grid[y + 2 : y + 12 : 3, x + 2 : x + 18 : 3], picture)
-    assert (grid[48:, 34:] == 255).all()  # the empty sixth place
-
-
-def test_captions_stay_under_their_picture():
-    black = [np.zeros((20, 60, 3), np.uint8)] * 2
-    captions = ["a caption much too long for a picture of sixty pixels", "𝔲nbreakablyLongSingleWord"]
-    bare, grid = (np.asarray(image_grid(black, 2, text)) for text in (None, captions))
-    assert np.array_equal(grid[:28], bare[:28])
-    below = grid[28:]
-    assert below.shape[0] > 30 and below.min() < 120
-    assert (below[:, 68:76] == 255).all() and (below[:, :8] == 255).all() and (below[:, -8:] == 255).all()
-    assert np.array_equal(grid, np.asarray(image_grid(black, 2, captions)))
-
-
-@pytest.mark.parametrize(
-    ("images", "captions"),
-    [
-        (np.zeros((0, 2, 2, 3), np.uint8), None),
-        (np.zeros((1, 2, 2, 3), np.float32), None),
-        (np.zeros((2, 2, 2, 3), np.uint8), ["one"]),
-    ],
-)
-def test_grid_refuses_what_it_cannot_draw(images, captions):
-    with pytest.raises(ValueError, match=r"images must be|2 images but 1 captions"):
-        image_grid(images, 2, captions)
-
-
-def test_saved_picture_reads_back(tmp_path):
-    picture = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-    path = save_image(Image.fromarray(picture), tmp_path / "samples" / "step_000001.png")
-    assert np.array_equal(np.asarray(Image.open(path)), picture)
-    assert os.listdir(path.parent) == ["step_000001.png"]
 
 
 @pytest.mark.parametrize(

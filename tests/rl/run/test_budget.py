@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from imagerl.rl.commands.cli import main
 from imagerl.rl.config.recipe import validate_recipe
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.engine.checkpoint import list_checkpoints
 from imagerl.rl.engine.engine import learning_rate
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.files.metrics import is_timing, read_metrics
+from imagerl.rl.files.metrics import read_metrics
 from imagerl.rl.run import report
 from imagerl.rl.run.budget import Budget
+from tests.command import exit_code, measured
 from tests.micro import micro_folder
 from tests.small_run import recipe_data, write_recipe
 
@@ -87,15 +87,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(place: Path, name: str, *more: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "render", lambda chart, prefix: "")
-        with pytest.raises(SystemExit) as ended:
-            main(["train", str(place / "recipe.yaml"), f"run.output_dir={place / name}", *more])
-    assert not ended.value.code
+        patch.setattr(report, "render", lambda chart: "")
+        assert exit_code(["train", str(place / "recipe.yaml"), f"run.output_dir={place / name}", *more]) == 0
     return place / name
-
-
-def measured(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if not is_timing(k)} for record in read_metrics(run)]
 
 
 def test_a_run_ends_with_its_images_and_resumes(place: Path) -> None:

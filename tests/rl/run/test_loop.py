@@ -17,16 +17,8 @@ from imagerl.rl.files.metrics import read_metrics
 from imagerl.rl.run import loop
 from imagerl.rl.run.folder import LOCK, RunFolder
 from imagerl.rl.training.trainer import Trainer
-from tests.command import call
-from tests.rl.run.helpers import (
-    STEPS,
-    VARIANTS,
-    arguments,
-    being_written,
-    logged_steps,
-    measured,
-    results,
-)
+from tests.command import call, logged_steps, measured, results
+from tests.rl.run.helpers import STEPS, VARIANTS, arguments, being_written
 from tests.small_run import Command
 
 ROOT = Path(__file__).parents[3]

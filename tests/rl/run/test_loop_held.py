@@ -21,13 +21,8 @@ import pytest
 from imagerl.rl.engine.checkpoint import list_checkpoints
 from imagerl.rl.run.folder import LOCK, RunFolder
 from imagerl.rl.training.trainer import Trainer
-from tests.command import call
-from tests.rl.run.helpers import (
-    arguments,
-    logged_steps,
-    measured,
-    results,
-)
+from tests.command import call, logged_steps, measured, results
+from tests.rl.run.helpers import arguments
 from tests.small_run import RANK_PROGRAM, Command
 
 ROOT = Path(__file__).parents[3]

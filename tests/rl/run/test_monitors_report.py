@@ -8,10 +8,10 @@ import pytest
 from imagerl.rl.config.monitors import MonitorsConfig
 from imagerl.rl.files.metrics import MetricsLog
 from imagerl.rl.run import report as report_module
-from imagerl.rl.run.charts import render
 from imagerl.rl.run.monitors import Watch
 from imagerl.rl.run.monitors_report import alarms, monitor_charts, watched_names
 from imagerl.rl.run.report import write_report
+from imagerl.rl.run.svg import render
 from tests.rl.run.test_monitors import flat, hits, picture_metrics, rows
 
 
@@ -54,7 +54,7 @@ def test_curves() -> None:
     assert [s.label for s in charts["Variety within groups"].series] == ["tokens", "pixels"]
     assert [s.label for s in charts["Look of the pictures"].series] == ["saturation", "blank"]
     assert charts["Correlation of total and gold"].series[0].steps == [4, 6]  # then gold stands still
-    svg = render(charts["Total against KL"], "c")
+    svg = render(charts["Total against KL"])
     assert "KL to the reference" in svg and "at KL to the reference, nats per token 0.01" in svg
 
 
@@ -66,7 +66,7 @@ def test_a_run_without_monitors_has_no_such_curves() -> None:
 
 @pytest.mark.parametrize("steps", [2, 8])
 def test_the_box(tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_module, "render", lambda chart, prefix: "<svg></svg>")
+    monkeypatch.setattr(report_module, "render", lambda chart: "<svg></svg>")
     records, said = run(steps)
     with MetricsLog(tmp_path) as log:
         for record in records:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from imagerl.rl.engine.checkpoint import list_checkpoints
-from tests.command import call
-from tests.rl.run.helpers import arguments, logged_steps, measured
+from tests.command import call, logged_steps, measured
+from tests.rl.run.helpers import arguments
 from tests.small_run import RANK_PROGRAM, Command
 
 ROOT = Path(__file__).parents[3]

@@ -11,10 +11,12 @@ import pytest
 from imagerl.rl.evaluation.stats import compare, summarise
 from imagerl.rl.files import environment as environment_module
 from imagerl.rl.files.environment import write_environment
-from imagerl.rl.files.metrics import MetricsLog, image_grid, save_image, to_json
+from imagerl.rl.files.grids import image_grid, save_image
+from imagerl.rl.files.metrics import MetricsLog, to_json
 from imagerl.rl.run import report as report_module
-from imagerl.rl.run.charts import SMOOTH_FROM, Chart, Series, render, smooth, training_charts
+from imagerl.rl.run.charts import SMOOTH_FROM, Chart, Series, smooth, training_charts
 from imagerl.rl.run.report import gold_metrics, write_report
+from imagerl.rl.run.svg import render
 
 HOSTILE = '<script>alert("x")</script>&"\''
 VOID = {"meta", "img", "input", "br", "link"}
@@ -93,7 +95,7 @@ def _train(run_dir, steps):
 def quick_charts(request, monkeypatch):
     """Drawing takes most of a second a page; only tests marked with `draws` look at what is drawn."""
     if "draws" not in request.fixturenames:
-        monkeypatch.setattr(report_module, "render", lambda chart, prefix: f'<svg id="{prefix}"></svg>')
+        monkeypatch.setattr(report_module, "render", lambda chart: "<svg></svg>")
 
 
 @pytest.fixture
@@ -136,6 +138,45 @@ def test_the_comparison_file_wins_over_our_own_bootstrap(run_dir):
     content["after_step"] = 2  # of another stage of the run
     (run_dir / "eval/comparison.json").write_text(to_json(content))
     assert "+12.3" not in _page(run_dir).text
+
+
+def test_the_page_tells_both_models_at_their_best_temperatures(run_dir):
+    rows = {"before": _rows(20), "after": _rows(36)}
+    told = {
+        "metric": "exact_match",
+        "chosen": {"before": [0.4, 0.4], "after": [1.0, 0.4]},
+        "per_prompt": rows,
+    }
+    result = compare(*rows.values())["exact_match"]
+    told["metrics"] = {"exact_match": {**result, "difference": asdict(result["difference"])}}
+    content = {"before_step": 0, "after_step": 4, "metrics": {}, "best_temperature": told}
+    (run_dir / "eval/comparison.json").write_text(to_json(content))
+    text = _page(run_dir).text
+    assert "same seeds, temperature 1)" in text
+    assert "best temperature, chosen on the other prompts: 50.0 % → 90.0 %, +40.0 points" in text
+    assert "exact_match at temperature 0.4 → 1 and 0.4" in text
+
+
+def test_a_page_of_a_run_that_goes_on_takes_a_small_share_of_its_time(run_dir, monkeypatch):
+    clock, said = [1000.0], []
+    monkeypatch.setattr(report_module.time, "monotonic", lambda: clock[0])
+
+    def write(_):
+        clock[0] += 3.0
+
+    monkeypatch.setattr(report_module, "write_report", write)
+    page = report_module.LivePage(run_dir, said.append)
+    page.write()
+    assert clock[0] == 1003.0
+    page.write()  # 3 s are 2 % of 150 s
+    assert clock[0] == 1003.0
+    clock[0] += 151.0
+    page.write()
+    assert clock[0] == 1157.0
+    monkeypatch.setattr(report_module, "write_report", lambda _: 1 / 0)
+    clock[0] += 999.0
+    page.write()
+    assert said == ["the report page could not be written: division by zero"]
 
 
 def test_what_is_gold():
@@ -252,12 +293,12 @@ def test_many_or_large_pictures_keep_the_page_small(run_dir, monkeypatch):
 
 def test_svg_is_themed_and_well_formed():
     chart = Chart("A & <b>", "note", [Series("s", [1, 2, 3], [1.0, math.nan, 3.0], [0, 0, 0], [4, 4, 4])])
-    svg = render(chart, "c0")
+    svg = render(chart)
     root = ElementTree.fromstring(svg.replace("xlink:href", "href"))
     assert root.get("role") == "img"
     assert root.get("aria-label") == "A & <b>. s: 1 at step 1, 3 at step 3"
     assert "var(--s1)" in svg and "var(--rule)" in svg and not re.search(r"#0([1-9a-f])0\1", svg)
-    assert svg == render(chart, "c0")
+    assert svg == render(chart)
 
 
 @pytest.mark.parametrize("kind", ["line", "points", "stack"])
@@ -266,7 +307,7 @@ def test_charts_survive_odd_data(kind):
         steps = list(range(1, len(values) + 1))
         for log in (False, True):
             chart = Chart("t", "n", [Series("$x_1$", steps, values)], kind=kind, log=log, zero=True)
-            assert render(chart, "c").startswith("<svg")
+            assert render(chart).startswith("<svg")
 
 
 def test_smoothing_is_a_trailing_mean_that_skips_gaps():

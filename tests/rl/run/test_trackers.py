@@ -11,7 +11,7 @@ import pytest
 from accelerate import PartialState
 
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.files.metrics import image_grid, save_image
+from imagerl.rl.files.grids import image_grid, save_image
 from imagerl.rl.run.trackers import Trackers, refuse_missing
 
 CAPTIONS = ["a sign", "a cat"]

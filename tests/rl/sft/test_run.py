@@ -3,7 +3,6 @@ it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,9 +18,9 @@ from safetensors.torch import load_file
 
 from imagerl.rl.commands.cli import main
 from imagerl.rl.engine.checkpoint import list_checkpoints
-from imagerl.rl.files.metrics import is_timing, read_metrics
+from imagerl.rl.files.metrics import read_metrics
 from imagerl.rl.sft.trainer import SFTTrainer
-from tests.command import call
+from tests.command import call, logged_steps, measured, results
 from tests.micro import micro_folder
 from tests.models.helpers import load_policy
 from tests.small_run import RANK_PROGRAM
@@ -55,28 +54,10 @@ def undisturbed(place: Path) -> dict[str, Path]:
     return {variant: place / f"{variant}_whole" for variant in VARIANTS}
 
 
-def measured(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if not is_timing(k)} for record in read_metrics(run)]
-
-
-def results(run: Path) -> dict[str, Any]:
-    """All that a run found out, bit for bit."""
+def outcome(run: Path) -> dict[str, Any]:
+    """All that a run found out, bit for bit, and its place in the data."""
     (*_, newest) = list_checkpoints(run / "checkpoints")
-    files = [
-        newest / "model.safetensors",
-        newest / "optimizer.safetensors",
-        run / "model" / "model.safetensors",
-    ]
-    files += sorted((run / "samples").iterdir()) + sorted((run / "eval").iterdir())
-    state = json.loads((newest / "state.json").read_text())["data"]
-    digests = {str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    return {"metrics": measured(run), "files": digests, "data": state}
-
-
-def logged_steps(run: Path) -> list[int]:
-    path = run / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line)["step"] for line in lines]
+    return {**results(run), "data": json.loads((newest / "state.json").read_text())["data"]}
 
 
 # ---- what a run leaves behind ------------------------------------------------------------------------------
@@ -188,11 +169,11 @@ def test_the_closing_line(
 ) -> None:
     run = place / "finished"
     shutil.copytree(undisturbed["lora"], run)
-    before = results(run)
+    before = outcome(run)
     assert call(*arguments(place, "lora", run.name, "--resume")) == 0  # nothing is left to do
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("held-out cross entropy ") and line.count("→") == line.count(", n=6: ") == 2
-    assert results(run) == before
+    assert outcome(run) == before
 
 
 # ---- stops, kills, resuming --------------------------------------------------------------------------------
@@ -230,7 +211,7 @@ def test_crashed_and_stopped_in_the_middle_of_an_epoch(
     assert logged_steps(run)[-1] == 3 and not (run / "model").exists()
     monkeypatch.setattr(SFTTrainer, "step", train)
     assert call(*arguments(place, variant, run.name, "--resume")) == 0
-    assert results(run) == results(undisturbed[variant])
+    assert outcome(run) == outcome(undisturbed[variant])
 
 
 def test_mistakes_are_told_in_one_line(

@@ -24,18 +24,24 @@ def decoder_stage(**changes: Any) -> DecoderStage:
     return DecoderStage(**(defaults | {"pictures": 64, "pictures_seed": 5} | changes))
 
 
-def test_kept_states_are_those_of_inference() -> None:
-    policy, _ = micro_policy()
-    kept = kept_states(policy, decoder_stage())
+@pytest.mark.parametrize("editing", [False, True])
+def test_kept_states_are_those_of_inference(editing: bool) -> None:
+    policy = edit_policy()[0] if editing else micro_policy()[0]
+    kept = (kept_edits if editing else kept_states)(policy, decoder_stage())
+    batch: Any = edits(5, "cache", 0, 64, 1 / 3) if editing else scenes(5, "cache", 0, 64)
+    wanted = pictures([one.result for one in batch] if editing else batch)
     assert kept.hidden.shape == (64, 9, 32) and kept.latents.shape == (64, *policy.latent_shape)
-    assert kept.reference is None
-    batch = scenes(5, "cache", 0, 64)
-    wanted = pictures(batch)
     assert torch.equal(kept.tokens, policy.image_tokenizer.encode(wanted))
     torch.testing.assert_close(kept.latents, policy.decoder.encode(wanted))
-    ids, mask = policy.encode_prompts([batch[9].caption])
+    if editing:
+        tokens, latents = policy.reference_of(pictures([batch[9].source]))
+        torch.testing.assert_close(kept.reference[9:10], latents)
+        prompt = policy.encode_prompts([batch[9].instruction], tokens)
+    else:
+        assert kept.reference is None
+        prompt = policy.encode_prompts([batch[9].caption])
     with torch.no_grad():
-        alone = policy.trainable.hidden_states(ids, mask, kept.tokens[9:10])[0]
+        alone = policy.trainable.hidden_states(*prompt, kept.tokens[9:10])[0]
     torch.testing.assert_close(kept.hidden[9], alone, rtol=1e-4, atol=1e-4)
 
 
@@ -60,21 +66,6 @@ def test_a_new_decoder_learns_while_all_else_stays() -> None:
         assert last["loss"] < 0.9 * first["loss"] and last["place"] < first["place"]
         results.append(params(policy.decoder))
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
-
-
-def test_kept_edits_are_those_of_inference() -> None:
-    policy = edit_policy()[0]
-    kept = kept_edits(policy, decoder_stage())
-    batch = edits(5, "cache", 0, 64, 1 / 3)
-    wanted, shown = (pictures([getattr(edit, which) for edit in batch]) for which in ("result", "source"))
-    assert torch.equal(kept.tokens, policy.image_tokenizer.encode(wanted))
-    torch.testing.assert_close(kept.latents, policy.decoder.encode(wanted))
-    tokens, latents = policy.reference_of(shown[9:10])
-    torch.testing.assert_close(kept.reference[9:10], latents)
-    prompt = policy.encode_prompts([batch[9].instruction], tokens)
-    with torch.no_grad():
-        alone = policy.trainable.hidden_states(*prompt, kept.tokens[9:10])[0]
-    torch.testing.assert_close(kept.hidden[9], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_a_decoder_goes_on_learning_captions_and_edits() -> None:

@@ -68,20 +68,20 @@ def test_an_interrupted_pretraining_continues_with_the_stage_it_was_in(
 
 
 SHORT = {"steps": 2, "batch_size": 8, "bf16": False}
+DECODER = {**SHORT, "renew": False, "edit_share": 0.5, "pictures": 64}
+
+
+def going_on(place: Path, begun: Path, **sections: Any) -> PretrainRecipe:
+    """A recipe that goes on from a model folder."""
+    out = {"output_dir": str(place / "out")}
+    return PretrainRecipe(**{"kind": "pretrain", "run": out, "init": str(begun), **sections})
 
 
 def test_a_model_that_draws_learns_to_edit_and_to_read(tmp_path: Path) -> None:
     """The whole command, from a model folder to one that does all three tasks."""
     begun = micro_folder(tmp_path / "begun")
-    recipe: dict[str, Any] = {
-        "kind": "pretrain",
-        "run": {"output_dir": str(tmp_path / "out")},
-        "init": str(begun),
-        "text_tokenizer": {"vocabulary": 320},
-        "tasks": {**SHORT, "snapshot_every": 1},
-        "decoder": {**SHORT, "renew": False, "edit_share": 0.5, "pictures": 64},
-    }
-    run(PretrainRecipe(**recipe))
+    tasks = {**SHORT, "snapshot_every": 1}
+    run(going_on(tmp_path, begun, text_tokenizer={"vocabulary": 320}, tasks=tasks, decoder=DECODER))
     old, new = read_weights(begun), read_weights(tmp_path / "out" / "model")
     kept = [name for name in old if name.startswith(("image_tokenizer.", "model.sana_vae."))]
     assert kept
@@ -103,13 +103,7 @@ def test_the_decoder_of_a_finished_model_goes_on_learning(tmp_path: Path) -> Non
     begun.mkdir()
     save_policy(policy, begun, config)
     (begun / "pretraining.json").write_text('{"stages": {"tasks": {"step": 7}}}')
-    recipe: dict[str, Any] = {
-        "kind": "pretrain",
-        "run": {"output_dir": str(tmp_path / "out")},
-        "init": str(begun),
-        "decoder": {**SHORT, "renew": False, "edit_share": 0.5, "pictures": 64},
-    }
-    run(PretrainRecipe(**recipe))
+    run(going_on(tmp_path, begun, decoder=DECODER))
     old, new = (read_weights(folder) for folder in (begun, tmp_path / "out" / "model"))
     assert old.keys() == new.keys()
     changed = {name for name in old if not torch.equal(old[name].bfloat16(), new[name])}
@@ -125,14 +119,8 @@ def test_the_decoder_of_a_finished_model_goes_on_learning(tmp_path: Path) -> Non
 
 
 def test_a_model_that_only_draws_is_not_given_a_decoder_for_edits(tmp_path: Path) -> None:
-    recipe: dict[str, Any] = {
-        "kind": "pretrain",
-        "run": {"output_dir": str(tmp_path / "out")},
-        "init": str(micro_folder(tmp_path / "begun")),
-        "decoder": {**SHORT, "renew": False, "edit_share": 0.5, "pictures": 64},
-    }
     with pytest.raises(ImageRLError, match="give a model trained to edit pictures"):
-        run(PretrainRecipe(**recipe))
+        run(going_on(tmp_path, micro_folder(tmp_path / "begun"), decoder=DECODER))
 
 
 @pytest.mark.parametrize(

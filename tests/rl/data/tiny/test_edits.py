@@ -16,7 +16,7 @@ from imagerl.rl.data.tiny.edits import (
     edits_of,
     question_set,
 )
-from imagerl.rl.data.tiny.world import BACKGROUNDS, FONTS, INKS, Scene, render, split_of, texts
+from imagerl.rl.data.tiny.world import BACKGROUNDS, FONTS, INKS, Scene, prompt_set, render, split_of, texts
 from imagerl.rl.errors import ImageRLError
 
 RIVER = Scene("RIVER", "red", "white", FONTS[1])
@@ -88,8 +88,8 @@ def test_sets_are_prefixes_of_each_other_and_the_seed_changes_them() -> None:
 
 
 def test_more_cases_than_there_are_is_refused() -> None:
-    for make in (edit_set, question_set):
-        with pytest.raises(ImageRLError, match=r"has \d+ prompts, not 99999; ask for fewer"):
+    for make in (prompt_set, edit_set, question_set):
+        with pytest.raises(ImageRLError, match=rf"has {len(texts('heldout'))} prompts, not 99999; "):
             make("heldout", 99999)
 
 

@@ -1,0 +1,158 @@
+"""Grids of pictures with captions, in whatever script these are written."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from imagerl.rl.files.writing import write_atomic
+
+CAPTION = 12  # of a picture's width is a caption's height: legible where a grid of four fills half a page
+SMALLEST = 12  # pixels
+FONTS = "noto_cjk_sans_jp_regular"  # the package of `imagerl[fonts]`: Han, Kana, Hangul
+INK = (70, 74, 82)
+# What may begin a line on its own: scripts that set no blanks between words.
+_WORDS = re.compile(
+    r"[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]|[^\s\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]+|\s+"
+)
+_logger = logging.getLogger(__name__)
+
+
+def image_grid(
+    images: Sequence[np.ndarray] | np.ndarray,
+    columns: int,
+    captions: Sequence[str] | None = None,
+    scale: int = 1,
+) -> Image.Image:
+    """Lay out pictures of one size in rows of `columns`, with a caption under each.
+
+    Args:
+        images: [N, H, W, 3] uint8 RGB.
+        captions: one per picture; three lines at most, the rest is cut with an ellipsis.
+        scale: enlargement by whole pixels, so that single pixels stay visible.
+
+    Raises:
+        ValueError: no pictures, another dtype or shape, or not one caption per picture.
+    """
+    stack = np.asarray(images)
+    if stack.ndim != 4 or stack.shape[-1] != 3 or stack.dtype != np.uint8 or not len(stack):
+        raise ValueError(f"images must be [N, H, W, 3] uint8 with N >= 1, got {stack.dtype} {stack.shape}")
+    if captions is not None and len(captions) != len(stack):
+        raise ValueError(f"{len(stack)} images but {len(captions)} captions")
+    stack = stack.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, _ = stack.shape
+    columns = max(1, min(columns, count))
+    rows = -(-count // columns)
+    size = max(SMALLEST, width // CAPTION)
+    margin, line_height = max(8, size // 2), round(1.3 * size)
+    blocks = [_fit(caption, width, size) for caption in captions] if captions else [[] for _ in range(count)]
+    caption_height = line_height * max(map(len, blocks)) + (size // 4 if captions else 0)
+    canvas_size = margin + columns * (width + margin), margin + rows * (height + caption_height + margin)
+    canvas = Image.new("RGB", canvas_size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (picture, lines) in enumerate(zip(stack, blocks, strict=True)):
+        x = margin + i % columns * (width + margin)
+        y = margin + i // columns * (height + caption_height + margin)
+        canvas.paste(Image.fromarray(picture), (x, y))
+        for number, line in enumerate(lines):
+            base = y + height + size // 4 + number * line_height + size
+            place = float(x)
+            for font, text in _runs(line, size):
+                draw.text((place, base), text, fill=INK, font=font, anchor="ls")
+                place += font.getlength(text)
+    return canvas
+
+
+def save_image(image: Image.Image, path: Path | str) -> Path:
+    """Write a PNG atomically.
+
+    Raises:
+        ImageRLError: the disk is full or the folder cannot be written.
+    """
+    path, buffer = Path(path), io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    write_atomic(path, buffer.getvalue())
+    return path
+
+
+def _runs(text: str, size: int) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:
+    """Cut a line into pieces that one font can draw."""
+    for file, piece in groupby(text, _file_for):
+        yield _font(file, size), "".join(piece)
+
+
+@cache
+def _file_for(character: str) -> Path:
+    """Find a font that has the character: DejaVu, then that of FONTS, then any of the machine's."""
+    files = _files()
+    for file in files[:2] if character.isascii() else files:
+        if ord(character) in _characters(file):
+            return file
+    _tell_missing()
+    return files[0]
+
+
+@cache
+def _files() -> list[Path]:
+    import matplotlib  # only for the path of DejaVu, which covers far more scripts than Pillow's own font
+    from matplotlib.font_manager import findSystemFonts
+
+    ours = [Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"]
+    package = importlib.util.find_spec(FONTS)
+    for folder in (package.submodule_search_locations or []) if package else []:
+        ours += sorted(Path(folder).glob("*.[ot]tf"))
+    return [*ours, *sorted(map(Path, findSystemFonts()))]
+
+
+@cache
+def _characters(file: Path) -> frozenset[int]:
+    """Read which characters a font has; none of one that cannot be read."""
+    from fontTools.ttLib import TTFont, TTLibError
+
+    try:
+        with TTFont(file, fontNumber=0, lazy=True) as font:
+            return frozenset(font.getBestCmap() or ())
+    except (OSError, TTLibError):
+        return frozenset()
+
+
+@cache
+def _font(file: Path, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(file, size)
+
+
+@cache
+def _tell_missing() -> None:
+    _logger.warning("no font here has all characters of the captions; pip install 'imagerl[fonts]'")
+
+
+def _fit(caption: str, width: int, size: int, max_lines: int = 3) -> list[str]:
+    """Break a caption into lines of at most `width` pixels, the last one cut with an ellipsis."""
+
+    def length(line: str) -> float:
+        return sum(font.getlength(text) for font, text in _runs(line, size))
+
+    lines = [""]
+    for word in _WORDS.findall(" ".join(caption.split())):
+        if lines[-1] and length(lines[-1] + word) > width:
+            lines.append(word.lstrip())
+        else:
+            lines[-1] += word
+    lines = [line.rstrip() for line in lines if line.strip()] or [""]
+    cut = len(lines) > max_lines
+    lines = lines[:max_lines]
+    for i, line in enumerate(lines):
+        mark = "…" if cut and i == max_lines - 1 else ""
+        while line and length(line + mark) > width:
+            line, mark = line[:-1].rstrip(), "…"
+        lines[i] = line + mark
+    return lines

@@ -1,0 +1,104 @@
+"""Runs in a browser while they go on: what is served, to whom, and that the page changes by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+from imagerl.rl.errors import ImageRLError
+from imagerl.rl.files.metrics import MetricsLog
+from imagerl.rl.run.watch import distinct_names, find_runs, key_of, watch_app
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def _run(folder: Path, *steps: int, value: float = 0.5) -> Path:
+    with MetricsLog(folder) as log:
+        for step in steps:
+            log.log(step, {"reward/mean": value, "kl/k3": 0.01, "eval/ocr/exact_match": 0.25})
+    return folder
+
+
+def _ask(places: list[Path], *requests: tuple[str, dict[str, str]]) -> list[tuple[int, str, str]]:
+    """Status, ETag and text of each answer."""
+
+    async def ask() -> list[tuple[int, str, str]]:
+        async with TestClient(TestServer(watch_app(places))) as client:
+            answers = [await client.get(path, headers=headers) for path, headers in requests]
+            return [(a.status, a.headers.get("ETag", ""), await a.text()) for a in answers]
+
+    return asyncio.run(ask())
+
+
+def test_runs_are_found_wherever_a_comparison_puts_them(tmp_path: Path) -> None:
+    runs = [_run(tmp_path / name, 1) for name in ("a/seed-0", "a/seed-1", "b/seed-0")]
+    assert find_runs([tmp_path, runs[0]]) == runs
+    assert distinct_names(runs) == ["a/seed-0", "a/seed-1", "b/seed-0"]
+    assert find_runs([runs[1]]) == [runs[1]] and distinct_names([runs[1]]) == ["seed-1"]
+    with pytest.raises(ImageRLError, match="is no folder; name a run"):
+        find_runs([tmp_path / "none"])
+
+
+def test_several_runs_stand_beside_each_other_and_one_is_shown_whole(tmp_path: Path) -> None:
+    one, other = _run(tmp_path / "one", 1, 2), _run(tmp_path / "two_of_us", 1, value=1e300)
+    (status, tag, page), (again, _, _), (_, _, whole) = _ask(
+        [tmp_path], ("/", {}), ("/", {"If-None-Match": "later"}), (f"/run/{key_of(one)}", {})
+    )
+    assert status == again == 200 and tag in page.replace("&#34;", '"')
+    for word in ("two_of_us", "exact_match", "Training total", key_of(other), "1e+300"):
+        assert word in page
+    assert "0000000000" not in page
+    assert "All runs" in whole and "step 2 of 2" in whole
+    ((_, _, alone),) = _ask([one], ("/", {}))
+    assert "Curves" in alone and "All runs" not in alone
+
+
+def test_a_page_that_is_known_is_not_sent_again_and_strangers_get_none(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", 1)
+    ((_, tag, _),) = _ask([run], ("/", {}))
+    known, other, missing = _ask(
+        [run], ("/", {"If-None-Match": tag}), ("/", {"Host": "evil.example"}), ("/run/0123456789", {})
+    )
+    assert (known[0], other[0], missing[0]) == (304, 403, 404)
+    with MetricsLog(run, resume_step=1) as log:
+        log.log(2, {"reward/mean": 0.6})
+    ((status, later, _),) = _ask([run], ("/", {"If-None-Match": tag}))
+    assert status == 200 and later != tag
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+def test_a_browser_shows_the_next_step_by_itself(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", 1)
+
+    async def look() -> str:
+        app, served = watch_app([run]), 0
+
+        @web.middleware
+        async def goes_on(request: web.Request, handler: Any) -> web.StreamResponse:
+            nonlocal served
+            answer: web.StreamResponse = await handler(request)
+            served += 1
+            if served == 1:
+                with MetricsLog(run, resume_step=1) as log:
+                    log.log(2, {"reward/mean": 0.75})
+            return answer
+
+        app.middlewares.append(goes_on)
+        async with TestServer(app) as server:
+            command = [BROWSER or "", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+            command += ["--virtual-time-budget=7000", f"--user-data-dir={tmp_path / 'profile'}"]
+            shown = await asyncio.to_thread(
+                subprocess.run, [*command, str(server.make_url("/"))], capture_output=True, timeout=60
+            )
+        return shown.stdout.decode()
+
+    page = asyncio.run(look())
+    assert "step 2 of 2" in page and "step 1 of 1" not in page
