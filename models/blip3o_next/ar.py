@@ -74,10 +74,6 @@ class ARPolicy(Adaptable):
         """The image columns [V, D] of the language model's head."""
         return self.lm.lm_head.weight[self.vocabulary.columns]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Map final-norm hidden states [..., D] to logits [..., V] of the image tokens."""
-        return F.linear(hidden, self.head)
-
     def embed(self, prompt_ids: Tensor, tokens: Tensor) -> Tensor:
         """Embed sequences [B, L + T, D] of prompts [B, L], then image tokens [B, T]."""
         ids = torch.cat([prompt_ids, tokens + self.vocabulary.image_start_token_id], dim=1)
@@ -98,5 +94,8 @@ class ARPolicy(Adaptable):
     def forward(self, prompts: Rows, tokens: Tensor, sampling: SamplingParams) -> TokenScores:
         """Score `tokens` [B, T] after the prompt. The last token is predicted, never fed."""
         hidden = self.hidden_states(prompts["ids"], prompts["mask"], tokens[:, :-1])
-        codes = self.vocabulary.num_image_tokens
-        return score_tokens([hidden], self.logits, codes, tokens, sampling.temperature)
+        # Cut out once: the gradient of a part is as large as the whole head, and would be made anew by every chunk.
+        head = self.head
+        return score_tokens(
+            [hidden], lambda states: F.linear(states, head), len(head), tokens, sampling.temperature
+        )

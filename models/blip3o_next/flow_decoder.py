@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from imagerl.models.common.pictures import drawn
+from imagerl.models.common.policy import drawn
 from imagerl.rl.types import ImageRLError, Rows, TokenTrajectory
 
 CONNECTOR_EPS = 1e-5

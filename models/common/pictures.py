@@ -1,8 +1,7 @@
-"""Pictures that users give, brought to the size and range a model wants, and pixels that models draw."""
+"""Pictures that users give, brought to the size and range a model wants."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.reading import read_picture
 
 
@@ -50,16 +48,3 @@ def prepare_picture(
     left, top = (round((have - keep) / 2) for have, keep in zip(covering, wanted, strict=True))
     picture = picture.crop((left, top, left + wanted[0], top + wanted[1]))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def drawn(pixels: Tensor) -> Tensor:
-    """Bring what an autoencoder decodes, [B, 3, H, W] in [-1, 1], to [0, 1] in float32.
-
-    Raises ImageRLError for pixels that are not finite, which would be black ones in silence."""
-    pixels = pixels.float()
-    if not math.isfinite(pixels.sum()):
-        raise ImageRLError(
-            "the model draws pixels that are not finite: its numbers overflow; check its weights and settings, or, "
-            "if it was just trained, go back to an earlier checkpoint and lower optim.lr"
-        )
-    return (pixels / 2 + 0.5).clamp(0, 1)

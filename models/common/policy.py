@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -225,3 +226,16 @@ class PlainText:
     def framed(self, frame: Frame, words: str) -> list[int]:
         """Return ids of words between parts of a template, whose named tokens are tokens."""
         return [*frame.head, *self.plain(frame.lead + words + frame.trail), *frame.tail]
+
+
+def drawn(pixels: Tensor) -> Tensor:
+    """Bring what an autoencoder decodes, [B, 3, H, W] in [-1, 1], to [0, 1] in float32.
+
+    Raises ImageRLError for pixels that are not finite, which would be black ones in silence."""
+    pixels = pixels.float()
+    if not math.isfinite(pixels.sum()):
+        raise ImageRLError(
+            "the model draws pixels that are not finite: its numbers overflow; check its weights and settings, or, "
+            "if it was just trained, go back to an earlier checkpoint and lower optim.lr"
+        )
+    return (pixels / 2 + 0.5).clamp(0, 1)

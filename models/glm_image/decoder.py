@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from imagerl.models.common.pictures import drawn
+from imagerl.models.common.policy import drawn
 from imagerl.models.glm_image.sizes import TOKEN_PIXELS, flow_shift, upsampled
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.types import Rows, TokenTrajectory

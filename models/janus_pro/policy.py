@@ -39,7 +39,7 @@ class JanusPolicy(BasePolicy):
         scale: tuple[float, float] = (0.5, 0.5),
     ) -> None:
         """Take transformers' model; `scale` is the mean and deviation of what its decoder draws, per colour value."""
-        super().__init__(JanusAR(model, blank), sampling)
+        super().__init__(JanusAR(model, blank).eval(), sampling)
         self.model = model
         self.prompts = prompts
         self.scale = scale

@@ -93,24 +93,28 @@ def _runs(text: str, size: int) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:
 @cache
 def _file_for(character: str) -> Path:
     """Find a font that has the character: DejaVu, then that of FONTS, then any of the machine's."""
-    files = _files()
-    for file in files[:2] if character.isascii() else files:
-        if ord(character) in _characters(file):
-            return file
+    for files in (_ours, *([] if character.isascii() else [_of_the_machine])):
+        for file in files():
+            if ord(character) in _characters(file):
+                return file
     _tell_missing()
-    return files[0]
+    return _ours()[0]
 
 
 @cache
-def _files() -> list[Path]:
-    import matplotlib  # only for the path of DejaVu, which covers far more scripts than Pillow's own font
+def _ours() -> list[Path]:
+    """List DejaVu, which covers far more scripts than Pillow's own font, and the files of FONTS."""
+    folders = {name: importlib.util.find_spec(name) for name in ("matplotlib", FONTS)}  # nothing is imported
+    found = {n: Path(p) for n, spec in folders.items() if spec for p in spec.submodule_search_locations or []}
+    dejavu = found["matplotlib"] / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return [dejavu, *(sorted(found[FONTS].glob("*.[ot]tf")) if FONTS in found else [])]
+
+
+@cache
+def _of_the_machine() -> list[Path]:
     from matplotlib.font_manager import findSystemFonts
 
-    ours = [Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"]
-    package = importlib.util.find_spec(FONTS)
-    for folder in (package.submodule_search_locations or []) if package else []:
-        ours += sorted(Path(folder).glob("*.[ot]tf"))
-    return [*ours, *sorted(map(Path, findSystemFonts()))]
+    return sorted(map(Path, findSystemFonts()))
 
 
 @cache

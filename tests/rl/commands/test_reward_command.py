@@ -46,7 +46,7 @@ def test_settings() -> None:
 def test_a_reward_that_names_groups_is_not_torn_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imagerl.rl.commands.reward._shipped", lambda but: [])
+    monkeypatch.setattr("imagerl.api.checking._shipped", lambda but: [])
     (tmp_path / "mine.py").write_text(
         "import numpy as np\n\ndef contrast(images, groups):\n"
         "    own = np.array([np.asarray(image.convert('L'), float).std() for image in images])\n"

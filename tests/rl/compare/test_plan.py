@@ -126,7 +126,7 @@ def test_what_is_only_trained_differently_passes(tmp_path: Path) -> None:
         (["optim.lr=1"], "nothing to compare"),
         (["one.yaml", "sub/one.yaml"], 'two recipes are called "one"'),
         (["one.yaml", "--baseline=two"], '--baseline "two" is none of one'),
-        (["one.yaml", "--budget=minutes=1", "--evals=2"], "--evals needs a budget of images"),
+        (["one.yaml", "--budget=minutes=1", "--evals=2"], "evals needs a budget of images"),
     ],
 )
 def test_mistakes_are_one_line(

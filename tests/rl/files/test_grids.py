@@ -65,11 +65,12 @@ def test_captions_are_as_large_in_large_pictures():
 
 
 def test_each_piece_of_a_caption_has_a_font_with_its_characters(monkeypatch, caplog, tmp_path):
-    dejavu = grids._files()[0]
+    dejavu = grids._ours()[0]
     other = tmp_path / "other.ttf"
     other.write_bytes(dejavu.read_bytes())
     characters = {dejavu: frozenset(map(ord, "ab ")), other: frozenset(map(ord, "河"))}
-    monkeypatch.setattr(grids, "_files", lambda: [dejavu, other])
+    monkeypatch.setattr(grids, "_ours", lambda: [dejavu])
+    monkeypatch.setattr(grids, "_of_the_machine", lambda: [other])
     monkeypatch.setattr(grids, "_characters", characters.__getitem__)
     for function in (grids._file_for, grids._tell_missing):
         function.cache_clear()
@@ -84,6 +85,6 @@ def test_each_piece_of_a_caption_has_a_font_with_its_characters(monkeypatch, cap
 
 def test_scripts_without_blanks_are_broken_anywhere(monkeypatch):
     monkeypatch.setattr(
-        grids, "_runs", lambda text, size: iter([(grids._font(grids._files()[0], size), text)])
+        grids, "_runs", lambda text, size: iter([(grids._font(grids._ours()[0], size), text)])
     )
     assert grids._fit("河" * 30, 100, 12)[:2] == ["河" * len(grids._fit("河" * 30, 100, 12)[0])] * 2
