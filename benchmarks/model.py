@@ -40,10 +40,12 @@ def bandwidth(device: torch.device, megabytes: int) -> float:
     return 2 * source.numel() / statistics.median(seconds[1:])
 
 
-def bytes_per_token(sampler: Any) -> int:
+def bytes_per_token(policy: Any) -> int:
     """Count bytes of weights that one decoding step reads, for however many samples: all layers and the image head."""
-    tensors = [getattr(layer, name) for layer in sampler.layers for name in type(layer).__slots__]
-    return sum(t.numel() * t.element_size() for t in (*tensors, sampler.head))
+    layers = policy._sampler.layers
+    tensors = [getattr(layer, name) for layer in layers for name in type(layer).__slots__]
+    head = policy.trainable.head.numel() * policy.sampler_dtype.itemsize
+    return head + sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def bench_model(
@@ -76,7 +78,7 @@ def bench_model(
     synchronise()
     loading = time.perf_counter() - begun
     policy.refresh_sampler()
-    limit = samples * bandwidth(device, 1024 if on_gpu else 64) / bytes_per_token(policy._sampler)
+    limit = samples * bandwidth(device, 1024 if on_gpu else 64) / bytes_per_token(policy)
     trajectory = policy.sample_tokens(rows, uniforms, SamplingParams())
     decoder, hidden = policy.decoder, trajectory.states["hidden"]
     latents = decoder.latents(hidden, noise, 2.0, flow_steps)

@@ -13,6 +13,7 @@ from types import TracebackType
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 ECHO_S = 2.0  # a launcher passes on what its ranks have got already, if the signal went to all processes
+AGAIN_S = 0.05  # between two tries to end a wait of the main thread
 LEAVE_S = 4.0  # for a main thread to leave the step that is given up
 
 
@@ -46,7 +47,7 @@ class Stopping:
         self.asked = False
         self.given_up = False
         self._on_ask, self._on_leave = on_ask, on_leave
-        self._interrupting = False
+        self._interrupting = self._interrupted = False
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="stop signals", daemon=True)
 
@@ -75,7 +76,8 @@ class Stopping:
         os.close(self._written)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self._interrupting and not self._over.is_set():
+        if self._interrupting and not self._interrupted and not self._over.is_set():
+            self._interrupted = True
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
@@ -96,8 +98,13 @@ class Stopping:
             elif time.monotonic() - first > (ECHO_S if os.environ.get("WORLD_SIZE", "1") != "1" else 0):
                 break
         self._interrupting = True
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # ends waits, unlike a flag
-        if self.given_up and not self._over.wait(LEAVE_S):
+        until = time.monotonic() + LEAVE_S
+        while not self._interrupted and not (self.given_up and time.monotonic() > until):
+            # Ends waits, unlike a flag; again and again, because one that comes just before a wait begins does not.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            if self._over.wait(AGAIN_S):
+                return
+        if self.given_up and not self._over.wait(max(0.0, until - time.monotonic())):
             self._on_leave()
             os._exit(0)  # it waits in C, for another rank or a kernel
 

@@ -63,7 +63,7 @@ def test_bytes_of_a_token_are_those_of_all_layers_and_the_head() -> None:
     layers = sum(p.numel() for name, p in lm.model.layers.named_parameters() if "proj" in name)
     norms = len(lm.model.layers) * (4 + 2) * 8  # one scale for each head's numbers
     head = policy.trainable.head.numel()
-    assert bytes_per_token(policy._sampler) == 4 * (layers + norms + head)
+    assert bytes_per_token(policy) == 4 * (layers + norms + head)
 
 
 def test_bandwidth_counts_reading_and_writing(monkeypatch: pytest.MonkeyPatch) -> None:

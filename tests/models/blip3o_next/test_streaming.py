@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from imagerl.models.common.shards import Shards
 from tests.micro import micro_folder
 from tests.resident import alone
@@ -24,6 +26,7 @@ print(json.dumps([grown(lambda: load_policy(big)), grown(naive)]))
 """
 
 
+@pytest.mark.slow
 def test_loading_needs_little_more_memory_than_the_checkpoint_has_bytes(tmp_path: Path) -> None:
     warm = micro_folder(tmp_path / "warm")
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "head_dim": 64}

@@ -137,6 +137,7 @@ def test_hanging_call_is_given_up(workers: RewardWorkers) -> None:
     assert np.isfinite(ask(workers, "a", "b").totals).all()
 
 
+@pytest.mark.slow
 def test_reward_that_always_dies_stops_the_run(workers: RewardWorkers, folder: Path) -> None:
     with_one = RewardWorkers(specs(folder)[:1], workers=1, max_restarts=1)
     try:
@@ -266,6 +267,7 @@ scorer.close()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_raylet_is_told_in_one_line(folder: Path) -> None:
     """Ray's library ends the process without a word when it is used after that."""
     command = [sys.executable, "-c", HEADLESS, f"{folder}/mine.py:brightness"]
@@ -276,6 +278,7 @@ def test_a_killed_raylet_is_told_in_one_line(folder: Path) -> None:
     assert "Ray ended: its raylet was killed or crashed, perhaps for want of memory; continue" in ended.stdout
 
 
+@pytest.mark.slow
 def test_a_runtime_env_makes_an_actor_of_its_own(workers: RewardWorkers, folder: Path) -> None:
     where = {"import_path": f"{folder}/mine.py:where", "runtime_env": {"env_vars": {"WHERE": "elsewhere"}}}
     scorer = RewardWorkers([specs(folder)[0], where], gold=[specs(folder)[1]], workers=1)

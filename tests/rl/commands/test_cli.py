@@ -24,6 +24,7 @@ from tests.small_run import REWARD_FILE, write_recipe
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     micro_folder(folder / "model")
+    (folder / "empty").mkdir()
     write_recipe(folder)
     return folder
 
@@ -41,7 +42,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no override": (["run.steps"], "write dotted.key=value"),
     "impossible": (["engine.zero_stage=2"], "engine.zero_stage needs engine.name: deepspeed"),
     "no such model": (["model.path={place}/nowhere"], "model '{place}/nowhere' is no folder"),
-    "no model in there": (["model.path={place}"], "{place} has no config.json"),
+    "no model in there": (["model.path={place}/empty"], "{place}/empty has no config.json"),
     "no prompt file": (["data.train={{path: {place}/none.jsonl}}"], 'no file "{place}/none.jsonl"'),
     "bad row": (["data.train={{path: {place}/prompts.jsonl}}"], 'prompts.jsonl, line 2: no column "prompt"'),
     "too few prompts": (["data.train.size=1", "rollout.prompts_per_step=2"], "is more than data.train.size"),

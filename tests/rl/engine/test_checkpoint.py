@@ -359,6 +359,7 @@ def train(
         decay_share=1.0,
         min_lr=0.0,
         max_grad_norm=0.5,
+        ema=None,
     )
     engine.prepare(net, optim, 6, state=state)  # type: ignore[arg-type]
     losses = []

@@ -41,6 +41,7 @@ def optim(**changes: Any) -> Any:
         "warmup_steps": 1,
         "decay_share": 1.0,
         "max_grad_norm": 1.0,
+        "ema": None,
     }
     return SimpleNamespace(**(defaults | changes))
 

@@ -70,6 +70,7 @@ def test_fake_tensors_cost_what_real_ones_would() -> None:
         assert work() == real > 64 * 64 * 4 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=4, alpha=8.0)])
 def test_depth_is_a_straight_line(lora: LoraConfig | None) -> None:
     def language(layers: int) -> dict[str, float]:
@@ -107,6 +108,7 @@ def test_parameters_are_counted() -> None:
     assert sum(counts) == sum(p.numel() for p in policy.decoder.parameters())
 
 
+@pytest.mark.slow
 def test_recomputing_layers_leaves_one_at_a_time() -> None:
     layers = 12
     plain, recomputed = (

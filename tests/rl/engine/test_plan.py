@@ -59,6 +59,7 @@ def recipe(*overrides: str, path: str = "tiny") -> Recipe:
     return validate_recipe(Recipe, recipe_data(Path("x"), f"model.path={path}", *overrides), "test")
 
 
+@pytest.mark.slow
 def test_a_measured_run_takes_what_its_plan_says(tmp_path: Path) -> None:
     """Adam's state exists from the second step on, hence two."""
     folder = micro_folder(tmp_path / "model", **SIZES)
@@ -207,6 +208,7 @@ def test_too_much_is_said() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blip3o_next_ocr_grpo.yaml", "blip3o_next_edit_grpo.yaml"])
 def test_the_full_size_recipe_says_what_the_plan_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

@@ -87,6 +87,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(
 # ---- kills and stops ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_killed_at_several_points(place: Path, undisturbed: dict[str, Path], variant: str) -> None:
     run = place / f"{variant}_killed"

@@ -84,3 +84,21 @@ with signals.Stopping(0.1, say(b"asked "), say(b"left")):
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (0, b"asked left")
+
+
+def test_a_signal_just_before_a_wait_ends_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first interruption is lost, as when the main thread has looked for signals and is about to sleep."""
+    kill, sent = signal.pthread_kill, []
+
+    def lossy(thread: int, number: int) -> None:
+        sent.append(number)
+        if len(sent) > 1:
+            kill(thread, number)
+
+    monkeypatch.setattr(signals.signal, "pthread_kill", lossy)
+    with pytest.raises(KeyboardInterrupt), Stopping(60, lambda: None) as stopping:  # noqa: PT012
+        send()
+        until_asked(stopping)
+        send()
+        time.sleep(60)
+    assert len(sent) >= 2
