@@ -77,11 +77,9 @@ class Trainer:
             )
             self.policy.release_sampler()
             batches = self._score_frozen(self._assemble(groups, step))
-            looks = self._looks(groups)
         else:
             self.policy.release_sampler()
             batches = self._score_frozen(self._assemble(groups, step))  # rewards are still being computed
-            looks = self._looks(groups)
             scores = drawn = self._collect(tickets)
         drawn = merge_scores(self.engine.gather_objects(drawn))
         refuse_failures(drawn, self.recipe.rewards.max_failure_rate)
@@ -90,7 +88,8 @@ class Trainer:
             batches = [train_on(batch, output) for batch, output in zip(batches, advantages, strict=True)]
             batches = [half.select(batch) for half, batch in zip(self.halves, batches, strict=True)]
             updates = [self._update(batches) for _ in range(self.algorithm.updates_per_rollout)]
-        metrics = self._metrics(drawn, advantages, updates) | looks
+        looks = self._looks(groups)
+        metrics = self._metrics(drawn, advantages, updates) | looks  # which hold the time that looking took
         for half, own in zip(self.halves, zip(*updates, strict=True), strict=True):
             half.after_step(step, own)
         self._renew_reference(step)
