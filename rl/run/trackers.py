@@ -7,6 +7,7 @@ left out from then on: no run ends because of who watches it.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import logging
@@ -21,7 +22,7 @@ from PIL import Image
 
 from imagerl.rl.errors import ImageRLError, one_line
 from imagerl.rl.files.reading import read_json
-from imagerl.rl.files.writing import write_atomic
+from imagerl.rl.files.writing import write_atomic, write_error
 from imagerl.rl.run.folder import TRACKERS_FILE
 
 _logger = logging.getLogger(__name__)
@@ -182,6 +183,8 @@ class Trackers:
                 known |= tracker.identity()
                 tracker.settings(flat(settings))
             except Exception as error:  # of a library that is not ours
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    raise write_error(folder, error) from error
                 raise ImageRLError(
                     f"{name} could not be started ({one_line(error, 200)}); log in to it, choose its offline mode, or "
                     "take it out of run.report_to, and go on with --resume"
