@@ -16,7 +16,7 @@ from imagerl.rl.engine.checkpoint import Checkpoint
 from imagerl.rl.engine.engine import Engine, StateDict, on_host
 from imagerl.rl.engine.saving import Saver, Snapshot
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.evaluation.evaluate import evaluate, try_rewards
+from imagerl.rl.evaluation.evaluate import Evaluation, evaluate, try_rewards
 from imagerl.rl.evaluation.stats import compare, results_table
 from imagerl.rl.evaluation.temperatures import AtTemperatures, Rows, compare_at_best, told_at_best
 from imagerl.rl.files.metrics import MetricsLog, Progress
@@ -285,8 +285,23 @@ class Run(Loop):
         self.watch = Watch(recipe.monitors, watched(recipe.monitors, gold))
         self.watch.restore(checkpoint.state.get("watch", {}) if checkpoint else {})
 
-    def _evaluate(self, step: int) -> None:
+    @contextmanager
+    def _ready_to_draw(self) -> Iterator[None]:
+        """Draw inside with the weights that are judged. Collective."""
         with self.engine.averaged():
+            with self.engine.gathered_parameters():
+                self.trainer.policy.refresh_sampler()
+            yield
+
+    def _drawn(self, source: RolloutEngine, shown: int = 0) -> Evaluation:
+        """Evaluate the held-out prompts on all processes; each of them learns the whole."""
+        settings, scorer = self.recipe.eval, self.trainer.scorer
+        return evaluate(
+            settings.suite, self.heldout, source, scorer, settings.batch_size, shown=shown, ranks=self.engine
+        )
+
+    def _evaluate(self, step: int) -> None:
+        with self._ready_to_draw():
             self._measure(step)
             if step == 0:
                 self.before = self._at_temperatures()
@@ -294,35 +309,16 @@ class Run(Loop):
             self._save(step, self.folder.path / PEAK, keep=1)
 
     def _at_temperatures(self) -> dict[float, Rows]:
-        """Evaluate at the recipe's further temperatures too; returns the rows at each. Collective."""
-        settings, usual = self.recipe.eval, self.eval_rollout
-        if not settings.temperatures:
-            return {}
-        with self.engine.gathered_parameters():
-            self.trainer.policy.refresh_sampler()
-        found: dict[float, Rows] = {usual.sampling.temperature: self.last or []}
-        for temperature in settings.temperatures:
-            source, scorer, size = usual.at(temperature), self.trainer.scorer, settings.batch_size
-            drawn = evaluate(settings.suite, self.heldout, source, scorer, size, shown=0, ranks=self.engine)
-            found[temperature] = drawn.per_prompt
-        return found
+        """Evaluate at the recipe's further temperatures too; returns the rows at each, none without any. Collective."""
+        usual, further = self.eval_rollout, self.recipe.eval.temperatures
+        found: dict[float, Rows] = {usual.sampling.temperature: self.last or []} if further else {}
+        return found | {temperature: self._drawn(usual.at(temperature)).per_prompt for temperature in further}
 
     def _measure(self, step: int) -> None:
-        """Evaluate on all processes; each of them learns the whole."""
-        with self.engine.gathered_parameters():
-            self.trainer.policy.refresh_sampler()
         settings, count = self.recipe.eval, self.recipe.run.sample_prompts
         if step == 0 and self.engine.is_main:
             try_rewards(settings.suite, self.heldout, self.eval_rollout, self.trainer.scorer)
-        evaluation = evaluate(
-            settings.suite,
-            self.heldout,
-            self.eval_rollout,
-            self.trainer.scorer,
-            settings.batch_size,
-            shown=count,
-            ranks=self.engine,
-        )
+        evaluation = self._drawn(self.eval_rollout, count)
         self.first = self.first or evaluation.per_prompt
         self.last = evaluation.per_prompt
         watched_metrics, alarms = self.watch.after_evaluation(step, evaluation.per_prompt)
@@ -343,9 +339,7 @@ class Run(Loop):
     def _draw_samples(self, step: int) -> None:
         """Draw a grid of the first held-out prompts, with the random numbers of the evaluation."""
         prompts = self.heldout[: self.recipe.run.sample_prompts]
-        with self.engine.averaged():
-            with self.engine.gathered_parameters():
-                self.trainer.policy.refresh_sampler()
+        with self._ready_to_draw():
             if self.engine.is_main:
                 (groups,) = self.eval_rollout.generate(prompts, 1, f"eval {self.recipe.eval.suite}")
         if self.engine.is_main:
@@ -379,8 +373,8 @@ class Run(Loop):
         return f"the watched metrics were best at step {self.watch.best_step}, kept in {place}"
 
     def _finish(self, comparison: Mapping[str, Any] | None) -> None:
-        if self.finished:
-            with self.engine.averaged():
+        if self.finished and self.recipe.eval.temperatures:
+            with self._ready_to_draw():
                 self.after = self._at_temperatures()
         if not self.engine.is_main:
             return
