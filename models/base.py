@@ -94,6 +94,37 @@ class DecoderPolicy(Protocol):
     def merge_lora(self) -> None: ...
 
 
+class Lessons(Protocol):
+    """A model under supervised training: pictures with captions in, losses out. Made by `Policy.lessons`."""
+
+    parts: Mapping[
+        str, Sequence[str]
+    ]  # of ar, connector, decoder, which can train, and how: full, lora, caption
+    predicts_prompts: bool  # whether it can learn the prompt's own tokens too
+
+    @property
+    def trainable(self) -> nn.Module:
+        """All that can learn, nothing that is frozen for good.
+
+        forward(prompts: Rows [B], targets: Rows [B], draws: Rows [B]) -> SupervisedScores. The draws of a sample are
+        `drop`, bool: its condition is the unconditional one, `uniform` in [0, 1), and `noise` [C, h, w] where the
+        canvas has noise."""
+        ...
+
+    def part_of(self, name: str) -> str:
+        """Tell which of ar, connector and decoder a parameter of `trainable` belongs to, as `decoder.caption` when it
+        also trains by that way alone; empty: it never trains."""
+        ...
+
+    def targets(self, prompts: Sequence[Prompt], pictures: Tensor) -> Rows:
+        """Return what is predicted of pictures [B, 3, H, W] in [-1, 1]: `tokens` [B, T], and what a flow needs."""
+        ...
+
+    def counted(self, prompts: Rows, tokens: Tensor) -> Tensor:
+        """Count the predicted positions of images and of prompts, [B, 2]."""
+        ...
+
+
 class Policy(Protocol):
     """A model in memory. P prompts, G samples of each, B = P·G in group-major order, M pictures of a sample."""
 
@@ -188,6 +219,17 @@ class Policy(Protocol):
 
     def train_decoder(self) -> DecoderPolicy:
         """Give the decoder gradients. Raises ImageRLError, which says why, when it cannot train."""
+        ...
+
+    @property
+    def learns_flow(self) -> bool:
+        """Tell whether the decoder has a flow loss that `lessons` can train it by."""
+        ...
+
+    def lessons(self, on_prompt: bool, with_flow: bool) -> Lessons:
+        """Make the model ready for supervised training, of the prompt's tokens and by the flow loss or without.
+
+        Raises ImageRLError when it cannot read pictures."""
         ...
 
     def freeze_reference(self) -> None:

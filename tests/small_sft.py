@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from imagerl.api.fine_tuning import open_sources
-from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.models.base import Policy
 from imagerl.rl.config.recipe import apply_override, validate_recipe
 from imagerl.rl.config.sft import SFTRecipe
 from imagerl.rl.data.image_data import ImageStream
 from imagerl.rl.data.image_files import Example, Limits, load_example
 from imagerl.rl.engine.engine import Engine
-from imagerl.rl.sft.objective import part_of, sft_module
+from imagerl.rl.sft.objective import learning_rate_share, lessons_for
 from imagerl.rl.sft.trainer import Collator, SFTTrainer
+from imagerl.rl.types import Prompt
 from tools.tiny.render import rendered, write_folder, write_shards
 
 LIMITS = Limits(max_pixels=1 << 20, min_side=8, max_aspect=4.0, max_caption_chars=200)
@@ -59,24 +61,25 @@ def recipe(folder: Path, *overrides: str) -> SFTRecipe:
     return validate_recipe(SFTRecipe, recipe_data(folder, *overrides), "test")
 
 
-def examples(policy: ImagePolicy, folder: Path, count: int) -> list[Example]:
+def examples(policy: Policy, folder: Path, count: int) -> list[Example]:
     from imagerl.rl.data.image_sources import open_source
 
     entries = open_source(str(folder / "train"))[0].entries()
-    return [load_example(entry, policy.decoder.picture_size, LIMITS) for entry in entries[:count]]
+    return [
+        load_example(entry, policy.prompts.canvas(Prompt(0, "")).pixels, LIMITS) for entry in entries[:count]
+    ]
 
 
-def small_trainer(policy: ImagePolicy, settings: SFTRecipe) -> SFTTrainer:
+def small_trainer(policy: Policy, settings: SFTRecipe) -> SFTTrainer:
     """Put together as the command line does it."""
     engine = Engine(settings.engine)
-    module = sft_module(policy, settings)
-    engine.prepare(
-        module, settings.optim, settings.run.steps, None, lambda name: settings.optim.factor(part_of(name))
-    )
+    lessons = lessons_for(policy, settings)
+    share = partial(learning_rate_share, settings, lessons)
+    engine.prepare(lessons.trainable, settings.optim, settings.run.steps, None, share)
     stream = ImageStream(
         open_sources(settings.data.train, settings.data, settings.run.seed),
         [source.weight for source in settings.data.train],
         settings.run.seed,
-        lambda entry: load_example(entry, policy.decoder.picture_size, LIMITS),
+        lambda entry: load_example(entry, policy.prompts.canvas(Prompt(0, "")).pixels, LIMITS),
     )
-    return SFTTrainer(settings, module, stream, Collator(policy, engine), engine)
+    return SFTTrainer(settings, lessons, stream, Collator(policy, lessons, engine), engine)

@@ -71,7 +71,7 @@ class EvaluationResult:
 
     `document` is what `save` writes; `images` are the first few pictures, in the order of its rows `per_prompt`."""
 
-    def __init__(self, document: dict[str, Any], images: np.ndarray, other: str = "") -> None:
+    def __init__(self, document: dict[str, Any], images: Sequence[np.ndarray], other: str = "") -> None:
         self.document = document
         self.images = images
         self._other = other  # how the caller named what it is held against
@@ -263,7 +263,6 @@ def measure(
 def _score(
     suite: Suite, prompts: Sequence[Prompt], source: Source, how: Drawing, pictures: Path | None
 ) -> Evaluation:
-    import numpy as np
 
     from imagerl.rewards.workers.pool import RewardWorkers
     from imagerl.rl.evaluation.evaluate import evaluate, try_rewards
@@ -280,7 +279,7 @@ def _score(
 
     samples = how.samples or 1
     result = evaluate(suite.name, prompts, source, scorer, how.batch_size, samples=samples, each=keep)
-    result.images = np.stack(shown)
+    result.images = shown
     return result
 
 

@@ -40,7 +40,7 @@ from imagerl.rl.files.metrics import read_metrics, to_json
 from imagerl.rl.files.writing import atomic_folder, remove_folder, wait_for
 from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling
 from imagerl.rl.run.folder import EXPORTS, MODEL, RECIPE_FILE, read_stored_recipe
-from imagerl.rl.sft.objective import sft_module
+from imagerl.rl.sft.objective import lessons_for
 from imagerl.rl.training.halves import trained_module
 from imagerl.rl.types import Prompt
 
@@ -122,7 +122,11 @@ def trained_policy(recipe: AnyRecipe, checkpoint: Checkpoint, device: torch.devi
     """Load the policy as it was at a checkpoint. Its own settings are those by which the run drew what it was judged
     by; supervised training leaves them as the model had them."""
     policy = load_policy(recipe.model.path, device, family=recipe.model.family)
-    module = sft_module(policy, recipe) if isinstance(recipe, SFTRecipe) else trained_module(policy, recipe)
+    module = (
+        lessons_for(policy, recipe).trainable
+        if isinstance(recipe, SFTRecipe)
+        else trained_module(policy, recipe)
+    )
     average = f"{AVERAGE}.safetensors"
     weights = average if (checkpoint.folder / average).is_file() else WEIGHTS
     load_trained(module, Shards(checkpoint.folder, weights))

@@ -23,7 +23,9 @@ def closing_line(comparison: Mapping[str, Any]) -> str:
     parts = [
         f"{name.replace('_', ' ')} {result['before']:.4f} → {result['after']:.4f} "
         f"({change(result['difference'], digits=4)})"
-        for name, result in ((name, comparison[name]) for name in ("cross_entropy", "flow"))
+        for name, result in (
+            (name, comparison[name]) for name in ("cross_entropy", "flow") if name in comparison
+        )
     ]
     return f"held-out {'; '.join(parts)}"
 
@@ -46,7 +48,7 @@ def run_sft(
     from imagerl.rl.engine.engine import Engine
     from imagerl.rl.rollout.engine import RolloutEngine
     from imagerl.rl.run.folder import RunFolder
-    from imagerl.rl.sft.objective import part_of, sft_module
+    from imagerl.rl.sft.objective import learning_rate_share, lessons_for
     from imagerl.rl.sft.run import SFTRun
     from imagerl.rl.sft.trainer import Collator, SFTTrainer
     from imagerl.rl.types import Prompt
@@ -66,10 +68,10 @@ def run_sft(
         checkpoint = open_run(engine, folder, recipe, resume, overwrite)
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
         path, family = recipe.model.path, recipe.model.family
-        policy: Any = load_policy(path, engine.device, dtypes[recipe.model.dtype], family)
+        policy = load_policy(path, engine.device, dtypes[recipe.model.dtype], family)
         policy.sampler_dtype = dtypes[recipe.engine.precision]
-        policy.require_tokenizer().float()  # bfloat16 does not tell neighbouring codes apart
-        read = partial(load_example, size=policy.decoder.picture_size, limits=limits(data))
+        lessons = lessons_for(policy, recipe)
+        read = partial(load_example, size=policy.prompts.canvas(Prompt(0, "")).pixels, limits=limits(data))
 
         def load(entry: Entry) -> Example:
             example = read(entry)
@@ -84,13 +86,12 @@ def run_sft(
         counts.refuse(data.max_bad_share)
         if heldout_sources and not heldout:
             raise ImageRLError(f"data.heldout holds no usable sample: {dict(counts.bad) or 'no files'}")
-        module = sft_module(policy, recipe)
         engine.prepare(
-            module,
+            lessons.trainable,
             recipe.optim,
             recipe.run.steps,
             checkpoint.tensors if checkpoint else None,
-            lambda name: recipe.optim.factor(part_of(name)),
+            partial(learning_rate_share, recipe, lessons),
         )
         stream = ImageStream(
             train_sources,
@@ -104,7 +105,7 @@ def run_sft(
             max_bad_share=data.max_bad_share,
             states=checkpoint.state["data"] if checkpoint else None,
         )
-        trainer = SFTTrainer(recipe, module, stream, Collator(policy, engine), engine)
+        trainer = SFTTrainer(recipe, lessons, stream, Collator(policy, lessons, engine), engine)
         rollout = RolloutEngine(policy, policy.sampling, recipe.eval.seed, engine.autocast)
 
         def save_model(target: Path) -> None:

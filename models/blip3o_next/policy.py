@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from imagerl.models.blip3o_next.ar import ARPolicy, ImageVocabulary
 from imagerl.models.blip3o_next.flow_decoder import CaptionKeys, FlowDecoder
 from imagerl.models.blip3o_next.prompts import TURN_END, PromptEncoder
+from imagerl.models.blip3o_next.supervised import Lessons
 from imagerl.models.blip3o_next.understanding import greedy_text
 from imagerl.models.common.flow_policy import FlowPolicy
 from imagerl.models.common.image_tokenizer import ImageTokenizer
@@ -252,6 +253,12 @@ class ImagePolicy(BasePolicy):
             reference = reference.to(self.device).repeat_interleave(len(noise) // len(reference), 0)
         latents = self.decoder.latents(hidden, noise, sampling.guidance, sampling.flow_steps, reference)
         return self.decoder.draw(latents)
+
+    learns_flow = True
+
+    def lessons(self, on_prompt: bool, with_flow: bool) -> Lessons:
+        """Teach language model, connector and decoder; see `models.blip3o_next.supervised`."""
+        return Lessons(self, on_prompt, with_flow)
 
     def train_decoder(self) -> FlowPolicy[list[CaptionKeys]]:
         """Make the decoder a policy over its denoising steps, with gradients."""

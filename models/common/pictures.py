@@ -30,12 +30,12 @@ def crop_note(picture: Image.Image, size: tuple[int, int]) -> str | None:
     return f"the picture is {was} pixels; it was resized and its middle {now} kept"
 
 
-def prepare_picture(
+def fitted(
     source: Image.Image | Path | str,
     size: tuple[int, int],
     resample: Image.Resampling = Image.Resampling.BICUBIC,
-) -> Tensor:
-    """Turn any picture into [3, H, W] float32 in [-1, 1] of `size` (H, W) pixels.
+) -> Image.Image:
+    """Bring any picture to `size` (H, W) pixels.
 
     The shorter side is resized to fit, the middle of the longer one kept, as the published code does for its
     autoencoder (bilinear there, bicubic for the tokenizer). For the tokenizer it squeezes the whole picture instead:
@@ -46,5 +46,14 @@ def prepare_picture(
     covering = covering_size(picture.size, wanted)
     picture = picture.resize(covering, resample)
     left, top = (round((have - keep) / 2) for have, keep in zip(covering, wanted, strict=True))
-    picture = picture.crop((left, top, left + wanted[0], top + wanted[1]))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+    return picture.crop((left, top, left + wanted[0], top + wanted[1]))
+
+
+def prepare_picture(
+    source: Image.Image | Path | str,
+    size: tuple[int, int],
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Tensor:
+    """Turn any picture, `fitted`, into [3, H, W] float32 in [-1, 1]. Raises the same."""
+    picture = np.array(fitted(source, size, resample))
+    return torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1

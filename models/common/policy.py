@@ -14,12 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imagerl.models.common.adaptable import Adaptable, freeze
+from imagerl.models.common.supervised import TokenLessons, TokenModule
 from imagerl.rl.types import Canvas, ImageRLError, Prompt, Rows, SamplingParams, TokenScores, TokenTrajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from imagerl.models.base import DecoderPolicy, Outline, Proof
+    from imagerl.models.base import DecoderPolicy, Lessons, Outline, Proof
 
 
 class BasePolicy:
@@ -106,6 +107,18 @@ class BasePolicy:
 
     def freeze(self, patterns: Sequence[str]) -> None:
         freeze(self.trainable, patterns)
+
+    # ---- supervised training ---------------------------------------------------------------------------------
+
+    learns_flow = False
+
+    def tokens_of(self, pictures: Tensor) -> Tensor:
+        """Return the image tokens [B, T] that pictures [B, 3, H, W] in [-1, 1] should be written by."""
+        raise ImageRLError("this model cannot read pictures, so that none can be taught to it")
+
+    def lessons(self, on_prompt: bool, with_flow: bool) -> Lessons:
+        """Teach the half that writes tokens alone."""
+        return TokenLessons(self, TokenModule(self.trainable))
 
     # ---- the frozen reference --------------------------------------------------------------------------------
 
@@ -228,7 +241,7 @@ class PlainText:
         return [*frame.head, *self.plain(frame.lead + words + frame.trail), *frame.tail]
 
 
-def drawn(pixels: Tensor) -> Tensor:
+def drawn(pixels: Tensor, mean: float = 0.5, deviation: float = 0.5) -> Tensor:
     """Bring what an autoencoder decodes, [B, 3, H, W] in [-1, 1], to [0, 1] in float32.
 
     Raises ImageRLError for pixels that are not finite, which would be black ones in silence."""
@@ -238,4 +251,4 @@ def drawn(pixels: Tensor) -> Tensor:
             "the model draws pixels that are not finite: its numbers overflow; check its weights and settings, or, "
             "if it was just trained, go back to an earlier checkpoint and lower optim.lr"
         )
-    return (pixels / 2 + 0.5).clamp(0, 1)
+    return (pixels * deviation + mean).clamp(0, 1)

@@ -46,10 +46,15 @@ def pad_left(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids), torch.tensor(mask)
 
 
+def unconditional(ids: Tensor, kept: Sequence[int], pad: int) -> Tensor:
+    """Return prompts [P, L] in which all ids but the `kept` ones are `pad`."""
+    return torch.where(torch.isin(ids, torch.tensor(kept, device=ids.device)), ids, pad)
+
+
 def with_unconditional(ids: Tensor, mask: Tensor, kept: Sequence[int], pad: int) -> PromptIds:
-    """Put unconditional prompts beside prompts [P, L]: all ids but the `kept` ones are `pad`. Prompts of one length
-    share theirs, so that a set of prompts has few."""
-    bare = torch.where(torch.isin(ids, torch.tensor(kept, device=ids.device)), ids, pad)
+    """Put unconditional prompts beside prompts [P, L]. Prompts of one length share theirs, so that a set of prompts has
+    few."""
+    bare = unconditional(ids, kept, pad)
     both = torch.cat([bare, mask.long()], dim=1)
     if isinstance(ids, FakeTensor):  # without content nothing is known to be equal
         bare, which = both, torch.arange(len(ids))

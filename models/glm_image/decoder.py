@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from imagerl.models.common.policy import drawn
 from imagerl.models.glm_image.sizes import TOKEN_PIXELS, flow_shift, upsampled
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.types import Rows, TokenTrajectory
+from imagerl.rl.types import Rows, TokenTrajectory, repeat
 
 QUOTED = (r"'([^']*)'", "“([^“”]*)”", r'"([^"]*)"', "「([^「」]*)」")
 MAX_GLYPHS = 2048  # tokens of a quoted text
@@ -38,6 +38,9 @@ class Seen(NamedTuple):
     prior: Tensor  # [B, N] image tokens
     glyphs: list[Tensor]  # B of [R, D]
     no_glyphs: Tensor  # [R, D] of no text at all, for the unconditional branch
+    source: (
+        list[tuple[Tensor, Tensor]] | None
+    )  # of edits: each layer's keys and values [B, N, heads, d] of the picture
 
 
 class FlowDecoder(nn.Module):
@@ -142,16 +145,36 @@ class FlowDecoder(nn.Module):
         large grid's tokens [B, N], each for the 2×2 tokens of the transformer's grid that it stands for."""
         grid = (int(side) for side in prompts["size"][0] // TOKEN_PIXELS)
         group = len(trajectory.tokens) // len(prompts["glyphs"])
-        return {
-            "glyphs": prompts["glyphs"].repeat_interleave(group, 0),
-            "prior": upsampled(trajectory.tokens, (next(grid), next(grid))),
-        }
+        kept = ("glyphs", "source", "source_prior")
+        given = {name: rows for name, rows in prompts.items() if name in kept}
+        return repeat(given, group) | {"prior": upsampled(trajectory.tokens, (next(grid), next(grid)))}
 
     def seen(self, condition: Rows, guidance: float) -> Seen:
         """Find what the transformer is told of a condition [B]."""
         numbers = [*condition["glyphs"].tolist(), *self.glyphs_of([""]).tolist()]
         *glyphs, no_glyphs = self._glyphs_by_number(numbers)
-        return Seen(condition["prior"], glyphs, no_glyphs)
+        return Seen(condition["prior"], glyphs, no_glyphs, self._source(condition))
+
+    def _source(self, condition: Rows) -> list[tuple[Tensor, Tensor]] | None:
+        """Return keys and values of all layers for the pictures that are edited, without noise and without words."""
+        if "source" not in condition:
+            return None
+        latents = condition["source"]
+        cache = self._cache("write")
+        time = torch.zeros(len(latents), device=latents.device)
+        no_words = latents.new_zeros(len(latents), 0, self.transformer.config.text_embed_dim)
+        self._velocity(latents, time, condition["source_prior"], no_words, False, cache)
+        return [(layer.k_caches[0], layer.v_caches[0]) for layer in cache.caches]
+
+    def _cache(self, mode: str, stored: Sequence[tuple[Tensor, Tensor]] = ()) -> Any:
+        """Return the library's cache of keys and values, one entry for the whole batch."""
+        from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+
+        cache = GlmImageKVCache(num_layers=self.transformer.config.num_layers)
+        for layer, (keys, values) in zip(cache.caches, stored, strict=bool(stored)):
+            layer.store(keys, values)
+        cache.set_mode(mode)
+        return cache
 
     def guided_velocity(self, x: Tensor, sigma: Tensor, seen: Seen, guidance: float) -> Tensor:
         """Return the velocity [B, C, h, w] in float32 at noise `sigma` [B] under classifier-free guidance (arXiv
@@ -160,9 +183,29 @@ class FlowDecoder(nn.Module):
         given = self._velocity_by_length(x, time, seen)
         if guidance == 1.0:
             return given
-        no_glyphs = seen.no_glyphs.expand(len(x), -1, -1)
-        without = self._velocity(x, time, seen.prior, no_glyphs, drop=True)
+        without = self._unconditional(x, time, seen)
         return without + guidance * (given - without)
+
+    def flow_residual(
+        self, condition: Rows, latents: Tensor, uniform: Tensor, noise: Tensor, drop: Tensor
+    ) -> Tensor:
+        """Return v − (noise − x) [B, C, h, w] in float32 at a timestep of `uniform` [B] in [0, 1) of all there are;
+        `drop` [B] bool, where the condition is the unconditional one."""
+        steps = self.scheduler.config.num_train_timesteps
+        even = ((uniform * steps).floor() + 1) / steps  # whole timesteps, which are all that it knows
+        sigma = self._shifted(even, latents.shape)
+        level = sigma[:, None, None, None]
+        noisy, seen = (1 - level) * latents + level * noise, self.seen(condition, 1.0)
+        time = self.timesteps(sigma, latents.shape)
+        velocity = self._velocity_by_length(noisy, time, seen)
+        if drop.any():
+            without = self._unconditional(noisy, time, seen)
+            velocity = torch.where(drop[:, None, None, None], without, velocity)
+        return velocity - (noise - latents)
+
+    def _unconditional(self, x: Tensor, time: Tensor, seen: Seen) -> Tensor:
+        no_glyphs = seen.no_glyphs.expand(len(x), -1, -1)
+        return self._velocity(x, time, seen.prior, no_glyphs, drop=True)
 
     def _velocity_by_length(self, x: Tensor, time: Tensor, seen: Seen) -> Tensor:
         """Ask the transformer for rows of equally many glyphs at a time. It has no mask that works: the library's adds
@@ -172,12 +215,16 @@ class FlowDecoder(nn.Module):
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero()[:, 0].tolist()
             glyphs = torch.stack([seen.glyphs[row] for row in rows])
-            part = self._velocity(x[rows], time[rows], seen.prior[rows], glyphs, drop=False)
+            source = [(keys[rows], values[rows]) for keys, values in seen.source or ()]
+            cache = self._cache("read", source) if source else None
+            part = self._velocity(x[rows], time[rows], seen.prior[rows], glyphs, False, cache)
             for row, velocity in zip(rows, part, strict=True):
                 found[row] = velocity
         return torch.stack(found)
 
-    def _velocity(self, x: Tensor, time: Tensor, prior: Tensor, glyphs: Tensor, drop: bool) -> Tensor:
+    def _velocity(
+        self, x: Tensor, time: Tensor, prior: Tensor, glyphs: Tensor, drop: bool, cache: Any = None
+    ) -> Tensor:
         dtype = self.transformer.dtype
         height, width = (side * self.compression for side in x.shape[-2:])
         velocity: Tensor = self.transformer(
@@ -189,6 +236,7 @@ class FlowDecoder(nn.Module):
             target_size=x.new_tensor([[height, width]], dtype=dtype).repeat(len(x), 1),
             crop_coords=x.new_zeros(len(x), 2, dtype=dtype),  # nothing is cut off
             return_dict=False,
+            kv_caches=cache,
         )[0]
         return velocity.float()
 
@@ -209,6 +257,15 @@ class FlowDecoder(nn.Module):
         config = self.vae.config
         mean, std = (like.new_tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
         return mean, std
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Encode pictures [B, 3, H, W] in [-1, 1] as latents [B, C, h, w] at the transformer's scale. Memory is that of
+        a few pictures, whatever B."""
+        few = pictures.to(self.vae.dtype).split(max(1, MAX_PIXELS // math.prod(pictures.shape[-2:])))
+        latents = torch.cat([self.vae.encode(part).latent_dist.mode() for part in few])
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
 
     @torch.no_grad()
     def draw(self, latents: Tensor) -> Tensor:

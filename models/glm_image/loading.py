@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from imagerl.models.common.settings import SamplingSettings, stored_sampling
-from imagerl.models.common.shards import WEIGHTS, Shards, require_finite
+from imagerl.models.common.shards import WEIGHTS, Shards, own_memory, require_finite
 from imagerl.models.glm_image.policy import GlmImagePolicy
 from imagerl.models.glm_image.prompts import PromptEncoder
 from imagerl.models.glm_image.sizes import TOKEN_PIXELS, Size, require_size
@@ -174,10 +174,9 @@ def load_model(folder: Path, name: str, dtype: torch.dtype) -> Any:
     if wrong or report["mismatched_keys"]:
         what = wrong[0] if wrong else f"{next(iter(report['mismatched_keys']))} of another shape"
         raise ImageRLError(f"{where} does not fit its config.json: it has {what}; copy the model again")
+    own_memory(part)
     for key, tensor in (*part.named_parameters(), *part.named_buffers()):
-        # Into memory of torch's own: some kernels add up in another order where a mapped file puts numbers on odd
-        # addresses, and a model that is loaded twice would draw pictures that differ by 1e-6.
-        tensor.data = require_finite(tensor.data.clone(), f"{where}: {key}")
+        require_finite(tensor.data, f"{where}: {key}")
     return part
 
 

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from imagerl.models.base import Proof
 from imagerl.models.common.flow_policy import FlowPolicy
+from imagerl.models.common.pictures import fitted, prepare_picture
 from imagerl.models.common.policy import BasePolicy
 from imagerl.models.glm_image.ar import TokenWriter
 from imagerl.models.glm_image.decoder import FlowDecoder, Seen
 from imagerl.models.glm_image.prompts import PromptEncoder
-from imagerl.models.glm_image.sizes import Size
-from imagerl.rl.types import Prompt, Rows, SamplingParams, TokenTrajectory, repeat
+from imagerl.models.glm_image.sizes import TOKEN_PIXELS, Grid, Size, upsampled
+from imagerl.models.glm_image.supervised import Lessons
+from imagerl.rl.types import ImageRLError, Prompt, Rows, SamplingParams, TokenTrajectory, repeat
 
 
 class GlmImagePolicy(BasePolicy):
@@ -51,22 +54,75 @@ class GlmImagePolicy(BasePolicy):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt], to_draw: bool = True) -> Rows:
-        """Encode captions of one size: ids and mask [P, L] left-padded, their places and those of the image tokens
-        that follow on three axes, and with `to_draw` the size and the glyphs that the decoder asks for."""
+        """Encode captions or edits of one size: ids and mask [P, L] left-padded, their places and those of the image
+        tokens that follow on three axes, and with `to_draw` the size, the glyphs and what the decoder is shown of
+        pictures to edit.
+
+        Raises ImageRLError when only some of the prompts edit a picture."""
         self.prompts.require(prompts)
-        encoded = self.prompts.encode(prompts)
+        pictures = [prompt.reference for prompt in prompts if prompt.reference is not None]
+        if pictures and len(pictures) < len(prompts):
+            raise ImageRLError(
+                f"{len(pictures)} of {len(prompts)} prompts have a picture to edit; put edits in a prompt set of "
+                "their own"
+            )
+        size, encoded = self.prompts.size(prompts[0]), self.prompts.encode(prompts)
         ids, mask, grids, counts = (
             encoded[name].to(self.device)
             for name in ("input_ids", "attention_mask", "image_grid_thw", "images_per_sample")
         )
+        if pictures:
+            tokens = self._tokens_of(encoded["pixel_values"], grids[counts.cumsum(0) - counts], size.large)
+            ids = ids.masked_scatter(ids == self.model.config.image_token_id, tokens)
         # The library's own, which leaves the places of what is to be written behind.
         places, _ = self.model.model.get_rope_index(ids, grids, counts, mask)
         grid = self.model.model._cached_decode_position_ids
         rows = {"ids": ids, "mask": mask, "places": places.transpose(0, 1), "grid": grid}
         if to_draw:
             rows["glyphs"] = self.decoder.glyphs_of([prompt.text for prompt in prompts])
-            rows["size"] = torch.tensor([self.prompts.size(prompt) for prompt in prompts])
+            rows["size"] = torch.tensor([size] * len(prompts))
+            if pictures:
+                shown = torch.stack(
+                    [prepare_picture(picture, (size.height, size.width)) for picture in pictures]
+                )
+                rows["source"] = self.decoder.encode(shown.to(self.device))
+                rows["source_prior"] = upsampled(tokens, size.large)
         return rows
+
+    def _tokens_of(self, pixels: Tensor, grids: Tensor, grid: Grid) -> Tensor:
+        """Return the image tokens [P, rows · columns] of pictures as the processor cuts them into patches.
+
+        Raises ImageRLError when it scales them to another grid than they are drawn on."""
+        if grids[:, 1:].tolist() != [list(grid)] * len(grids):
+            raise ImageRLError(
+                f"the model's processor shows pictures of this size by {'x'.join(map(str, grids[0, 1:].tolist()))} "
+                f"tokens, but they are drawn by {grid[0]}x{grid[1]}; ask for larger pictures"
+            )
+        features = self.model.get_image_features(pixels.to(self.device), grids).pooler_output
+        tokens: Tensor = self.model.get_image_tokens(features, grids)
+        return tokens.view(len(grids), -1)
+
+    @torch.no_grad()
+    def tokens_of(self, pictures: Tensor) -> Tensor:
+        """Return the tokens [B, T] of pictures [B, 3, H, W] in [-1, 1]: those of a preview of each, then its own."""
+        size, parts = Size(*pictures.shape[-2:]), []
+        pixels = ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        for rows, columns in (size.preview, size.large):
+            shown = (rows * TOKEN_PIXELS, columns * TOKEN_PIXELS)
+            read = self.pipeline.processor.image_processor(
+                [fitted(Image.fromarray(each), shown) for each in pixels],
+                size={"shortest_edge": 1, "longest_edge": 1 << 24},  # as large as they are, however small
+                return_tensors="pt",
+            )
+            grids = read["image_grid_thw"].to(self.device)
+            parts.append(self._tokens_of(read["pixel_values"], grids, (rows, columns)))
+        return torch.cat(parts, 1)
+
+    learns_flow = True
+
+    def lessons(self, on_prompt: bool, with_flow: bool) -> Lessons:
+        """Teach the language model, and by the flow loss the transformer; see `models.glm_image.supervised`."""
+        return Lessons(self, with_flow)
 
     def sample_tokens(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> TokenTrajectory:
         """Draw tokens for uniforms [P·G, T] after prompts [P]; see `TokenWriter.sample`."""
@@ -95,8 +151,8 @@ class GlmImagePolicy(BasePolicy):
         save_policy(self, folder, base, dtype)
 
     def proof(self, folder: Path, layout: str, prompts: Sequence[Prompt]) -> Proof:
-        """Return a digest of each part's weights, and of what diffusers' pipeline loads. Pixels would not do: drawn by
-        equal weights they differ by 1e-6 from one load to the next."""
+        """Return a digest of each part's weights, and of what diffusers' pipeline loads. Equal weights draw equal
+        pixels, which take minutes at full size."""
         from imagerl.models.glm_image.loading import weights_again
 
         return weights_again(self, folder)

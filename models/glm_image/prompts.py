@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from imagerl.models.common.pictures import fitted
 from imagerl.models.glm_image.sizes import Size, size_of
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.types import Canvas, Prompt
+
+
+def edits(prompt: Prompt) -> bool:
+    return prompt.columns.get("reference") is not None
 
 
 class PromptEncoder:
@@ -32,10 +39,11 @@ class PromptEncoder:
         return size_of(prompt.columns, self.default_size)
 
     def canvas(self, prompt: Prompt) -> Canvas:
-        """Return the sizes of a picture of a prompt."""
+        """Return the sizes of a picture of a prompt. An edit has no preview."""
         size = self.size(prompt)
         noise = self.channels, size.height // self.compression, size.width // self.compression
-        return Canvas(size.tokens, (size.height, size.width), noise)
+        tokens = math.prod(size.large) if edits(prompt) else size.tokens
+        return Canvas(tokens, (size.height, size.width), noise)
 
     def require(self, prompts: Iterable[Prompt], questions: bool = False) -> None:
         """Raise ImageRLError, which begins with its place, for the first prompt that the model cannot draw by."""
@@ -55,8 +63,6 @@ class PromptEncoder:
             raise ImageRLError(
                 f"the prompt holds {named}, which is a token of the model's own; write it otherwise"
             )
-        if prompt.columns.get("reference") is not None:
-            raise ImageRLError("GLM-Image draws new pictures here; it cannot edit one yet. Remove the column")
         length = self.longest([prompt]) + self.size(prompt).tokens
         if length > self.positions:
             raise ImageRLError(
@@ -65,17 +71,24 @@ class PromptEncoder:
             )
 
     def longest(self, prompts: Sequence[Prompt]) -> int:
-        """Count the ids of the longest prompt, its grids included."""
-        texts = sorted(prompts, key=lambda prompt: len(prompt.text))[-100:]
-        return max(len(self.encode([text])["input_ids"][0]) for text in texts)
+        """Count the ids of the longest prompt, its grids and the picture that it edits included."""
+        longest = sorted(prompts, key=lambda prompt: len(prompt.text))[-100:]
+        return max(
+            len(self.encode([replace(prompt, columns={**prompt.columns, "reference": None})])["input_ids"][0])
+            + (math.prod(self.size(prompt).large) + 2 if edits(prompt) else 0)  # begin and end
+            for prompt in longest
+        )
 
     def encode(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
         """Return the processor's `input_ids`, `attention_mask` [P, L], `image_grid_thw` and `images_per_sample` of
-        prompts of one size."""
+        prompts of one size; of edits also `pixel_values`, the pictures first brought to that size."""
         height, width = self.size(prompts[0])
-        messages = [
-            [{"role": "user", "content": [{"type": "text", "text": prompt.text}]}] for prompt in prompts
-        ]
+        messages = []
+        for prompt in prompts:
+            content: list[dict[str, Any]] = [{"type": "text", "text": prompt.text}]
+            if prompt.reference is not None:
+                content.insert(0, {"type": "image", "image": fitted(prompt.reference, (height, width))})
+            messages.append([{"role": "user", "content": content}])
         settings = {"padding": True, "target_h": height, "target_w": width, "return_tensors": "pt"}
         encoded: Mapping[str, Any] = self.processor.apply_chat_template(
             messages, tokenize=True, return_dict=True, processor_kwargs=settings

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from imagerl.models.common.adaptable import Adaptable
-from imagerl.models.common.tokens import PromptIds, image_states, score_tokens, with_unconditional
+from imagerl.models.common.tokens import (
+    PromptIds,
+    image_states,
+    score_tokens,
+    unconditional,
+    with_unconditional,
+)
 from imagerl.rl.types import Rows, SamplingParams, TokenScores
 
 if TYPE_CHECKING:
@@ -76,6 +82,10 @@ class JanusAR(Adaptable):
         if guidance == 1:
             return PromptIds(prompts["ids"], prompts["mask"])
         return with_unconditional(prompts["ids"], prompts["mask"], *self.blank)
+
+    def unconditional(self, prompts: Rows) -> Rows:
+        """Return the unconditional prompt of each prompt [P]."""
+        return prompts | {"ids": unconditional(prompts["ids"], *self.blank)}
 
     def branches(self, prompts: Rows, tokens: Tensor, guidance: float) -> Sequence[Tensor]:
         """Return final-norm hidden states [B, T + 1, D] of the prompts' last ids and of tokens [B, T] after them, and

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from imagerl.models.common.policy import BasePolicy
+from imagerl.models.common.policy import BasePolicy, drawn
+from imagerl.models.common.supervised import TokenLessons, TokenModule
 from imagerl.models.common.token_sampler import TokenSampler
 from imagerl.models.common.tokens import pad_left
 from imagerl.models.janus_pro.ar import Blank, JanusAR
@@ -21,7 +22,7 @@ from imagerl.rl.types import ImageRLError, Prompt, Rows, SamplingParams, TokenTr
 if TYPE_CHECKING:
     from transformers import JanusForConditionalGeneration
 
-    from imagerl.models.base import DecoderPolicy
+    from imagerl.models.base import DecoderPolicy, Lessons
 
 
 class JanusPolicy(BasePolicy):
@@ -97,18 +98,32 @@ class JanusPolicy(BasePolicy):
     def decode(
         self, prompts: Rows, trajectory: TokenTrajectory, noise: Tensor | None, sampling: SamplingParams
     ) -> Tensor:
-        """Draw tokens [B, T] as pictures [B, 3, H, W] in [0, 1], as the processor scales them."""
-        drawn = self.model.decode_image_tokens(trajectory.tokens).permute(0, 3, 1, 2).float()
-        mean, deviation = self.scale
-        return (drawn * deviation + mean).clamp(0, 1)
+        """Draw tokens [B, T] as pictures [B, 3, H, W] in [0, 1], as the processor scales them. Raises ImageRLError for
+        pixels that are not finite."""
+        return drawn(self.model.decode_image_tokens(trajectory.tokens).permute(0, 3, 1, 2), *self.scale)
+
+    def recompute(self) -> None:
+        """Let transformers recompute layers, which it does in training mode only: there a Llama without dropout is what
+        it is otherwise."""
+        if self.trainable.lm.config.attention_dropout:
+            raise ImageRLError(
+                "attention_dropout in the model's config.json is not 0, so that recomputed layers would change its "
+                "log-probs; set it to 0"
+            )
+        self.trainable.lm.activation_checkpointing_enable({"use_reentrant": False})
+        self.trainable.lm.train()
 
     def train_decoder(self) -> DecoderPolicy:
         raise ImageRLError(
             "Janus-Pro's decoder draws tokens as they are: it has no denoising steps to train; remove algorithm.flow"
         )
 
+    def lessons(self, on_prompt: bool, with_flow: bool) -> Lessons:
+        """Teach the language model and the layers of image tokens, with and without the caption, as guidance asks."""
+        return TokenLessons(self, TokenModule(self.trainable, self.trainable.unconditional))
+
     @torch.no_grad()
-    def picture_tokens(self, pictures: Tensor) -> Tensor:
+    def tokens_of(self, pictures: Tensor) -> Tensor:
         """Return the image tokens [B, T] of pictures [B, 3, H, W] in [-1, 1], as the VQ encoder reads them."""
         tokens: Tensor = self.model.model.vqmodel.encode(
             pictures.to(self.device, self.model.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -27,7 +28,7 @@ class Evaluation:
     suite: str
     metrics: dict[str, Interval]
     per_prompt: list[dict[str, Any]]
-    images: np.ndarray  # [N, H, W, 3] uint8, in the order of `per_prompt`; empty when they were not kept
+    images: Sequence[np.ndarray]  # N of [H, W, 3] uint8, in the order of `per_prompt`; none where not kept
 
     def flat(self) -> dict[str, float]:
         """Return the means for metrics.jsonl: `eval/<suite>/<metric>`."""
@@ -139,9 +140,12 @@ def evaluate(
     own = [place for place in range(len(prompts)) if place // chunk % count == rank]
     images: dict[int, np.ndarray] = {}  # by place, as the rows
     rows: dict[int, list[dict[str, Any]]] = {}
-    tickets, places = [], iter(own)
+    tickets, places = [], defaultdict[int, deque[int]](deque)
+    for place in own:
+        places[prompts[place].index].append(place)
     for groups in rollout.generate([prompts[place] for place in own], samples, f"eval {suite}", chunk, chunk):
-        placed = [(next(places), group.prompt) for group in groups]
+        # Prompts of one size are drawn together, so groups come in another order where there are several.
+        placed = [(places[group.prompt.index].popleft(), group.prompt) for group in groups]
         tickets.append((placed, scorer.submit(reward_request(groups), with_gold=True)))
         for (place, _), group in zip(placed, groups, strict=True):
             if each is not None:
@@ -163,8 +167,7 @@ def evaluate(
         rows |= others_rows
         images |= others_images
     ordered = [row for place in sorted(rows) for row in rows[place]]
-    kept = [images[place] for place in sorted(images)]
-    pictures = np.concatenate(kept) if kept else np.zeros((0, 1, 1, 3), np.uint8)
+    pictures = [picture for place in sorted(images) for picture in images[place]]
     return Evaluation(suite, summarise(ordered), ordered, pictures)
 
 

@@ -54,4 +54,4 @@ def evaluate_answers(suite: str, prompts: Sequence[Prompt], reader: Reader, batc
                     f"accuracy_{prompt.columns['asked']}": right,
                 }
             )
-    return Evaluation(suite, summarise(rows), rows, np.stack([np.asarray(picture) for picture in shown]))
+    return Evaluation(suite, summarise(rows), rows, [np.asarray(picture) for picture in shown])

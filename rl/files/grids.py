@@ -33,23 +33,27 @@ def image_grid(
     captions: Sequence[str] | None = None,
     scale: int = 1,
 ) -> Image.Image:
-    """Lay out pictures of one size in rows of `columns`, with a caption under each.
+    """Lay out pictures in rows of `columns`, with a caption under each; smaller ones stand in the middle of their cell.
 
     Args:
-        images: [N, H, W, 3] uint8 RGB.
+        images: N of [H, W, 3] uint8 RGB.
         captions: one per picture; three lines at most, the rest is cut with an ellipsis.
         scale: enlargement by whole pixels, so that single pixels stay visible.
 
     Raises:
         ValueError: no pictures, another dtype or shape, or not one caption per picture.
     """
-    stack = np.asarray(images)
-    if stack.ndim != 4 or stack.shape[-1] != 3 or stack.dtype != np.uint8 or not len(stack):
-        raise ValueError(f"images must be [N, H, W, 3] uint8 with N >= 1, got {stack.dtype} {stack.shape}")
-    if captions is not None and len(captions) != len(stack):
-        raise ValueError(f"{len(stack)} images but {len(captions)} captions")
-    stack = stack.repeat(scale, axis=1).repeat(scale, axis=2)
-    count, height, width, _ = stack.shape
+    odd = next((i for i in images if i.ndim != 3 or i.shape[-1] != 3 or i.dtype != np.uint8), None)
+    if odd is not None or not len(images):
+        found = "none" if odd is None else f"{odd.dtype} {odd.shape}"
+        raise ValueError(f"images must be N of [H, W, 3] uint8 with N >= 1, got {found}")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"{len(images)} images but {len(captions)} captions")
+    pictures = [image.repeat(scale, axis=0).repeat(scale, axis=1) for image in images]
+    count, (height, width) = (
+        len(pictures),
+        np.max([picture.shape[:2] for picture in pictures], axis=0).tolist(),
+    )
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
     size = max(SMALLEST, width // CAPTION)
@@ -59,10 +63,11 @@ def image_grid(
     canvas_size = margin + columns * (width + margin), margin + rows * (height + caption_height + margin)
     canvas = Image.new("RGB", canvas_size, "white")
     draw = ImageDraw.Draw(canvas)
-    for i, (picture, lines) in enumerate(zip(stack, blocks, strict=True)):
+    for i, (picture, lines) in enumerate(zip(pictures, blocks, strict=True)):
         x = margin + i % columns * (width + margin)
         y = margin + i // columns * (height + caption_height + margin)
-        canvas.paste(Image.fromarray(picture), (x, y))
+        inset = ((width - picture.shape[1]) // 2, (height - picture.shape[0]) // 2)
+        canvas.paste(Image.fromarray(picture), (x + inset[0], y + inset[1]))
         for number, line in enumerate(lines):
             base = y + height + size // 4 + number * line_height + size
             place = float(x)

@@ -329,7 +329,7 @@ class Run(Loop):
         shown = "  ".join(f"{n} {v.mean:.3f}" for n, v in evaluation.metrics.items())
         self.note(f"held-out after step {step}: {shown}")
         self._sound(step, alarms)
-        self._show(step, *with_sources(list(evaluation.images), self.heldout[:count]))
+        self._show(step, *with_sources(evaluation.images, self.heldout[:count]))
 
     def _look(self, step: int) -> None:
         super()._look(step)
@@ -341,9 +341,10 @@ class Run(Loop):
         prompts = self.heldout[: self.recipe.run.sample_prompts]
         with self._ready_to_draw():
             if self.engine.is_main:
-                (groups,) = self.eval_rollout.generate(prompts, 1, f"eval {self.recipe.eval.suite}")
+                parts = self.eval_rollout.generate(prompts, 1, f"eval {self.recipe.eval.suite}")
+                drawn = {group.prompt.index: group.images[0] for part in parts for group in part}
         if self.engine.is_main:
-            self._show(step, *with_sources([group.images[0] for group in groups], prompts))
+            self._show(step, *with_sources([drawn[prompt.index] for prompt in prompts], prompts))
 
     def _tensors(self) -> StateDict:
         own = self.trainer.tensors() if self.engine.is_main else {}

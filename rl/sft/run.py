@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,7 @@ from imagerl.rl.files.writing import atomic_folder
 from imagerl.rl.rollout.engine import RolloutEngine, to_uint8
 from imagerl.rl.run.folder import MODEL, RunFolder
 from imagerl.rl.run.loop import Loop
-from imagerl.rl.sft.objective import SFTBatch
-from imagerl.rl.sft.trainer import SFTTrainer, of_one_kind
-from imagerl.rl.types import Prompt
+from imagerl.rl.sft.trainer import SFTBatch, SFTTrainer, of_one_kind, prompts_of
 
 SUITE = "heldout"
 
@@ -90,7 +89,7 @@ class SFTRun(Loop):
         self.last = rows
         if not rows:
             return
-        evaluation = Evaluation(SUITE, summarise(rows), rows, np.zeros((0, 1, 1, 3), np.uint8))
+        evaluation = Evaluation(SUITE, summarise(rows), rows, [])
         self.folder.write_evaluation(evaluation, step, self.recipe.model.path, self.recipe.eval.seed)
         self._write(step, evaluation.flat())
         shown = "  ".join(f"{name.replace('_', ' ')} {v.mean:.4f}" for name, v in evaluation.metrics.items())
@@ -117,15 +116,11 @@ class SFTRun(Loop):
     @torch.no_grad()
     def _pictures(self, places: list[int]) -> np.ndarray:
         """Draw [B, H, W, 3] uint8 of some held-out captions, or of edits, with random numbers of their own."""
-        policy: Any = self.rollout.policy
-        sampling = self.rollout.sampling
-        examples = [self.drawn[place] for place in places]
-        prompts = [Prompt(place, example.caption) for place, example in zip(places, examples, strict=True)]
-        reference = self.trainer.collate.reference_of(examples)
-        read = () if reference is None else (reference[0],)
-        ids, mask = policy.encode_prompts([prompt.text for prompt in prompts], *read)
+        policy, sampling = self.rollout.policy, self.rollout.sampling
+        examples = prompts_of([self.drawn[place] for place in places])
+        prompts = [replace(prompt, index=place) for place, prompt in zip(places, examples, strict=True)]
         uniforms, noise = self.rollout.uniforms(SUITE, prompts, 1), self.rollout.noise(SUITE, prompts, 1)
-        rows = {"ids": ids, "mask": mask} | ({} if reference is None else {"reference": reference[1]})
+        rows = policy.encode(prompts)
         trajectory = policy.sample_tokens(rows, uniforms, sampling)
         with self.engine.autocast():
             pictures = policy.decode(rows, trajectory, noise, sampling)

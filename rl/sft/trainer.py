@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from imagerl.models.base import Lessons, Policy
 from imagerl.rl.config.sft import SFTRecipe
 from imagerl.rl.data.image_data import Drawn, ImageStream
 from imagerl.rl.data.image_files import REASONS, Example
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.engine.engine import Engine
-from imagerl.rl.sft.objective import SFTBatch, SFTModule, SFTScores, noise_levels, prompt_targets
 from imagerl.rl.training.step_metrics import PhaseTimer
+from imagerl.rl.types import Prompt, Rows, SupervisedScores
+
+
+@dataclass(slots=True)
+class SFTBatch:
+    """The inputs of the losses of B samples."""
+
+    prompts: Rows  # [B, ...] as the policy encodes them
+    targets: Rows  # {"tokens": [B, T], ...} as the family predicts them
+    draws: Rows  # {"uniform": [B], "drop": [B] bool, "noise": [B, C, h, w] where the canvas has noise}
+
+    def inputs(self) -> tuple[Rows, Rows, Rows]:
+        return self.prompts, self.targets, self.draws
 
 
 class Collator:
-    """Turns samples into batches: prompts, tokens and latents by the frozen parts, and random numbers."""
+    """Turns samples into batches: prompts and targets by the frozen parts, and random numbers."""
 
-    def __init__(self, policy: Any, engine: Engine) -> None:
+    def __init__(self, policy: Policy, lessons: Lessons, engine: Engine) -> None:
         self.policy = policy
+        self.lessons = lessons
         self.engine = engine
 
     @torch.no_grad()
@@ -30,34 +45,31 @@ class Collator:
         self, examples: Sequence[Example], randomness: Sequence[torch.Generator], dropout: float = 0.0
     ) -> SFTBatch:
         """Return a batch whose random numbers come from one generator a sample: σ, then dropping, then noise."""
-        policy, decoder = self.policy, self.policy.decoder
-        captions = [example.caption for example in examples]
+        policy, prompts = self.policy, prompts_of(examples)
         pictures = to_pixels([example.picture for example in examples]).to(policy.device)
-        tokens = policy.tokens_of(pictures)
         with self.engine.autocast():
-            latents = decoder.encode(pictures).float()
-        reference = self.reference_of(examples)
-        if reference is None:
-            prompt_ids, prompt_mask = policy.encode_prompts(captions)
-        else:
-            prompt_ids, prompt_mask = policy.encode_prompts(captions, reference[0])
+            targets = self.lessons.targets(prompts, pictures)
         # The order of these draws is part of a run: another one would give other noise to every sample.
-        uniform = torch.stack([torch.rand((), generator=g) for g in randomness])
-        drop = torch.stack([torch.rand((), generator=g) for g in randomness]) < dropout
-        noise = torch.stack([torch.randn(decoder.latent_shape, generator=g) for g in randomness])
-        sigma = noise_levels(uniform, float(decoder.scheduler_config.get("shift", 1.0)))
-        sigma, noise, drop = (part.to(policy.device) for part in (sigma, noise, drop))
-        start = None if reference is None else reference[1]
-        return SFTBatch(prompt_ids, prompt_mask, tokens, latents, sigma, noise, drop, start)
+        draws = {"uniform": torch.stack([torch.rand((), generator=g) for g in randomness])}
+        draws["drop"] = torch.stack([torch.rand((), generator=g) for g in randomness]) < dropout
+        shape = policy.prompts.canvas(prompts[0]).noise
+        if shape is not None:
+            draws["noise"] = torch.stack([torch.randn(shape, generator=g) for g in randomness])
+        draws = {name: rows.to(policy.device) for name, rows in draws.items()}
+        return SFTBatch(policy.encode(prompts), targets, draws)
 
-    @torch.no_grad()
-    def reference_of(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor] | None:
-        """Return tokens [B, T] and latents [B, C, h, w] of what edits start from; None when the examples are none."""
-        pictures = [example.reference for example in examples if example.reference is not None]
-        if not pictures:
-            return None
-        tokens, latents = self.policy.reference_of(to_pixels(pictures).to(self.policy.device))
-        return tokens, latents.float()
+
+def prompts_of(examples: Sequence[Example]) -> list[Prompt]:
+    """Return captions, or edits with what they start from, as the policy encodes them."""
+    return [
+        Prompt(
+            place,
+            one.caption,
+            {} if one.reference is None else {"reference": Image.fromarray(one.reference)},
+            source="caption",
+        )
+        for place, one in enumerate(examples)
+    ]
 
 
 def of_one_kind(examples: Sequence[Example], size: int) -> list[list[int]]:
@@ -78,10 +90,11 @@ class SFTTrainer:
     """Takes one optimizer step at a time over a stream of samples."""
 
     def __init__(
-        self, recipe: SFTRecipe, module: SFTModule, stream: ImageStream, collate: Collator, engine: Engine
+        self, recipe: SFTRecipe, lessons: Lessons, stream: ImageStream, collate: Collator, engine: Engine
     ) -> None:
         self.recipe = recipe
-        self.module = module
+        self.lessons = lessons
+        self.module = lessons.trainable
         self.stream = stream
         self.collate = collate
         self.engine = engine
@@ -115,11 +128,9 @@ class SFTTrainer:
         rounds = max(
             self.engine.gather_objects(len(batches))
         )  # a mix of kinds may divide less well elsewhere
-        own = {
-            name: sum(counts(self.module, batch)[name] for batch in batches) for name in ("image", "prompt")
-        }
+        counted = torch.cat([self.counted(batch) for batch in batches]).sum(0).tolist()
         # One denominator for the whole batch, so that neither microbatches nor ranks change the loss.
-        totals = self.engine.sum_over_ranks(own)
+        totals = self.engine.sum_over_ranks(dict(zip(("image", "prompt"), counted, strict=True)))
         sums: dict[str, Tensor] = {}
         self.engine.module.train()
         for number in range(rounds):
@@ -129,7 +140,7 @@ class SFTTrainer:
                     scores = self.engine.module(*batch.inputs())
                 if number >= len(batches):
                     # An extra round counts for nothing, but its backward pass must happen for the others.
-                    scores = SFTScores(*(0.0 * values for values in scores))
+                    scores = SupervisedScores(*(0.0 * values for values in scores))
                 loss = self._loss(scores, totals["image"] + totals["prompt"], self.recipe.data.batch_size)
                 self.engine.backward(loss)
             for name, value in {"loss": loss, **scores._asdict()}.items():
@@ -141,13 +152,18 @@ class SFTTrainer:
         metrics = {
             "loss": summed["loss"],
             "cross_entropy": summed["image_nll"] / totals["image"],
-            "flow": summed["flow"] / self.recipe.data.batch_size,
         }
+        if self.recipe.objective.flow_weight:
+            metrics["flow"] = summed["flow"] / self.recipe.data.batch_size
         if totals["prompt"]:
             metrics["prompt_cross_entropy"] = summed["prompt_nll"] / totals["prompt"]
         return metrics | {"grad_norm": grad_norm, "lr": self.engine.lr}
 
-    def _loss(self, scores: SFTScores, positions: float, samples: float) -> Tensor:
+    def counted(self, batch: SFTBatch) -> Tensor:
+        """Count the predicted positions of images and of prompts of a batch, [B, 2]."""
+        return self.lessons.counted(batch.prompts, batch.targets["tokens"])
+
+    def _loss(self, scores: SupervisedScores, positions: float, samples: float) -> Tensor:
         """Return the share of samples in the loss of a batch: means over its predicted tokens and over its pictures."""
         weights = self.recipe.objective
         nll = (scores.image_nll + scores.prompt_nll).sum() / positions
@@ -170,27 +186,15 @@ class SFTTrainer:
         with self.engine.autocast():
             scores = self.module(*batch.inputs())
         rows = []
-        for row in range(len(batch.tokens)):
-            one = SFTScores(*(values[row : row + 1] for values in scores))
-            counted = counts(self.module, batch, row)
-            positions = counted["image"] + counted["prompt"]
-            losses = {  # alphabetical, as they come back from a checkpoint
-                "cross_entropy": float(one.image_nll) / counted["image"],
-                "flow": float(one.flow),
-                "loss": float(self._loss(one, positions, 1)),
-            }
-            if counted["prompt"]:
-                losses["prompt_cross_entropy"] = float(one.prompt_nll) / counted["prompt"]
+        for row, (image, prompt) in enumerate(self.counted(batch).tolist()):
+            one = SupervisedScores(*(values[row : row + 1] for values in scores))
+            losses = {
+                "cross_entropy": float(one.image_nll) / image
+            }  # alphabetical, as they come back from a checkpoint
+            if self.recipe.objective.flow_weight:
+                losses["flow"] = float(one.flow)
+            losses["loss"] = float(self._loss(one, image + prompt, 1))
+            if prompt:
+                losses["prompt_cross_entropy"] = float(one.prompt_nll) / prompt
             rows.append(losses)
         return rows
-
-
-def counts(module: SFTModule, batch: SFTBatch, row: int | None = None) -> Mapping[str, int]:
-    """Count predicted positions of a batch, or of one of its rows: of the image (with its end) and of the prompt."""
-    rows = slice(None) if row is None else slice(row, row + 1)
-    tokens = batch.tokens[rows]
-    prompt = 0
-    if module.on_prompt:
-        columns = module.ar.vocabulary.columns
-        prompt = int(prompt_targets(batch.prompt_ids[rows], batch.prompt_mask[rows], columns)[1].sum())
-    return {"image": tokens.numel() + len(tokens), "prompt": prompt}

@@ -19,7 +19,11 @@ PROMPTS = (
     "a cup with 'TEA' and “milk” beside \"ICE\"",
 )
 START, END, GRID_BEGIN, GRID_END = "<image_begin>", "<image_end>", "<sop>", "<eop>"
-CHAT = "{%- for message in messages %}{%- for part in message['content'] %}{{ part['text'] }}{%- endfor %}{%- endfor %}"
+CHAT = (
+    "{%- for message in messages %}{%- for part in message['content'] %}"
+    "{%- if part['type'] == 'image' %}<image_begin><image><image_end>{%- else %}{{ part['text'] }}{%- endif %}"
+    "{%- endfor %}{%- endfor %}"
+)
 
 
 def sizes() -> dict[str, Any]:

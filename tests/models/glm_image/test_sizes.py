@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from imagerl.models.glm_image.decoder import quoted_texts
+from imagerl.models.glm_image.loading import load_policy
 from imagerl.models.glm_image.sizes import Size, require_size, size_of
 from imagerl.rl.errors import ImageRLError
-from tests.models.glm_image.small import pipeline
+from imagerl.rl.evaluation.evaluate import evaluate
+from imagerl.rl.rollout.engine import RolloutEngine
+from imagerl.rl.types import Prompt, RewardRequest, RewardScores
+from tests.models.glm_image.small import pipeline, small_folder
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (1152, 768), (64, 32), (32, 2048), (2048, 352)])
@@ -57,6 +64,31 @@ def test_a_prompt_without_a_size_has_the_default() -> None:
     assert size_of({}, Size(64, 32)) == (64, 32)
     assert size_of({"height": "96", "width": 64.0 and 64}, Size(64, 32)) == (96, 64)
     assert require_size(Size(32, 2048)) == (32, 2048)
+
+
+class Shade:
+    """A scorer with one reward: how bright a picture is."""
+
+    def submit(self, request: RewardRequest, with_gold: bool = False) -> RewardRequest:
+        return request
+
+    def collect(self, ticket: RewardRequest) -> RewardScores:
+        value = ticket.images.mean((1, 2, 3)) / 255
+        return RewardScores(value, {"shade": value}, {}, {})
+
+
+def test_an_evaluation_draws_prompts_of_several_sizes_and_keeps_their_order(tmp_path: Path) -> None:
+    policy = load_policy(small_folder(tmp_path / "model"), "cpu", torch.float32)
+    sizes = [(32, 64), (64, 32), (32, 64)]
+    prompts = [
+        Prompt(i, f"sign {i}", {"height": height, "width": width}) for i, (height, width) in enumerate(sizes)
+    ]
+    rollout = RolloutEngine(policy, replace(policy.sampling, flow_steps=1), 0, nullcontext)
+    result = evaluate("ocr", prompts, rollout, Shade(), batch_size=2)
+    assert [row["index"] for row in result.per_prompt] == [0, 1, 2]
+    assert [picture.shape[:2] for picture in result.images] == sizes
+    for row, picture in zip(result.per_prompt, result.images, strict=True):
+        assert row["total"] == pytest.approx(picture.mean() / 255)
 
 
 def test_quoted_texts_are_the_librarys() -> None:

@@ -146,7 +146,7 @@ def test_tokens_of_a_picture_are_the_librarys(policy: JanusPolicy, library: tupl
     height, width = policy.prompts.canvas(PROMPTS[0]).pixels
     pictures = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
     wanted = library[0].model.vqmodel.encode(pictures).image_tokens.view(2, -1)
-    assert torch.equal(policy.picture_tokens(pictures), wanted)
+    assert torch.equal(policy.tokens_of(pictures), wanted)
     assert len(wanted.unique()) > 3
 
 

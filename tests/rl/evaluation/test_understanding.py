@@ -49,7 +49,7 @@ def test_a_perfect_reader_is_always_right() -> None:
         "accuracy_ink": 1.0,
         "accuracy_background": 1.0,
     }
-    assert result.images.shape == (9, 32, 64, 3)
+    assert np.stack(result.images).shape == (9, 32, 64, 3)
     assert np.array_equal(result.images[4], np.asarray(PROMPTS[4].columns["reference"]))
 
 

@@ -31,6 +31,14 @@ def test_captions_stay_under_their_picture():
     assert np.array_equal(grid, np.asarray(image_grid(black, 2, captions)))
 
 
+def test_smaller_pictures_stand_in_the_middle_of_their_cell():
+    large, small = np.zeros((20, 40, 3), np.uint8), np.full((10, 20, 3), 100, np.uint8)
+    grid = np.asarray(image_grid([large, small], 1))
+    cells = grid[8:-8, 8:-8]
+    assert (cells[:20] == 0).all() and (cells[-15:-5, 10:30] == 100).all()
+    assert (cells[-20:-15] == 255).all() and (cells[-15:-5, :10] == 255).all()
+
+
 @pytest.mark.parametrize(
     ("images", "captions"),
     [

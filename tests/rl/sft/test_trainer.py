@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.models.blip3o_next.supervised import Lessons, SupervisedModule, prompt_targets
+from imagerl.models.common import supervised
+from imagerl.models.common.supervised import noise_levels, token_nll
 from imagerl.rl.data.image_files import Example
 from imagerl.rl.data.seeding import generator
-from imagerl.rl.sft import objective as sft_objective
-from imagerl.rl.sft.objective import SFTBatch, SFTModule, noise_levels, part_of, prompt_targets, token_nll
-from imagerl.rl.sft.trainer import Collator, counts, of_one_kind
+from imagerl.rl.sft.objective import lessons_for
+from imagerl.rl.sft.trainer import Collator, SFTBatch, of_one_kind
 from imagerl.rl.types import SamplingParams
 from tests.micro import MODEL, micro_policy
 from tests.models.helpers import stir
@@ -45,7 +47,9 @@ def lively(**qwen3: Any) -> ImagePolicy:
 def batch_of(policy: ImagePolicy, pictures: Path, count: int = 3, dropout: float = 0.0) -> SFTBatch:
     engine: Any = SimpleNamespace(autocast=lambda: torch.autocast("cpu", enabled=False))
     randomness = [generator("test", number) for number in range(count)]
-    return Collator(policy, engine)(examples(policy, pictures, count), randomness, dropout)
+    return Collator(policy, policy.lessons(True, True), engine)(
+        examples(policy, pictures, count), randomness, dropout
+    )
 
 
 # ---- the objective -----------------------------------------------------------------------------------------
@@ -56,11 +60,11 @@ def batch_of(policy: ImagePolicy, pictures: Path, count: int = 3, dropout: float
 def test_cross_entropy_is_that_of_the_plain_language_model(pictures: Path, tied: bool) -> None:
     policy = lively(tie_word_embeddings=tied)
     batch = batch_of(policy, pictures)
-    scores = SFTModule(policy, on_prompt=True, with_flow=False)(*batch.inputs())
+    scores = SupervisedModule(policy, on_prompt=True, with_flow=False)(*batch.inputs())
     vocabulary = policy.vocabulary
     for row in range(3):  # one by one, so that nothing is padded
-        prompt = batch.prompt_ids[row][batch.prompt_mask[row]]
-        image = batch.tokens[row] + vocabulary.image_start_token_id
+        prompt = batch.prompts["ids"][row][batch.prompts["mask"][row]]
+        image = batch.targets["tokens"][row] + vocabulary.image_start_token_id
         end = torch.tensor([vocabulary.image_end_tag_id])
         ids = torch.cat([prompt, image, end])
         logprobs = policy.trainable.lm(ids[None, :-1]).logits[0].double().log_softmax(-1)
@@ -75,35 +79,41 @@ def test_flow_is_that_of_the_diffusers_transformer_on_the_states_of_sampling(pic
     """The condition comes from the sampler itself, made to draw these very tokens; the velocity from diffusers."""
     policy = lively()
     batch = batch_of(policy, pictures, dropout=0.5)
-    batch.drop = torch.tensor([False, True, False])
+    batch.draws["drop"] = torch.tensor([False, True, False])
     hidden = sampled_states(policy, batch)
-    features = policy.decoder.connector(torch.where(batch.drop[:, None, None], 0.0, hidden))
-    level = batch.sigma[:, None, None, None]
-    noisy = (1 - level) * batch.latents + level * batch.noise
-    velocity = policy.decoder.sana(noisy, features, batch.sigma * 1000.0, return_dict=False)[0]
-    wanted = (velocity - (batch.noise - batch.latents)).square().mean((1, 2, 3))
-    scores = SFTModule(policy, on_prompt=False, with_flow=True)(*batch.inputs())
+    features = policy.decoder.connector(torch.where(batch.draws["drop"][:, None, None], 0.0, hidden))
+    level = batch.draws["uniform"][:, None, None, None]
+    noisy = (1 - level) * batch.targets["latents"] + level * batch.draws["noise"]
+    velocity = policy.decoder.sana(noisy, features, batch.draws["uniform"] * 1000.0, return_dict=False)[0]
+    wanted = (velocity - (batch.draws["noise"] - batch.targets["latents"])).square().mean((1, 2, 3))
+    scores = SupervisedModule(policy, on_prompt=False, with_flow=True)(*batch.inputs())
     torch.testing.assert_close(scores.flow, wanted, **CLOSE)
     # and no other states would do: those of the public trainer's selection are three positions later
-    states = policy.trainable.sequence_states(batch.prompt_ids, batch.prompt_mask, batch.tokens)
+    states = policy.trainable.sequence_states(
+        batch.prompts["ids"], batch.prompts["mask"], batch.targets["tokens"]
+    )
     shifted = torch.cat([states[:, -6:], states[:, -3:]], dim=1)
-    other = policy.decoder.flow_residual(shifted, batch.latents, batch.sigma, batch.noise, batch.drop)
+    other = policy.decoder.flow_residual(
+        shifted, batch.targets["latents"], batch.draws["uniform"], batch.draws["noise"], batch.draws["drop"]
+    )
     assert (other.square().mean((1, 2, 3)) - wanted).abs()[[0, 2]].min() > 1e-4
 
 
 def sampled_states(policy: ImagePolicy, batch: SFTBatch) -> Tensor:
-    """Hidden states that the sampler hands to the decoder when it draws `batch.tokens`: uniform numbers are chosen
-    in the middle of each token's own probability."""
+    """Hidden states that the sampler hands to the decoder when it draws a batch's tokens: uniform numbers are chosen in
+    the middle of each token's own probability."""
     scores = policy.trainable
-    hidden = scores.hidden_states(batch.prompt_ids, batch.prompt_mask, batch.tokens[:, :-1])
+    hidden = scores.hidden_states(
+        batch.prompts["ids"], batch.prompts["mask"], batch.targets["tokens"][:, :-1]
+    )
     cumulative = (hidden @ scores.head.T).double().softmax(-1).cumsum(-1)
     before = torch.cat([torch.zeros_like(cumulative[..., :1]), cumulative], dim=-1)
-    chosen = batch.tokens[..., None]
+    chosen = batch.targets["tokens"][..., None]
     uniforms = (before.gather(-1, chosen) + before.gather(-1, chosen + 1))[..., 0] / 2
     trajectory = policy.sample_tokens(
-        {"ids": batch.prompt_ids, "mask": batch.prompt_mask}, uniforms, SamplingParams()
+        {"ids": batch.prompts["ids"], "mask": batch.prompts["mask"]}, uniforms, SamplingParams()
     )
-    assert torch.equal(trajectory.tokens, batch.tokens)
+    assert torch.equal(trajectory.tokens, batch.targets["tokens"])
     return trajectory.states["hidden"]
 
 
@@ -114,18 +124,18 @@ def test_targets_are_the_pictures_tokens_and_latents(pictures: Path) -> None:
     for row, example in enumerate(examples(policy, pictures, 3)):
         pixels = torch.from_numpy(example.picture.copy()).float().permute(2, 0, 1)[None] / 127.5 - 1
         assert policy.image_tokenizer is not None
-        assert torch.equal(policy.image_tokenizer.encode(pixels)[0], batch.tokens[row])
-        torch.testing.assert_close(policy.decoder.encode(pixels)[0], batch.latents[row], **CLOSE)
+        assert torch.equal(policy.image_tokenizer.encode(pixels)[0], batch.targets["tokens"][row])
+        torch.testing.assert_close(policy.decoder.encode(pixels)[0], batch.targets["latents"][row], **CLOSE)
         ids, _ = policy.encode_prompts([example.caption])
-        assert torch.equal(batch.prompt_ids[row][batch.prompt_mask[row]], ids[0])
+        assert torch.equal(batch.prompts["ids"][row][batch.prompts["mask"][row]], ids[0])
 
 
 def test_random_numbers_are_a_samples_own(pictures: Path) -> None:
     policy = lively()
     three, one = batch_of(policy, pictures, 3, 0.5), batch_of(policy, pictures, 1, 0.5)
-    for name in ("sigma", "noise", "drop"):
-        assert torch.equal(getattr(three, name)[:1], getattr(one, name))
-    assert len(set(three.sigma.tolist())) == 3
+    for name in ("uniform", "noise", "drop"):
+        assert torch.equal(three.draws[name][:1], one.draws[name])
+    assert len(set(three.draws["uniform"].tolist())) == 3
 
 
 def test_sigma_is_uniform_and_shifted_like_the_schedule() -> None:
@@ -154,7 +164,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     targets = torch.randint(0, 11, (7,), generator=draws)
     whole = token_nll(hidden, head, targets)
     wanted = torch.autograd.grad(whole.sum(), [hidden, head])
-    monkeypatch.setattr(sft_objective, "MAX_LOGITS_PER_CHUNK", 22)
+    monkeypatch.setattr(supervised, "MAX_LOGITS_PER_CHUNK", 22)
     parts = token_nll(hidden, head, targets)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts.sum(), [hidden, head]), wanted)
@@ -164,10 +174,10 @@ def test_recomputed_activations_give_the_same_gradients(pictures: Path) -> None:
     gradients, calls = [], []
     for recompute in (False, True):
         policy = lively()
-        module = SFTModule(policy, on_prompt=True, with_flow=True)
-        module.choose(
-            recipe(pictures, "train.decoder=full", f"train.gradient_checkpointing={recompute}".lower())
-        )
+        module = lessons_for(
+            policy,
+            recipe(pictures, "train.decoder=full", f"train.gradient_checkpointing={recompute}".lower()),
+        ).trainable
         for part in (policy.trainable.lm.model.layers[0].mlp, policy.decoder.sana.transformer_blocks[0].ff):
             part.register_forward_pre_hook(lambda *_, recompute=recompute: calls.append(recompute))
         scores = module.train()(*batch_of(policy, pictures).inputs())
@@ -191,7 +201,7 @@ def test_a_step_is_one_update_on_the_means_over_the_batch(pictures: Path) -> Non
         [one.example for one in drawn], [generator(0, "flow", one.number) for one in drawn], 0.1
     )
     scores = other.module(*batch.inputs())
-    positions = batch.tokens.numel() + 4 + int(batch.prompt_mask.sum()) - 4
+    positions = batch.targets["tokens"].numel() + 4 + int(batch.prompts["mask"].sum()) - 4
     cross_entropy = (scores.image_nll.sum() + scores.prompt_nll.sum()) / positions
     loss = cross_entropy + 0.7 * scores.flow.mean()
     loss.backward()
@@ -252,10 +262,7 @@ def test_what_is_frozen_stays_bit_for_bit(pictures: Path, choice: str) -> None:
 def kind(name: str) -> str:
     if name.startswith(("vae.", "tokenizer.")):
         return name.partition(".")[0]
-    part = part_of(name)
-    if part == "decoder" and ".caption_" in name:
-        return "caption"
-    return "lora" if ".lora_" in name else part
+    return "lora" if ".lora_" in name else Lessons.part_of(name).removeprefix("decoder.")
 
 
 def test_parts_have_learning_rates_of_their_own(pictures: Path) -> None:
@@ -267,7 +274,7 @@ def test_parts_have_learning_rates_of_their_own(pictures: Path) -> None:
     for group in engine._base_optimizer.param_groups:
         for parameter in group["params"]:
             (name,) = [n for n, p in trainer.module.named_parameters() if p is parameter]
-            rates.setdefault(part_of(name), set()).add(group["lr"])
+            rates.setdefault(Lessons.part_of(name).partition(".")[0], set()).add(group["lr"])
     assert {part: len(values) for part, values in rates.items()} == {"ar": 1, "connector": 1, "decoder": 1}
     first = {part: values.pop() for part, values in rates.items()}  # half of the peak: one step of warm-up
     assert first == pytest.approx({"ar": 0.0005, "connector": 0.0015, "decoder": 0.003})
@@ -297,17 +304,22 @@ def test_an_edit_is_scored_after_its_references_tokens(pictures: Path) -> None:
     ones = examples(policy, pictures, 3)
     engine: Any = SimpleNamespace(autocast=lambda: torch.autocast("cpu", enabled=False))
     randomness = [generator("test", number) for number in range(3)]
-    batch = Collator(policy, engine)(with_references(ones), randomness, 0.0)
-    assert batch.reference is not None
-    scores = SFTModule(policy, on_prompt=True, with_flow=True)(*batch.inputs())
-    plain = Collator(policy, engine)(ones, [generator("test", number) for number in range(3)], 0.0)
-    assert torch.equal(batch.tokens, plain.tokens) and torch.equal(batch.latents, plain.latents)
-    assert torch.equal(batch.reference, plain.latents[[2, 0, 1]])
-    ids, mask = policy.encode_prompts([one.caption for one in ones], plain.tokens[[2, 0, 1]])
-    assert torch.equal(ids, batch.prompt_ids) and torch.equal(mask, batch.prompt_mask)
-    hidden = policy.trainable.hidden_states(ids, mask, batch.tokens)
+    collate = Collator(policy, policy.lessons(True, True), engine)
+    batch = collate(with_references(ones), randomness, 0.0)
+    scores = SupervisedModule(policy, on_prompt=True, with_flow=True)(*batch.inputs())
+    plain = collate(ones, [generator("test", number) for number in range(3)], 0.0)
+    assert all(torch.equal(rows, plain.targets[name]) for name, rows in batch.targets.items())
+    torch.testing.assert_close(batch.prompts["reference"], plain.targets["latents"][[2, 0, 1]], **CLOSE)
+    ids, mask = policy.encode_prompts([one.caption for one in ones], plain.targets["tokens"][[2, 0, 1]])
+    assert torch.equal(ids, batch.prompts["ids"]) and torch.equal(mask, batch.prompts["mask"])
+    hidden = policy.trainable.hidden_states(ids, mask, batch.targets["tokens"])
     loss = policy.decoder.flow_loss(
-        hidden, batch.latents, batch.sigma, batch.noise, batch.drop, batch.reference
+        hidden,
+        batch.targets["latents"],
+        batch.draws["uniform"],
+        batch.draws["noise"],
+        batch.draws["drop"],
+        batch.prompts["reference"],
     )
     torch.testing.assert_close(scores.flow.mean(), loss, **CLOSE)
     _, counted = prompt_targets(ids, mask, policy.vocabulary.columns)
@@ -326,7 +338,7 @@ def test_kinds_are_kept_apart_and_count_as_one_batch(pictures: Path) -> None:
     for one in mixed:  # one by one
         batch = other.collate([one.example], [generator(0, "flow", one.number)], 0.1)
         total.append(other.module(*batch.inputs()))
-        positions += sum(counts(other.module, batch).values())
+        positions += int(other.counted(batch).sum())
     nll = sum(one.image_nll.sum() + one.prompt_nll.sum() for one in total) / positions
     loss = nll + sum(one.flow.sum() for one in total) / 5
     loss.backward()
@@ -342,8 +354,7 @@ def test_kinds_are_kept_apart_and_count_as_one_batch(pictures: Path) -> None:
 def test_without_edits_the_reference_connector_has_a_gradient_of_zero(pictures: Path) -> None:
     """Or processes that exchange gradients would wait for it."""
     policy = editing()
-    module = SFTModule(policy, on_prompt=True, with_flow=True)
-    module.choose(recipe(pictures))
+    module = lessons_for(policy, recipe(pictures)).trainable
     scores = module(*batch_of(policy, pictures).inputs())
     (scores.image_nll.sum() + scores.flow.sum()).backward()
     for name, parameter in module.named_parameters():
