@@ -70,16 +70,21 @@ def checkpoint_of(source: Path) -> Path:
     return newest
 
 
+def is_run(path: str) -> bool:
+    """Tell whether a `model.path` is a run's, or that of one of its checkpoints."""
+    place = Path(path).expanduser()
+    marks = place / CHECKPOINTS, place / MANIFEST, place / MODEL / "config.json"
+    return path not in SHIPPED and any(mark.exists() for mark in marks)
+
+
 def as_model(path: str) -> str:
     """Return what `load_policy` reads: the path of a model or adapter as it is, and for a run or one of its checkpoints
     the export of that, which is made once and kept in the run folder."""
     place = Path(path).expanduser()
-    if path in SHIPPED or not place.is_dir():
+    if not is_run(path):
         return path
     if (place / MODEL / "config.json").is_file():  # of supervised training
         return str(place / MODEL)
-    if not ((place / CHECKPOINTS).is_dir() or (place / MANIFEST).is_file()):
-        return path
     checkpoint = checkpoint_of(place)
     target = checkpoint.parents[1] / EXPORTS / checkpoint.name
     if os.environ.get("RANK", "0") != "0":

@@ -325,8 +325,7 @@ class Recipe(RecipeModel):
         self.rewards.require_halves(joint=flow is not None and flow.joint)
         if flow is not None:
             flow.check(self)
-        if self.optim.ema is not None and self.engine.name == "deepspeed":
-            raise ValueError("optim.ema needs whole weights on every process; set engine.name: torch")
+        self.optim.check(self.engine)
         if self.model.dtype == "bf16" and self.engine.precision != "bf16":
             raise ValueError(
                 "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "
