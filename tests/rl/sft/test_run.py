@@ -178,7 +178,13 @@ def test_the_closing_line(
 
 def test_the_moving_average_is_what_is_judged_and_left(place: Path) -> None:
     """Average after step n = 3/4 of itself + 1/4 of the weights, from the model's own; resumed bit for bit."""
-    more = ("optim.ema=0.75", "run.steps=3", "checkpoint={every: 1, keep: 3}", "eval.every=1")
+    more = (
+        "optim.ema=0.75",
+        "optim.schedule=constant",
+        "run.steps=3",
+        "checkpoint={every: 1, keep: 3}",
+        "eval.every=1",
+    )
     assert call(*arguments(place, "full", "ema", *more)) == 0
     for steps, resume in (("run.steps=2", ()), ("run.steps=3", ("--resume",))):
         assert call(*arguments(place, "full", "ema_parts", *more, steps, *resume)) == 0
