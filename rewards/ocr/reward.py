@@ -89,7 +89,7 @@ class OCRReward:
     The target is the column `target`, else the first quoted text of the prompt. Without either, or where the engine
     has no letter for one of the target's, the sample has no value (None) and the output's `reason` says why.
     `exact_share` of the reward is given for `exact_match` instead: letters that are nearly right, or right but
-    with others around them, then earn less. `mode`, `models`, `threads` and `recognition_width` are those of `OCREngine`.
+    with others around them, then earn less. `mode`, `models`, `threads` and `recognition_width` are `OCREngine`'s.
 
     Raises ImageRLError when PaddleOCR cannot be loaded or a setting is impossible."""
 
