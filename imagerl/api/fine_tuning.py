@@ -109,6 +109,7 @@ def run_sft(
         rollout = RolloutEngine(policy, policy.sampling, recipe.eval.seed, engine.autocast)
 
         def save_model(target: Path) -> None:
+            policy.merge_lora()  # the run is over
             base = base_folder(path)
             layout = next(iter(family_of(base, family).layouts))
             policy.save(target, layout, base, dtypes[recipe.run.model_dtype])

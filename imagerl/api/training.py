@@ -105,6 +105,7 @@ def run_training(
     from imagerl.rewards.base import check_entries
     from imagerl.rewards.workers.pool import RewardWorkers
     from imagerl.rl.config.rewards import refuse_hidden
+    from imagerl.rl.data.curriculum import CurriculumSampler
     from imagerl.rl.data.seeding import GroupedSampler
     from imagerl.rl.engine.engine import Engine
     from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling, training_sampling
@@ -116,7 +117,9 @@ def run_training(
     recipe = with_model(recipe, resume is not False)
     refuse_hidden([*recipe.rewards.functions, *recipe.gold])
     prompts, heldout, reader = read_prompts(recipe)
-    sampler = GroupedSampler(prompts, recipe.rollout.prompts_per_step, recipe.run.seed, reader.canvas)
+    chosen = prompts, recipe.rollout.prompts_per_step, recipe.run.seed, reader.canvas
+    curriculum = recipe.data.curriculum
+    sampler = CurriculumSampler(*chosen, curriculum) if curriculum else GroupedSampler(*chosen)
     folder = RunFolder(recipe.run.output_dir)
     engine = Engine(recipe.engine)
     scorer = None

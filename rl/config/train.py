@@ -123,9 +123,34 @@ class PromptSetConfig(RecipeModel):
         return self
 
 
+class CurriculumConfig(RecipeModel):
+    """Which prompts come more often, by their success rate in the run so far."""
+
+    success: str = Field(
+        "total",
+        min_length=1,
+        description="what tells success: total, a reward, or a part such as ocr/exact_match",
+    )
+    threshold: Annotated[float, Field(allow_inf_nan=False)] = Field(
+        0.5, description="a sample succeeds when that is at least this"
+    )
+    memory: float = Field(
+        0.5, ge=0, le=1, description="share of a prompt's earlier samples that counts when it is drawn again"
+    )
+    floor: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="weight of a prompt always or never solved; one solved half the time has 1",
+    )
+
+
 class DataConfig(RecipeModel):
     train: PromptSetConfig = Field(description="prompts to train on")
     heldout: PromptSetConfig = Field(description="prompts to evaluate on, none of them in train")
+    curriculum: CurriculumConfig | None = Field(
+        None, description="draw prompts neither solved nor hopeless more often; null: all alike, in epochs"
+    )
 
 
 class RolloutConfig(RecipeModel):
@@ -186,6 +211,10 @@ class EvalConfig(RecipeModel):
         max_length=16,
         description="others to evaluate at, before and after: both models are also compared at the best of each, "
         "chosen on other prompts",
+    )
+    kl: bool = Field(
+        False,
+        description="measure the KL of the judged weights to the first ones on held-out samples, as the metric `kl`",
     )
 
 
@@ -272,6 +301,12 @@ class Recipe(RecipeModel):
                 raise ValueError(
                     f'gold.{index} ("{spec.label}") enters no total; remove its gate, schedule and half'
                 )
+        success = self.data.curriculum.success if self.data.curriculum else "total"
+        if success != "total" and not any(f"{success}/".startswith(f"{label}/") for label in trained):
+            raise ValueError(
+                f'data.curriculum.success is "{success}", and no reward is named so; it may be total, '
+                f"{', '.join(sorted(trained))} or a part of one, such as ocr/exact_match"
+            )
         gold = [spec.label for spec in self.gold]
         if len(set(gold)) < len(gold):
             raise ValueError("two gold metrics have the same name")
@@ -294,8 +329,13 @@ class Recipe(RecipeModel):
         self.rewards.require_halves(joint=flow is not None and flow.joint)
         if flow is not None:
             flow.check(self)
-        if self.optim.ema is not None and self.engine.name == "deepspeed":
-            raise ValueError("optim.ema needs whole weights on every process; set engine.name: torch")
+        if self.eval.kl and flow is not None and not flow.joint:
+            raise ValueError("eval.kl is of the tokens, which do not train here; set it to false")
+        if self.eval.kl and self.engine.zero_stage == 3:
+            raise ValueError(
+                "eval.kl scores on one process at a time, which ZeRO-3 cannot; set another zero_stage"
+            )
+        self.optim.check(self.engine)
         if self.model.dtype == "bf16" and self.engine.precision != "bf16":
             raise ValueError(
                 "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "

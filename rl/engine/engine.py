@@ -103,10 +103,9 @@ class Engine:
             parameter.data = parameter.data.float()
         if state is not None:
             self._load_weights(state["model"])
-        self._average: dict[str, Tensor] = {}
+        self._averages: StateDict = {}
         if optim.ema is not None:
-            begun = state[AVERAGE] if state is not None and AVERAGE in state else self._whole_weights()
-            self._average = {name: tensor.to(self.device, copy=True) for name, tensor in begun.items()}
+            self.keep_average(AVERAGE, (state or {}).get(AVERAGE))
         self._optim = optim
         self._total_updates = total_updates
         groups: dict[float, list[nn.Parameter]] = {}
@@ -189,20 +188,29 @@ class Engine:
             )
         self.updates += 1
         if self._optim.ema is not None:
-            for name, tensor in self._average.items():
-                tensor.lerp_(self._parameters[name].data, 1 - self._optim.ema)
+            self.move_average(AVERAGE, self._optim.ema)
         return norm
 
-    def _whole_weights(self) -> dict[str, Tensor]:
-        return {name: parameter.data for name, parameter in self._parameters.items()}
+    def keep_average(self, group: str, begun: Mapping[str, Tensor] | None = None, part: str = "") -> None:
+        """Keep a moving average of the trained weights whose names begin with `part`, from their present values or as
+        it had `begun`; it is the `group` of that name in checkpoints."""
+        if begun is None:
+            begun = {name: p.data for name, p in self._parameters.items() if name.startswith(part)}
+        self._averages[group] = {name: tensor.to(self.device, copy=True) for name, tensor in begun.items()}
+
+    def move_average(self, group: str, decay: float) -> None:
+        """Make an average decay · itself + (1 − decay) · the present weights."""
+        for name, tensor in self._averages[group].items():
+            tensor.lerp_(self._parameters[name].data, 1 - decay)
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the trained weights are their moving average, where `optim.ema` keeps one. Do not train inside."""
-        weights = self._whole_weights() if self._average else {}
+    def averaged(self, group: str = AVERAGE) -> Iterator[None]:
+        """Inside, the trained weights are their moving average, where one of that name is kept. Do not train inside."""
+        average = self._averages.get(group, {})
+        weights = {name: self._parameters[name].data for name in average}
         try:
-            for name in weights:
-                self._parameters[name].data = self._average[name]
+            for name, tensor in average.items():
+                self._parameters[name].data = tensor
             yield
         finally:
             for name, tensor in weights.items():
@@ -252,12 +260,13 @@ class Engine:
                 copies = on_host(whole)
                 model[name] = copies.pop("weight")
                 optimizer |= {f"{key}/{name}": tensor for key, tensor in copies.items()}
-        average = {AVERAGE: on_host(self._average)} if self.is_main and self._average else {}
+        kept_averages = self._averages if self.is_main else {}
+        averages = {group: on_host(average) for group, average in kept_averages.items()}
         if not moments:
-            return {"model": model} | average
+            return {"model": model} | averages
         if self.is_main:
             optimizer["updates"] = torch.tensor(self.updates)
-        return {"model": model, "optimizer": optimizer} | average
+        return {"model": model, "optimizer": optimizer} | averages
 
     def sum_over_ranks(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
         """Add up scalars over ranks in float64. Collective, with the same keys everywhere."""
