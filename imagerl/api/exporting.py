@@ -40,13 +40,8 @@ from imagerl.rl.files.metrics import read_metrics, to_json
 from imagerl.rl.files.writing import atomic_folder, remove_folder, wait_for
 from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling
 from imagerl.rl.run.folder import EXPORTS, MODEL, RECIPE_FILE, read_stored_recipe
-<<<<<<< HEAD
 from imagerl.rl.sft.objective import lessons_for
-from imagerl.rl.training.halves import trained_module
-=======
-from imagerl.rl.sft.objective import sft_module
 from imagerl.rl.training.halves import trained_halves, trained_module
->>>>>>> main
 from imagerl.rl.types import Prompt
 
 PROOF_PROMPTS = 2  # by default
