@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,8 +27,7 @@ from imagerl.rl.types import (
     repeat,
     select,
 )
-from tests.command import measured
-from tests.small_run import RANK_PROGRAM, write_recipe
+from tests.small_run import write_recipe
 
 PROMPTS = [
     Prompt(0, "CAT"),
@@ -40,7 +35,6 @@ PROMPTS = [
     Prompt(2, "ünïcödé"),
 ]
 GROUP = 3
-ROOT = Path(__file__).parents[2]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -375,39 +369,6 @@ def imagerl(*arguments: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert not ended.value.code
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(folder: Path) -> None:
-    """The same prompts, pictures and update, to rounding: what each draws depends on its own numbers alone."""
-    place = folder.parent
-    runs = []
-    for name in ("alone", "together"):
-        overrides = (
-            f"run.output_dir={place / name}",
-            "run.steps=2",
-            "eval.size=2",
-            "engine.micro_batch_size=4",
-        )
-        recipe = write_recipe(place, *overrides, "run.sample_every=0", name=f"{name}.yaml")
-        runs.append(["train", str(recipe)])
-    imagerl(*runs[0])
-    program = place / "ranks.py"
-    program.write_text(RANK_PROGRAM)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program)]
-    ended = subprocess.run(
-        [*launcher, json.dumps(runs[1:])],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    alone, together = (measured(place / name) for name in ("alone", "together"))
-    assert len(alone) == len(together) > 2
-    for one, two in zip(alone, together, strict=True):
-        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.slow

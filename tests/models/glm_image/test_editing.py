@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from imagerl.models.glm_image.family import GlmImage
 from imagerl.models.glm_image.policy import GlmImagePolicy
@@ -28,9 +29,7 @@ GREEDY = SamplingParams(temperature=1e-4, guidance=1.5, flow_steps=STEPS)
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    built = build_pipeline()
-    built.vision_language_encoder.generation_config.top_k = 1  # the library draws, but has no choice
-    return built
+    return build_pipeline()
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +42,50 @@ def rows(policy: GlmImagePolicy) -> Rows:
     return policy.encode(EDITS)
 
 
+def written_by_the_library(pipe: Any) -> tuple[Tensor, Tensor]:
+    """The tokens that the library's own generation writes of the edits in one batch, and those of the pictures.
+
+    Its pipeline would ask for both by itself, but the one of diffusers 0.42 joins features of pictures as transformers
+    5.23 no longer returns them, and fails."""
+    content = [
+        [{"type": "image", "image": source}, {"type": "text", "text": text}]
+        for text, source in zip(PROMPTS, SOURCES, strict=True)
+    ]
+    settings = {"padding": True, "target_h": HEIGHT, "target_w": WIDTH, "return_tensors": "pt"}
+    inputs = pipe.processor.apply_chat_template(
+        [[{"role": "user", "content": each}] for each in content],
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs=settings,
+    )
+    model = pipe.vision_language_encoder
+    tokens = model.generate(**inputs, max_new_tokens=2, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    grids = inputs["image_grid_thw"][::2]
+    features = model.get_image_features(inputs["pixel_values"], grids).pooler_output
+    return tokens, model.get_image_tokens(features, grids).view(len(PROMPTS), -1)
+
+
 def test_edits_are_the_librarys_from_words_to_pixels(policy: GlmImagePolicy, rows: Rows, pipe: Any) -> None:
     canvas = policy.prompts.canvas(EDITS[0])
     assert canvas.tokens == 2  # a row for each 32 pixels, and no preview
     trajectory = policy.sample_tokens(rows, torch.rand(len(EDITS), canvas.tokens), GREEDY)
-    prior, source_prior, _ = pipe.generate_prior_tokens(
-        list(PROMPTS), HEIGHT, WIDTH, [[one] for one in SOURCES]
-    )
+    written, shown = written_by_the_library(pipe)
+    assert torch.equal(trajectory.tokens, written)
     condition = policy.decoder.flow_condition(rows, trajectory)
-    assert torch.equal(condition["prior"], prior)
-    assert (
-        torch.equal(rows["source_prior"], torch.stack(source_prior))
-        and len(rows["source_prior"].unique()) > 2
+    prior, source_prior = (
+        torch.cat([pipe._upsample_token_ids(row, 2, 1) for row in tokens]) for tokens in (written, shown)
     )
+    assert torch.equal(condition["prior"], prior) and torch.equal(rows["source_prior"], source_prior)
+    assert len(shown.unique()) > 2
     noise = torch.randn(len(EDITS), *canvas.noise, generator=torch.Generator().manual_seed(1))
     ours = policy.decode(rows, trajectory, noise, GREEDY)
     for row, (text, source) in enumerate(zip(PROMPTS, SOURCES, strict=True)):  # it pads glyphs without a mask
         theirs = pipe(
             text,
             image=[source],
+            prior_token_ids=prior[row : row + 1],
+            prior_token_image_ids=[source_prior[row]],
+            source_image_grid_thw=[torch.tensor([[1, 4, 2]])],
             height=HEIGHT,
             width=WIDTH,
             num_inference_steps=STEPS,
@@ -100,6 +124,9 @@ def test_scored_as_drawn_and_replayed_with_gradients(policy: GlmImagePolicy, row
     velocity = flow.trainable(kept.condition, kept.latents[:, :-1], schedule.sigma.expand(6, -1), 1.5)
     replayed = flow.score(velocity, kept.latents, schedule)
     torch.testing.assert_close(replayed.logprobs.detach(), kept.rollout_logprobs, rtol=0, atol=1e-5)
+    (scores.logprobs.sum() + replayed.logprobs.sum()).backward()
+    for half in (policy.trainable, flow.trainable):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in half.parameters())
     policy.flow = None
 
 

@@ -91,7 +91,6 @@ def test_prompts_that_the_model_cannot_draw_are_refused_at_their_place(whole: Pa
             "signs.csv, line 7: height is 100",
         ),
         (Prompt(1, "write <sop>9 9<eop>"), "prompt 2: the prompt holds <"),
-        (Prompt(1, "a hat", {"reference": "cup.png"}), "prompt 2: .* cannot edit one yet"),
         (Prompt(1, "word " * 400), "prompt 2: .* tokens long, and the model has 1024 positions"),
     ):
         with pytest.raises(ImageRLError, match=message):
