@@ -343,7 +343,10 @@ class Run(Loop):
             if self.engine.is_main:
                 (groups,) = self.eval_rollout.generate(prompts, 1, f"eval {self.recipe.eval.suite}")
         if self.engine.is_main:
-            self._show(step, *with_sources([group.images[0] for group in groups], prompts))
+            thoughts = [
+                self.trainer.policy.thought_texts(g.thoughts)[0] if g.thoughts else "" for g in groups
+            ]
+            self._show(step, *with_sources([group.images[0] for group in groups], prompts, thoughts))
 
     def _tensors(self) -> StateDict:
         own = self.trainer.tensors() if self.engine.is_main else {}
