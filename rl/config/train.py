@@ -218,6 +218,10 @@ class EvalConfig(RecipeModel):
         description="others to evaluate at, before and after: both models are also compared at the best of each, "
         "chosen on other prompts",
     )
+    kl: bool = Field(
+        False,
+        description="measure the KL of the judged weights to the first ones on held-out samples, as the metric `kl`",
+    )
 
 
 class Recipe(RecipeModel):
@@ -331,6 +335,12 @@ class Recipe(RecipeModel):
         self.rewards.require_halves(joint=flow is not None and flow.joint)
         if flow is not None:
             flow.check(self)
+        if self.eval.kl and flow is not None and not flow.joint:
+            raise ValueError("eval.kl is of the tokens, which do not train here; set it to false")
+        if self.eval.kl and self.engine.zero_stage == 3:
+            raise ValueError(
+                "eval.kl scores on one process at a time, which ZeRO-3 cannot; set another zero_stage"
+            )
         self.optim.check(self.engine)
         if self.rollout.thought_tokens and self.engine.zero_stage == 3:
             raise ValueError(

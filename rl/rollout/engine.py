@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from imagerl.models.base import Policy, PromptReader
+from imagerl.rl.algorithms.kl import k3
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.reading import read_picture
@@ -205,12 +206,25 @@ class RolloutEngine:
     def _decodes(self, prompts: Sequence[Prompt], group_size: int) -> Iterator[tuple[Prompt, int, int]]:
         return product(prompts, range(group_size), range(self.sampling.decodes))
 
-    @torch.no_grad()
     def at(self, temperature: float) -> RolloutEngine:
         """Return an engine that draws with the same random numbers at another temperature."""
         sampling = replace(self.sampling, temperature=temperature)
         return RolloutEngine(self.policy, sampling, self.seed, self.autocast)
 
+    @torch.no_grad()
+    def kl_to_reference(self, groups: Sequence[RolloutGroup]) -> list[float]:
+        """Estimate, for every sample that this engine drew, the KL to the policy's frozen reference: the mean of k3
+        over its tokens, in nats a token."""
+        prompts = self.policy.encode([group.prompt for group in groups], to_draw=False)
+        tokens, logprobs, mask = (
+            torch.cat(rows).to(self.policy.device)
+            for rows in zip(*((g.tokens, g.rollout_logprobs, g.action_mask) for g in groups), strict=True)
+        )
+        with self.autocast():
+            reference = self.policy.reference_scores(prompts, tokens, self.sampling)
+        return (k3(logprobs, reference.logprobs).where(mask, 0).sum(1) / mask.sum(1)).tolist()
+
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Prompt],
