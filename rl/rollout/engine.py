@@ -175,6 +175,10 @@ class RolloutEngine:
         uniforms = self.uniforms(occasion, prompts, group_size)
         return encoded, thoughts, self.policy.sample_tokens(encoded, uniforms, self.sampling)
 
+    def thoughts_of(self, groups: Sequence[RolloutGroup]) -> list[str]:
+        """Return what was written before the first sample of each group, "" for nothing."""
+        return [self.policy.thought_texts(one.thoughts)[0] if one.thoughts else "" for one in groups]
+
     def noise(self, occasion: int | str, prompts: Sequence[Prompt], group_size: int) -> Tensor | None:
         """Draw [P·G·M, C, h, w] decoder noise; with `shared_noise` the m-th is the same for all samples of a prompt.
         None for a decoder that needs none."""

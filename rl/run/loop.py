@@ -350,9 +350,7 @@ class Run(Loop):
             if self.engine.is_main:
                 (groups,) = self.eval_rollout.generate(prompts, 1, f"eval {self.recipe.eval.suite}")
         if self.engine.is_main:
-            thoughts = [
-                self.trainer.policy.thought_texts(g.thoughts)[0] if g.thoughts else "" for g in groups
-            ]
+            thoughts = self.eval_rollout.thoughts_of(groups)
             self._show(step, *with_sources([group.images[0] for group in groups], prompts, thoughts))
 
     def _tensors(self) -> StateDict:
