@@ -16,7 +16,18 @@ from imagerl.rl.config.flow import is_matching
 from imagerl.rl.config.monitors import MonitorsConfig
 from imagerl.rl.config.recipe import Loc, RecipeModel, load_yaml_recipe
 from imagerl.rl.config.rewards import RewardsConfig, RewardSpec
-from imagerl.rl.files.bounds import Count, Every, FlowSteps, Guidance, OutputDir, Positive, Seed, Steps
+from imagerl.rl.files.bounds import (
+    Count,
+    Every,
+    FlowSteps,
+    Gpus,
+    Guidance,
+    OutputDir,
+    Positive,
+    Seed,
+    Steps,
+    Workers,
+)
 
 MAX_DRAWN = 2**20  # pictures a step
 FILES = (".jsonl", ".json", ".csv", ".txt", ".yaml", ".yml", ".parquet")  # of prompts, without splits
@@ -160,6 +171,15 @@ class RolloutConfig(RecipeModel):
     max_logprob_diff: Positive | None = Field(
         None,
         description="stop when sampler and trainer differ more on a log-prob; null: 0.01, bf16 1",
+    )
+    workers: Workers = Field(
+        0, description="Ray actors that draw, each with the whole model; 0: this process"
+    )
+    num_gpus: Gpus | None = Field(
+        None, description="GPUs that each of those reserves; null: 1 where training takes GPUs"
+    )
+    max_staleness: Literal[0, 1] = Field(
+        0, description="updates that the weights which draw may lack; 1: the next step is drawn meanwhile"
     )
 
     @field_validator("top_k", "top_p")
@@ -306,6 +326,8 @@ class Recipe(RecipeModel):
             raise ValueError(
                 f"rollout.prompts_per_step x group_size x decodes is {drawn} pictures a step, more than {MAX_DRAWN}"
             )
+        if self.rollout.max_staleness:
+            self._require_corrections()
         if self.run.images is not None and self.run.images < drawn:
             raise ValueError(f"run.images ({self.run.images}) is less than the {drawn} that one step draws")
         updates = self.run.steps * self.algorithm.updates_per_rollout
@@ -314,6 +336,28 @@ class Recipe(RecipeModel):
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below the run's {updates} updates"
             )
         return self
+
+    def _require_corrections(self) -> None:
+        """Raise ValueError where samples of older weights would be trained on as if they were of the present ones."""
+        algorithm = self.algorithm
+        for impossible, remedy in (
+            (self.rollout.workers == 0, "draws beside the update: set rollout.workers to 1 or more"),
+            (
+                algorithm.importance_cap is None,
+                "needs truncated importance weights: set algorithm.importance_cap, for example 2",
+            ),
+            (
+                algorithm.flow is not None,
+                "has no importance weights of denoising steps: remove algorithm.flow",
+            ),
+            (algorithm.kl_in == "reward", "weighs the KL as a loss term only: set algorithm.kl_in: loss"),
+            (
+                algorithm.max_resamples > 0,
+                "draws no prompts in place of silent groups: set algorithm.max_resamples: 0",
+            ),
+        ):
+            if impossible:
+                raise ValueError(f"rollout.max_staleness: 1 {remedy}; or set it to 0")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from imagerl.rl.config.engine import EngineConfig, OptimConfig
 
 AVERAGE = "average"  # the group of the moving average in a checkpoint
+T = TypeVar("T")
 StateDict = dict[str, dict[str, Tensor]]  # group -> name -> whole tensor
 
 
@@ -61,9 +62,7 @@ class Engine:
             torch.set_num_threads(settings.threads)
         self.threads: int = torch.get_num_threads()
         self.device: torch.device = self.accelerator.device
-        if self.device.type == "cuda":  # resuming must repeat a run bit for bit
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+        ask_to_repeat(self.device, settings.deterministic)
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.rank == 0
@@ -282,6 +281,23 @@ class Engine:
         torch.distributed.all_gather_object(gathered, value)
         return gathered
 
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Do something on the main process only; what it returns, or its ImageRLError, comes to all. Collective."""
+        outcome: Any = None
+        if self.is_main:
+            try:
+                outcome = action()
+            except ImageRLError as error:
+                outcome = error
+        if self.world_size > 1:
+            shared = [outcome]
+            torch.distributed.broadcast_object_list(shared)
+            outcome = outcome if self.is_main else shared[0]
+        if isinstance(outcome, ImageRLError):
+            raise outcome
+        result: T = outcome
+        return result
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.accelerator.wait_for_everyone()
@@ -347,6 +363,13 @@ class Engine:
             else:
                 step = saved[f"step/{name}"].clone()
                 self._base_optimizer.state[parameter] = {"step": step, **moments}
+
+
+def ask_to_repeat(device: torch.device, deterministic: bool) -> None:
+    """Ask a GPU for kernels that repeat bit for bit, as a resumed run must."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
 def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

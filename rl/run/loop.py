@@ -295,7 +295,7 @@ class Run(Loop):
 
     def _drawn(self, source: RolloutEngine, shown: int = 0) -> Evaluation:
         """Evaluate the held-out prompts on all processes; each of them learns the whole."""
-        settings, scorer = self.recipe.eval, self.trainer.scorer
+        settings, scorer = self.recipe.eval, self.trainer.rollouts.scorer
         return evaluate(
             settings.suite, self.heldout, source, scorer, settings.batch_size, shown=shown, ranks=self.engine
         )
@@ -317,7 +317,7 @@ class Run(Loop):
     def _measure(self, step: int) -> None:
         settings, count = self.recipe.eval, self.recipe.run.sample_prompts
         if step == 0 and self.engine.is_main:
-            try_rewards(settings.suite, self.heldout, self.eval_rollout, self.trainer.scorer)
+            try_rewards(settings.suite, self.heldout, self.eval_rollout, self.trainer.rollouts.scorer)
         evaluation = self._drawn(self.eval_rollout, count)
         self.first = self.first or evaluation.per_prompt
         self.last = evaluation.per_prompt

@@ -19,8 +19,9 @@ import pytest
 import ray
 
 from imagerl.rewards.boundary.wire import Reply
-from imagerl.rewards.workers.actors import Call, Plan, Worker, start_ray
+from imagerl.rewards.workers.actors import Call, Plan, Worker
 from imagerl.rewards.workers.pool import RewardWorkers, _shards
+from imagerl.rl.engine.cluster import start_ray
 from imagerl.rl.types import ImageRLError, RewardRequest, RewardScorer
 
 # Each prompt says what its group's samples shall do; `flag` is a file that makes "die once" remember.
@@ -355,7 +356,7 @@ def test_a_cluster_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPa
     over = threading.Event()
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: over.wait(600))
-    monkeypatch.setattr("imagerl.rewards.workers.actors.JOIN_S", 0.2)
+    monkeypatch.setattr("imagerl.rl.engine.cluster.JOIN_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as other:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{other.getsockname()[1]}")
         with pytest.raises(ImageRLError, match=r"\(no answer within 0\.2 s\); unset RAY_ADDRESS"):
