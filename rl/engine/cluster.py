@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from imagerl.rl.errors import ImageRLError
+from imagerl.rl.errors import ImageRLError, one_line
 
 CONNECT_S, JOIN_S = 5.0, 30.0  # to a cluster that is said to run: a port, and the whole of it
 OBJECT_STORE_BYTES = 512 * 2**20  # of shared memory, for what is under way; Ray spills to disk beyond
@@ -138,20 +138,30 @@ def start_ray(cpus: int, store_bytes: int = OBJECT_STORE_BYTES) -> bool:
     if address is not None:
         _join_cluster(address)
         return False
-    # The last variable of these keeps GPUs visible to actors that reserve none.
     variables = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    variables["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    with _environment(**variables, **free_gpus()):
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            resources={OURS: 1},
-            include_dashboard=False,
-            object_store_memory=store_bytes,
-            logging_level="error",
-            log_to_driver=False,
-            _temp_dir=_private_folder(),
-        )
+    variables["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # GPUs stay visible to actors that reserve none
+    variables["RAY_worker_niceness"] = "0"  # rather than 15: actors that draw hold up the training
+    for last in (False, True):  # it gives its own processes 30 s to start, too few on a machine that is busy
+        try:
+            with _environment(**variables, **free_gpus()):
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    resources={OURS: 1},
+                    include_dashboard=False,
+                    object_store_memory=store_bytes,
+                    logging_level="error",
+                    log_to_driver=False,
+                    _temp_dir=_private_folder(),
+                )
+            break
+        except Exception as error:
+            stop_ray()
+            if last:
+                raise ImageRLError(
+                    f"Ray does not start ({one_line(str(error), 200)}); try again when the machine is less busy, or "
+                    "run without it: rewards.workers=0 rollout.workers=0"
+                ) from error
     return True
 
 

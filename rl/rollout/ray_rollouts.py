@@ -47,7 +47,6 @@ class Drawn(NamedTuple):
     """A piece as it came back."""
 
     groups: list[RolloutGroup]
-    version: int
     tickets: list[int]  # of the scorer
 
 
@@ -133,7 +132,7 @@ class Worker(threading.Thread):
                 )
             groups += head.groups
             tickets.append(self._scorer.submit(StoredRequest(parts, head.sizes, head.group_size, piece.step)))
-        return Drawn(groups, piece.weights.version, tickets)
+        return Drawn(groups, tickets)
 
     # ---- the actor -------------------------------------------------------------------------------------------
 
@@ -141,10 +140,7 @@ class Worker(threading.Thread):
         """Start an actor and have it load the model. Raises _Died, and ImageRLError for what must be mended."""
         refuse_ended_ray()
         self._actor = self._create()
-        problem = self._get(self._actor.load.remote(self._build))
-        if problem is not None:
-            self._kill_actor()
-            raise ImageRLError(problem)
+        self._get(self._actor.load.remote(self._build))
 
     def _kill_actor(self) -> None:
         import ray

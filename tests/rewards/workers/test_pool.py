@@ -364,6 +364,23 @@ def test_a_cluster_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPa
     over.set()
 
 
+def test_a_ray_that_does_not_start_is_tried_again_then_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits 30 s for its own processes, on a busy machine in vain."""
+    folders: list[Path] = []
+
+    def init(**options: Any) -> None:
+        folders.append(Path(options["_temp_dir"]).parent)
+        raise Exception("The current node timed out during startup.\nIt may be busy.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(ImageRLError, match=r"Ray does not start \(The current node timed out") as caught:
+        start_ray(1)
+    assert "\n" not in str(caught.value) and len(folders) == 2 and not any(map(Path.exists, folders))
+
+
 def test_a_cluster_that_answers_is_joined_and_not_ours_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     joined: list[dict[str, Any]] = []
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
