@@ -89,9 +89,22 @@ class DecoderPolicy(Protocol):
 
     def freeze_reference(self) -> None: ...
 
+    @property
+    def adapted(self) -> bool:
+        """Tell whether the decoder has adapters."""
+        ...
+
     def add_lora(self, rank: int, alpha: float, target_modules: Sequence[str]) -> None: ...
 
     def merge_lora(self) -> None: ...
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapters alone, as diffusers reads them."""
+        ...
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put the adapters in a folder onto the decoder, as diffusers does."""
+        ...
 
 
 class Policy(Protocol):

@@ -19,6 +19,7 @@ from imagerl.rewards.base import LoadedReward
 from imagerl.rewards.workers.scoring import score_request
 from imagerl.rl.config.recipe import apply_override, validate_recipe
 from imagerl.rl.config.train import Recipe
+from imagerl.rl.data.curriculum import CurriculumSampler
 from imagerl.rl.data.seeding import GroupedSampler
 from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.engine.engine import Engine
@@ -116,7 +117,11 @@ def small_trainer(
     total = recipe.run.steps * recipe.algorithm.updates_per_rollout
     engine.prepare(module, recipe.optim, total, state, partial(lr_factor, recipe))
     settings = recipe.rollout
-    sampler = GroupedSampler(prompt_set("train", 32), settings.prompts_per_step, recipe.run.seed)
+    chosen = prompt_set("train", 32), settings.prompts_per_step, recipe.run.seed
+    curriculum = recipe.data.curriculum
+    sampler = (
+        CurriculumSampler(*chosen, lambda _: None, curriculum) if curriculum else GroupedSampler(*chosen)
+    )
     rollout = RolloutEngine(policy, training_sampling(recipe), recipe.run.seed, engine.autocast)
     rollouts = LocalRollouts(recipe, rollout, FunctionScorer(rewards), engine)
     return Trainer(recipe, policy, sampler, rollouts, engine)

@@ -116,7 +116,7 @@ def test_metric_keys_are_those_of_the_trainer() -> None:
     assert logged.keys() == described
     decoder = {"updates", "loss", "lr", "logprob_diff_mean", "logprob_diff_max", "grad_norm", "grad_part"}
     described = set(re.findall(r"`flow/(\w+)`", text))
-    assert decoder | set(FLOW_PER_ACTION.values()) == described
+    assert decoder | {"old_decay"} | set(FLOW_PER_ACTION.values()) == described
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -136,6 +136,7 @@ def run_comparison(
     """Run what is missing of a plan, then write page and tables of all that its folder holds.
 
     Raises ImageRLError like `compare`."""
+    from imagerl.api.exporting import is_run
     from imagerl.api.training import read_prompts
     from imagerl.rewards.base import check_entries
     from imagerl.rl.compare import jobs as comparison_jobs
@@ -150,6 +151,11 @@ def run_comparison(
     own = plan_runs(plan, folder)
     for run in own:
         check_entries(spec.model_dump() for spec in (*run.recipe.rewards.functions, *run.recipe.gold))
+        if is_run(run.recipe.model.path):
+            raise ImageRLError(
+                f"{run.label}: model.path is a run, {run.recipe.model.path}, whose newest step may be another one for "
+                "the next run that begins from it; give an export of it: imagerl export RUN MODEL"
+            )
     environments = comparison_jobs.job_environments(jobs, own)
     for run in own:
         run.refuse_other()

@@ -41,7 +41,7 @@ from imagerl.rl.files.writing import atomic_folder, remove_folder, wait_for
 from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling
 from imagerl.rl.run.folder import EXPORTS, MODEL, RECIPE_FILE, read_stored_recipe
 from imagerl.rl.sft.objective import sft_module
-from imagerl.rl.training.halves import trained_module
+from imagerl.rl.training.halves import trained_halves, trained_module
 from imagerl.rl.types import Prompt
 
 PROOF_PROMPTS = 2  # by default
@@ -70,16 +70,21 @@ def checkpoint_of(source: Path) -> Path:
     return newest
 
 
+def is_run(path: str) -> bool:
+    """Tell whether a `model.path` is a run's, or that of one of its checkpoints."""
+    place = Path(path).expanduser()
+    marks = place / CHECKPOINTS, place / MANIFEST, place / MODEL / "config.json"
+    return path not in SHIPPED and any(mark.exists() for mark in marks)
+
+
 def as_model(path: str) -> str:
     """Return what `load_policy` reads: the path of a model or adapter as it is, and for a run or one of its checkpoints
     the export of that, which is made once and kept in the run folder."""
     place = Path(path).expanduser()
-    if path in SHIPPED or not place.is_dir():
+    if not is_run(path):
         return path
     if (place / MODEL / "config.json").is_file():  # of supervised training
         return str(place / MODEL)
-    if not ((place / CHECKPOINTS).is_dir() or (place / MANIFEST).is_file()):
-        return path
     checkpoint = checkpoint_of(place)
     target = checkpoint.parents[1] / EXPORTS / checkpoint.name
     if os.environ.get("RANK", "0") != "0":
@@ -118,15 +123,20 @@ def recipe_of(source: Path) -> tuple[AnyRecipe, Checkpoint]:
     return recipe, checkpoint
 
 
-def trained_policy(recipe: AnyRecipe, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Policy:
-    """Load the policy as it was at a checkpoint. Its own settings are those by which the run drew what it was judged
-    by; supervised training leaves them as the model had them."""
+def trained_policy(
+    recipe: AnyRecipe,
+    checkpoint: Checkpoint,
+    device: torch.device | str = "cpu",
+    merge_decoder: bool = True,
+) -> Policy:
+    """Load the policy as it was at a checkpoint, adapters of its decoder merged or kept. Its own settings are those by
+    which the run drew what it was judged by; supervised training leaves them as the model had them."""
     policy = load_policy(recipe.model.path, device, family=recipe.model.family)
     module = sft_module(policy, recipe) if isinstance(recipe, SFTRecipe) else trained_module(policy, recipe)
     average = f"{AVERAGE}.safetensors"
     weights = average if (checkpoint.folder / average).is_file() else WEIGHTS
     load_trained(module, Shards(checkpoint.folder, weights))
-    if policy.flow is not None:
+    if policy.flow is not None and merge_decoder:
         policy.flow.merge_lora()
     if isinstance(recipe, Recipe):
         policy.sampling = replace(evaluation_sampling(recipe), shared_noise=False)
@@ -246,8 +256,8 @@ def write_export(
     The folder appears only once it has been loaded back and has repeated exactly what the policy is and does: its
     weights, and the tokens and pixels of `proof` prompts, or the logits or pixels of the half that was written. With
     LoRA the adapters are merged, or with `adapter_only` kept as a PEFT adapter beside the path of what it stands on:
-    what the run began from, or the base of that where the run went on training its adapter. Those of a trained decoder
-    are always merged.
+    what the run began from, or the base of that where the run went on training its adapter. That of a decoder which was
+    trained alone is kept as diffusers reads it.
 
     Host memory is that of one policy in float32 and a tenth more; with `proof` that of the sampler's copy comes on top.
     On another `device` it is that of a few tensors.
@@ -263,34 +273,40 @@ def write_export(
         raise ImageRLError(f"there is no layout {layout!r}; choose one of {', '.join(layouts)}")
     if adapter_only and layout != own:
         raise ImageRLError(f"an adapter has a layout of its own; export without --layout {layout}")
-    policy = trained_policy(recipe, checkpoint, device)
-    if adapter_only and policy.flow is not None:
-        raise ImageRLError(
-            "the run trained the decoder, which no adapter file holds; export without --adapter"
-        )
-    if adapter_only and not policy.adapted:
-        raise ImageRLError("the run trained no LoRA adapter; export without --adapter")
-    if not adapter_only:
+    if adapter_only and dtype is not None:
+        raise ImageRLError("an adapter is stored as it was trained, in float32; export without --dtype")
+    policy = trained_policy(recipe, checkpoint, device, merge_decoder=not adapter_only)
+    if adapter_only:
+        refuse_more_than_an_adapter(recipe, policy)
+    else:
         policy.merge_lora()
-    if dtype is not None and not adapter_only:
+    if dtype is not None:
         round_weights(policy, dtype)
+    start, decoder = recipe.model.path, policy.flow if adapter_only else None
+    kind = f"a LoRA adapter in the layout of {'diffusers' if decoder else 'PEFT'}"
     with atomic_folder(target) as temporary:
-        if adapter_only:
-            start = recipe.model.path
+        if decoder is not None:
+            decoder.save_adapter(temporary)
+        elif adapter_only:
             continued = isinstance(recipe, Recipe) and recipe.model.lora is None
             base = adapter_base(model_folder(start)) if continued else start
             policy.save_adapter(temporary, base)
         else:
-            policy.save(temporary, layout, base_folder(recipe.model.path), dtype)
+            policy.save(temporary, layout, base_folder(start), dtype)
         prompts, family, sampling = proof_prompts(proof), recipe.model.family, policy.sampling
         pairs = policy.proof(temporary, layout, prompts or proof_prompts(1))
         if pairs is None:
             ours = proof_samples(policy, prompts)
             if layout == own and not adapter_only:  # other layouts may leave parts out
                 ours["weights"] = weights_digest(policy)
-            del policy  # before the written one needs its memory
+            adapts = decoder is not None
+            del policy, decoder  # before the written one needs its memory
             gc.collect()
-            again = load_policy(str(temporary), device, family=family)
+            again = load_policy(start if adapts else str(temporary), device, family=family)
+            if adapts:
+                again.merge_lora()  # as under a decoder that trains alone
+                again.train_decoder().load_adapter(temporary)
+                again.sampling = sampling
             theirs = proof_samples(again, prompts)
             theirs |= {"weights": weights_digest(again)} if "weights" in ours else {}
             pairs = {name: (value, theirs[name]) for name, value in ours.items()}
@@ -301,9 +317,25 @@ def write_export(
                     f"the export does not repeat the run's {what} ({share:.1%} differ); nothing was written"
                 )
         provenance = describe(recipe, checkpoint.folder, temporary, layout, pairs, prompts)
-        provenance |= {"what": layouts[layout], "sampling": stored_sampling(sampling)}
+        provenance |= {
+            "what": kind if adapter_only else layouts[layout],
+            "sampling": stored_sampling(sampling),
+        }
         (temporary / PROVENANCE).write_text(to_json(provenance, indent=2) + "\n", encoding="utf-8")
     return provenance
+
+
+def refuse_more_than_an_adapter(recipe: AnyRecipe, policy: Policy) -> None:
+    """Raise ImageRLError when an adapter file would not hold all that a run has trained."""
+    if isinstance(recipe, Recipe):
+        both = len(trained_halves(recipe)) > 1
+    else:
+        both = {recipe.train.connector, recipe.train.decoder} != {"frozen"}
+    if both:
+        told = "the run trained tokens and decoder, and an adapter file holds one of them"
+        raise ImageRLError(f"{told}; export without --adapter")
+    if not (policy.flow or policy).adapted:
+        raise ImageRLError("the run trained no LoRA adapter; export without --adapter")
 
 
 def describe(

@@ -138,6 +138,7 @@ def run_training(
     from imagerl.rewards.workers.pool import RewardWorkers
     from imagerl.rewards.workers.shared import SharedRewards
     from imagerl.rl.config.rewards import refuse_hidden
+    from imagerl.rl.data.curriculum import CurriculumSampler
     from imagerl.rl.data.seeding import GroupedSampler
     from imagerl.rl.engine.cluster import OBJECT_STORE_BYTES, start_ray, stop_ray
     from imagerl.rl.engine.engine import Engine
@@ -152,7 +153,9 @@ def run_training(
     recipe = with_model(recipe, resume is not False)
     refuse_hidden([*recipe.rewards.functions, *recipe.gold])
     prompts, heldout, reader = read_prompts(recipe)
-    sampler = GroupedSampler(prompts, recipe.rollout.prompts_per_step, recipe.run.seed, reader.canvas)
+    chosen = prompts, recipe.rollout.prompts_per_step, recipe.run.seed, reader.canvas
+    curriculum = recipe.data.curriculum
+    sampler = CurriculumSampler(*chosen, curriculum) if curriculum else GroupedSampler(*chosen)
     folder = RunFolder(recipe.run.output_dir)
     engine = Engine(recipe.engine)
     owns_ray = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
@@ -189,6 +190,33 @@ class FlowPolicy(Generic[S]):
             self._adapter = get_peft_model(getattr(self.decoder, self.decoder.adapted), config)
         except ValueError as error:
             raise ImageRLError(f"algorithm.flow.lora: {one_line(error, 300)}") from error
+
+    @property
+    def adapted(self) -> bool:
+        """Tell whether the network trains by adapters."""
+        return self._adapter is not None
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapters alone in the layout that every pipeline of diffusers reads by `load_lora_weights`, and a
+        transformer by `load_lora_adapter`. Rank and alpha go with them."""
+        from diffusers.loaders import SanaLoraLoaderMixin  # any family's: all write a transformer alike
+        from peft import get_peft_model_state_dict
+
+        assert self._adapter is not None
+        weights = get_peft_model_state_dict(self._adapter)
+        SanaLoraLoaderMixin.save_lora_weights(
+            str(folder),
+            {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()},
+            transformer_lora_adapter_metadata=self._adapter.peft_config["default"].to_dict(),
+        )
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put what `save_adapter` wrote onto the network, by diffusers' own loader."""
+        from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
+        getattr(self.decoder, self.decoder.adapted).load_lora_adapter(
+            str(folder), weight_name=LORA_WEIGHT_NAME_SAFE, local_files_only=True
+        )
 
     def merge_lora(self) -> None:
         """Fold the adapters into the weights for good. Nothing to do without."""

@@ -87,8 +87,9 @@ class OCRReward:
     """`score_text` of what PaddleOCR reads, with `exact_match` and `confidence` beside it.
 
     The target is the column `target`, else the first quoted text of the prompt. Without either, or where the engine
-    has no letter for one of the target's, the sample has no value (None) and the output's `reason` says why. `mode`,
-    `models`, `threads` and `recognition_width` are those of `OCREngine`.
+    has no letter for one of the target's, the sample has no value (None) and the output's `reason` says why.
+    `exact_share` of the reward is given for `exact_match` instead: letters that are nearly right, or right but
+    with others around them, then earn less. `mode`, `models`, `threads` and `recognition_width` are `OCREngine`'s.
 
     Raises ImageRLError when PaddleOCR cannot be loaded or a setting is impossible."""
 
@@ -101,10 +102,13 @@ class OCRReward:
         models: Literal["auto", "offline", "download"] = "auto",
         threads: Threads = 1,
         recognition_width: Count = 160,
+        exact_share: float = 0.0,
     ) -> None:
-        if not 0.0 <= min_confidence <= 1.0:
-            raise ImageRLError(f"reward 'ocr': min_confidence must lie in 0..1, not {min_confidence}")
+        for name, value in (("min_confidence", min_confidence), ("exact_share", exact_share)):
+            if not 0.0 <= value <= 1.0:
+                raise ImageRLError(f"reward 'ocr': {name} must lie in 0..1, not {value}")
         self.min_confidence = min_confidence
+        self.exact_share = exact_share
         self.engine = OCREngine(
             mode=mode, models=models, threads=threads, recognition_width=recognition_width
         )
@@ -130,8 +134,9 @@ class OCRReward:
         wanted = [index for index, problem in enumerate(problems) if problem is None]
         for index, lines in zip(wanted, self.engine.read([images[i] for i in wanted]), strict=True):
             read, text = join_lines(lines, self.min_confidence), targets[index] or ""
-            rewards[index] = score_text(read, text)
-            exact[index] = exact_match(read, text)
+            equal = exact_match(read, text)
+            rewards[index] = score_text(read, text) + self.exact_share * (equal - score_text(read, text))
+            exact[index] = equal
             confidence[index] = sum(line.confidence for line in lines) / len(lines) if lines else 0.0
         reason = next((problem for problem in problems if problem), None)
         return RewardOutput(rewards, {"exact_match": exact, "confidence": confidence}, reason)

@@ -58,6 +58,12 @@ def nft_loss(
     return _finish(inputs, per_action, kl_coef, sums)
 
 
+def old_policy_decay(updates: int, after: int, rate: float, most: float) -> float:
+    """Return η of DiffusionNFT's old policy, θ_old ← η θ_old + (1 − η) θ, made after each rollout's updates (arXiv
+    2509.16117, algorithm 1): 0 for `after` updates, then `rate` more with each, up to `most`."""
+    return min(max(updates - after, 0) * rate, most)
+
+
 def awm_loss(
     inputs: MatchingInputs,
     *,

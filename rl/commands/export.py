@@ -12,7 +12,11 @@ def export(
     source: Annotated[Path, typer.Argument(help="run folder, or one of its checkpoints/step_*")],
     target: Annotated[Path, typer.Argument(help="new folder")],
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="keep a LoRA adapter instead of merging it")
+        bool,
+        typer.Option(
+            "--adapter",
+            help="keep a LoRA adapter instead of merging it, for PEFT or (of a decoder) diffusers",
+        ),
     ] = False,
     dtype: Annotated[str, typer.Option(help="how weights are stored: fp32 or bf16")] = "fp32",
     layout: Annotated[

@@ -60,6 +60,11 @@ class OptimConfig(RecipeModel):
             raise ValueError(f"optim.min_lr ({self.min_lr:g}) is more than optim.lr ({self.lr:g})")
         return self
 
+    def check(self, engine: EngineConfig) -> None:
+        """Raise ValueError for what an engine cannot do."""
+        if self.ema is not None and engine.name == "deepspeed":
+            raise ValueError("optim.ema needs whole weights on every process; set engine.name: torch")
+
 
 class EngineConfig(RecipeModel):
     name: Literal["torch", "deepspeed"] = Field("torch", description="what runs the training")

@@ -38,6 +38,15 @@ class FlowLoraConfig(RecipeModel):
     )
 
 
+class OldPolicyConfig(RecipeModel):
+    """The decay of nft's old policy: it grows with the updates, from 0, at which the old policy is the present one. The
+    defaults are those of DiffusionNFT's code; its slower schedule is {after: 75, rate: 0.0075, most: 0.999}."""
+
+    after: int = Field(0, ge=0, le=10**6, description="updates without decay")
+    rate: float = Field(0.001, gt=0, le=1, description="growth of the decay per update from then on")
+    most: float = Field(0.5, gt=0, lt=1, description="the decay grows up to this")
+
+
 class FlowConfig(RecipeModel):
     """The settings of the decoder's algorithm. `name` supplies the defaults that differ between algorithms; the
     defaults shown here are Flow-GRPO's."""
@@ -85,6 +94,10 @@ class FlowConfig(RecipeModel):
     )
     advantage_max: Positive = Field(ROW.advantage_max, description="advantages are clamped to ± this")
     beta: Positive = Field(1.0, description="nft: how far the implicit policies lie from the old one")
+    old_policy: OldPolicyConfig | None = Field(
+        None,
+        description="nft: draw by a moving average of the policy, which is then the old one; null: by the policy",
+    )
     weight: Weight = Field("uniform", description="awm: weight of a noise level")
     points: FlowSteps = Field(4, description="nft, awm: noise levels that a sample is matched at per update")
 
@@ -141,6 +154,15 @@ class FlowConfig(RecipeModel):
             raise ValueError(
                 f"{key}.guidance is {guidance:g}, but {self.loss} matches the velocity of unguided samples and gets a "
                 "spurious gradient from others; set it to 1, or algorithm.flow.allow_guidance: true as well"
+            )
+        if self.old_policy and self.loss != "nft":
+            raise ValueError(
+                f"algorithm.flow.old_policy is of nft, and the loss is {self.loss}; remove it, or set "
+                "algorithm.flow.name: nft"
+            )
+        if self.old_policy and recipe.engine.name == "deepspeed":
+            raise ValueError(
+                "algorithm.flow.old_policy needs whole weights on every process; set engine.name: torch"
             )
         if recipe.engine.zero_stage == 3:
             raise ValueError(

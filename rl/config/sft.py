@@ -163,6 +163,7 @@ class SFTRecipe(RecipeModel):
             raise ValueError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below run.steps ({self.run.steps})"
             )
+        self.optim.check(self.engine)
         if self.model.dtype == "bf16" and self.engine.precision != "bf16":
             raise ValueError("model.dtype: bf16 needs engine.precision: bf16")
         parts = (("ar", self.train.ar), ("connector", self.train.connector), ("decoder", self.train.decoder))

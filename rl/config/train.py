@@ -16,17 +16,15 @@ from imagerl.rl.config.flow import is_matching
 from imagerl.rl.config.monitors import MonitorsConfig
 from imagerl.rl.config.recipe import Loc, RecipeModel, load_yaml_recipe
 from imagerl.rl.config.rewards import RewardsConfig, RewardSpec
+from imagerl.rl.config.rollout import RolloutConfig
 from imagerl.rl.files.bounds import (
     Count,
     Every,
     FlowSteps,
-    Gpus,
     Guidance,
     OutputDir,
-    Positive,
     Seed,
     Steps,
-    Workers,
 )
 
 MAX_DRAWN = 2**20  # pictures a step
@@ -134,60 +132,34 @@ class PromptSetConfig(RecipeModel):
         return self
 
 
+class CurriculumConfig(RecipeModel):
+    """Which prompts come more often, by their success rate in the run so far."""
+
+    success: str = Field(
+        "total",
+        min_length=1,
+        description="what tells success: total, a reward, or a part such as ocr/exact_match",
+    )
+    threshold: Annotated[float, Field(allow_inf_nan=False)] = Field(
+        0.5, description="a sample succeeds when that is at least this"
+    )
+    memory: float = Field(
+        0.5, ge=0, le=1, description="share of a prompt's earlier samples that counts when it is drawn again"
+    )
+    floor: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="weight of a prompt always or never solved; one solved half the time has 1",
+    )
+
+
 class DataConfig(RecipeModel):
     train: PromptSetConfig = Field(description="prompts to train on")
     heldout: PromptSetConfig = Field(description="prompts to evaluate on, none of them in train")
-
-
-class RolloutConfig(RecipeModel):
-    prompts_per_step: Count = Field(16, description="prompts drawn each step")
-    group_size: int = Field(
-        16, ge=2, le=2**16, description="samples of each prompt; advantages compare within them"
+    curriculum: CurriculumConfig | None = Field(
+        None, description="draw prompts neither solved nor hopeless more often; null: all alike, in epochs"
     )
-    temperature: float = Field(
-        1.0, ge=1e-3, le=100, description="of sampling, and of the scored distribution alike"
-    )
-    top_k: int | None = Field(None, description="must stay null: log-probs are of the whole distribution")
-    top_p: float | None = Field(None, description="must stay null: log-probs are of the whole distribution")
-    guidance: Guidance = Field(
-        2.0, description="classifier-free guidance of the decoder; 1: none, the default for nft and awm"
-    )
-    flow_steps: FlowSteps = Field(30, description="denoising steps of the decoder")
-    token_guidance: Guidance = Field(
-        1.0,
-        description="classifier-free guidance on the logits of tokens, for families that have it; 1: none",
-    )
-    shared_noise: bool = Field(False, description="one decoder noise a group: rewards differ by tokens only")
-    decodes: FlowSteps = Field(
-        1,
-        description="pictures drawn of each token sequence, whose rewards are averaged for the tokens",
-    )
-    sample_chunk: Count | None = Field(
-        None, description="prompts whose tokens are sampled together; null: all of a step"
-    )
-    decode_chunk: Count | None = Field(
-        None, description="prompts drawn, then handed to the rewards, at a time; null: as sampled"
-    )
-    max_logprob_diff: Positive | None = Field(
-        None,
-        description="stop when sampler and trainer differ more on a log-prob; null: 0.01, bf16 1",
-    )
-    workers: Workers = Field(
-        0, description="Ray actors that draw, each with the whole model; 0: this process"
-    )
-    num_gpus: Gpus | None = Field(
-        None, description="GPUs that each of those reserves; null: 1 where training takes GPUs"
-    )
-    max_staleness: Literal[0, 1] = Field(
-        0, description="updates that the weights which draw may lack; 1: the next step is drawn meanwhile"
-    )
-
-    @field_validator("top_k", "top_p")
-    @classmethod
-    def _whole_distribution(cls, value: float | None) -> None:
-        if value is not None:
-            raise ValueError("top_k and top_p must be null in training: samples would come from a truncated "
-                             "distribution but be scored by the whole one")  # fmt: skip
 
 
 class EvalConfig(RecipeModel):
@@ -206,6 +178,10 @@ class EvalConfig(RecipeModel):
         max_length=16,
         description="others to evaluate at, before and after: both models are also compared at the best of each, "
         "chosen on other prompts",
+    )
+    kl: bool = Field(
+        False,
+        description="measure the KL of the judged weights to the first ones on held-out samples, as the metric `kl`",
     )
 
 
@@ -292,6 +268,12 @@ class Recipe(RecipeModel):
                 raise ValueError(
                     f'gold.{index} ("{spec.label}") enters no total; remove its gate, schedule and half'
                 )
+        success = self.data.curriculum.success if self.data.curriculum else "total"
+        if success != "total" and not any(f"{success}/".startswith(f"{label}/") for label in trained):
+            raise ValueError(
+                f'data.curriculum.success is "{success}", and no reward is named so; it may be total, '
+                f"{', '.join(sorted(trained))} or a part of one, such as ocr/exact_match"
+            )
         gold = [spec.label for spec in self.gold]
         if len(set(gold)) < len(gold):
             raise ValueError("two gold metrics have the same name")
@@ -314,8 +296,13 @@ class Recipe(RecipeModel):
         self.rewards.require_halves(joint=flow is not None and flow.joint)
         if flow is not None:
             flow.check(self)
-        if self.optim.ema is not None and self.engine.name == "deepspeed":
-            raise ValueError("optim.ema needs whole weights on every process; set engine.name: torch")
+        if self.eval.kl and flow is not None and not flow.joint:
+            raise ValueError("eval.kl is of the tokens, which do not train here; set it to false")
+        if self.eval.kl and self.engine.zero_stage == 3:
+            raise ValueError(
+                "eval.kl scores on one process at a time, which ZeRO-3 cannot; set another zero_stage"
+            )
+        self.optim.check(self.engine)
         if self.model.dtype == "bf16" and self.engine.precision != "bf16":
             raise ValueError(
                 "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "
@@ -326,8 +313,7 @@ class Recipe(RecipeModel):
             raise ValueError(
                 f"rollout.prompts_per_step x group_size x decodes is {drawn} pictures a step, more than {MAX_DRAWN}"
             )
-        if self.rollout.max_staleness:
-            self._require_corrections()
+        self.rollout.check(self)
         if self.run.images is not None and self.run.images < drawn:
             raise ValueError(f"run.images ({self.run.images}) is less than the {drawn} that one step draws")
         updates = self.run.steps * self.algorithm.updates_per_rollout
@@ -336,28 +322,6 @@ class Recipe(RecipeModel):
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below the run's {updates} updates"
             )
         return self
-
-    def _require_corrections(self) -> None:
-        """Raise ValueError where samples of older weights would be trained on as if they were of the present ones."""
-        algorithm = self.algorithm
-        for impossible, remedy in (
-            (self.rollout.workers == 0, "draws beside the update: set rollout.workers to 1 or more"),
-            (
-                algorithm.importance_cap is None,
-                "needs truncated importance weights: set algorithm.importance_cap, for example 2",
-            ),
-            (
-                algorithm.flow is not None,
-                "has no importance weights of denoising steps: remove algorithm.flow",
-            ),
-            (algorithm.kl_in == "reward", "weighs the KL as a loss term only: set algorithm.kl_in: loss"),
-            (
-                algorithm.max_resamples > 0,
-                "draws no prompts in place of silent groups: set algorithm.max_resamples: 0",
-            ),
-        ):
-            if impossible:
-                raise ValueError(f"rollout.max_staleness: 1 {remedy}; or set it to 0")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

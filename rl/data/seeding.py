@@ -51,7 +51,8 @@ class GroupedSampler:
                     f"{f' of {which}' if len(counts) > 1 else ''}; lower it or add prompts"
                 )
         self.prompts_per_step = prompts_per_step
-        self.steps_per_epoch = sum(count // prompts_per_step for count in counts.values())
+        self._kind_steps = {which: count // prompts_per_step for which, count in counts.items()}
+        self.steps_per_epoch = sum(self._kind_steps.values())
         self._seed = seed
         self._order = lru_cache(maxsize=1)(self._steps)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from imagerl.rl.engine import zero
+from imagerl.rl.engine.schedule import learning_rate
 from imagerl.rl.errors import ImageRLError, one_line
 from imagerl.rl.files.environment import leave_to_the_recipe
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from imagerl.rl.config.engine import EngineConfig, OptimConfig
 
 AVERAGE = "average"  # the group of the moving average in a checkpoint
+OLD = "old"  # that of the moving average that draws pictures
 T = TypeVar("T")
 StateDict = dict[str, dict[str, Tensor]]  # group -> name -> whole tensor
 
@@ -102,10 +104,9 @@ class Engine:
             parameter.data = parameter.data.float()
         if state is not None:
             self._load_weights(state["model"])
-        self._average: dict[str, Tensor] = {}
+        self._averages: StateDict = {}
         if optim.ema is not None:
-            begun = state[AVERAGE] if state is not None and AVERAGE in state else self._whole_weights()
-            self._average = {name: tensor.to(self.device, copy=True) for name, tensor in begun.items()}
+            self.keep_average(AVERAGE, (state or {}).get(AVERAGE))
         self._optim = optim
         self._total_updates = total_updates
         groups: dict[float, list[nn.Parameter]] = {}
@@ -188,20 +189,29 @@ class Engine:
             )
         self.updates += 1
         if self._optim.ema is not None:
-            for name, tensor in self._average.items():
-                tensor.lerp_(self._parameters[name].data, 1 - self._optim.ema)
+            self.move_average(AVERAGE, self._optim.ema)
         return norm
 
-    def _whole_weights(self) -> dict[str, Tensor]:
-        return {name: parameter.data for name, parameter in self._parameters.items()}
+    def keep_average(self, group: str, begun: Mapping[str, Tensor] | None = None, part: str = "") -> None:
+        """Keep a moving average of the trained weights whose names begin with `part`, from their present values or as
+        it had `begun`; it is the `group` of that name in checkpoints."""
+        if begun is None:
+            begun = {name: p.data for name, p in self._parameters.items() if name.startswith(part)}
+        self._averages[group] = {name: tensor.to(self.device, copy=True) for name, tensor in begun.items()}
+
+    def move_average(self, group: str, decay: float) -> None:
+        """Make an average decay · itself + (1 − decay) · the present weights."""
+        for name, tensor in self._averages[group].items():
+            tensor.lerp_(self._parameters[name].data, 1 - decay)
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the trained weights are their moving average, where `optim.ema` keeps one. Do not train inside."""
-        weights = self._whole_weights() if self._average else {}
+    def averaged(self, group: str = AVERAGE) -> Iterator[None]:
+        """Inside, the trained weights are their moving average, where one of that name is kept. Do not train inside."""
+        average = self._averages.get(group, {})
+        weights = {name: self._parameters[name].data for name in average}
         try:
-            for name in weights:
-                self._parameters[name].data = self._average[name]
+            for name, tensor in average.items():
+                self._parameters[name].data = tensor
             yield
         finally:
             for name, tensor in weights.items():
@@ -251,12 +261,13 @@ class Engine:
                 copies = on_host(whole)
                 model[name] = copies.pop("weight")
                 optimizer |= {f"{key}/{name}": tensor for key, tensor in copies.items()}
-        average = {AVERAGE: on_host(self._average)} if self.is_main and self._average else {}
+        kept_averages = self._averages if self.is_main else {}
+        averages = {group: on_host(average) for group, average in kept_averages.items()}
         if not moments:
-            return {"model": model} | average
+            return {"model": model} | averages
         if self.is_main:
             optimizer["updates"] = torch.tensor(self.updates)
-        return {"model": model, "optimizer": optimizer} | average
+        return {"model": model, "optimizer": optimizer} | averages
 
     def sum_over_ranks(self, values: Mapping[str, float | Tensor]) -> dict[str, float]:
         """Add up scalars over ranks in float64. Collective, with the same keys everywhere."""
@@ -375,25 +386,3 @@ def ask_to_repeat(device: torch.device, deterministic: bool) -> None:
 def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors to host memory, where nothing changes them any more."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
-
-def learning_rate(update: int, total: int, optim: OptimConfig, share: float | None = None) -> float:
-    """Return the learning rate of 0-based `update` out of `total`, a pure function so that resuming needs no state.
-
-    Warm-up rises linearly and its first update is not wasted on zero; then constant, or constant up to the last
-    `decay_share` of the updates and from there down to `min_lr` along a line or half a cosine. Where the number of
-    updates is not known beforehand, `share` in [0, 1] says how much of the run is over, and the fall follows that.
-    """
-    warmup = optim.warmup_steps
-    if update < warmup:
-        return optim.lr * (update + 1) / (warmup + 1)
-    if share is None:
-        begin = max(float(warmup), (1.0 - optim.decay_share) * total)
-        progress = min(1.0, max(0.0, update - begin) / max(1.0, total - begin))
-    else:
-        progress = min(1.0, max(0.0, share - (1.0 - optim.decay_share)) / optim.decay_share)
-    if optim.schedule == "linear":
-        return optim.min_lr + (optim.lr - optim.min_lr) * (1.0 - progress)
-    if optim.schedule == "cosine":
-        return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return optim.lr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Protocol
@@ -121,6 +121,7 @@ def evaluate(
     each: Callable[[RolloutGroup], None] | None = None,
     shown: int | None = None,
     ranks: Ranks | None = None,
+    beside: Callable[[Sequence[RolloutGroup]], Mapping[str, Sequence[float]]] | None = None,
 ) -> Evaluation:
     """Draw `samples` pictures of each prompt, `batch_size` at a time, and score them.
 
@@ -128,7 +129,8 @@ def evaluate(
     on the same draws. `total` is the weighted sum of the rewards; each of them and of the gold metrics is reported
     under its own name, and a part of the one that is named like the suite, `<suite>/<part>`, as `<part>`. `each` gets
     every group as it is drawn, for pictures that should be kept; `images` is then left empty, else it holds those of
-    the first `shown` prompts, or of all.
+    the first `shown` prompts, or of all. `beside` measures more than pictures show: a value of each sample in the
+    order of the groups, by name.
 
     `ranks` take the batches in turn, and all of them return the whole. Batches are the same however many ranks there
     are: what a sample is drawn together with decides how it is rounded. Collective.
@@ -142,22 +144,24 @@ def evaluate(
     tickets, places = [], iter(own)
     for groups in rollout.generate([prompts[place] for place in own], samples, f"eval {suite}", chunk, chunk):
         placed = [(next(places), group.prompt) for group in groups]
-        tickets.append((placed, scorer.submit(reward_request(groups), with_gold=True)))
+        ticket = scorer.submit(reward_request(groups), with_gold=True)
+        tickets.append((placed, ticket, beside(groups) if beside else {}))
         for (place, _), group in zip(placed, groups, strict=True):
             if each is not None:
                 each(group)
             elif shown is None or place < shown:
                 images[place] = group.images
-    for placed, ticket in tickets:
+    for placed, ticket, further in tickets:
         # Collected only now: rewards work on one batch while the next one is drawn.
         scores = scorer.collect(ticket)
-        names = _metric_names(scores.components, suite)
+        names = _metric_names(scores.components, suite, further)
         for row, ((place, prompt), sample) in enumerate(product(placed, range(samples))):
             fields = {"index": prompt.index, "prompt": prompt.text}
             if samples > 1:
                 fields["sample"] = sample
             fields[TOTAL] = float(scores.totals[row])
             values = {names[component]: float(v[row]) for component, v in scores.components.items()}
+            values |= {name: float(v[row]) for name, v in further.items()}
             rows.setdefault(place, []).append(fields | values)
     for others_rows, others_images in ranks.gather_objects((rows, images)) if ranks else ():
         rows |= others_rows
@@ -168,10 +172,10 @@ def evaluate(
     return Evaluation(suite, summarise(ordered), ordered, pictures)
 
 
-def _metric_names(components: Iterable[str], suite: str) -> dict[str, str]:
-    """Return the name of each component in a row, no two alike."""
+def _metric_names(components: Iterable[str], suite: str, further: Iterable[str] = ()) -> dict[str, str]:
+    """Return the name of each component in a row, no two alike and none of `further`."""
     names: dict[str, str] = {}
-    taken = {"index", "prompt", "sample", TOTAL}
+    taken = {"index", "prompt", "sample", TOTAL, *further}
     for component in components:
         name = component.removeprefix(f"{suite}/")
         if name in taken or name in names.values():

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from imagerl.models.base import Policy, PromptReader
+from imagerl.rl.algorithms.kl import k3
 from imagerl.rl.data.seeding import generator
+from imagerl.rl.engine.engine import OLD
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.reading import read_picture
 from imagerl.rl.types import (
@@ -183,6 +185,19 @@ class RolloutEngine:
         return RolloutEngine(self.policy, sampling, self.seed, self.autocast)
 
     @torch.no_grad()
+    def kl_to_reference(self, groups: Sequence[RolloutGroup]) -> list[float]:
+        """Estimate, for every sample that this engine drew, the KL to the policy's frozen reference: the mean of k3
+        over its tokens, in nats a token."""
+        prompts = self.policy.encode([group.prompt for group in groups], to_draw=False)
+        tokens, logprobs, mask = (
+            torch.cat(rows).to(self.policy.device)
+            for rows in zip(*((g.tokens, g.rollout_logprobs, g.action_mask) for g in groups), strict=True)
+        )
+        with self.autocast():
+            reference = self.policy.reference_scores(prompts, tokens, self.sampling)
+        return (k3(logprobs, reference.logprobs).where(mask, 0).sum(1) / mask.sum(1)).tolist()
+
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -266,12 +281,13 @@ class LocalRollouts:
     def collect(self, step: int) -> Rollout:
         settings, (prompts, flow) = self.recipe.rollout, self._asked
         groups, tickets = [], []
-        for chunk in self.rollout.generate(
-            prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk, flow
-        ):
-            tickets.append(self.scorer.submit(reward_request(chunk, step, self.recipe.run.steps)))
-            self.engine.leave_cores(self.recipe.rewards.workers)
-            groups += chunk
+        with self.engine.averaged(OLD):
+            for chunk in self.rollout.generate(
+                prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk, flow
+            ):
+                tickets.append(self.scorer.submit(reward_request(chunk, step, self.recipe.run.steps)))
+                self.engine.leave_cores(self.recipe.rewards.workers)
+                groups += chunk
         return Rollout(groups, self.version, lambda: [self.scorer.collect(ticket) for ticket in tickets])
 
     def published(self) -> tuple[int, Mapping[str, Tensor]]:

@@ -22,6 +22,7 @@ from imagerl.rl.engine.cluster import (
     refuse_ended_ray,
     refuse_too_many_gpus,
 )
+from imagerl.rl.engine.engine import OLD
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.rollout.actors import Build, Piece, RolloutActor, Weights, moved, store_weights
 from imagerl.rl.rollout.engine import with_pictures
@@ -228,7 +229,10 @@ class RayRollouts:
         if version == self._version:
             return
         self._version = version
-        whole = self.engine.state_dict(moments=False)["model"] if weights is None else weights
+        if weights is None:
+            state = self.engine.state_dict(moments=False)
+            weights = state["model"] | state.get(OLD, {})
+        whole = weights
 
         def store() -> None:
             refuse_ended_ray()

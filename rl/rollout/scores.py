@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from imagerl.rl.types import RewardScores
+from imagerl.rl.types import ImageRLError, RewardScores
 
 
 def map_samples(scores: RewardScores, rows: Callable[[np.ndarray], np.ndarray]) -> RewardScores:
@@ -23,6 +23,17 @@ def map_samples(scores: RewardScores, rows: Callable[[np.ndarray], np.ndarray]) 
         return rows(value) if isinstance(value, np.ndarray) else value
 
     return replace(scores, **{field.name: mapped(getattr(scores, field.name)) for field in fields(scores)})
+
+
+def component(scores: RewardScores, name: str) -> np.ndarray:
+    """Return the totals [B], or the raw values of a reward or a part of one. Raises ImageRLError for another name."""
+    if name == "total":
+        return scores.totals
+    if name not in scores.components:
+        raise ImageRLError(
+            f'data.curriculum.success is "{name}", and the rewards give {", ".join(["total", *scores.components])}'
+        )
+    return scores.components[name]
 
 
 def scores_of_half(scores: RewardScores, half: str, labels: Sequence[str]) -> RewardScores:

@@ -295,9 +295,16 @@ class Run(Loop):
 
     def _drawn(self, source: RolloutEngine, shown: int = 0) -> Evaluation:
         """Evaluate the held-out prompts on all processes; each of them learns the whole."""
-        settings, scorer = self.recipe.eval, self.trainer.rollouts.scorer
+        settings = self.recipe.eval
         return evaluate(
-            settings.suite, self.heldout, source, scorer, settings.batch_size, shown=shown, ranks=self.engine
+            settings.suite,
+            self.heldout,
+            source,
+            self.trainer.rollouts.scorer,
+            settings.batch_size,
+            shown=shown,
+            ranks=self.engine,
+            beside=(lambda groups: {"kl": source.kl_to_reference(groups)}) if settings.kl else None,
         )
 
     def _evaluate(self, step: int) -> None:

@@ -97,7 +97,7 @@ class SFTRun(Loop):
         self.note(f"held-out after step {step}: {shown}")
 
     def _draw_samples(self, step: int) -> None:
-        with self.engine.gathered_parameters():
+        with self.engine.averaged(), self.engine.gathered_parameters():
             if self.engine.is_main:
                 self._draw(step)
             self.engine.barrier()

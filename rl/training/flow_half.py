@@ -114,7 +114,7 @@ class FlowHalf:
         self.recipe = recipe
         self.settings: FlowConfig = settings
         self.half = policy.flow
-        self.needs_old = recipe.algorithm.updates_per_rollout > 1
+        self.needs_old = recipe.algorithm.updates_per_rollout > 1 or settings.old_policy is not None
         self.per_sequence = rollout.decodes
         self.guidance = rollout.guidance if settings.guidance is None else settings.guidance
         self.steps = settings.steps or rollout.flow_steps

@@ -86,9 +86,9 @@ def trained_module(policy: Policy, recipe: Recipe) -> nn.Module:
 
 
 def freeze_references(policy: Policy, recipe: Recipe) -> None:
-    """Remember the present policy where a KL to it is asked for."""
+    """Remember the present policy where a KL to it is asked for, in the loss or in evaluations."""
     halves, flow = trained_halves(recipe), recipe.algorithm.flow
-    if TOKENS in halves and recipe.algorithm.needs_reference:
+    if TOKENS in halves and (recipe.algorithm.needs_reference or recipe.eval.kl):
         policy.freeze_reference()
     if flow is not None and flow.kl_coef and policy.flow is not None:
         policy.flow.freeze_reference()

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from imagerl.models.base import Policy
 from imagerl.rl.algorithms.advantages import AdvantageInputs, AdvantageOutput, moved_mean, shuffled
+from imagerl.rl.algorithms.flow_matching_losses import old_policy_decay
 from imagerl.rl.algorithms.loading import load_advantages
 from imagerl.rl.config.train import Recipe
+from imagerl.rl.data.curriculum import CurriculumSampler
 from imagerl.rl.data.seeding import GroupedSampler, generator
-from imagerl.rl.engine.engine import Engine
+from imagerl.rl.engine.engine import OLD, Engine
 from imagerl.rl.rollout.picture_stats import group_stats, mean_of_groups
-from imagerl.rl.rollout.scores import average_decodes, merge_scores, scores_of_half, variance_split
+from imagerl.rl.rollout.scores import average_decodes, component, merge_scores, scores_of_half, variance_split
 from imagerl.rl.training.half import Half, train_on
-from imagerl.rl.training.halves import halves_in_training
+from imagerl.rl.training.halves import FLOW, halves_in_training
 from imagerl.rl.training.resampling import Drawn, resample
 from imagerl.rl.training.reward_stats import mixing_metrics
 from imagerl.rl.training.step_metrics import Metrics, PhaseTimer, refuse_failures, reward_metrics
@@ -55,12 +57,18 @@ class Trainer:
         self.advantages = load_advantages(recipe.algorithm)
         # Of each half's rewards so far, for that baseline; None: there were none.
         self.moving_means: dict[str, float | None] = {half.name: None for half in self.halves}
+        flow = recipe.algorithm.flow
+        self.old_policy = flow.old_policy if flow else None
+        if self.old_policy:
+            engine.keep_average(OLD, part=f"{FLOW}." if len(self.halves) > 1 else "")
         synchronise = torch.cuda.synchronize if engine.device.type == "cuda" else None
         self.timer = PhaseTimer(synchronise)
+        self._asked: list[int] = []  # prompts of the present step, by index, in the order of their scores
 
     def step(self, step: int) -> Metrics:
         """Train on the prompts of `step` (counted from 0); returns what to log."""
         self.timer.start()
+        self._asked = []
         rollout = self._roll_out(step)
         groups = rollout.groups
         if self.algorithm.max_resamples:
@@ -94,6 +102,7 @@ class Trainer:
         for half, own in zip(self.halves, zip(*updates, strict=True), strict=True):
             half.after_step(step, own)
         self._renew_reference(step)
+        metrics |= self._move_old_policy() | self._learn_of_prompts(drawn)
         return metrics
 
     # ---- what outlives a step ------------------------------------------------------------------------------
@@ -103,6 +112,8 @@ class Trainer:
         state: dict[str, Any] = {"moving_means": self.moving_means}
         if self._begun is not None:
             state["rollout"] = {"step": self._begun, "version": self.rollouts.published()[0]}
+        if isinstance(self.sampler, CurriculumSampler):
+            state["curriculum"] = self.sampler.state()
         for half in self.halves:
             state |= half.state()
         return state
@@ -118,12 +129,31 @@ class Trainer:
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Continue from what `state` and `tensors` returned."""
         self.moving_means |= state.get("moving_means", {})
+        if isinstance(self.sampler, CurriculumSampler):
+            self.sampler.restore(state["curriculum"])
         for half in self.halves:
             half.restore(state)
         if "reference" in tensors:
             self.policy.load_reference(tensors["reference"])
+        if self.old_policy:
+            self.engine.keep_average(OLD, tensors[OLD])
         if begun := state.get("rollout"):  # drawn again, by the same weights
             self._begin(begun["step"], begun["version"], tensors["published"])
+
+    def _learn_of_prompts(self, drawn: RewardScores) -> Metrics:
+        """Tell a curriculum how all prompts of the step, of all ranks, have gone."""
+        if not isinstance(self.sampler, CurriculumSampler):
+            return {}
+        asked = [index for rank in self.engine.gather_objects(self._asked) for index in rank]
+        values = component(drawn, self.sampler.settings.success)
+        return self.sampler.learn(asked, values.reshape(len(asked), -1))
+
+    def _move_old_policy(self) -> Metrics:
+        if not self.old_policy:
+            return {}
+        decay = old_policy_decay(self.engine.updates, **self.old_policy.model_dump())
+        self.engine.move_average(OLD, decay)
+        return {"flow/old_decay": decay}
 
     def _renew_reference(self, step: int) -> None:
         every = self.algorithm.reference_every
@@ -148,6 +178,7 @@ class Trainer:
             rollout, self._begun = self.rollouts.collect(step), None
             if self.recipe.rollout.max_staleness and step + 1 < self.recipe.run.steps:
                 self._begin(step + 1, version=step)
+        self._asked += [group.prompt.index for group in rollout.groups]
         return rollout
 
     def _begin(self, step: int, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -178,6 +209,7 @@ class Trainer:
         with self.timer("rollout"):
             self._start(step, prompts)
             rollout = self.rollouts.collect(step)
+        self._asked += [group.prompt.index for group in rollout.groups]
         scores = self._collect(rollout)
         return (rollout.groups, merge_scores(scores)) if rollout.groups else None
 
@@ -217,7 +249,8 @@ class Trainer:
         found: list[dict[str, list[Tensor]]] = [{} for _ in self.halves]
         with self.timer("reference"), self.engine.autocast():
             for parts, counts in self._microbatches(batches):
-                olds = self._scores(parts) if needs_old else [None] * len(parts)
+                with self.engine.averaged(OLD):
+                    olds = self._scores(parts) if needs_old else [None] * len(parts)
                 for half, part, old, fields in zip(self.halves, parts, olds, found, strict=True):
                     for name, value in half.frozen(part, old).items():
                         fields.setdefault(name, []).extend([value] if counts else [])

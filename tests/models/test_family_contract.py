@@ -14,6 +14,7 @@ from torch import Tensor
 
 from imagerl.models import families
 from imagerl.models.base import Policy
+from imagerl.models.common.flow_policy import FlowPolicy
 from imagerl.rl.commands.cli import main
 from imagerl.rl.rollout.engine import RolloutEngine, refuse_impossible
 from imagerl.rl.types import (
@@ -334,6 +335,34 @@ def test_denoising_steps_are_replayed_as_they_were_drawn(policy: Policy) -> None
     frozen = flow.reference_velocity(kept.condition, *points, 2.0)
     torch.testing.assert_close(frozen, velocity.detach(), rtol=1e-5, atol=1e-5)
     assert (flow.trainable(kept.condition, *points, 2.0) - frozen).abs().max() > 1e-4
+
+
+def test_diffusers_loads_the_adapter_of_a_decoder(policy: Policy, folder: Path, tmp_path: Path) -> None:
+    canvas = policy.prompts.canvas(PROMPTS[0])
+    if canvas.noise is None:
+        return
+    (sampling, *_) = samplings(policy)
+    rows, trajectory = drawn(policy, sampling)
+    flow = policy.train_decoder()
+    start = noise(policy, len(trajectory.tokens))
+    assert isinstance(flow, FlowPolicy) and start is not None and not flow.adapted
+    points = start[:, None], torch.full((len(start), 1), 0.5), 2.0
+    condition = flow.decoder.flow_condition(rows, trajectory)
+    flow.add_lora(2, 3.0, ["to_q", "to_out.0"])  # alpha is no multiple of the rank
+    disturb(flow.trainable, 0.3)
+    flow.save_adapter(tmp_path)
+    base = families.load_policy(str(folder))
+    base.encode(PROMPTS)
+    again = base.train_decoder()
+    assert isinstance(again, FlowPolicy)
+    with torch.no_grad():
+        wanted, before = flow.trainable(condition, *points), again.trainable(condition, *points)
+        transformer = getattr(
+            again.decoder, again.decoder.adapted
+        )  # a class of diffusers, and its own loader
+        transformer.load_lora_adapter(str(tmp_path), weight_name="pytorch_lora_weights.safetensors")
+        assert torch.equal(again.trainable(condition, *points), wanted)
+    assert (wanted - before).abs().max() > 1e-3
 
 
 def imagerl(*arguments: str) -> None:

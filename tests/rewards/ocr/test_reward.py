@@ -254,12 +254,25 @@ def test_model_folders_are_built_whole_by_several_at_once(
     assert (model_folder(weights, RECOGNISER, 96) / "inference.onnx").stat().st_size == size
 
 
+def test_share_of_the_exact_match(monkeypatch: pytest.MonkeyPatch) -> None:
+    """STQP is 3/4 of STOP, and "STOPS" holds all of it: both are no match."""
+    monkeypatch.setattr(
+        ocr_engine.OCREngine, "read", lambda *_: [[Line(t, 1.0)] for t in ("STOP", "STQP", "STOPS")]
+    )
+    blank = [Image.new("RGB", (64, 32))] * 3
+    for share, rewards in ((0.0, [1, 0.75, 1]), (0.5, [1, 0.375, 0.5]), (1.0, [1, 0, 0])):
+        reward = OCRReward(models="offline", exact_share=share)
+        scored = reward(prompts=['"STOP"'] * 3, images=blank)
+        assert list(scored.rewards) == pytest.approx(rewards) and scored.breakdown["exact_match"] == [1, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"mode": "detect"}, "mode must be full or recognise"),
         ({"models": "mine"}, "models must be auto, offline or download"),
         ({"min_confidence": 50}, r"min_confidence must lie in 0\.\.1"),
+        ({"exact_share": -0.5}, r"exact_share must lie in 0\.\.1"),
         ({"recognition_width": 10}, "recognition_width must be at least 48"),
     ],
 )

@@ -12,6 +12,7 @@ from imagerl.rl.algorithms.flow_matching_losses import (
     awm_loss,
     matching_logprobs,
     nft_loss,
+    old_policy_decay,
 )
 from imagerl.rl.algorithms.losses import loss_denominator
 from imagerl.rl.types import MatchingInputs
@@ -60,6 +61,19 @@ def example(seed: int = 0, moved: float = 0.1) -> MatchingInputs:
 def gradient(name: str, inputs: MatchingInputs, **settings: Any) -> Tensor:
     output = MATCHING_LOSSES[name](inputs, **settings)
     return torch.autograd.grad(output.loss, inputs.velocity)[0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "decays"),
+    [  # the three of the public code, by hand
+        ((0, 0.001, 0.5), {0: 0, 1: 0.001, 400: 0.4, 500: 0.5, 5000: 0.5}),
+        ((75, 0.0075, 0.999), {0: 0, 75: 0, 76: 0.0075, 208: 0.9975, 209: 0.999}),
+        ((0, 1e-9, 0.5), {0: 0, 1000: 1e-6}),
+    ],
+)
+def test_the_decay_of_the_old_policy(schedule: tuple[int, float, float], decays: dict[int, float]) -> None:
+    for updates, decay in decays.items():
+        assert old_policy_decay(updates, *schedule) == pytest.approx(decay, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", MATCHING_LOSSES)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
 from safetensors.torch import load_file, save_file
 
 from imagerl.api import exporting as export_module
@@ -314,7 +315,27 @@ def test_an_export_holds_the_trained_decoder(place: Path, tmp_path: Path, flow: 
     joint = "joint" in flow
     tokens = zip(exported.trainable.parameters(), base.trainable.parameters(), strict=True)
     assert any(not torch.equal(one, other) for one, other in tokens) == joint
-    assert main_error(tmp_path / "run", tmp_path / "adapter") == "export without --adapter"
+    if joint:
+        assert main_error(tmp_path / "run", tmp_path / "adapter") == "export without --adapter"
+        return
+    assert call("export", str(tmp_path / "run"), str(tmp_path / "adapter"), "--adapter") == 0
+    told = json.loads((tmp_path / "adapter" / PROVENANCE).read_text())
+    assert told["what"] == "a LoRA adapter in the layout of diffusers"
+    assert told["proof"].keys() == {"prompts", "tokens_sha256", "pixels_sha256"}
+    pipeline = SanaPipeline(
+        None, None, base.decoder.vae, base.decoder.sana, FlowMatchEulerDiscreteScheduler()
+    )
+    pipeline.load_lora_weights(str(tmp_path / "adapter"))
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    theirs = base.decoder.state_dict()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_has_its_own_layout_and_type(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ImageRLError, match="export without --dtype"):
+        write_export(place / "lora", tmp_path / "out", adapter_only=True, dtype=torch.bfloat16)
 
 
 def main_error(source: Path, target: Path) -> str:

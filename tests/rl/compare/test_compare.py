@@ -214,6 +214,18 @@ def test_another_process_can_take_a_part(
         assert f"another {word}" in capsys.readouterr().err
 
 
+def test_runs_do_not_begin_from_one_that_goes_on(
+    place: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = whole / "grpo" / "seed-0"
+    capsys.readouterr()
+    for resume in ((), ("--resume",)):
+        assert call(*arguments(place, "dapo", output="from_run"), f"model.path={run}", *resume) == 1
+        message = capsys.readouterr().err
+        assert f"model.path is a run, {run}, " in message and "imagerl export RUN MODEL" in message
+        assert message.count("\n") == 1 and not (place / "from_run").exists()
+
+
 def test_runs_that_another_process_has_finished_meanwhile_are_not_called_unfinished(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,8 @@ def test_a_name_sets_its_row_and_any_key_overrides_it(name: Any) -> None:
         (["algorithm.flow={name: flow_gpro}"], "flow_grpo"),
         (["algorithm.flow={name: nft}", "rollout.guidance=2.0"], "rollout.guidance is 2, but nft matches"),
         (["algorithm.flow={name: awm, guidance: 4.5}"], "algorithm.flow.guidance is 4.5, but awm matches"),
+        (["algorithm.flow={name: awm, old_policy: {}}"], "old_policy is of nft, and the loss is awm"),
+        (["algorithm.flow={name: nft, old_policy: {}}", "engine.name=deepspeed"], "set engine.name: torch"),
         (["algorithm.flow={loss: nft, sampler: ode, guidance: 0.0}"], "algorithm.flow.allow_guidance: true"),
     ],
 )

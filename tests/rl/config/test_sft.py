@@ -61,12 +61,13 @@ def test_paths_may_stand_alone(small: Path) -> None:
         ("optim.lr=1e-6", "optim.min_lr (1e-05) is more than optim.lr (1e-06)"),
         ("optim.warmup_steps=10", "optim.warmup_steps (10) must be below run.steps (10)"),
         ("engine.zero_stage=2", "engine.zero_stage needs engine.name: deepspeed"),
+        ("optim.ema=0.9", "optim.ema needs whole weights"),
         ("model.dtype=bf16", "model.dtype: bf16 needs engine.precision: bf16"),
         ("data.max_bad_share=1", '"data.max_bad_share"'),
     ],
 )
 def test_mistakes_are_one_line(small: Path, override: str, message: str) -> None:
-    overrides = [override]
+    overrides = [override, *(["engine.name=deepspeed"] if "ema" in override else [])]
     if override.startswith("kind"):
         small.write_text(SMALL.replace("kind: sft", "kind: train"))
         overrides = []

@@ -173,6 +173,8 @@ def test_mistakes_name_the_key_and_the_way_out(path: Path, override: str, parts:
     ("overrides", "part"),
     [
         (["engine.zero_stage=2"], "engine.zero_stage needs engine.name: deepspeed"),
+        (["eval.kl=true", "engine.name=deepspeed", "engine.zero_stage=3"], "which ZeRO-3 cannot"),
+        (["eval.kl=true", "algorithm.flow={}"], "eval.kl is of the tokens"),
         (["rollout.top_k=50"], "top_k and top_p must be null in training"),
         (["rollout.top_p=0.9"], "top_k and top_p must be null in training"),
         (["algorithm.kl_in=reward", "algorithm.kl_coef=0"], "algorithm.kl_coef is 0"),

@@ -70,6 +70,38 @@ def test_no_prompts_are_no_groups(policy: ImagePolicy, sample_chunk: int | None)
     assert list(engine(policy).generate([], GROUP, 0, sample_chunk=sample_chunk)) == []
 
 
+def test_drawing_keeps_no_graph(policy: ImagePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some families' decoders leave it to the engine."""
+    decode, seen = policy.decode, []
+
+    def watched(*args: Any) -> torch.Tensor:
+        seen.append(torch.is_grad_enabled())
+        return decode(*args)
+
+    monkeypatch.setattr(policy, "decode", watched)
+    draw(engine(policy))
+    assert seen == [False] and torch.is_grad_enabled()
+
+
+def test_kl_of_what_was_drawn(policy: ImagePolicy) -> None:
+    """Against k3 by hand, on log-probs that both policies give when they score the tokens."""
+    moved = lively_policy()
+    moved.freeze_reference()
+    groups, rollout = draw(engine(moved, temperature=0.7)), engine(moved, temperature=0.7)
+    assert rollout.kl_to_reference(groups) == pytest.approx([0.0] * len(PROMPTS) * GROUP, abs=1e-9)
+    with torch.no_grad():
+        moved.trainable.lm.model.norm.weight.mul_(1.1)
+    moved.refresh_sampler()
+    groups = draw(rollout)
+    rows, tokens = moved.encode(PROMPTS), tokens_of(groups)
+    with torch.no_grad():
+        new = moved.trainable(rows, tokens, rollout.sampling).logprobs
+        old = lively_policy().trainable(rows, tokens, rollout.sampling).logprobs
+    by_hand = ((old - new).exp() - (old - new) - 1).mean(1)
+    assert by_hand.min() > 1e-5
+    assert rollout.kl_to_reference(groups) == pytest.approx(by_hand.tolist(), rel=1e-3)
+
+
 def test_a_batch_is_redrawn_bit_for_bit(policy: ImagePolicy) -> None:
     first, second = draw(engine(policy)), draw(engine(policy))
     for one, two in zip(first, second, strict=True):

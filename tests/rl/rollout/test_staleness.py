@@ -129,6 +129,7 @@ def test_the_kl_is_weighed_as_the_policy_term_is() -> None:
         (["algorithm.importance_cap=null"], "set algorithm.importance_cap, for example 2"),
         (["algorithm.flow={name: flow_grpo, joint: true}", "rollout.flow_steps=3"], "remove algorithm.flow"),
         (["algorithm.kl_in=reward"], "set algorithm.kl_in: loss"),
+        (["data.curriculum={}"], "remove data.curriculum"),
         (["algorithm.max_resamples=1"], "set algorithm.max_resamples: 0"),
     ],
 )

@@ -159,9 +159,10 @@ ENGINES = {
 
 
 def resampling(place: Path) -> tuple[str, ...]:
-    """DAPO with rewards under which one rank has silent groups while the other has none."""
+    """DAPO under a curriculum, with rewards under which one rank has silent groups while the other has none."""
     reward = f"rewards.functions=[{{import_path: {place / 'reward.py'}:mostly_low}}]"
-    return ("algorithm.name=dapo", "rollout.prompts_per_step=4", "rollout.group_size=2", reward)
+    more = "data.curriculum={success: mostly_low, floor: 0.01}"
+    return ("algorithm.name=dapo", "rollout.prompts_per_step=4", "rollout.group_size=2", reward, more)
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +203,7 @@ def test_two_processes_resample_like_one(place: Path, two_ranks: str) -> None:
     assert command.wait() == 0, command.output
     alone, together = measured(place / "dapo_alone"), measured(place / "ranks_dapo")
     assert sum(line.get("rollout/resampled_groups", 0) for line in alone) >= 3
+    assert any(0 < line.get("curriculum/success", 0) < 1 for line in alone)
     for one, two in zip(alone, together, strict=True):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
 

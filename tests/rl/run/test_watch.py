@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from aiohttp.test_utils import TestClient, TestServer
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import MetricsLog
 from imagerl.rl.run.watch import distinct_names, find_runs, key_of, watch_app
+from tests.command import logged_steps
+from tests.rl.run.helpers import arguments
+from tests.small_run import Command
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -73,6 +78,31 @@ def test_a_page_that_is_known_is_not_sent_again_and_strangers_get_none(tmp_path:
     assert status == 200 and later != tag
 
 
+def _shown(address: str, profile: Path) -> str:
+    """What a browser makes of a page, seven of its seconds later."""
+    command = [BROWSER or "", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--virtual-time-budget=7000", f"--user-data-dir={profile}", address]
+    return subprocess.run(command, capture_output=True, timeout=60).stdout.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_run_that_was_killed_has_its_page(place: Path, tmp_path: Path, every: int) -> None:
+    """kill -9 in mid-run, after the first step or while pages are written: the page is whole and tells the steps."""
+    run = tmp_path / "killed"
+    given = arguments(place, "full", "killed", f"run.output_dir={run}", f"run.report_every={every}")
+    command = Command(tmp_path, *given, "checkpoint.every=0")
+    command.wait_for(lambda: 3 in logged_steps(run))
+    command.kill()
+    assert command.wait() == -signal.SIGKILL
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") and page.endswith("</html>\n")
+    told = re.search(r"step (\d) of 8", page)
+    assert told and 1 <= int(told[1]) <= logged_steps(run)[-1] and (every == 1 or told[1] == "1")
+    if BROWSER is not None:
+        assert told[0] in _shown(run.joinpath("report.html").as_uri(), tmp_path / "profile")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
 def test_a_browser_shows_the_next_step_by_itself(tmp_path: Path) -> None:
@@ -93,12 +123,7 @@ def test_a_browser_shows_the_next_step_by_itself(tmp_path: Path) -> None:
 
         app.middlewares.append(goes_on)
         async with TestServer(app) as server:
-            command = [BROWSER or "", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-            command += ["--virtual-time-budget=7000", f"--user-data-dir={tmp_path / 'profile'}"]
-            shown = await asyncio.to_thread(
-                subprocess.run, [*command, str(server.make_url("/"))], capture_output=True, timeout=60
-            )
-        return shown.stdout.decode()
+            return await asyncio.to_thread(_shown, str(server.make_url("/")), tmp_path / "profile")
 
     page = asyncio.run(look())
     assert "step 2 of 2" in page and "step 1 of 1" not in page

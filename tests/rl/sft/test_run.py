@@ -176,6 +176,34 @@ def test_the_closing_line(
     assert outcome(run) == before
 
 
+def test_the_moving_average_is_what_is_judged_and_left(place: Path) -> None:
+    """Average after step n = 3/4 of itself + 1/4 of the weights, from the model's own; resumed bit for bit."""
+    more = (
+        "optim.ema=0.75",
+        "optim.schedule=constant",
+        "run.steps=3",
+        "checkpoint={every: 1, keep: 3}",
+        "eval.every=1",
+    )
+    assert call(*arguments(place, "full", "ema", *more)) == 0
+    for steps, resume in (("run.steps=2", ()), ("run.steps=3", ("--resume",))):
+        assert call(*arguments(place, "full", "ema_parts", *more, steps, *resume)) == 0
+    assert results(place / "ema") == results(place / "ema_parts")
+    policy, _ = load_policy(str(place / "model"))
+    module = small_trainer(policy, recipe(place, *VARIANTS["full"])).module
+    average = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    for step in (1, 2, 3):
+        folder = place / "ema" / "checkpoints" / f"step_{step:06d}"
+        weights, kept = (load_file(folder / f"{name}.safetensors") for name in ("model", "average"))
+        for name in kept:
+            average[name] = 0.75 * average[name] + 0.25 * weights[name]
+            torch.testing.assert_close(kept[name], average[name], rtol=1e-6, atol=1e-7)
+    left, _ = load_policy(str(place / "ema" / "model"))
+    trained = dict(small_trainer(left, recipe(place, *VARIANTS["full"])).module.named_parameters())
+    assert all(torch.equal(trained[name], kept[name]) for name in kept)
+    assert any(not torch.equal(weights[name], kept[name]) for name in kept)
+
+
 # ---- stops, kills, resuming --------------------------------------------------------------------------------
 
 

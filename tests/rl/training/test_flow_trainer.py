@@ -138,6 +138,26 @@ def test_the_replay_never_runs_the_autoencoder() -> None:
     assert calls == [8]  # the rollout's pictures, once
 
 
+@pytest.mark.parametrize("joint", ["false", "true"])
+def test_the_old_policy_of_nft_draws_and_moves_as_its_formula_says(joint: str) -> None:
+    """After update u it keeps η = min(u / 4, 1/2) of itself: θ_old = η θ_old + (1 − η) θ."""
+    old_policy = f"algorithm.flow={{name: nft, joint: {joint}, old_policy: {{rate: 0.25, most: 0.5}}}}"
+    trainer = flow_trainer(old_policy, "run.steps=9")
+    policy: Any = trainer.policy
+    drawing, decode_steps = [], policy.flow.decode_steps
+    policy.flow.decode_steps = lambda *a: drawing.append(weights(trainer)) or decode_steps(*a)
+    old = weights(trainer)
+    for step, decay in enumerate((0.25, 0.5, 0.5)):
+        before = weights(trainer)
+        metrics = trainer.step(step)
+        assert metrics["flow/old_decay"] == decay
+        assert (metrics["flow/old_distance"] > 0) == (step > 0)
+        for name, drawn in drawing.pop().items():
+            expected = old[name] if name.startswith("decoder.") else before[name]
+            torch.testing.assert_close(drawn, expected, rtol=1e-6, atol=1e-7)
+        old = {name: decay * old[name] + (1 - decay) * now for name, now in weights(trainer).items()}
+
+
 def test_samples_without_a_reward_are_left_out() -> None:
     def failing(images: list[Any], **_: Any) -> list[float | None]:
         rewards: list[float | None] = [*brightness(images)]
@@ -222,7 +242,12 @@ def test_several_pictures_of_a_token_sequence() -> None:
 
 @pytest.mark.parametrize(
     "flow",
-    ["{name: flow_grpo}", "{name: nft, lora: {r: 2, target_modules: [to_q]}}", "{joint: true, lr: 0.001}"],
+    [
+        "{name: flow_grpo}",
+        "{name: nft, lora: {r: 2, target_modules: [to_q]}, old_policy: {rate: 0.25}}",
+        "{joint: true, lr: 0.001}",
+        "{name: nft, joint: true, old_policy: {rate: 0.25}}",
+    ],
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(flow: str) -> None:
     common = (*COMMON, f"algorithm.flow={flow}", "run.steps=3")
@@ -238,7 +263,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(flow: str) -> None:
     resumed = small_trainer(
         *common, policy=stirred(), state=stopped.engine.state_dict(), brightness=brightness
     )
-    resumed.restore(stopped.state(), stopped.tensors())
+    resumed.restore(stopped.state(), stopped.engine.state_dict() | stopped.tensors())
     assert steps(resumed, range(2, 3)) == expected[2:]
     ours, theirs = whole.engine.state_dict(), resumed.engine.state_dict()
     for group in ours:
