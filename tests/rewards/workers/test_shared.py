@@ -29,6 +29,12 @@ def gpus(images):
 
 def others(images):
     return gpus(images)
+
+class Broken:
+    def __init__(self):
+        raise ValueError("broken on purpose")
+    def __call__(self, images):
+        return [0.0] * len(images)
 """
 
 
@@ -84,9 +90,9 @@ def test_rewards_get_the_gpus_that_they_reserve(folder: Path) -> None:
 def test_a_pool_scores_for_others_and_its_end_is_one_line(folder: Path) -> None:
     specs = [{"import_path": f"{folder}/mine.py:{name}"} for name in ("brightness", "low_tokens")]
     common = {"timeout_s": 60.0, "max_restarts": 3, "columns": ()}
-    bad = [{"import_path": f"{folder}/mine.py:nothing_such"}]
+    bad = [{"import_path": f"{folder}/mine.py:Broken"}]
     broken = SharedRewards(Alone(), bad, gold=[], workers=1, **common)  # type: ignore[arg-type]
-    with pytest.raises(ImageRLError, match="nothing_such"):
+    with pytest.raises(ImageRLError, match="broken on purpose"):
         broken.wait_until_ready()
     broken.close()
     pool = SharedRewards(Alone(), specs, gold=[], workers=2, **common)  # type: ignore[arg-type]
