@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from imagerl.rl.errors import ImageRLError, one_line
 
 CONNECT_S, JOIN_S = 5.0, 30.0  # to a cluster that is said to run: a port, and the whole of it
+JOIN_OURS_S = 300.0  # to one that runs, on a machine that may be busy
 OBJECT_STORE_BYTES = 512 * 2**20  # of shared memory, for what is under way; Ray spills to disk beyond
 OURS = (
     "imagerl"  # a resource by which every process of a cluster knows that the run has started it for itself
@@ -65,9 +66,9 @@ def cluster_address() -> str | None:
     return None if address in ("", "local") else address
 
 
-def _join_cluster(address: str) -> None:
-    """Connect to a running cluster. Raises ImageRLError when that fails or takes too long: Ray itself tries for
-    minutes, for example when the variable still names yesterday's cluster."""
+def _join(name: str, address: str, remedy: str, patience_s: float, **options: str) -> None:
+    """Connect to a running cluster, `name` in words. Raises ImageRLError when that fails or takes too long: Ray itself
+    tries for minutes, for example when a variable still names yesterday's cluster."""
     import ray
 
     parts = urlsplit(address if "://" in address else f"//{address}")
@@ -78,19 +79,16 @@ def _join_cluster(address: str) -> None:
 
         def join() -> None:
             try:
-                ray.init(logging_level="error", log_to_driver=False)
+                ray.init(logging_level="error", log_to_driver=False, **options)
                 joining.set_result(None)
             except BaseException as error:
                 joining.set_exception(error)
 
         threading.Thread(target=join, daemon=True, name="ray-join").start()
-        joining.result(JOIN_S)
+        joining.result(patience_s)
     except Exception as error:
-        why = f"no answer within {JOIN_S:g} s" if isinstance(error, TimeoutError) else str(error)
-        raise ImageRLError(
-            f"no Ray cluster can be joined at RAY_ADDRESS={address} ({why}); unset RAY_ADDRESS to let the run start "
-            "its own, or set it to a cluster that runs"
-        ) from error
+        why = f"no answer within {patience_s:g} s" if isinstance(error, TimeoutError) else str(error)
+        raise ImageRLError(f"no Ray cluster can be joined at {name} ({why}); {remedy}") from error
 
 
 _reaper: subprocess.Popen[bytes] | None = None  # of the Ray that was started here
@@ -136,7 +134,8 @@ def start_ray(cpus: int, store_bytes: int = OBJECT_STORE_BYTES) -> bool:
     if ray.is_initialized():
         return False
     if address is not None:
-        _join_cluster(address)
+        remedy = "unset RAY_ADDRESS to let the run start its own, or set it to a cluster that runs"
+        _join(f"RAY_ADDRESS={address}", address, remedy, JOIN_S)
         return False
     variables = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     variables["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # GPUs stay visible to actors that reserve none
@@ -167,11 +166,13 @@ def start_ray(cpus: int, store_bytes: int = OBJECT_STORE_BYTES) -> bool:
 
 def join_ray(address: str) -> None:
     """Connect to the Ray that another process of this run has joined or started."""
+    if address.startswith("127."):  # else Ray would look for it at the address of the machine
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     ray._private.worker._worker_logs_enabled = False
     if not ray.is_initialized():
-        ray.init(address=address, logging_level="error", log_to_driver=False)
+        _join(address, address, "continue with --resume", JOIN_OURS_S, address=address)
 
 
 def free_gpus() -> dict[str, str]:
