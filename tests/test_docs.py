@@ -102,7 +102,9 @@ def test_metric_keys_are_those_of_the_trainer() -> None:
     names = (*PER_ACTION, *OTHER_SUMS)
     logged = update_metrics([dict.fromkeys(names, 1.0)], on_policy=True).keys()
     logged |= {f"advantages/{name}" for name in group_advantages(torch.tensor([0.0, 1.0]), 2).metrics}
-    logged |= {"kl/coef", "rollout/images", "rollout/resampled_groups"}  # of the trainer itself
+    logged |= {"kl/coef"} | {
+        f"rollout/{name}" for name in ("age", "images", "resampled_groups")
+    }  # of the trainer
     assert {key for key in logged if "/" in key} == described
     described = set(re.findall(r"`((?:pictures|diversity|alarm)/\w+|monitor/<gold>/\w+)`", text))
     sizes = np.zeros((2, 4, 4, 3), np.uint8), torch.zeros(2, 4)
