@@ -66,12 +66,12 @@ def cluster_address() -> str | None:
     return None if address in ("", "local") else address
 
 
-def _join(name: str, address: str, remedy: str, patience_s: float, **options: str) -> None:
+def _join(name: str, place: str, remedy: str, patience_s: float, **options: str) -> None:
     """Connect to a running cluster, `name` in words. Raises ImageRLError when that fails or takes too long: Ray itself
     tries for minutes, for example when a variable still names yesterday's cluster."""
     import ray
 
-    parts = urlsplit(address if "://" in address else f"//{address}")
+    parts = urlsplit(place if "://" in place else f"//{place}")
     try:
         if parts.port is not None:  # "auto" has none
             socket.create_connection((parts.hostname, parts.port), CONNECT_S).close()
