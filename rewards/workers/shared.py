@@ -106,9 +106,9 @@ class SharedRewards:
         try:
             address, name = processes.on_main(start)
             if not self._is_main:
-                import ray
-
                 join_ray(address)
+                import ray  # only now: see there
+
                 self._pool = ray.get_actor(name, NAMESPACE)
             self._opened = self._pool.open.remote(settings) if self._is_main else None
         except BaseException:

@@ -165,8 +165,9 @@ def start_ray(cpus: int, store_bytes: int = OBJECT_STORE_BYTES) -> bool:
 
 
 def join_ray(address: str) -> None:
-    """Connect to the Ray that another process of this run has joined or started."""
-    if address.startswith("127."):  # else Ray would look for it at the address of the machine
+    """Connect to the Ray that another process of this run has joined or started. To be called before Ray is imported,
+    which otherwise looks for one on loopback at the address of the machine, for minutes."""
+    if address.startswith("127."):
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
