@@ -13,6 +13,7 @@ from imagerl.rewards.workers.pool import RewardWorkers, read_entries, store
 from imagerl.rl.engine.cluster import (
     cluster_address,
     ended_part_of_ray,
+    how_to_join,
     join_ray,
     refuse_ended_ray,
     start_ray,
@@ -88,7 +89,7 @@ class SharedRewards:
             **{"max_restarts": max_restarts, "columns": list(columns)},
         }
 
-        def start() -> tuple[str, str]:
+        def start() -> tuple[dict[str, str], str]:
             import ray
 
             address, environment = cluster_address(), os.environ
@@ -101,12 +102,12 @@ class SharedRewards:
             name = f"rewards-{uuid.uuid4().hex}"
             options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": AT_ONCE}
             self._pool = ray.remote(PoolActor).options(**options).remote(os.getcwd(), secrets)
-            return ray.get_runtime_context().gcs_address, name
+            return how_to_join(), name
 
         try:
-            address, name = processes.on_main(start)
+            way, name = processes.on_main(start)
             if not self._is_main:
-                join_ray(address)
+                join_ray(**way)
                 import ray  # only now: see there
 
                 self._pool = ray.get_actor(name, NAMESPACE)
