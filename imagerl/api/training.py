@@ -47,8 +47,9 @@ def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet, PromptReader]:
     prompts, heldout = load_prompt_set(recipe.data.train), load_prompt_set(recipe.data.heldout)
     refuse_overlap(prompts, heldout, wanted_text)
     reader = load_prompts(recipe.model.path, recipe.model.family)
-    reader.require((*prompts, *heldout))
-    refuse_impossible(reader, prompts, training_sampling(recipe), recipe.algorithm.flow is not None)
+    every = (*prompts, *heldout)
+    reader.require(every)
+    refuse_impossible(reader, every, training_sampling(recipe), recipe.algorithm.flow is not None)
     return prompts, heldout, reader
 
 

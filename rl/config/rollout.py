@@ -28,6 +28,12 @@ class RolloutConfig(RecipeModel):
         1.0,
         description="classifier-free guidance on the logits of tokens, for families that have it; 1: none",
     )
+    thought_tokens: int = Field(
+        0,
+        ge=0,
+        le=1 << 14,
+        description="longest text that the model writes before its image tokens, trained with them; 0: none",
+    )
     shared_noise: bool = Field(False, description="one decoder noise a group: rewards differ by tokens only")
     decodes: FlowSteps = Field(
         1,

@@ -303,6 +303,10 @@ class Recipe(RecipeModel):
                 "eval.kl scores on one process at a time, which ZeRO-3 cannot; set another zero_stage"
             )
         self.optim.check(self.engine)
+        if self.rollout.thought_tokens and self.engine.zero_stage == 3:
+            raise ValueError(
+                "rollout.thought_tokens reads the head of the language model whole; set engine.zero_stage to 2 or less"
+            )
         if self.model.dtype == "bf16" and self.engine.precision != "bf16":
             raise ValueError(
                 "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "

@@ -23,7 +23,14 @@ from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.environment import leave_to_the_recipe
 from imagerl.rl.rollout.engine import RolloutEngine, reward_request
 from imagerl.rl.rollout.picture_stats import group_stats
-from imagerl.rl.types import FlowSampling, FlowTrajectory, Prompt, RewardRequest, RolloutGroup
+from imagerl.rl.types import (
+    FlowSampling,
+    FlowTrajectory,
+    Prompt,
+    RewardRequest,
+    RolloutGroup,
+    Thoughts,
+)
 
 BUCKET_BYTES = 2**28  # of weights in one object
 Build = Callable[[], tuple[RolloutEngine, nn.Module]]  # what draws, and the module whose weights train
@@ -183,10 +190,14 @@ def moved(group: RolloutGroup, device: torch.device) -> RolloutGroup:
     if flow is not None:
         condition = {name: copied(rows) for name, rows in flow.condition.items()}
         flow = FlowTrajectory(condition, copied(flow.latents), copied(flow.rollout_logprobs))
+    thoughts = group.thoughts
+    if thoughts is not None:
+        thoughts = Thoughts(*(copied(getattr(thoughts, name)) for name in Thoughts.__slots__))
     return replace(
         group,
         tokens=copied(group.tokens),
         rollout_logprobs=copied(group.rollout_logprobs),
         action_mask=copied(group.action_mask),
         flow=flow,
+        thoughts=thoughts,
     )

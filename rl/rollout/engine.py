@@ -30,6 +30,7 @@ from imagerl.rl.types import (
     RolloutGroup,
     Rows,
     SamplingParams,
+    Thoughts,
     TokenTrajectory,
     select,
 )
@@ -51,6 +52,7 @@ def training_sampling(recipe: Recipe) -> SamplingParams:
         settings.shared_noise,
         settings.decodes,
         settings.token_guidance,
+        settings.thought_tokens,
     )
 
 
@@ -81,6 +83,16 @@ def refuse_impossible(
             f"token_guidance is {sampling.token_guidance:g}, but this model writes its tokens without guidance; set it "
             "to 1"
         )
+    if sampling.thought_tokens:
+        room = reader.thought_room - reader.longest([*prompts])
+        if sampling.thought_tokens > room:
+            fits = (
+                f"has room for {max(room, 0)}" if reader.thought_room else "writes no text before a picture"
+            )
+            raise ImageRLError(
+                f"thought_tokens is {sampling.thought_tokens}, but this model {fits}; set it to {max(room, 0)}"
+                f"{' or less' if room > 0 else ''}"
+            )
     if all(reader.canvas(prompt).noise is not None for prompt in prompts):
         return
     for wanted, what in (
@@ -137,16 +149,39 @@ class RolloutEngine:
 
     def uniforms(self, occasion: int | str, prompts: Sequence[Prompt], group_size: int) -> Tensor:
         """Draw [P·G, T] float64 in [0, 1): one number per token."""
+        count = self.policy.prompts.canvas(prompts[0]).tokens
+        return self._uniforms("tokens", count, occasion, prompts, group_size)
+
+    def _uniforms(
+        self, of: str, count: int, occasion: int | str, prompts: Sequence[Prompt], group_size: int
+    ) -> Tensor:
         rows = [
             torch.rand(
-                self.policy.prompts.canvas(prompt).tokens,
-                generator=generator(self.seed, "tokens", occasion, prompt.index, sample),
+                count,
+                generator=generator(self.seed, of, occasion, prompt.index, sample),
                 dtype=torch.float64,
             )
             for prompt in prompts
             for sample in range(group_size)
         ]
         return torch.stack(rows)
+
+    def trajectory(
+        self, prompts: Sequence[Prompt], group_size: int, occasion: int | str
+    ) -> tuple[Rows, Thoughts | None, TokenTrajectory]:
+        """Draw the tokens [B] of prompts of one canvas: encoded prompts, thoughts where `thought_tokens` asks for them,
+        and what follows. With thoughts there is a row of the prompts for each sample."""
+        encoded, thoughts = self.policy.encode(prompts), None
+        if count := self.sampling.thought_tokens:
+            uniforms = self._uniforms("thoughts", count, occasion, prompts, group_size)
+            thoughts = self.policy.think(encoded, uniforms, self.sampling)
+            encoded = self.policy.after_thoughts(encoded, thoughts)
+        uniforms = self.uniforms(occasion, prompts, group_size)
+        return encoded, thoughts, self.policy.sample_tokens(encoded, uniforms, self.sampling)
+
+    def thoughts_of(self, groups: Sequence[RolloutGroup]) -> list[str]:
+        """Return what was written before the first sample of each group, "" for nothing."""
+        return [self.policy.thought_texts(one.thoughts)[0] if one.thoughts else "" for one in groups]
 
     def noise(self, occasion: int | str, prompts: Sequence[Prompt], group_size: int) -> Tensor | None:
         """Draw [P·G·M, C, h, w] decoder noise; with `shared_noise` the m-th is the same for all samples of a prompt.
@@ -215,16 +250,16 @@ class RolloutEngine:
         draws as it says and the groups keep its stochastic steps."""
         for together in self._chunks(prompts, sample_chunk):
             together = [with_pictures(prompt) for prompt in together]
-            encoded = self.policy.encode(together)
-            uniforms = self.uniforms(occasion, together, group_size)
-            trajectory = self.policy.sample_tokens(encoded, uniforms, self.sampling)
+            encoded, thoughts, trajectory = self.trajectory(together, group_size, occasion)
             first = 0
             for part in _chunks(together, decode_chunk):
                 own = slice(first, first + len(part))
                 first += len(part)
-                rows = trajectory.rows(slice(own.start * group_size, own.stop * group_size))
-                images, steps = self._decode(part, select(encoded, own), rows, group_size, occasion, flow)
-                yield list(_groups(part, rows, images, steps))
+                samples = slice(own.start * group_size, own.stop * group_size)
+                given = select(encoded, samples if thoughts else own)
+                rows = trajectory.rows(samples)
+                images, steps = self._decode(part, given, rows, group_size, occasion, flow)
+                yield list(_groups(part, thoughts and thoughts.rows(samples), rows, images, steps))
 
     def _chunks(self, prompts: Sequence[Prompt], size: int | None) -> Iterator[Sequence[Prompt]]:
         """Yield at most `size` prompts at a time whose pictures are of the same sizes."""
@@ -304,14 +339,16 @@ def _chunks(prompts: Sequence[Prompt], size: int | None) -> Iterator[Sequence[Pr
 
 def _groups(
     prompts: Sequence[Prompt],
+    thoughts: Thoughts | None,
     trajectory: TokenTrajectory,
     images: np.ndarray,
     steps: FlowTrajectory | None,
 ) -> Iterator[RolloutGroup]:
-    """Return the groups of some prompts, whose samples are those of trajectory, images and steps."""
+    """Return the groups of some prompts, whose samples are those of thoughts, trajectory, images and steps."""
     size, drawn = len(trajectory.tokens) // len(prompts), len(images) // len(prompts)
     for number, prompt in enumerate(prompts):
-        own = trajectory.rows(slice(number * size, (number + 1) * size))
+        samples = slice(number * size, (number + 1) * size)
+        own = trajectory.rows(samples)
         yield RolloutGroup(
             prompt=prompt,
             tokens=own.tokens,
@@ -319,21 +356,23 @@ def _groups(
             action_mask=own.action_mask,
             images=images[number * drawn : (number + 1) * drawn],
             flow=steps.part(number, len(prompts)) if steps is not None else None,
+            thoughts=thoughts and thoughts.rows(samples),
         )
 
 
 def with_sources(
-    images: Sequence[np.ndarray], prompts: Sequence[Prompt]
+    images: Sequence[np.ndarray], prompts: Sequence[Prompt], thoughts: Sequence[str] = ()
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Return pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
+    """Return pictures [H, W, 3] and their captions, with the thoughts that were written before; before an edit's comes
+    the picture that it starts from."""
     prompts = [with_pictures(prompt) for prompt in prompts]
     shown: list[np.ndarray] = []
     captions: list[str] = []
-    for image, prompt in zip(images, prompts, strict=True):
+    for image, prompt, thought in zip(images, prompts, thoughts or [""] * len(prompts), strict=True):
         if prompt.reference is not None:
             source = prompt.reference.convert("RGB").resize((image.shape[1], image.shape[0]))
             shown.append(np.asarray(source))
             captions.append("to edit")
         shown.append(image)
-        captions.append(prompt.text)
+        captions.append(f"{prompt.text} · {thought}" if thought else prompt.text)
     return shown, captions
