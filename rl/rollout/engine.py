@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import product
@@ -16,6 +16,7 @@ from torch import Tensor
 from imagerl.models.base import Policy, PromptReader
 from imagerl.rl.algorithms.kl import k3
 from imagerl.rl.data.seeding import generator
+from imagerl.rl.engine.engine import OLD
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.reading import read_picture
 from imagerl.rl.types import (
@@ -24,15 +25,19 @@ from imagerl.rl.types import (
     FlowTrajectory,
     Prompt,
     RewardRequest,
+    RewardScorer,
+    Rollout,
     RolloutGroup,
     Rows,
     SamplingParams,
+    Thoughts,
     TokenTrajectory,
     select,
 )
 
 if TYPE_CHECKING:
     from imagerl.rl.config.train import Recipe
+    from imagerl.rl.engine.engine import Engine
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -47,6 +52,7 @@ def training_sampling(recipe: Recipe) -> SamplingParams:
         settings.shared_noise,
         settings.decodes,
         settings.token_guidance,
+        settings.thought_tokens,
     )
 
 
@@ -77,6 +83,16 @@ def refuse_impossible(
             f"token_guidance is {sampling.token_guidance:g}, but this model writes its tokens without guidance; set it "
             "to 1"
         )
+    if sampling.thought_tokens:
+        room = reader.thought_room - reader.longest([*prompts])
+        if sampling.thought_tokens > room:
+            fits = (
+                f"has room for {max(room, 0)}" if reader.thought_room else "writes no text before a picture"
+            )
+            raise ImageRLError(
+                f"thought_tokens is {sampling.thought_tokens}, but this model {fits}; set it to {max(room, 0)}"
+                f"{' or less' if room > 0 else ''}"
+            )
     if all(reader.canvas(prompt).noise is not None for prompt in prompts):
         return
     for wanted, what in (
@@ -133,16 +149,39 @@ class RolloutEngine:
 
     def uniforms(self, occasion: int | str, prompts: Sequence[Prompt], group_size: int) -> Tensor:
         """Draw [P·G, T] float64 in [0, 1): one number per token."""
+        count = self.policy.prompts.canvas(prompts[0]).tokens
+        return self._uniforms("tokens", count, occasion, prompts, group_size)
+
+    def _uniforms(
+        self, of: str, count: int, occasion: int | str, prompts: Sequence[Prompt], group_size: int
+    ) -> Tensor:
         rows = [
             torch.rand(
-                self.policy.prompts.canvas(prompt).tokens,
-                generator=generator(self.seed, "tokens", occasion, prompt.index, sample),
+                count,
+                generator=generator(self.seed, of, occasion, prompt.index, sample),
                 dtype=torch.float64,
             )
             for prompt in prompts
             for sample in range(group_size)
         ]
         return torch.stack(rows)
+
+    def trajectory(
+        self, prompts: Sequence[Prompt], group_size: int, occasion: int | str
+    ) -> tuple[Rows, Thoughts | None, TokenTrajectory]:
+        """Draw the tokens [B] of prompts of one canvas: encoded prompts, thoughts where `thought_tokens` asks for them,
+        and what follows. With thoughts there is a row of the prompts for each sample."""
+        encoded, thoughts = self.policy.encode(prompts), None
+        if count := self.sampling.thought_tokens:
+            uniforms = self._uniforms("thoughts", count, occasion, prompts, group_size)
+            thoughts = self.policy.think(encoded, uniforms, self.sampling)
+            encoded = self.policy.after_thoughts(encoded, thoughts)
+        uniforms = self.uniforms(occasion, prompts, group_size)
+        return encoded, thoughts, self.policy.sample_tokens(encoded, uniforms, self.sampling)
+
+    def thoughts_of(self, groups: Sequence[RolloutGroup]) -> list[str]:
+        """Return what was written before the first sample of each group, "" for nothing."""
+        return [self.policy.thought_texts(one.thoughts)[0] if one.thoughts else "" for one in groups]
 
     def noise(self, occasion: int | str, prompts: Sequence[Prompt], group_size: int) -> Tensor | None:
         """Draw [P·G·M, C, h, w] decoder noise; with `shared_noise` the m-th is the same for all samples of a prompt.
@@ -211,16 +250,16 @@ class RolloutEngine:
         draws as it says and the groups keep its stochastic steps."""
         for together in self._chunks(prompts, sample_chunk):
             together = [with_pictures(prompt) for prompt in together]
-            encoded = self.policy.encode(together)
-            uniforms = self.uniforms(occasion, together, group_size)
-            trajectory = self.policy.sample_tokens(encoded, uniforms, self.sampling)
+            encoded, thoughts, trajectory = self.trajectory(together, group_size, occasion)
             first = 0
             for part in _chunks(together, decode_chunk):
                 own = slice(first, first + len(part))
                 first += len(part)
-                rows = trajectory.rows(slice(own.start * group_size, own.stop * group_size))
-                images, steps = self._decode(part, select(encoded, own), rows, group_size, occasion, flow)
-                yield list(_groups(part, rows, images, steps))
+                samples = slice(own.start * group_size, own.stop * group_size)
+                given = select(encoded, samples if thoughts else own)
+                rows = trajectory.rows(samples)
+                images, steps = self._decode(part, given, rows, group_size, occasion, flow)
+                yield list(_groups(part, thoughts and thoughts.rows(samples), rows, images, steps))
 
     def _chunks(self, prompts: Sequence[Prompt], size: int | None) -> Iterator[Sequence[Prompt]]:
         """Yield at most `size` prompts at a time whose pictures are of the same sizes."""
@@ -250,6 +289,49 @@ class RolloutEngine:
         return to_uint8(pictures), steps
 
 
+class LocalRollouts:
+    """Rollouts in this process, with the weights that train: drawn when they are collected, not before, as nothing
+    runs beside. Rewards score the first pictures while the next are drawn."""
+
+    def __init__(self, recipe: Recipe, rollout: RolloutEngine, scorer: RewardScorer, engine: Engine) -> None:
+        self.recipe = recipe
+        self.rollout = rollout
+        self.scorer = scorer
+        self.engine = engine
+        self.version = 0
+        self._asked: tuple[Sequence[Prompt], FlowSampling | None] = (), None
+
+    def wait_until_ready(self) -> None:
+        """Do nothing: there is nothing to wait for."""
+
+    def publish(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Lay the present weights out for sampling: the sampler has its own copy, which an update leaves behind."""
+        with self.engine.gathered_parameters():
+            self.rollout.policy.refresh_sampler()
+        self.version = version
+
+    def start(self, step: int, prompts: Sequence[Prompt], flow: FlowSampling | None) -> None:
+        self._asked = prompts, flow
+
+    def collect(self, step: int) -> Rollout:
+        settings, (prompts, flow) = self.recipe.rollout, self._asked
+        groups, tickets = [], []
+        with self.engine.averaged(OLD):
+            for chunk in self.rollout.generate(
+                prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk, flow
+            ):
+                tickets.append(self.scorer.submit(reward_request(chunk, step, self.recipe.run.steps)))
+                self.engine.leave_cores(self.recipe.rewards.workers)
+                groups += chunk
+        return Rollout(groups, self.version, lambda: [self.scorer.collect(ticket) for ticket in tickets])
+
+    def published(self) -> tuple[int, Mapping[str, Tensor]]:
+        return self.version, {}
+
+    def close(self) -> None:
+        """Do nothing: nothing runs beside."""
+
+
 def _chunks(prompts: Sequence[Prompt], size: int | None) -> Iterator[Sequence[Prompt]]:
     size = size or max(len(prompts), 1)  # a rank may have none, as when others replace silent groups
     return (prompts[start : start + size] for start in range(0, len(prompts), size))
@@ -257,14 +339,16 @@ def _chunks(prompts: Sequence[Prompt], size: int | None) -> Iterator[Sequence[Pr
 
 def _groups(
     prompts: Sequence[Prompt],
+    thoughts: Thoughts | None,
     trajectory: TokenTrajectory,
     images: np.ndarray,
     steps: FlowTrajectory | None,
 ) -> Iterator[RolloutGroup]:
-    """Return the groups of some prompts, whose samples are those of trajectory, images and steps."""
+    """Return the groups of some prompts, whose samples are those of thoughts, trajectory, images and steps."""
     size, drawn = len(trajectory.tokens) // len(prompts), len(images) // len(prompts)
     for number, prompt in enumerate(prompts):
-        own = trajectory.rows(slice(number * size, (number + 1) * size))
+        samples = slice(number * size, (number + 1) * size)
+        own = trajectory.rows(samples)
         yield RolloutGroup(
             prompt=prompt,
             tokens=own.tokens,
@@ -272,21 +356,23 @@ def _groups(
             action_mask=own.action_mask,
             images=images[number * drawn : (number + 1) * drawn],
             flow=steps.part(number, len(prompts)) if steps is not None else None,
+            thoughts=thoughts and thoughts.rows(samples),
         )
 
 
 def with_sources(
-    images: Sequence[np.ndarray], prompts: Sequence[Prompt]
+    images: Sequence[np.ndarray], prompts: Sequence[Prompt], thoughts: Sequence[str] = ()
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Return pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
+    """Return pictures [H, W, 3] and their captions, with the thoughts that were written before; before an edit's comes
+    the picture that it starts from."""
     prompts = [with_pictures(prompt) for prompt in prompts]
     shown: list[np.ndarray] = []
     captions: list[str] = []
-    for image, prompt in zip(images, prompts, strict=True):
+    for image, prompt, thought in zip(images, prompts, thoughts or [""] * len(prompts), strict=True):
         if prompt.reference is not None:
             source = prompt.reference.convert("RGB").resize((image.shape[1], image.shape[0]))
             shown.append(np.asarray(source))
             captions.append("to edit")
         shown.append(image)
-        captions.append(prompt.text)
+        captions.append(f"{prompt.text} · {thought}" if thought else prompt.text)
     return shown, captions

@@ -300,7 +300,7 @@ class Run(Loop):
             settings.suite,
             self.heldout,
             source,
-            self.trainer.scorer,
+            self.trainer.rollouts.scorer,
             settings.batch_size,
             shown=shown,
             ranks=self.engine,
@@ -324,7 +324,7 @@ class Run(Loop):
     def _measure(self, step: int) -> None:
         settings, count = self.recipe.eval, self.recipe.run.sample_prompts
         if step == 0 and self.engine.is_main:
-            try_rewards(settings.suite, self.heldout, self.eval_rollout, self.trainer.scorer)
+            try_rewards(settings.suite, self.heldout, self.eval_rollout, self.trainer.rollouts.scorer)
         evaluation = self._drawn(self.eval_rollout, count)
         self.first = self.first or evaluation.per_prompt
         self.last = evaluation.per_prompt
@@ -349,9 +349,11 @@ class Run(Loop):
         with self._ready_to_draw():
             if self.engine.is_main:
                 parts = self.eval_rollout.generate(prompts, 1, f"eval {self.recipe.eval.suite}")
-                drawn = {group.prompt.index: group.images[0] for part in parts for group in part}
+                drawn = {group.prompt.index: group for part in parts for group in part}
         if self.engine.is_main:
-            self._show(step, *with_sources([drawn[prompt.index] for prompt in prompts], prompts))
+            groups = [drawn[prompt.index] for prompt in prompts]
+            thoughts = self.eval_rollout.thoughts_of(groups)
+            self._show(step, *with_sources([group.images[0] for group in groups], prompts, thoughts))
 
     def _tensors(self) -> StateDict:
         own = self.trainer.tensors() if self.engine.is_main else {}

@@ -25,13 +25,23 @@ from imagerl.rl.config.train import Recipe
 from imagerl.rl.rollout.engine import training_sampling
 from imagerl.rl.rollout.scores import average_decodes
 from imagerl.rl.training.half import HalfLoss, reward_inputs
-from imagerl.rl.training.step_metrics import Metrics, microbatch_sums, refuse_gap, replay_gap, update_metrics
+from imagerl.rl.training.step_metrics import (
+    THOUGHT,
+    Metrics,
+    microbatch_sums,
+    refuse_gap,
+    replay_gap,
+    thought_metrics,
+    thought_sums,
+    update_metrics,
+)
 from imagerl.rl.types import (
     LossInputs,
     RewardScores,
     RolloutGroup,
     Rows,
     SamplingParams,
+    Thoughts,
     TokenScores,
     TrainBatch,
     repeat,
@@ -39,6 +49,13 @@ from imagerl.rl.types import (
 )
 
 Gather = Callable[[Any], list[Any]]
+
+
+def joined(parts: Sequence[Thoughts]) -> Thoughts | None:
+    """Put the thoughts of groups one after the other; None: there are none."""
+    if not parts:
+        return None
+    return Thoughts(*(torch.cat([getattr(part, name) for part in parts]) for name in Thoughts.__slots__))
 
 
 class TokenHalf:
@@ -57,6 +74,9 @@ class TokenHalf:
         self.policy_loss = load_loss(recipe.algorithm)
         self.sampled_with = training_sampling(recipe)
         self._weigh_kl(recipe.algorithm.kl_coef)  # adapted where there is a target
+        self.stale = (
+            recipe.rollout.max_staleness > 0
+        )  # older weights draw, whose samples the KL's mean is not over
         self.several = recipe.algorithm.updates_per_rollout > 1
         self.choosy = recipe.algorithm.top_entropy < 1
         self.needs_old = self.several or self.choosy
@@ -69,11 +89,20 @@ class TokenHalf:
         encoded = self.policy.encode([group.prompt for group in groups], to_draw=False)
         size = len(groups[0].tokens)
         tokens = torch.cat([group.tokens for group in groups])
+        action_mask = torch.cat([group.action_mask for group in groups])
+        rollout_logprobs = torch.cat([group.rollout_logprobs for group in groups])
+        thoughts = joined([group.thoughts for group in groups if group.thoughts])
+        if thoughts is None:
+            rows = repeat(encoded, size)
+        else:
+            rows = self.policy.after_thoughts(encoded, thoughts)
+            action_mask = torch.cat([thoughts.action_mask, action_mask], dim=1)
+            rollout_logprobs = torch.cat([thoughts.rollout_logprobs, rollout_logprobs], dim=1)
         return TrainBatch(
-            prompts=repeat(encoded, size),
+            prompts=rows,
             tokens=tokens,
-            action_mask=torch.cat([group.action_mask for group in groups]),
-            rollout_logprobs=torch.cat([group.rollout_logprobs for group in groups]),
+            action_mask=action_mask,
+            rollout_logprobs=rollout_logprobs,
             old_logprobs=None,
             ref_logprobs=None,
             advantages=torch.zeros(len(groups) * size, 1, device=tokens.device),
@@ -84,7 +113,8 @@ class TokenHalf:
         group = self.recipe.rollout.group_size
         engine = self.recipe.engine
         together = engine.micro_batch_size % group == 0 and not engine.activation_checkpointing
-        share = group if together else 1
+        # After thoughts of their own samples have no prompt in common.
+        share = group if together and not self.sampled_with.thought_tokens else 1
         return select(part.prompts, slice(None, None, share)), part.tokens, self.sampled_with
 
     def frozen(self, part: TrainBatch, old: TokenScores | None) -> dict[str, Tensor]:
@@ -119,7 +149,7 @@ class TokenHalf:
 
     def denominator(self, batch: TrainBatch) -> float:
         """Return this rank's part of the loss's denominator."""
-        return loss_denominator(batch.action_mask, self.algorithm.normaliser, batch.tokens.shape[1])
+        return loss_denominator(batch.action_mask, self.algorithm.normaliser, batch.action_mask.shape[1])
 
     def loss(self, scores: TokenScores, part: TrainBatch, denominator: float) -> HalfLoss:
         """Compute the policy loss of a microbatch with its entropy bonus."""
@@ -134,6 +164,7 @@ class TokenHalf:
             action_mask=mask,
             denominator=denominator,
             policy_weights=policy_weights(old, part.rollout_logprobs, mask, cap, part.selected),
+            kl_weights=policy_weights(old, part.rollout_logprobs, mask, cap, None) if self.stale else None,
         )
         output = self.policy_loss(inputs, **self.settings)
         loss = output.loss
@@ -141,6 +172,8 @@ class TokenHalf:
             weights = action_weights(mask, algorithm.normaliser).to(loss.dtype)
             loss = loss - algorithm.entropy_coef * (weights * scores.entropy).sum() / denominator
         sums = output.metrics | microbatch_sums(inputs, part, scores, cap) | {"loss": output.loss.detach()}
+        if self.sampled_with.thought_tokens:
+            sums |= thought_sums(inputs, scores, self.sampled_with.thought_tokens)
         return HalfLoss(loss, sums, replay_gap(inputs, part).max())
 
     def refuse_gap(self, gap: float) -> None:
@@ -156,7 +189,8 @@ class TokenHalf:
 
     def metrics(self, updates: Sequence[Metrics]) -> Metrics:
         """Return means per token of the last update; see docs/run-folder.md."""
-        metrics = update_metrics(updates, on_policy=not self.several)
+        own = [{name: update[name] for name in update if not name.startswith(THOUGHT)} for update in updates]
+        metrics = update_metrics(own, on_policy=not self.several) | thought_metrics(updates)
         if self.algorithm.kl_target is not None:
             metrics["kl/coef"] = self.kl_coef
         return metrics
