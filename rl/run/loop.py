@@ -351,8 +351,7 @@ class Run(Loop):
                 parts = self.eval_rollout.generate(prompts, 1, f"eval {self.recipe.eval.suite}")
                 drawn = {group.prompt.index: group for part in parts for group in part}
         if self.engine.is_main:
-            groups = [drawn[prompt.index] for prompt in prompts]
-            thoughts = self.eval_rollout.thoughts_of(groups)
+            thoughts = self.eval_rollout.thoughts_of(groups := [drawn[prompt.index] for prompt in prompts])
             self._show(step, *with_sources([group.images[0] for group in groups], prompts, thoughts))
 
     def _tensors(self) -> StateDict:
