@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -109,6 +109,14 @@ class DecoderPolicy(Protocol):
     def load_adapter(self, folder: Path) -> None:
         """Put the adapters in a folder onto the decoder, as diffusers does."""
         ...
+
+
+class SupervisedScores(NamedTuple):
+    """Losses of B given pictures, each [B] float32: sums of −log p over tokens, and the mean squared flow residual."""
+
+    image_nll: Tensor  # over the T image tokens, with BLIP3o-NEXT also the closing `<im_end>`
+    prompt_nll: Tensor  # over the prompt's own tokens; 0 when it is not trained on
+    flow: Tensor  # 0 where the decoder does not learn
 
 
 class Lessons(Protocol):

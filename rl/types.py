@@ -127,14 +127,6 @@ class TokenScores(NamedTuple):
     entropy: Tensor  # [B, T] float32, nats, of the same distribution
 
 
-class SupervisedScores(NamedTuple):
-    """Losses of B given pictures, each [B] float32: sums of −log p over tokens, and the mean squared flow residual."""
-
-    image_nll: Tensor  # over the T image tokens, with BLIP3o-NEXT also the closing `<im_end>`
-    prompt_nll: Tensor  # over the prompt's own tokens; 0 when it is not trained on
-    flow: Tensor  # 0 where the decoder does not learn
-
-
 @dataclass(frozen=True, slots=True)
 class FlowSampling:
     """The decoder's sampling where denoising steps are actions: FlowSampling("sde", 0.7, range(0, 3), 1.0, 4)."""

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from imagerl.models.base import SupervisedScores
 from imagerl.models.common.supervised import noise_levels, token_nll
-from imagerl.rl.types import Prompt, Rows, SupervisedScores
+from imagerl.rl.types import Prompt, Rows
 
 if TYPE_CHECKING:
     from imagerl.models.blip3o_next.policy import ImagePolicy

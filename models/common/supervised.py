@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from imagerl.rl.types import Prompt, Rows, SamplingParams, SupervisedScores
+from imagerl.models.base import SupervisedScores
+from imagerl.rl.types import Prompt, Rows, SamplingParams
 
 if TYPE_CHECKING:
     from imagerl.models.common.policy import BasePolicy

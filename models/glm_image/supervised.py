@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from imagerl.models.base import SupervisedScores
 from imagerl.models.common.supervised import TokenLessons, TokenModule
-from imagerl.rl.types import Prompt, Rows, SupervisedScores, TokenTrajectory
+from imagerl.rl.types import Prompt, Rows, TokenTrajectory
 
 if TYPE_CHECKING:
     from imagerl.models.glm_image.policy import GlmImagePolicy

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imagerl.models.base import Lessons, Policy
+from imagerl.models.base import Lessons, Policy, SupervisedScores
 from imagerl.rl.config.sft import SFTRecipe
 from imagerl.rl.data.image_data import Drawn, ImageStream
 from imagerl.rl.data.image_files import REASONS, Example
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.engine.engine import Engine
 from imagerl.rl.training.step_metrics import PhaseTimer
-from imagerl.rl.types import Prompt, Rows, SupervisedScores
+from imagerl.rl.types import Prompt, Rows
 
 
 @dataclass(slots=True)
