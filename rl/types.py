@@ -59,11 +59,14 @@ def repeat(rows: Rows, times: int) -> Rows:
 
 
 class Canvas(NamedTuple):
-    """The sizes of a picture: Canvas(64, (32, 64), (24, 4, 8)) with the tiny model."""
+    """The sizes of a picture: Canvas(64, (32, 64), (24, 4, 8), (4, 16)) with the tiny model."""
 
     tokens: int  # T that are drawn of it
     pixels: tuple[int, int]  # H, W
     noise: tuple[int, int, int] | None  # C, h, w that its decoder begins from; None: it needs none
+    grid: tuple[int, int] | None = (
+        None  # rows and columns on which its tokens lie, row by row; None: no such grid
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +257,9 @@ class RewardOutput:
     rewards: Sequence[float | None]
     breakdown: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     reason: str | None = None
+    # Of each sample's picture, for algorithm.region_credit: [(value, left, top, right, bottom), ...], sides in [0, 1].
+    # All samples of a prompt have the same regions in the same order, such as one a letter of the text; empty: none.
+    regions: Sequence[Sequence[Sequence[float]]] = ()
 
 
 @runtime_checkable
@@ -303,6 +309,8 @@ class RewardScores:
     weights: dict[str, float] = field(default_factory=dict)
     # Totals [B] of "tokens" and "flow" where some rewards teach one half only; empty: both learn from `totals`.
     halves: dict[str, np.ndarray] = field(default_factory=dict)
+    # Regions [B, K, 5] by "<reward>" where it tells some, values times the reward's weight; NaN where there are fewer.
+    regions: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

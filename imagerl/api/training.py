@@ -44,7 +44,10 @@ def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet, PromptReader]:
     refuse_overlap(prompts, heldout, wanted_text)
     reader = load_prompts(recipe.model.path, recipe.model.family)
     reader.require((*prompts, *heldout))
-    refuse_impossible(reader, prompts, training_sampling(recipe), recipe.algorithm.flow is not None)
+    algorithm = recipe.algorithm
+    refuse_impossible(
+        reader, prompts, training_sampling(recipe), algorithm.flow is not None, algorithm.region_credit > 0
+    )
     return prompts, heldout, reader
 
 

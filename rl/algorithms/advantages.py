@@ -23,17 +23,20 @@ class AdvantageInputs:
     action_mask: Tensor  # [B, N] bool
     penalty: Tensor | None = None  # [B, N] float64: what the KL of each action takes from the reward
     moving_mean: float | None = None  # of the rewards of earlier steps; None: there were none
+    credit: Tensor | None = None  # [B, N] float64: what each action is given beside its sample's advantage
 
     @staticmethod
     def join(parts: Sequence[AdvantageInputs]) -> AdvantageInputs:
         """Join the samples of consecutive ranks."""
         penalties = [part.penalty for part in parts if part.penalty is not None]
+        credits = [part.credit for part in parts if part.credit is not None]
         return replace(
             parts[0],
             rewards=torch.cat([part.rewards for part in parts]),
             components=torch.cat([part.components for part in parts]),
             action_mask=torch.cat([part.action_mask for part in parts]),
             penalty=torch.cat(penalties) if penalties else None,
+            credit=torch.cat(credits) if credits else None,
         )
 
 
@@ -50,6 +53,11 @@ class AdvantageOutput:
     def rows(self, which: slice) -> AdvantageOutput:
         """Select some samples; counts and metrics stay those of all."""
         return replace(self, advantages=self.advantages[which], valid=self.valid[which])
+
+    def with_credit(self, credit: Tensor) -> AdvantageOutput:
+        """Add credit [B, N] to the advantages of the actions of valid samples."""
+        whole = self.advantages if self.advantages.ndim == 2 else self.advantages[:, None]
+        return replace(self, advantages=whole + credit.to(whole.dtype) * self.valid[:, None])
 
 
 def advantages_of(

@@ -335,6 +335,12 @@ class Recipe(RecipeModel):
             raise ValueError(
                 "eval.kl scores on one process at a time, which ZeRO-3 cannot; set another zero_stage"
             )
+        if self.algorithm.region_credit and (
+            self.rollout.decodes > 1 or (flow is not None and not flow.joint)
+        ):
+            raise ValueError(
+                "algorithm.region_credit goes to the tokens of one picture; train the tokens, with rollout.decodes: 1"
+            )
         self.optim.check(self.engine)
         if self.model.dtype == "bf16" and self.engine.precision != "bf16":
             raise ValueError(

@@ -69,9 +69,19 @@ def to_uint8(pictures: Tensor) -> np.ndarray:
 
 
 def refuse_impossible(
-    reader: PromptReader, prompts: Iterable[Prompt], sampling: SamplingParams, flow: bool = False
+    reader: PromptReader,
+    prompts: Iterable[Prompt],
+    sampling: SamplingParams,
+    flow: bool = False,
+    regions: bool = False,
 ) -> None:
-    """Raise ImageRLError for settings that a model cannot draw by; with `flow` its denoising steps are to train."""
+    """Raise ImageRLError for settings that a model cannot draw by; with `flow` its denoising steps are to train, with
+    `regions` its tokens must lie on a grid."""
+    if regions and any(reader.canvas(prompt).grid is None for prompt in prompts):
+        raise ImageRLError(
+            "algorithm.region_credit needs tokens that lie on one grid over the picture, and this model's do not; set "
+            "it to 0"
+        )
     if sampling.token_guidance != 1 and not reader.token_guided:
         raise ImageRLError(
             f"token_guidance is {sampling.token_guidance:g}, but this model writes its tokens without guidance; set it "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from imagerl.models.base import Policy
 from imagerl.rl.algorithms.advantages import AdvantageInputs
+from imagerl.rl.algorithms.credit import region_credit
 from imagerl.rl.algorithms.kl import adapted_coef, kl_penalty
 from imagerl.rl.algorithms.loading import load_loss, loss_settings
 from imagerl.rl.algorithms.losses import (
@@ -27,6 +28,7 @@ from imagerl.rl.rollout.scores import average_decodes
 from imagerl.rl.training.half import HalfLoss, reward_inputs
 from imagerl.rl.training.step_metrics import Metrics, microbatch_sums, refuse_gap, replay_gap, update_metrics
 from imagerl.rl.types import (
+    ImageRLError,
     LossInputs,
     RewardScores,
     RolloutGroup,
@@ -57,6 +59,7 @@ class TokenHalf:
         self.policy_loss = load_loss(recipe.algorithm)
         self.sampled_with = training_sampling(recipe)
         self._weigh_kl(recipe.algorithm.kl_coef)  # adapted where there is a target
+        self.grid: tuple[int, int] | None = None  # of the tokens of the present step's pictures
         self.several = recipe.algorithm.updates_per_rollout > 1
         self.choosy = recipe.algorithm.top_entropy < 1
         self.needs_old = self.several or self.choosy
@@ -67,6 +70,7 @@ class TokenHalf:
     def assemble(self, groups: Sequence[RolloutGroup], step: int) -> TrainBatch:
         """Assemble the tokens of some groups, without advantages yet."""
         encoded = self.policy.encode([group.prompt for group in groups], to_draw=False)
+        self.grid = self.policy.prompts.canvas(groups[0].prompt).grid  # all pictures of a step have one
         size = len(groups[0].tokens)
         tokens = torch.cat([group.tokens for group in groups])
         return TrainBatch(
@@ -103,11 +107,24 @@ class TokenHalf:
         rollout = self.recipe.rollout
         averaged = average_decodes(scores, rollout.decodes)
         inputs = reward_inputs(averaged, rollout.group_size, batch.action_mask)
+        if self.algorithm.region_credit:
+            inputs = replace(inputs, credit=self._credit(scores))
         if self.algorithm.kl_in != "reward":
             return inputs
         assert batch.ref_logprobs is not None  # the recipe refuses kl_in=reward without kl_coef
         penalty = kl_penalty(batch.rollout_logprobs, batch.ref_logprobs, batch.action_mask, self.kl_coef)
         return replace(inputs, penalty=penalty.cpu())
+
+    def _credit(self, scores: RewardScores) -> Tensor:
+        """Return what regions of the pictures give to the tokens there, [B, N]. Raises ImageRLError without regions."""
+        if not scores.regions or self.grid is None:
+            raise ImageRLError(
+                f"algorithm.region_credit is {self.algorithm.region_credit:g}, but none of the rewards "
+                f"({', '.join(scores.weights)}) tells regions of a picture, as ocr does; set it to 0"
+            )
+        size, weight = self.recipe.rollout.group_size, self.algorithm.region_credit
+        credits = [region_credit(regions, size, self.grid) for regions in scores.regions.values()]
+        return weight * torch.stack(credits).sum(dim=0)
 
     def select(self, batch: TrainBatch) -> TrainBatch:
         """Choose with `top_entropy` the actions that the policy term trains; the threshold is that of all ranks."""

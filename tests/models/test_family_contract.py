@@ -138,6 +138,12 @@ def test_the_folder_is_recognised_and_read_alike_without_weights(folder: Path, s
     if not reader.token_guided:
         with pytest.raises(ImageRLError, match="token_guidance is 2"):
             refuse_impossible(reader, PROMPTS, SamplingParams(token_guidance=2.0))
+    grid = reader.canvas(PROMPTS[0]).grid
+    if grid is None:
+        with pytest.raises(ImageRLError, match="tokens that lie on one grid"):
+            refuse_impossible(reader, PROMPTS, SamplingParams(), regions=True)
+    else:
+        assert grid[0] * grid[1] == reader.canvas(PROMPTS[0]).tokens
 
 
 def test_only_the_half_that_writes_tokens_has_gradients(shared: Policy) -> None:
