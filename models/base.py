@@ -27,6 +27,7 @@ from imagerl.rl.types import (
     Prompt,
     Rows,
     SamplingParams,
+    Thoughts,
     TokenScores,
     TokenTrajectory,
 )
@@ -38,6 +39,9 @@ class PromptReader(Protocol):
     """A reader of prompts, known without the weights."""
 
     token_guided: bool  # whether `SamplingParams.token_guidance` may be other than 1
+    thought_room: (
+        int  # positions that a prompt and a thought may fill together; 0: the model writes no thoughts
+    )
 
     def canvas(self, prompt: Prompt) -> Canvas:
         """Return the sizes of a picture of a prompt. What a step draws is of one canvas."""
@@ -152,6 +156,20 @@ class Policy(Protocol):
 
     def release_sampler(self) -> None:
         """Free what `refresh_sampler` has laid out: nothing is drawn until it is called again."""
+        ...
+
+    def think(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> Thoughts:
+        """Write a text after prompts [P], for uniforms [P·G, N] in [0, 1) float64, one number a token: a sample depends
+        on its own alone. Only where `PromptReader.thought_room` is more than 0."""
+        ...
+
+    def after_thoughts(self, prompts: Rows, thoughts: Thoughts) -> Rows:
+        """Return rows [B] of prompts [P] with their thoughts [B]: what image tokens are drawn after, one sample a row,
+        and by which `trainable` scores thoughts and tokens, [B, N + T]."""
+        ...
+
+    def thought_texts(self, thoughts: Thoughts) -> list[str]:
+        """Return thoughts as text."""
         ...
 
     def sample_tokens(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> TokenTrajectory:

@@ -81,6 +81,7 @@ class SamplingParams:
     shared_noise: bool = False  # one decoder noise per group instead of one per sample
     decodes: int = 1  # pictures drawn of each token sequence, M
     token_guidance: float = 1.0  # classifier-free guidance on the logits of tokens; 1: none
+    thought_tokens: int = 0  # longest text that is written before the image tokens, N; 0: none
 
 
 @dataclass(slots=True)
@@ -104,8 +105,24 @@ class TokenTrajectory:
         )
 
 
+@dataclass(slots=True)
+class Thoughts:
+    """The text that the policy wrote before the image tokens of B samples, group-major: [96, 16] with
+    `thought_tokens` 16. Rows end where their mask does; the end of a thought is its last action, but for those that
+    were cut at N."""
+
+    tokens: Tensor  # [B, N] int64, 0-based within the text that may be written
+    rollout_logprobs: Tensor  # [B, N] float32, of the sampling distribution
+    action_mask: Tensor  # [B, N] bool
+
+    def rows(self, which: slice) -> Thoughts:
+        """Select some of the samples, as views."""
+        return Thoughts(self.tokens[which], self.rollout_logprobs[which], self.action_mask[which])
+
+
 class TokenScores(NamedTuple):
-    """The policy's scores of given tokens, [96, 64] in the tiny recipe. Differentiable when gradients are on.
+    """The policy's scores of given tokens, [96, 64] in the tiny recipe. Differentiable when gradients are on. Those of
+    thoughts stand before those of image tokens.
 
     A tuple, because DeepSpeed looks for a module's output tensors in tuples and lists only."""
 
@@ -169,6 +186,7 @@ class RolloutGroup:
     action_mask: Tensor  # [G, T]
     images: np.ndarray  # [G·M, H, W, 3] uint8 RGB
     flow: FlowTrajectory | None = None  # of the G·M pictures, where the decoder trains
+    thoughts: Thoughts | None = None  # [G, N] written before the tokens, with `thought_tokens`
 
 
 @dataclass(slots=True)
@@ -176,7 +194,7 @@ class TrainBatch:
     """The inputs of an update: B samples, group-major, of one microbatch or of a step. Tiny: 48 or 96 rows, N = 64."""
 
     prompts: Rows  # [B, ...] as the policy encodes them: {"ids": [B, L], "mask": [B, L]}
-    tokens: Tensor  # [B, N]
+    tokens: Tensor  # [B, T] image tokens; N = T, but with thoughts, which are among the prompts' rows and come first
     action_mask: Tensor  # [B, N] bool; all False for a sample that must not train
     rollout_logprobs: Tensor  # [B, N] from the sampler
     old_logprobs: Tensor | None  # [B, N] from the trainer before the update; None: ratio is 1 by design

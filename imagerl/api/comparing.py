@@ -63,6 +63,7 @@ class ComparisonResult:
         from imagerl.api.cards import card
         from imagerl.rl.compare.page import is_rate
         from imagerl.rl.evaluation.stats import number, span
+        from imagerl.rl.run.report import title
 
         results, metric = self.results, (self.results.metrics or [""])[0]
         rate = is_rate(results, metric or None)
@@ -72,11 +73,13 @@ class ComparisonResult:
                 shown = number(one.mean.mean, rate), span(one.mean, rate)
                 standings.setdefault(one.label, {})[one.kind] = shown
         rows: list[list[Any]] = [[label, told["final"], told["mean"]] for label, told in standings.items()]
+        finished = sum(run.finished for run in results.runs)
+        planned = len(results.plan.recipes) * len(results.plan.seeds)
         return card(
             title=self.folder.resolve().name,
-            state=f"{results.plan.budget} each, {sum(run.finished for run in results.runs)} finished runs",
-            good=True,
-            head=[metric.replace("_", " "), "After training", "Mean over the budget"],
+            state=f"{results.plan.budget} each, {finished} of {planned} runs finished",
+            good=finished == planned,
+            head=[title(metric), "After training", "Mean over the budget"],
             rows=rows,
             charts=self.plot().charts[:2],
             notes=[*self._sentences(), *results.notes, f"The whole report: {self.report}"],

@@ -172,10 +172,8 @@ def proof_samples(policy: Policy, prompts: Sequence[Prompt] | None = None) -> di
         return {}
     policy.refresh_sampler()
     rollout = RolloutEngine(policy, policy.sampling, PROOF_SEED, nullcontext)
-    uniforms, noise = rollout.uniforms("proof", prompts, 1), rollout.noise("proof", prompts, 1)
-    encoded = policy.encode(prompts)
-    trajectory = policy.sample_tokens(encoded, uniforms, policy.sampling)
-    pixels = policy.decode(encoded, trajectory, noise, policy.sampling)
+    encoded, _, trajectory = rollout.trajectory(prompts, 1, "proof")
+    pixels = policy.decode(encoded, trajectory, rollout.noise("proof", prompts, 1), policy.sampling)
     return {"tokens": trajectory.tokens.cpu(), "pixels": pixels.cpu()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +111,7 @@ class TrainingResult:
 
     def _repr_html_(self) -> str:
         from imagerl.api.cards import card
-        from imagerl.rl.run.report import gather
+        from imagerl.rl.run.report import gather, title
 
         told = gather(self.folder, drawn=False)
         row, frames = told["verdict"], told["frames"]
@@ -124,7 +123,7 @@ class TrainingResult:
         }
         if row is not None and row.difference is not None:
             content |= {
-                "verdict": f"Held-out {row.metric.replace('_', ' ')}: {row.change}",
+                "verdict": f"Held-out {title(row.metric)}: {row.change}",
                 "figures": (
                     number(row.before.mean, row.rate),
                     number(row.after.mean, row.rate),
@@ -145,8 +144,9 @@ def load_run(folder: str | Path) -> TrainingResult:
 def _lines(comparison: Mapping[str, Any]) -> list[str]:
     """Tell differences by metric, each in a line."""
     from imagerl.rl.evaluation.stats import HEADLINES, Interval
+    from imagerl.rl.run.report import title
 
     return [
-        f"{re.sub('_', ' ', name)}: {change(Interval.read(row['difference']), name in HEADLINES)}"
+        f"{title(name)}: {change(Interval.read(row['difference']), name in HEADLINES)}"
         for name, row in comparison.items()
     ]

@@ -43,10 +43,10 @@ def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet, PromptReader]:
     prompts, heldout = load_prompt_set(recipe.data.train), load_prompt_set(recipe.data.heldout)
     refuse_overlap(prompts, heldout, wanted_text)
     reader = load_prompts(recipe.model.path, recipe.model.family)
-    reader.require((*prompts, *heldout))
-    algorithm = recipe.algorithm
+    every, algorithm = (*prompts, *heldout), recipe.algorithm
+    reader.require(every)
     refuse_impossible(
-        reader, prompts, training_sampling(recipe), algorithm.flow is not None, algorithm.region_credit > 0
+        reader, every, training_sampling(recipe), algorithm.flow is not None, algorithm.region_credit > 0
     )
     return prompts, heldout, reader
 

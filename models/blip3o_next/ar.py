@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
 
 
+TAGS = 2  # ids between a prompt or thought and the image tokens: `<im_start>` and `<S0>`
+
+
 @dataclass(frozen=True, slots=True)
 class ImageVocabulary:
     """The image's place in the text vocabulary; the fields of the published config.json."""
@@ -68,6 +71,7 @@ class ARPolicy(Adaptable):
     def __init__(self, lm: Qwen3ForCausalLM, vocabulary: ImageVocabulary) -> None:
         super().__init__(lm)
         self.vocabulary = vocabulary
+        self.thought_ids: Tensor | None = None  # [W] of the text that may stand before a picture
 
     @property
     def head(self) -> Tensor:
@@ -92,10 +96,26 @@ class ARPolicy(Adaptable):
         return sequence_states(self.lm.model, self.embed, prompt_ids, prompt_mask, tokens)
 
     def forward(self, prompts: Rows, tokens: Tensor, sampling: SamplingParams) -> TokenScores:
-        """Score `tokens` [B, T] after the prompt. The last token is predicted, never fed."""
-        hidden = self.hidden_states(prompts["ids"], prompts["mask"], tokens[:, :-1])
+        """Score `tokens` [B, T] after the prompt, and before them the thoughts [B, N] that stand in its rows, if any.
+        The last token is predicted, never fed."""
         # Cut out once: the gradient of a part is as large as the whole head, and would be made anew by every chunk.
         head = self.head
+        if "thought" not in prompts:
+            hidden = self.hidden_states(prompts["ids"], prompts["mask"], tokens[:, :-1])
+            return self._scored([hidden], head, tokens, sampling)
+        thought, length = prompts["thought"], prompts["ids"].shape[1]
+        hidden = self.sequence_states(prompts["ids"], prompts["mask"], tokens[:, :-1])
+        first = (
+            length - TAGS - thought.shape[1] - 1
+        )  # of the prompt's last id, which predicts the thought's first
+        text_head = self.lm.lm_head.weight[self.thought_ids]
+        text = self._scored([hidden[:, first : first + thought.shape[1]]], text_head, thought, sampling)
+        image = self._scored([hidden[:, length - 1 :]], head, tokens, sampling)
+        return TokenScores(*(torch.cat(pair, dim=1) for pair in zip(text, image, strict=True)))
+
+    def _scored(
+        self, hidden: list[Tensor], head: Tensor, tokens: Tensor, sampling: SamplingParams
+    ) -> TokenScores:
         return score_tokens(
-            [hidden], lambda states: F.linear(states, head), len(head), tokens, sampling.temperature
+            hidden, lambda states: F.linear(states, head), len(head), tokens, sampling.temperature
         )

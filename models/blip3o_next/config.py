@@ -14,7 +14,6 @@ from pydantic import ConfigDict, Field, Strict, model_validator
 from imagerl.models.common.settings import Dropout, SamplingSettings, Settings
 from imagerl.rl.files.mistakes import validated
 from imagerl.rl.files.reading import MAX_PIXELS
-from imagerl.rl.types import Canvas
 
 Width = Annotated[int, Field(ge=1, le=1 << 17)]
 Heads = Annotated[int, Field(ge=1, le=1 << 10)]
@@ -324,23 +323,3 @@ def check_config(config: Mapping[str, Any], place: str) -> None:
 
     Raises ImageRLError, beginning with `place`, with the first key that is wrong and what should stand there."""
     validated(ModelSettings, dict(config), place)
-
-
-def canvas_of(config: Mapping[str, Any]) -> Canvas:
-    """Return the sizes of the pictures that a config in our form describes."""
-    rows, columns = config["latent_size"]
-    pixels = 2 ** (len(config["vae"]["encoder_block_out_channels"]) - 1)  # of a side that a latent stands for
-    latents = (int(config["sana"]["in_channels"]), rows, columns)
-    tokens = int(config["num_image_positions"])
-    return Canvas(tokens, (rows * pixels, columns * pixels), latents, token_grid(config, tokens))
-
-
-def token_grid(config: Mapping[str, Any], tokens: int) -> tuple[int, int] | None:
-    """Return the rows and columns of a picture's tokens: those of our own tokenizer, else a square as TA-Tok's."""
-    own = config.get("image_tokenizer")
-    if own:
-        (height, width), (down, across) = own["image_size"], own["patch"]
-        grid = height // down, width // across
-    else:
-        grid = math.isqrt(tokens), math.isqrt(tokens)
-    return grid if grid[0] * grid[1] == tokens else None

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from imagerl.models.blip3o_next.ar import ImageVocabulary
-from imagerl.models.blip3o_next.config import canvas_of, check_config
+from imagerl.models.blip3o_next.config import check_config
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.models.blip3o_next.prompts import PromptEncoder
+from imagerl.models.blip3o_next.prompts import PromptEncoder, canvas_of
 from imagerl.models.blip3o_next.published import EDIT_UNUSED, from_published, is_published
 from imagerl.models.blip3o_next.weights import check_fit, empty_policy, fill, full_state, is_tied
 from imagerl.models.blip3o_next.weights import load_state as load_state

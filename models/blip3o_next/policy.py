@@ -12,10 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from imagerl.models.blip3o_next.ar import ARPolicy, ImageVocabulary
-from imagerl.models.blip3o_next.config import canvas_of
+from imagerl.models.blip3o_next.ar import TAGS, ARPolicy, ImageVocabulary
 from imagerl.models.blip3o_next.flow_decoder import CaptionKeys, FlowDecoder
-from imagerl.models.blip3o_next.prompts import TURN_END, PromptEncoder
+from imagerl.models.blip3o_next.prompts import TURN_END, PromptEncoder, canvas_of
 from imagerl.models.blip3o_next.understanding import greedy_text
 from imagerl.models.common.flow_policy import FlowPolicy
 from imagerl.models.common.image_tokenizer import ImageTokenizer
@@ -24,7 +23,7 @@ from imagerl.models.common.policy import BasePolicy
 from imagerl.models.common.settings import SamplingSettings, stored_sampling
 from imagerl.models.common.token_sampler import TokenSampler
 from imagerl.models.common.tokens import PromptIds, pad_left
-from imagerl.rl.types import ImageRLError, Prompt, Rows, SamplingParams, TokenTrajectory, repeat
+from imagerl.rl.types import ImageRLError, Prompt, Rows, SamplingParams, Thoughts, TokenTrajectory, repeat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -252,6 +251,52 @@ class ImagePolicy(BasePolicy):
             reference = reference.to(self.device).repeat_interleave(len(noise) // len(reference), 0)
         latents = self.decoder.latents(hidden, noise, sampling.guidance, sampling.flow_steps, reference)
         return self.decoder.draw(latents)
+
+    @cached_property
+    def thought_ids(self) -> Tensor:
+        """The ids [W] of `PromptEncoder.thought_ids`."""
+        return torch.tensor(self.prompts.thought_ids, device=self.device)
+
+    def think(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> Thoughts:
+        """Write thoughts for uniforms [P·G, N] after P prompts, by the sampler's own layers: text up to the token that
+        begins a picture, or N tokens."""
+        if self._sampler is None:
+            self.refresh_sampler()
+        assert self._sampler is not None
+        lm, ids = self.trainable.lm, self.thought_ids
+        head = lm.lm_head.weight[ids].detach().to(self.sampler_dtype)
+        writer = TokenSampler(
+            lm.model,
+            lm.model.embed_tokens.weight[ids],
+            lambda hidden: F.linear(hidden, head),
+            self.sampler_dtype,
+            self._sampler.layers,
+        )
+        before = PromptIds(prompts["ids"][:, :-TAGS], prompts["mask"][:, :-TAGS])
+        drawn = writer.sample(before, uniforms.to(self.device), sampling.temperature, keep_hidden=False)
+        ends = drawn.tokens == len(ids) - 1
+        return Thoughts(drawn.tokens, drawn.rollout_logprobs, ends.cumsum(1) - ends.long() == 0)
+
+    def after_thoughts(self, prompts: Rows, thoughts: Thoughts) -> Rows:
+        """Return rows [B] of prompt, thought and `<im_start><S0>`; what a thought leaves of its N places is masked."""
+        tokens, actions = thoughts.tokens.to(self.device), thoughts.action_mask.to(self.device)
+        rows = repeat(prompts, len(tokens) // len(prompts["ids"]))
+        for half in (self.trainable, self._reference):
+            if isinstance(half, ARPolicy):
+                half.thought_ids = self.thought_ids
+        written = actions & (tokens < len(self.thought_ids) - 1)
+        text = torch.where(written, self.thought_ids[tokens], self.prompts.pad)
+        ids, mask = rows["ids"], rows["mask"]
+        return rows | {
+            "ids": torch.cat([ids[:, :-TAGS], text, ids[:, -TAGS:]], dim=1),
+            "mask": torch.cat([mask[:, :-TAGS], written, mask[:, -TAGS:]], dim=1),
+            "thought": tokens,
+        }
+
+    def thought_texts(self, thoughts: Thoughts) -> list[str]:
+        written = thoughts.action_mask & (thoughts.tokens < len(self.thought_ids) - 1)
+        rows = zip(self.thought_ids[thoughts.tokens.to(self.device)], written, strict=True)
+        return [self.text_tokenizer.decode(ids[kept.to(ids.device)].tolist()) for ids, kept in rows]
 
     def train_decoder(self) -> FlowPolicy[list[CaptionKeys]]:
         """Make the decoder a policy over its denoising steps, with gradients."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -50,6 +52,7 @@ class PromptEncoder(PlainText):
         self.vocabulary = vocabulary
         self.positions = positions
         self.image_tokens = canvas.tokens
+        self.thought_room = positions - canvas.tokens
         self._canvas = canvas
         self.pad = tokenizer.pad_token_id or 0
         before, self._after = _chat_frame(tokenizer)
@@ -90,7 +93,7 @@ class PromptEncoder(PlainText):
     def captions(self, texts: Sequence[str]) -> Rows:
         """Encode text-to-image prompts, each ending in `<im_start><S0>`."""
         require_words(texts, "prompt", "a caption")
-        rows = [self.framed(self._frame, REQUEST.format(caption=text)) + self._image_tags for text in texts]
+        rows = [self.framed(self._frame, REQUEST.format(caption=text)) + self.image_tags for text in texts]
         return self._fitting(rows, texts, self.image_tokens)
 
     def edits(self, texts: Sequence[str], reference_tokens: Tensor) -> Rows:
@@ -102,7 +105,7 @@ class PromptEncoder(PlainText):
             + self.plain(frame.lead + EDIT.format(instruction=text))
             + picture
             + self.ids(self._after)
-            + self._image_tags
+            + self.image_tags
             for text, picture in zip(texts, self._pictures(reference_tokens, len(texts)), strict=True)
         ]
         return self._fitting(rows, texts, self.image_tokens)
@@ -134,8 +137,18 @@ class PromptEncoder(PlainText):
         """Encode the model's answers: the words and the end of its turn."""
         return [[*self.plain(text), self.id_of(TURN_END)] for text in texts]
 
+    @cached_property
+    def thought_ids(self) -> list[int]:
+        """The ids that a thought is made of: text, no named token but the one that begins a picture, which ends the
+        thought. It is the last."""
+        named = set(self.ids_of_names.values())
+        return [
+            *(n for n in range(len(self.tokenizer)) if n not in named),
+            self.vocabulary.image_start_tag_id,
+        ]
+
     @property
-    def _image_tags(self) -> list[int]:
+    def image_tags(self) -> list[int]:
         return [self.vocabulary.image_start_tag_id, self.vocabulary.scale_start_token_id]
 
     def _pictures(self, tokens: Tensor, count: int) -> Rows:
@@ -179,3 +192,23 @@ def require_words(texts: Sequence[str], what: str, needed: str) -> None:
     for text in texts:
         if not text.strip():
             raise ImageRLError(f"a {what} is empty; every {what} needs {needed}")
+
+
+def canvas_of(config: Mapping[str, Any]) -> Canvas:
+    """Return the sizes of the pictures that a config in our form describes."""
+    rows, columns = config["latent_size"]
+    pixels = 2 ** (len(config["vae"]["encoder_block_out_channels"]) - 1)  # of a side that a latent stands for
+    latents = (int(config["sana"]["in_channels"]), rows, columns)
+    tokens = int(config["num_image_positions"])
+    return Canvas(tokens, (rows * pixels, columns * pixels), latents, token_grid(config, tokens))
+
+
+def token_grid(config: Mapping[str, Any], tokens: int) -> tuple[int, int] | None:
+    """Return the rows and columns of a picture's tokens: those of our own tokenizer, else a square as TA-Tok's."""
+    own = config.get("image_tokenizer")
+    if own:
+        (height, width), (down, across) = own["image_size"], own["patch"]
+        grid = height // down, width // across
+    else:
+        grid = math.isqrt(tokens), math.isqrt(tokens)
+    return grid if grid[0] * grid[1] == tokens else None

@@ -14,7 +14,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imagerl.models.common.adaptable import Adaptable, freeze
-from imagerl.rl.types import Canvas, ImageRLError, Prompt, Rows, SamplingParams, TokenScores, TokenTrajectory
+from imagerl.rl.types import (
+    Canvas,
+    ImageRLError,
+    Prompt,
+    Rows,
+    SamplingParams,
+    Thoughts,
+    TokenScores,
+    TokenTrajectory,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +73,15 @@ class BasePolicy:
         raise ImageRLError(
             "this model cannot recompute activations; set engine.activation_checkpointing=false"
         )
+
+    def think(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> Thoughts:
+        raise ImageRLError("this model writes no text before a picture; set rollout.thought_tokens=0")
+
+    def after_thoughts(self, prompts: Rows, thoughts: Thoughts) -> Rows:
+        raise ImageRLError("this model writes no text before a picture; set rollout.thought_tokens=0")
+
+    def thought_texts(self, thoughts: Thoughts) -> list[str]:
+        return []
 
     def train_decoder(self) -> DecoderPolicy:
         raise ImageRLError(
@@ -157,6 +175,8 @@ class BaseFamily:
 
 class PlainPrompts:
     """Implements `models.base.PromptReader` for models that draw pictures of one size, and read any text."""
+
+    thought_room = 0
 
     def __init__(self, canvas: Canvas, token_guided: bool = False) -> None:
         self.token_guided = token_guided

@@ -22,6 +22,7 @@ class SamplingSettings(Settings):
     flow_steps: int = Field(ge=1, le=1000)
     temperature: float = Field(1.0, gt=0, le=1000)
     token_guidance: float = Field(1.0, ge=0, le=1000)
+    thought_tokens: int = Field(0, ge=0, le=1 << 16)
 
     def params(self) -> SamplingParams:
         return SamplingParams(**self.model_dump())
@@ -29,9 +30,13 @@ class SamplingSettings(Settings):
 
 def stored_sampling(sampling: SamplingParams) -> dict[str, float]:
     """Return what `SamplingSettings` reads."""
-    stored = {
+    stored: dict[str, float] = {
         "guidance": sampling.guidance,
         "flow_steps": sampling.flow_steps,
         "temperature": sampling.temperature,
     }
-    return stored if sampling.token_guidance == 1 else {**stored, "token_guidance": sampling.token_guidance}
+    if sampling.token_guidance != 1:
+        stored["token_guidance"] = sampling.token_guidance
+    if sampling.thought_tokens:
+        stored["thought_tokens"] = sampling.thought_tokens
+    return stored

@@ -57,10 +57,16 @@ class TokenSampler:
     update of the weights."""
 
     def __init__(
-        self, model: Any, image_embedding: Tensor, image_logits: Logits, dtype: torch.dtype = torch.float32
+        self,
+        model: Any,
+        image_embedding: Tensor,
+        image_logits: Logits,
+        dtype: torch.dtype = torch.float32,
+        layers: list[_Layer] | None = None,
     ) -> None:
-        """Lay out `model`, transformers' stack of layers without a head. Image token t is read as row t of
-        `image_embedding` [V, D], and `image_logits` makes logits [..., V] of final-norm hidden states in `dtype`."""
+        """Lay out `model`, transformers' stack of layers without a head, or take the `layers` of another sampler of it.
+        Image token t is read as row t of `image_embedding` [V, D], and `image_logits` makes logits [..., V] of
+        final-norm hidden states in `dtype`."""
         config = model.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.eps = model.layers[0].self_attn.head_dim, config.rms_norm_eps
@@ -70,7 +76,7 @@ class TokenSampler:
         self.image_embedding = image_embedding.detach()
         self.final_norm = model.norm.weight.detach()
         self.image_logits = image_logits
-        self.layers = [self._pack(layer) for layer in model.layers]
+        self.layers = layers or [self._pack(layer) for layer in model.layers]
 
     def _pack(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp

@@ -14,6 +14,7 @@ class PromptEncoder:
     """Implements `models.base.PromptReader` around a `GlmImageProcessor`."""
 
     token_guided = False
+    thought_room = 0
 
     def __init__(
         self, processor: Any, positions: int, default_size: Size, channels: int, compression: int

@@ -25,6 +25,7 @@ class JanusPrompts:
     """Captions and questions as ids; a user's words are plain text. Implements `models.base.PromptReader`."""
 
     token_guided = True
+    thought_room = 0
 
     def __init__(self, config: JanusConfig, processor: JanusProcessor) -> None:
         self.processor = processor

@@ -171,6 +171,12 @@ class RolloutConfig(RecipeModel):
         1.0,
         description="classifier-free guidance on the logits of tokens, for families that have it; 1: none",
     )
+    thought_tokens: int = Field(
+        0,
+        ge=0,
+        le=1 << 14,
+        description="longest text that the model writes before its image tokens, trained with them; 0: none",
+    )
     shared_noise: bool = Field(False, description="one decoder noise a group: rewards differ by tokens only")
     decodes: FlowSteps = Field(
         1,
@@ -342,6 +348,10 @@ class Recipe(RecipeModel):
                 "algorithm.region_credit goes to the tokens of one picture; train the tokens, with rollout.decodes: 1"
             )
         self.optim.check(self.engine)
+        if self.rollout.thought_tokens and self.engine.zero_stage == 3:
+            raise ValueError(
+                "rollout.thought_tokens reads the head of the language model whole; set engine.zero_stage to 2 or less"
+            )
         if self.model.dtype == "bf16" and self.engine.precision != "bf16":
             raise ValueError(
                 "model.dtype: bf16 needs engine.precision: bf16, or the KL reference would compute in another "

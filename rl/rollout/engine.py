@@ -27,7 +27,9 @@ from imagerl.rl.types import (
     RolloutGroup,
     Rows,
     SamplingParams,
+    Thoughts,
     TokenTrajectory,
+    repeat,
     select,
 )
 
@@ -47,6 +49,7 @@ def training_sampling(recipe: Recipe) -> SamplingParams:
         settings.shared_noise,
         settings.decodes,
         settings.token_guidance,
+        settings.thought_tokens,
     )
 
 
@@ -87,6 +90,16 @@ def refuse_impossible(
             f"token_guidance is {sampling.token_guidance:g}, but this model writes its tokens without guidance; set it "
             "to 1"
         )
+    if sampling.thought_tokens:
+        room = reader.thought_room - reader.longest([*prompts])
+        if sampling.thought_tokens > room:
+            fits = (
+                f"has room for {max(room, 0)}" if reader.thought_room else "writes no text before a picture"
+            )
+            raise ImageRLError(
+                f"thought_tokens is {sampling.thought_tokens}, but this model {fits}; set it to {max(room, 0)}"
+                f"{' or less' if room > 0 else ''}"
+            )
     if all(reader.canvas(prompt).noise is not None for prompt in prompts):
         return
     for wanted, what in (
@@ -129,6 +142,26 @@ def reward_request(groups: Sequence[RolloutGroup], step: int = 0, steps: int = 0
     )
 
 
+def replayed(policy: Policy, groups: Sequence[RolloutGroup]) -> tuple[Rows, Tensor, Tensor, Tensor]:
+    """Return what the actions of groups are scored again by: rows of their prompts, image tokens [B, T], and of all N
+    actions, thoughts before the image tokens among them, the mask and the log-probs of the rollout, [B, N]."""
+    encoded = policy.encode([group.prompt for group in groups], to_draw=False)
+    tokens, mask, logprobs = (
+        torch.cat(rows)
+        for rows in zip(*((g.tokens, g.action_mask, g.rollout_logprobs) for g in groups), strict=True)
+    )
+    parts = [group.thoughts for group in groups if group.thoughts]
+    if not parts:
+        return repeat(encoded, len(groups[0].tokens)), tokens, mask, logprobs
+    thoughts = Thoughts(*(torch.cat([getattr(part, name) for part in parts]) for name in Thoughts.__slots__))
+    return (
+        policy.after_thoughts(encoded, thoughts),
+        tokens,
+        torch.cat([thoughts.action_mask, mask], dim=1),
+        torch.cat([thoughts.rollout_logprobs, logprobs], dim=1),
+    )
+
+
 class RolloutEngine:
     """Samples groups from a policy. Sample g of a prompt uses random numbers of its own, seeded by (run seed,
     occasion, prompt index, g): a batch can be drawn again bit for bit, or one sample of it alone."""
@@ -143,16 +176,39 @@ class RolloutEngine:
 
     def uniforms(self, occasion: int | str, prompts: Sequence[Prompt], group_size: int) -> Tensor:
         """Draw [P·G, T] float64 in [0, 1): one number per token."""
+        count = self.policy.prompts.canvas(prompts[0]).tokens
+        return self._uniforms("tokens", count, occasion, prompts, group_size)
+
+    def _uniforms(
+        self, of: str, count: int, occasion: int | str, prompts: Sequence[Prompt], group_size: int
+    ) -> Tensor:
         rows = [
             torch.rand(
-                self.policy.prompts.canvas(prompt).tokens,
-                generator=generator(self.seed, "tokens", occasion, prompt.index, sample),
+                count,
+                generator=generator(self.seed, of, occasion, prompt.index, sample),
                 dtype=torch.float64,
             )
             for prompt in prompts
             for sample in range(group_size)
         ]
         return torch.stack(rows)
+
+    def trajectory(
+        self, prompts: Sequence[Prompt], group_size: int, occasion: int | str
+    ) -> tuple[Rows, Thoughts | None, TokenTrajectory]:
+        """Draw the tokens [B] of prompts of one canvas: encoded prompts, thoughts where `thought_tokens` asks for them,
+        and what follows. With thoughts there is a row of the prompts for each sample."""
+        encoded, thoughts = self.policy.encode(prompts), None
+        if count := self.sampling.thought_tokens:
+            uniforms = self._uniforms("thoughts", count, occasion, prompts, group_size)
+            thoughts = self.policy.think(encoded, uniforms, self.sampling)
+            encoded = self.policy.after_thoughts(encoded, thoughts)
+        uniforms = self.uniforms(occasion, prompts, group_size)
+        return encoded, thoughts, self.policy.sample_tokens(encoded, uniforms, self.sampling)
+
+    def thoughts_of(self, groups: Sequence[RolloutGroup]) -> list[str]:
+        """Return what was written before the first sample of each group, "" for nothing."""
+        return [self.policy.thought_texts(one.thoughts)[0] if one.thoughts else "" for one in groups]
 
     def noise(self, occasion: int | str, prompts: Sequence[Prompt], group_size: int) -> Tensor | None:
         """Draw [P·G·M, C, h, w] decoder noise; with `shared_noise` the m-th is the same for all samples of a prompt.
@@ -194,14 +250,12 @@ class RolloutEngine:
     def kl_to_reference(self, groups: Sequence[RolloutGroup]) -> list[float]:
         """Estimate, for every sample that this engine drew, the KL to the policy's frozen reference: the mean of k3
         over its tokens, in nats a token."""
-        prompts = self.policy.encode([group.prompt for group in groups], to_draw=False)
-        tokens, logprobs, mask = (
-            torch.cat(rows).to(self.policy.device)
-            for rows in zip(*((g.tokens, g.rollout_logprobs, g.action_mask) for g in groups), strict=True)
-        )
+        rows, tokens, mask, logprobs = replayed(self.policy, groups)
+        device = self.policy.device
         with self.autocast():
-            reference = self.policy.reference_scores(prompts, tokens, self.sampling)
-        return (k3(logprobs, reference.logprobs).where(mask, 0).sum(1) / mask.sum(1)).tolist()
+            reference = self.policy.reference_scores(rows, tokens.to(device), self.sampling)
+        differences = k3(logprobs.to(device), reference.logprobs).where(mask.to(device), 0)
+        return (differences.sum(1).cpu() / mask.sum(1).cpu()).tolist()
 
     @torch.no_grad()
     def generate(
@@ -221,16 +275,16 @@ class RolloutEngine:
         draws as it says and the groups keep its stochastic steps."""
         for together in self._chunks(prompts, sample_chunk):
             together = [with_pictures(prompt) for prompt in together]
-            encoded = self.policy.encode(together)
-            uniforms = self.uniforms(occasion, together, group_size)
-            trajectory = self.policy.sample_tokens(encoded, uniforms, self.sampling)
+            encoded, thoughts, trajectory = self.trajectory(together, group_size, occasion)
             first = 0
             for part in _chunks(together, decode_chunk):
                 own = slice(first, first + len(part))
                 first += len(part)
-                rows = trajectory.rows(slice(own.start * group_size, own.stop * group_size))
-                images, steps = self._decode(part, select(encoded, own), rows, group_size, occasion, flow)
-                yield list(_groups(part, rows, images, steps))
+                samples = slice(own.start * group_size, own.stop * group_size)
+                given = select(encoded, samples if thoughts else own)
+                rows = trajectory.rows(samples)
+                images, steps = self._decode(part, given, rows, group_size, occasion, flow)
+                yield list(_groups(part, thoughts and thoughts.rows(samples), rows, images, steps))
 
     def _chunks(self, prompts: Sequence[Prompt], size: int | None) -> Iterator[Sequence[Prompt]]:
         """Yield at most `size` prompts at a time whose pictures are of the same sizes."""
@@ -267,14 +321,16 @@ def _chunks(prompts: Sequence[Prompt], size: int | None) -> Iterator[Sequence[Pr
 
 def _groups(
     prompts: Sequence[Prompt],
+    thoughts: Thoughts | None,
     trajectory: TokenTrajectory,
     images: np.ndarray,
     steps: FlowTrajectory | None,
 ) -> Iterator[RolloutGroup]:
-    """Return the groups of some prompts, whose samples are those of trajectory, images and steps."""
+    """Return the groups of some prompts, whose samples are those of thoughts, trajectory, images and steps."""
     size, drawn = len(trajectory.tokens) // len(prompts), len(images) // len(prompts)
     for number, prompt in enumerate(prompts):
-        own = trajectory.rows(slice(number * size, (number + 1) * size))
+        samples = slice(number * size, (number + 1) * size)
+        own = trajectory.rows(samples)
         yield RolloutGroup(
             prompt=prompt,
             tokens=own.tokens,
@@ -282,21 +338,23 @@ def _groups(
             action_mask=own.action_mask,
             images=images[number * drawn : (number + 1) * drawn],
             flow=steps.part(number, len(prompts)) if steps is not None else None,
+            thoughts=thoughts and thoughts.rows(samples),
         )
 
 
 def with_sources(
-    images: Sequence[np.ndarray], prompts: Sequence[Prompt]
+    images: Sequence[np.ndarray], prompts: Sequence[Prompt], thoughts: Sequence[str] = ()
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Return pictures [H, W, 3] and their captions; before an edit's comes the picture that it starts from."""
+    """Return pictures [H, W, 3] and their captions, with the thoughts that were written before; before an edit's comes
+    the picture that it starts from."""
     prompts = [with_pictures(prompt) for prompt in prompts]
     shown: list[np.ndarray] = []
     captions: list[str] = []
-    for image, prompt in zip(images, prompts, strict=True):
+    for image, prompt, thought in zip(images, prompts, thoughts or [""] * len(prompts), strict=True):
         if prompt.reference is not None:
             source = prompt.reference.convert("RGB").resize((image.shape[1], image.shape[0]))
             shown.append(np.asarray(source))
             captions.append("to edit")
         shown.append(image)
-        captions.append(prompt.text)
+        captions.append(f"{prompt.text} · {thought}" if thought else prompt.text)
     return shown, captions

@@ -350,7 +350,8 @@ class Run(Loop):
             if self.engine.is_main:
                 (groups,) = self.eval_rollout.generate(prompts, 1, f"eval {self.recipe.eval.suite}")
         if self.engine.is_main:
-            self._show(step, *with_sources([group.images[0] for group in groups], prompts))
+            thoughts = self.eval_rollout.thoughts_of(groups)
+            self._show(step, *with_sources([group.images[0] for group in groups], prompts, thoughts))
 
     def _tensors(self) -> StateDict:
         own = self.trainer.tensors() if self.engine.is_main else {}

@@ -390,11 +390,9 @@ def _dig(content: Any, *keys: str) -> Any:
     return content
 
 
-def _command(argv: Any) -> str:
+def _command(argv: Any) -> Markup:
     """Return a command line to paste: the program by its bare name, `imagerl` where it was started as a module,
-    arguments quoted for a shell."""
+    arguments quoted for a shell and not broken at their hyphens."""
     words = [str(word) for word in argv] if isinstance(argv, list) else []
-    if not words:
-        return ""
-    program = Path(words[0]).name
-    return shlex.join(["imagerl" if program == "cli.py" else program, *words[1:]])
+    words[:1] = [Path(word).name.replace("cli.py", "imagerl") for word in words[:1]]
+    return Markup(" ").join(Markup('<span class="word">{}</span>').format(shlex.quote(w)) for w in words)

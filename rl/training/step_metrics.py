@@ -32,6 +32,7 @@ PER_ACTION = {
     "kl_k2": "kl/k2",
     "kl_k3": "kl/k3",
 }
+THOUGHT = "thought/"  # begins the names of sums and keys that are of thoughts alone
 KL_SUMS = ("kl_k1", "kl_k2", "kl_k3")
 OTHER_SUMS = ("actions", "loss", "grad_norm", "lr", "replay_gap", "replay_gap_max", "ratio_deviation_squared")
 
@@ -69,6 +70,39 @@ def microbatch_sums(
         weight = truncated_importance(inputs.old_logprobs, part.rollout_logprobs, importance_cap)
         sums["importance_capped"] = ((weight >= importance_cap) & mask).sum()
     return sums
+
+
+def thought_sums(inputs: LossInputs, scores: TokenScores, length: int) -> dict[str, Tensor]:
+    """Sum over the thoughts of a microbatch, which are the first `length` actions of each sample."""
+    mask = inputs.action_mask[:, :length]
+    sums = {
+        "actions": mask.sum(),
+        "samples": mask[:, 0].sum(),
+        "full": mask[:, -1].sum(),
+        "entropy": masked(scores.entropy.detach()[:, :length], mask).sum(),
+    }
+    if inputs.ref_logprobs is not None:
+        difference = (inputs.ref_logprobs - inputs.logprobs.detach())[:, :length]
+        sums["kl"] = masked(difference.exp() - difference - 1, mask).sum()  # k3
+    return {f"{THOUGHT}{name}": value for name, value in sums.items()}
+
+
+def thought_metrics(updates: Sequence[Metrics]) -> Metrics:
+    """Return the mean length of thoughts, the share that fills all places, and per action of theirs the entropy in the
+    last update and the KL to the reference in the first."""
+    made = [update for update in updates if update.get(f"{THOUGHT}actions")]
+    if not made:
+        return {}
+    first, last = made[0], made[-1]
+    actions, samples = last[f"{THOUGHT}actions"], last[f"{THOUGHT}samples"]
+    metrics = {
+        "length": actions / samples,
+        "full": last[f"{THOUGHT}full"] / samples,
+        "entropy": last[f"{THOUGHT}entropy"] / actions,
+    }
+    if f"{THOUGHT}kl" in first:
+        metrics["kl"] = first[f"{THOUGHT}kl"] / first[f"{THOUGHT}actions"]
+    return {f"{THOUGHT}{name}": value for name, value in metrics.items()}
 
 
 def update_metrics(updates: Sequence[Metrics], on_policy: bool) -> Metrics:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from imagerl.models.base import Policy
-from imagerl.rl.algorithms.advantages import AdvantageInputs
-from imagerl.rl.algorithms.credit import region_credit
+from imagerl.rl.algorithms.advantages import AdvantageInputs, region_credit
 from imagerl.rl.algorithms.kl import adapted_coef, kl_penalty
 from imagerl.rl.algorithms.loading import load_loss, loss_settings
 from imagerl.rl.algorithms.losses import (
@@ -23,10 +23,19 @@ from imagerl.rl.algorithms.losses import (
     policy_weights,
 )
 from imagerl.rl.config.train import Recipe
-from imagerl.rl.rollout.engine import training_sampling
+from imagerl.rl.rollout.engine import replayed, training_sampling
 from imagerl.rl.rollout.scores import average_decodes
 from imagerl.rl.training.half import HalfLoss, reward_inputs
-from imagerl.rl.training.step_metrics import Metrics, microbatch_sums, refuse_gap, replay_gap, update_metrics
+from imagerl.rl.training.step_metrics import (
+    THOUGHT,
+    Metrics,
+    microbatch_sums,
+    refuse_gap,
+    replay_gap,
+    thought_metrics,
+    thought_sums,
+    update_metrics,
+)
 from imagerl.rl.types import (
     ImageRLError,
     LossInputs,
@@ -36,7 +45,6 @@ from imagerl.rl.types import (
     SamplingParams,
     TokenScores,
     TrainBatch,
-    repeat,
     select,
 )
 
@@ -69,18 +77,16 @@ class TokenHalf:
 
     def assemble(self, groups: Sequence[RolloutGroup], step: int) -> TrainBatch:
         """Assemble the tokens of some groups, without advantages yet."""
-        encoded = self.policy.encode([group.prompt for group in groups], to_draw=False)
         self.grid = self.policy.prompts.canvas(groups[0].prompt).grid  # all pictures of a step have one
-        size = len(groups[0].tokens)
-        tokens = torch.cat([group.tokens for group in groups])
+        rows, tokens, action_mask, rollout_logprobs = replayed(self.policy, groups)
         return TrainBatch(
-            prompts=repeat(encoded, size),
+            prompts=rows,
             tokens=tokens,
-            action_mask=torch.cat([group.action_mask for group in groups]),
-            rollout_logprobs=torch.cat([group.rollout_logprobs for group in groups]),
+            action_mask=action_mask,
+            rollout_logprobs=rollout_logprobs,
             old_logprobs=None,
             ref_logprobs=None,
-            advantages=torch.zeros(len(groups) * size, 1, device=tokens.device),
+            advantages=torch.zeros(len(tokens), 1, device=tokens.device),
         )
 
     def arguments(self, part: TrainBatch) -> tuple[Rows, Tensor, SamplingParams]:
@@ -88,7 +94,8 @@ class TokenHalf:
         group = self.recipe.rollout.group_size
         engine = self.recipe.engine
         together = engine.micro_batch_size % group == 0 and not engine.activation_checkpointing
-        share = group if together else 1
+        # After thoughts of their own samples have no prompt in common.
+        share = group if together and not self.sampled_with.thought_tokens else 1
         return select(part.prompts, slice(None, None, share)), part.tokens, self.sampled_with
 
     def frozen(self, part: TrainBatch, old: TokenScores | None) -> dict[str, Tensor]:
@@ -108,15 +115,17 @@ class TokenHalf:
         averaged = average_decodes(scores, rollout.decodes)
         inputs = reward_inputs(averaged, rollout.group_size, batch.action_mask)
         if self.algorithm.region_credit:
-            inputs = replace(inputs, credit=self._credit(scores))
+            inputs = replace(inputs, credit=self._credit(scores, batch))
         if self.algorithm.kl_in != "reward":
             return inputs
         assert batch.ref_logprobs is not None  # the recipe refuses kl_in=reward without kl_coef
         penalty = kl_penalty(batch.rollout_logprobs, batch.ref_logprobs, batch.action_mask, self.kl_coef)
         return replace(inputs, penalty=penalty.cpu())
 
-    def _credit(self, scores: RewardScores) -> Tensor:
-        """Return what regions of the pictures give to the tokens there, [B, N]. Raises ImageRLError without regions."""
+    def _credit(self, scores: RewardScores, batch: TrainBatch) -> Tensor:
+        """Return what regions of the pictures give to the tokens there, [B, N], and nothing to thoughts before them.
+
+        Raises ImageRLError without regions."""
         if not scores.regions or self.grid is None:
             raise ImageRLError(
                 f"algorithm.region_credit is {self.algorithm.region_credit:g}, but none of the rewards "
@@ -124,7 +133,8 @@ class TokenHalf:
             )
         size, weight = self.recipe.rollout.group_size, self.algorithm.region_credit
         credits = [region_credit(regions, size, self.grid) for regions in scores.regions.values()]
-        return weight * torch.stack(credits).sum(dim=0)
+        thoughts = batch.action_mask.shape[1] - batch.tokens.shape[1]
+        return weight * F.pad(torch.stack(credits).sum(dim=0), (thoughts, 0))
 
     def select(self, batch: TrainBatch) -> TrainBatch:
         """Choose with `top_entropy` the actions that the policy term trains; the threshold is that of all ranks."""
@@ -136,7 +146,7 @@ class TokenHalf:
 
     def denominator(self, batch: TrainBatch) -> float:
         """Return this rank's part of the loss's denominator."""
-        return loss_denominator(batch.action_mask, self.algorithm.normaliser, batch.tokens.shape[1])
+        return loss_denominator(batch.action_mask, self.algorithm.normaliser, batch.action_mask.shape[1])
 
     def loss(self, scores: TokenScores, part: TrainBatch, denominator: float) -> HalfLoss:
         """Compute the policy loss of a microbatch with its entropy bonus."""
@@ -158,6 +168,8 @@ class TokenHalf:
             weights = action_weights(mask, algorithm.normaliser).to(loss.dtype)
             loss = loss - algorithm.entropy_coef * (weights * scores.entropy).sum() / denominator
         sums = output.metrics | microbatch_sums(inputs, part, scores, cap) | {"loss": output.loss.detach()}
+        if self.sampled_with.thought_tokens:
+            sums |= thought_sums(inputs, scores, self.sampled_with.thought_tokens)
         return HalfLoss(loss, sums, replay_gap(inputs, part).max())
 
     def refuse_gap(self, gap: float) -> None:
@@ -173,7 +185,8 @@ class TokenHalf:
 
     def metrics(self, updates: Sequence[Metrics]) -> Metrics:
         """Return means per token of the last update; see docs/run-folder.md."""
-        metrics = update_metrics(updates, on_policy=not self.several)
+        own = [{name: update[name] for name in update if not name.startswith(THOUGHT)} for update in updates]
+        metrics = update_metrics(own, on_policy=not self.several) | thought_metrics(updates)
         if self.algorithm.kl_target is not None:
             metrics["kl/coef"] = self.kl_coef
         return metrics

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from imagerl.api.comparing import ComparisonResult
 from imagerl.rl.compare import page as comparison_page
 from imagerl.rl.compare.page import comparison_charts, sentence, write_comparison_page
 from imagerl.rl.compare.plan import BudgetSpec, Plan
@@ -154,6 +155,21 @@ def test_the_page_tells_it(folder: Path) -> None:
     ids = [a["id"] for _, a in page.tags if a.get("id")]
     assert len(ids) == len(set(ids)) and len(page.all("svg")) > 4
     assert "optim.lr" in text and "0.2" in text  # where the recipes differ
+
+
+def test_the_card_says_what_is_missing_and_means_need_four_seeds(folder: Path) -> None:
+    card, page = (
+        ComparisonResult(folder)._repr_html_(),
+        write_comparison_page(collect(folder), folder).read_text(),
+    )
+    assert "6 of 6 runs finished" in card and "state finished" in card and "IQM over seeds" not in page
+    write_plan(folder, "a", "b", seeds=4)
+    write_run(folder / "b" / "seed-3", [4, 17])
+    card, page = (
+        ComparisonResult(folder)._repr_html_(),
+        write_comparison_page(collect(folder), folder).read_text(),
+    )
+    assert "7 of 8 runs finished" in card and "state finished" not in card and "IQM over seeds" in page
 
 
 def test_charts_have_the_median_and_the_band(folder: Path) -> None:
