@@ -57,7 +57,7 @@ class RewardSpec:
     """One entry of a recipe's reward list. `target` is a name in REWARDS, "file.py:function",
     "package.module:function" or the address of a served reward, "http://host:port/name"; `settings` go to a class's
     constructor, or to a function at every call. `python` is the interpreter that runs the reward in a process of
-    its own, `runtime_env` Ray's description of the environment of its actor."""
+    its own, `runtime_env` Ray's description of the environment of its actor, which reserves `num_gpus`."""
 
     target: str
     weight: Weight = 1.0
@@ -67,16 +67,18 @@ class RewardSpec:
     runtime_env: Mapping[str, Any] | None = None
     half: Half = "both"
     function: RewardFn | None = None  # given in Python; `target` is then only its name
+    num_gpus: float = 0.0  # that each of its actors reserves
 
     @classmethod
     def from_mapping(cls, entry: Mapping[str, Any]) -> RewardSpec:
-        """Read `{name | import_path | url, weight, gate, function, python, runtime_env, half, **settings}`; a None
-        stands for an absent key."""
+        """Read `{name | import_path | url, weight, gate, function, python, runtime_env, num_gpus, half, **settings}`;
+        a None stands for an absent key."""
         settings = dict(entry)
         weight, gate = settings.pop("weight", None), settings.pop("gate", None)
         python, runtime_env = settings.pop("python", None), settings.pop("runtime_env", None)
         function = settings.pop("function", None)
         half: Half = settings.pop("half", None) or "both"
+        num_gpus = settings.pop("num_gpus", None) or 0.0
         sources = [settings.pop(key, None) for key in ("name", "import_path", "url")]
         targets = [target for target in sources if target is not None]
         if len(targets) != 1:
@@ -96,6 +98,7 @@ class RewardSpec:
             runtime_env,
             half,
             function,
+            num_gpus,
         )
 
     @property

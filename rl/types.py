@@ -6,7 +6,7 @@ N actions (tokens or flow steps), L prompt tokens, D hidden size, H×W pixels, C
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -184,9 +184,10 @@ class RolloutGroup:
     tokens: Tensor  # [G, T]
     rollout_logprobs: Tensor  # [G, T]
     action_mask: Tensor  # [G, T]
-    images: np.ndarray  # [G·M, H, W, 3] uint8 RGB
+    images: np.ndarray  # [G·M, H, W, 3] uint8 RGB; none of a group that another process has drawn
     flow: FlowTrajectory | None = None  # of the G·M pictures, where the decoder trains
     thoughts: Thoughts | None = None  # [G, N] written before the tokens, with `thought_tokens`
+    looks: Mapping[str, float] = field(default_factory=dict)  # statistics of pictures that are not here
 
 
 @dataclass(slots=True)
@@ -227,6 +228,7 @@ class LossInputs:
     action_mask: Tensor  # [B, N] bool
     denominator: float
     policy_weights: Tensor | None = None  # [B, N] factors of the policy term, not of the KL; None: all 1
+    kl_weights: Tensor | None = None  # [B, N] factors of the KL, where another policy drew; None: all 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,6 +314,15 @@ class RewardRequest:
     progress: float = 0.0  # share of the training steps that are done, for rewards with a schedule
 
 
+class StoredRequest(NamedTuple):
+    """A request whose pictures stay where they were drawn, in Ray's object store, until a reward fetches them."""
+
+    parts: Sequence[Any]  # references to RewardRequests of whole groups
+    sizes: Sequence[int]  # samples of each
+    group_size: int
+    step: int
+
+
 @dataclass(slots=True)
 class RewardScores:
     """The scores of one request, such as totals [0.8, NaN]: NaN marks a sample without a usable value. Functions of
@@ -348,8 +359,46 @@ class CheckPicture:
 class RewardScorer(Protocol):
     """Scores requests, possibly elsewhere and later, so that scoring overlaps with sampling."""
 
-    def submit(self, request: RewardRequest, with_gold: bool = False) -> int: ...
+    def submit(self, request: RewardRequest | StoredRequest, with_gold: bool = False) -> int: ...
 
     def collect(self, ticket: int) -> RewardScores: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What was drawn for a training step: this process's groups, in the order of its prompts."""
+
+    groups: list[RolloutGroup]
+    version: int  # the step before which the weights that drew them were the present ones
+    scores: Callable[[], list[RewardScores]]  # waits for the parts' scores, in order; once, and collective
+
+
+class Rollouts(Protocol):
+    """Where groups come from: `rl.rollout.engine.LocalRollouts` or `rl.rollout.actors.RayRollouts`. All collective."""
+
+    scorer: RewardScorer
+
+    def wait_until_ready(self) -> None:
+        """Return when it can draw. Raises ImageRLError when it cannot."""
+        ...
+
+    def publish(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Let the present weights, which are those before step `version`, draw what is started from now on; or those
+        given, of which the main process's count."""
+        ...
+
+    def start(self, step: int, prompts: Sequence[Prompt], flow: FlowSampling | None) -> None:
+        """Begin to draw the groups of this process's prompts, and to score them."""
+        ...
+
+    def collect(self, step: int) -> Rollout:
+        """Wait until what was started for the step is drawn."""
+        ...
+
+    def published(self) -> tuple[int, Mapping[str, Tensor]]:
+        """Return version and, on the main process, weights of the last `publish`, for a run that goes on later."""
+        ...
 
     def close(self) -> None: ...

@@ -23,7 +23,7 @@ from imagerl.rl.data.curriculum import CurriculumSampler
 from imagerl.rl.data.seeding import GroupedSampler
 from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.engine.engine import Engine
-from imagerl.rl.rollout.engine import RolloutEngine, training_sampling
+from imagerl.rl.rollout.engine import LocalRollouts, RolloutEngine, training_sampling
 from imagerl.rl.training.halves import freeze_references, lr_factor, trained_module
 from imagerl.rl.training.trainer import Trainer
 from imagerl.rl.types import RewardRequest, RewardScores
@@ -123,8 +123,8 @@ def small_trainer(
         CurriculumSampler(*chosen, lambda _: None, curriculum) if curriculum else GroupedSampler(*chosen)
     )
     rollout = RolloutEngine(policy, training_sampling(recipe), recipe.run.seed, engine.autocast)
-    scorer = FunctionScorer(rewards)
-    return Trainer(recipe, policy, scorer, sampler, rollout, engine)
+    rollouts = LocalRollouts(recipe, rollout, FunctionScorer(rewards), engine)
+    return Trainer(recipe, policy, sampler, rollouts, engine)
 
 
 # ---- the command line as a process that can be killed ------------------------------------------------------

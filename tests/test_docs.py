@@ -26,9 +26,9 @@ from imagerl.rl.config.monitors import MonitorsConfig
 from imagerl.rl.config.recipe import RecipeModel, load_yaml_recipe
 from imagerl.rl.config.sft import SFTRecipe
 from imagerl.rl.config.train import Recipe, load_recipe
+from imagerl.rl.rollout.picture_stats import group_stats, mean_of_groups
 from imagerl.rl.run.monitors import Watch
 from imagerl.rl.training.flow_half import PER_ACTION as FLOW_PER_ACTION
-from imagerl.rl.training.picture_stats import group_stats, mean_of_groups
 from imagerl.rl.training.step_metrics import OTHER_SUMS, PER_ACTION, update_metrics
 from imagerl.rl.types import Prompt, RewardRequest, RolloutGroup
 
@@ -102,13 +102,15 @@ def test_metric_keys_are_those_of_the_trainer() -> None:
     names = (*PER_ACTION, *OTHER_SUMS)
     logged = update_metrics([dict.fromkeys(names, 1.0)], on_policy=True).keys()
     logged |= {f"advantages/{name}" for name in group_advantages(torch.tensor([0.0, 1.0]), 2).metrics}
-    logged |= {"kl/coef", "rollout/images", "rollout/resampled_groups"}  # of the trainer itself
+    logged |= {"kl/coef"} | {
+        f"rollout/{name}" for name in ("age", "images", "resampled_groups")
+    }  # of the trainer
     assert {key for key in logged if "/" in key} == described
     described = set(re.findall(r"`((?:pictures|diversity|alarm)/\w+|monitor/<gold>/\w+)`", text))
     sizes = np.zeros((2, 4, 4, 3), np.uint8), torch.zeros(2, 4)
     group = RolloutGroup(Prompt(0, ""), sizes[1], sizes[1], sizes[1].bool(), sizes[0])
     watch = Watch(MonitorsConfig(), ["<gold>"])
-    logged = mean_of_groups(group_stats([group]))
+    logged = mean_of_groups([group_stats(group)])
     logged |= watch.after_step(1, logged)[0]
     for step in range(3):
         rows = [{"index": i, "<gold>": float(i * step), "total": float(step)} for i in range(3)]

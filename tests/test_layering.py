@@ -14,7 +14,8 @@ MEETING = ("imagerl.api.", "imagerl.rl.commands.")  # where the three meet
 READERS = tuple(
     f"imagerl.rl.files.{name}" for name in ("bounds", "importing", "mistakes", "reading", "yaml_text")
 )
-SHARED = ("imagerl.rl.types", "imagerl.rl.errors", *READERS)
+CLUSTER = "imagerl.rl.engine.cluster"  # the Ray of rollouts and rewards
+SHARED = ("imagerl.rl.types", "imagerl.rl.errors", CLUSTER, *READERS)
 PROTOCOLS = "imagerl.models.base"  # by which training knows models
 COMMON = tuple(
     f"imagerl.models.{name}" for name in ("base", "common", "families")

@@ -157,7 +157,7 @@ def train_with_imagerl(recipe: Any) -> tuple[Any, list[float], list[float]]:
     from imagerl.rl.data.prompt_sets import load_prompt_set
     from imagerl.rl.data.seeding import GroupedSampler
     from imagerl.rl.engine.engine import Engine
-    from imagerl.rl.rollout.engine import RolloutEngine, training_sampling
+    from imagerl.rl.rollout.engine import LocalRollouts, RolloutEngine, training_sampling
     from imagerl.rl.training.halves import lr_factor, trained_module
     from imagerl.rl.training.trainer import Trainer
 
@@ -170,7 +170,7 @@ def train_with_imagerl(recipe: Any) -> tuple[Any, list[float], list[float]]:
         load_prompt_set(recipe.data.train), recipe.rollout.prompts_per_step, recipe.run.seed
     )
     draw = RolloutEngine(policy, training_sampling(recipe), recipe.run.seed, engine.autocast)
-    trainer = Trainer(recipe, policy, scorer, sampler, draw, engine)
+    trainer = Trainer(recipe, policy, sampler, LocalRollouts(recipe, draw, scorer, engine), engine)
     rewards, seconds = [], []
     for step in range(recipe.run.steps):
         start = time.process_time()

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from imagerl.rl.engine.checkpoint import MANIFEST, Checkpoint, load_checkpoint
 from imagerl.rl.engine.engine import Engine
-from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.writing import wait_for
 from imagerl.rl.run.folder import RunFolder, told_changes
 from imagerl.rl.run.trackers import refuse_missing
-
-T = TypeVar("T")
 
 
 def open_run(
@@ -40,7 +37,7 @@ def open_run(
             print(f"imagerl: {told}", file=sys.stderr)
         return checkpoint.folder if checkpoint else None
 
-    chosen = on_main(engine, look)
+    chosen = engine.on_main(look)
     if engine.is_main or chosen is None:
         return checkpoint
     wait_for(chosen / MANIFEST)
@@ -53,7 +50,7 @@ def begin_run(
     """Write the recipe and the environment into the folder, once everything else is found in order. Of a run begun
     from Python the command is one that repeats it."""
     repeat = ["imagerl", recipe.kind, f"{folder.path}/recipe.yaml", "run.output_dir=NEW_FOLDER"]
-    on_main(engine, lambda: folder.begin(recipe, command or repeat, overwrite))
+    engine.on_main(lambda: folder.begin(recipe, command or repeat, overwrite))
 
 
 @contextmanager
@@ -73,17 +70,3 @@ def settings_kept() -> Iterator[None]:
             for state, values in kept:
                 state._shared_state.clear()
                 state._shared_state.update(values)
-
-
-def on_main(engine: Engine, action: Callable[[], T]) -> T:
-    """Do something on the main process only; what it returns, or its ImageRLError, comes to all of them."""
-    outcome: Any = None
-    if engine.is_main:
-        try:
-            outcome = action()
-        except ImageRLError as error:
-            outcome = error
-    outcome = engine.gather_objects(outcome)[0]
-    if isinstance(outcome, ImageRLError):
-        raise outcome
-    return outcome

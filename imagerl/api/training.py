@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 from imagerl.rl.errors import ImageRLError
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from imagerl.api.recipes import Overrides, Rewards
     from imagerl.api.runs import TrainingResult
-    from imagerl.models.base import PromptReader
+    from imagerl.models.base import Policy, PromptReader
     from imagerl.rl.config.sft import AnyRecipe
     from imagerl.rl.config.train import Recipe
     from imagerl.rl.data.prompt_sets import PromptSet
+    from imagerl.rl.rollout.engine import RolloutEngine
 
 
 def closing_line(comparison: Mapping[str, Any]) -> str:
@@ -93,6 +97,37 @@ def train(
     return TrainingResult(settings.run.output_dir)
 
 
+def load_generator(recipe: Recipe, device: torch.device) -> tuple[Policy, nn.Module]:
+    """Load the model of a recipe with the adapters that it asks for; returns it and the module that trains."""
+    import torch
+
+    from imagerl.models.families import load_policy
+    from imagerl.rl.training.halves import trained_module
+
+    storage = torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
+    policy = load_policy(recipe.model.path, device, storage, recipe.model.family)
+    if recipe.engine.precision == "bf16":
+        policy.sampler_dtype = torch.bfloat16
+    return policy, trained_module(policy, recipe)
+
+
+def load_rollout(recipe: Recipe) -> tuple[RolloutEngine, nn.Module]:
+    """Load what a rollout actor draws with, and the module whose weights it will be given."""
+    import torch
+
+    from imagerl.rl.engine.engine import ask_to_repeat
+    from imagerl.rl.rollout.engine import RolloutEngine, training_sampling
+
+    settings = recipe.engine
+    cuda = settings.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    ask_to_repeat(device, settings.deterministic)
+    torch.set_num_threads(settings.threads or torch.get_num_threads())
+    policy, module = load_generator(recipe, device)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    return RolloutEngine(policy, training_sampling(recipe), recipe.run.seed, autocast), module.to(device)
+
+
 def run_training(
     recipe: Recipe, resume: bool | int = False, overwrite: bool = False, command: Sequence[str] | None = None
 ) -> dict[str, Any] | None:
@@ -100,22 +135,22 @@ def run_training(
     all but the main process. `resume` is True to go on from the newest checkpoint, or the step
     of another. The run folder is locked first; it is written to only once everything else is found in
     order."""
-    import torch
-
     from imagerl.api.exporting import with_model
     from imagerl.api.running import begin_run, open_run
-    from imagerl.models.families import load_policy
     from imagerl.rewards.base import check_entries
     from imagerl.rewards.workers.pool import RewardWorkers
     from imagerl.rl.config.rewards import refuse_hidden
     from imagerl.rl.data.curriculum import CurriculumSampler
     from imagerl.rl.data.seeding import GroupedSampler
+    from imagerl.rl.engine.cluster import OBJECT_STORE_BYTES, start_ray, stop_ray
     from imagerl.rl.engine.engine import Engine
-    from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling, training_sampling
+    from imagerl.rl.rollout.engine import LocalRollouts, RolloutEngine, evaluation_sampling, training_sampling
+    from imagerl.rl.rollout.ray_rollouts import RayRollouts
     from imagerl.rl.run.folder import RunFolder
     from imagerl.rl.run.loop import Run
-    from imagerl.rl.training.halves import freeze_references, lr_factor, trained_module
+    from imagerl.rl.training.halves import freeze_references, lr_factor
     from imagerl.rl.training.trainer import Trainer
+    from imagerl.rl.types import Rollouts
 
     recipe = with_model(recipe, resume is not False)
     refuse_hidden([*recipe.rewards.functions, *recipe.gold])
@@ -125,31 +160,34 @@ def run_training(
     sampler = CurriculumSampler(*chosen, curriculum) if curriculum else GroupedSampler(*chosen)
     folder = RunFolder(recipe.run.output_dir)
     engine = Engine(recipe.engine)
-    scorer = None
+    owns_ray = False
+    scorer: RewardWorkers | None = None
+    rollouts: Rollouts | None = None
     try:
         if recipe.rollout.prompts_per_step < engine.world_size:
             raise ImageRLError(
                 f"{engine.world_size} processes have nothing to do with {recipe.rollout.prompts_per_step} prompts a "
                 "step; raise rollout.prompts_per_step or start fewer processes"
             )
+        if recipe.rollout.workers and engine.world_size > 1:
+            raise ImageRLError(
+                f"rollout.workers draw for one training process so far, not for {engine.world_size}; start one, or set "
+                "rollout.workers to 0"
+            )
         checkpoint = open_run(engine, folder, recipe, resume, overwrite)
         entries = [[spec.model_dump() for spec in specs] for specs in (recipe.rewards.functions, recipe.gold)]
         check_entries([*entries[0], *entries[1]], prompts.columns)  # before time goes into loading
-        storage = torch.bfloat16 if recipe.model.dtype == "bf16" else torch.float32
-        policy = load_policy(recipe.model.path, engine.device, storage, recipe.model.family)
-        if recipe.engine.precision == "bf16":
-            policy.sampler_dtype = torch.bfloat16
-        module = trained_module(policy, recipe)
+        policy, module = load_generator(recipe, engine.device)
         freeze_references(policy, recipe)
-        scorer = RewardWorkers(
-            entries[0],
-            gold=entries[1],
-            workers=recipe.rewards.workers,
-            timeout_s=recipe.rewards.timeout_s,
-            max_restarts=recipe.rewards.max_restarts,
-            columns=prompts.columns,
-            policy=policy,
-        )
+        if recipe.rollout.workers and engine.is_main:
+            versions = 3 * sum(
+                4 * p.numel() for p in module.parameters() if p.requires_grad
+            )  # two, and a copy
+            actors = recipe.rewards.workers + recipe.rollout.workers
+            owns_ray = start_ray(actors, OBJECT_STORE_BYTES + versions)
+        keys = ("workers", "timeout_s", "max_restarts")
+        settings = {key: getattr(recipe.rewards, key) for key in keys} | {"columns": prompts.columns}
+        scorer = RewardWorkers(entries[0], gold=entries[1], policy=policy, **settings)
         engine.prepare(
             module,
             recipe.optim,
@@ -157,20 +195,31 @@ def run_training(
             checkpoint.tensors if checkpoint else None,
             partial(lr_factor, recipe),
         )
-        rollout = RolloutEngine(policy, training_sampling(recipe), recipe.run.seed, engine.autocast)
+        if recipe.rollout.workers:
+            # Rewards given in Python may hold what no other process can have.
+            bare = recipe.rewards.model_copy(update={"functions": []})
+            build = partial(load_rollout, recipe.model_copy(update={"rewards": bare, "gold": []}))
+            rollouts = RayRollouts(recipe, build, scorer, engine)
+        else:
+            rollout = RolloutEngine(policy, training_sampling(recipe), recipe.run.seed, engine.autocast)
+            rollouts = LocalRollouts(recipe, rollout, scorer, engine)
         eval_rollout = RolloutEngine(policy, evaluation_sampling(recipe), recipe.eval.seed, engine.autocast)
-        trainer = Trainer(recipe, policy, scorer, sampler, rollout, engine)
+        trainer = Trainer(recipe, policy, sampler, rollouts, engine)
         if checkpoint:
             trainer.restore(checkpoint.state.get("trainer", {}), checkpoint.tensors)
         scorer.wait_until_ready()
+        rollouts.wait_until_ready()
         begin_run(engine, folder, recipe, overwrite, command)
         for doubt in recipe.doubts if engine.is_main else ():
             print(f"imagerl: {doubt}", file=sys.stderr)
-        return Run(recipe, folder, trainer, heldout.prompts, eval_rollout, checkpoint).execute(
-            resume is not False
-        )
+        run = Run(recipe, folder, trainer, heldout.prompts, eval_rollout, checkpoint)
+        return run.execute(resume is not False)
     finally:
+        if rollouts is not None:
+            rollouts.close()
         if scorer is not None:
             scorer.close()
+        if owns_ray:
+            stop_ray()
         folder.release()
         engine.close()

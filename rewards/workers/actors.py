@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import os
 import queue
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,19 +14,17 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from imagerl.rewards.base import LoadedReward, RewardSpec, load_spec
 from imagerl.rewards.boundary.guard import error_line, failed, text_of
 from imagerl.rewards.boundary.wire import Reply
 from imagerl.rewards.workers.scoring import call_reward
+from imagerl.rl.engine.cluster import actor_cpus, ended_part_of_ray, refuse_ended_ray
 from imagerl.rl.types import ImageRLError, RewardRequest
 
 NICENESS = 5  # an actor yields to the training process; it catches up while that one waits
 ATTEMPTS = 2  # of one call, when the actor dies under it
 START_TIMEOUT_S = 300.0  # loading models; downloads included
-CONNECT_S, JOIN_S = 5.0, 30.0  # to a cluster that is said to run: a port, and the whole of it
-OBJECT_STORE_BYTES = 512 * 2**20  # of shared memory, for pictures under way; Ray spills to disk beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,137 +229,6 @@ def _why(error: Exception) -> str:
     return type(error).__name__
 
 
-def ended_part_of_ray() -> str | None:
-    """Name the process that has ended of the Ray started here, or None."""
-    from ray._private import worker
-
-    started = getattr(getattr(worker, "_global_node", None), "all_processes", {})
-    for name in ("raylet", "gcs_server"):
-        if any(part.process.poll() is not None for part in started.get(name, ())):
-            return name
-    return None
-
-
-def refuse_ended_ray() -> None:
-    """Raise ImageRLError when Ray itself is gone: its library would end this process at the next call, without a
-    word."""
-    ended = ended_part_of_ray()
-    if ended is not None:
-        raise ImageRLError(
-            f"Ray ended: its {ended} was killed or crashed, perhaps for want of memory; continue with --resume, "
-            "or with rewards.workers=0, which needs no Ray"
-        )
-
-
-@contextmanager
-def _environment(**variables: str) -> Any:
-    """Set environment variables for the processes started inside."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def cluster_address() -> str | None:
-    """Return the cluster to join; None: one of our own is started."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    return None if address in ("", "local") else address
-
-
-def _join_cluster(address: str) -> None:
-    """Connect to a running cluster. Raises ImageRLError when that fails or takes too long: Ray itself tries for
-    minutes, for example when the variable still names yesterday's cluster."""
-    import ray
-
-    parts = urlsplit(address if "://" in address else f"//{address}")
-    try:
-        if parts.port is not None:  # "auto" has none
-            socket.create_connection((parts.hostname, parts.port), CONNECT_S).close()
-        joining: Future[None] = Future()
-
-        def join() -> None:
-            try:
-                ray.init(logging_level="error", log_to_driver=False)
-                joining.set_result(None)
-            except BaseException as error:
-                joining.set_exception(error)
-
-        threading.Thread(target=join, daemon=True, name="ray-join").start()
-        joining.result(JOIN_S)
-    except Exception as error:
-        why = f"no answer within {JOIN_S:g} s" if isinstance(error, TimeoutError) else str(error)
-        raise ImageRLError(
-            f"no Ray cluster can be joined at RAY_ADDRESS={address} ({why}); unset RAY_ADDRESS to let the run start "
-            "its own, or set it to a cluster that runs"
-        ) from error
-
-
-_reaper: subprocess.Popen[bytes] | None = None  # of the Ray that was started here
-
-
-def _private_folder() -> str:
-    """Make a new folder for Ray's logs and sockets that other users cannot enter. It goes when this process ends."""
-    global _reaper
-    place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    # a socket's path has 107 bytes at most, of which Ray's names take 64
-    folder = tempfile.mkdtemp(prefix="imagerl-", dir=place if len(os.fsencode(place)) <= 24 else "/tmp")
-    program = os.path.join(os.path.dirname(__file__), "reaper.py")
-    _reaper = subprocess.Popen(
-        [sys.executable, "-I", "-S", program, folder], stdin=subprocess.PIPE, start_new_session=True
-    )
-    return os.path.join(folder, "ray")  # Ray opens its own to everybody
-
-
-def stop_ray() -> None:
-    """End the Ray that `start_ray` started, and wait until nothing of it is left."""
-    import ray
-
-    global _reaper
-    ray.shutdown()
-    if _reaper is not None:
-        _reaper.communicate()
-        _reaper = None
-
-
-def start_ray(workers: int) -> bool:
-    """Connect to the cluster of RAY_ADDRESS or start one on loopback; True when it is ours to stop.
-
-    Must be called from the main thread: Ray's processes die with the thread that started them."""
-    address = cluster_address()
-    if address is None:
-        # Ray listens on every interface unless told, before its import, that there will be no other node.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    import ray
-
-    # Paragraphs of Ray's own about what our lines say too; `log_to_driver` does not stop them.
-    ray._private.worker._worker_logs_enabled = False
-    if ray.is_initialized():
-        return False
-    if address is not None:
-        _join_cluster(address)
-        return False
-    # The last variable keeps GPUs visible to actors that reserve none.
-    with _environment(
-        OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0"
-    ):
-        ray.init(
-            address="local",
-            num_cpus=workers,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level="error",
-            log_to_driver=False,
-            _temp_dir=_private_folder(),
-        )
-    return True
-
-
 def refuse_unsendable(label: str, function: object) -> None:
     """Raises ImageRLError for a function given in Python that holds what no other process can have."""
     from ray import cloudpickle
@@ -379,13 +242,13 @@ def refuse_unsendable(label: str, function: object) -> None:
         ) from error
 
 
-def actor_class(cpus: int, environment: Mapping[str, Any] | None) -> Any:
-    """Return `RewardActor` for Ray, in a runtime environment of its own or in ours. Raises ImageRLError for one
-    that Ray does not accept."""
+def actor_class(gpus: float, environment: Mapping[str, Any] | None) -> Any:
+    """Return `RewardActor` for Ray, with GPUs of its own, in a runtime environment of its own or in ours. Raises
+    ImageRLError for one that Ray does not accept."""
     import ray
     from ray.runtime_env import RuntimeEnv
 
-    remote = ray.remote(num_cpus=cpus, max_restarts=0)(RewardActor)
+    remote = ray.remote(num_cpus=actor_cpus(), num_gpus=gpus, max_restarts=0)(RewardActor)
     if environment is None:
         return remote
     try:

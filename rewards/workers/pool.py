@@ -8,35 +8,32 @@ import queue
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 from imagerl.rewards.base import RewardSpec, check_reward, load_rewards, load_spec, secrets_of, unique_labels
 from imagerl.rewards.boundary.guard import join
 from imagerl.rewards.boundary.wire import Reply
 from imagerl.rewards.mixing import Mix
-from imagerl.rewards.workers.actors import (
-    Call,
-    Plan,
-    Worker,
-    actor_class,
+from imagerl.rewards.workers.actors import Call, Plan, Worker, actor_class, refuse_unsendable
+from imagerl.rewards.workers.scoring import call_reward, combine, part_of
+from imagerl.rl.engine.cluster import (
     cluster_address,
     refuse_ended_ray,
-    refuse_unsendable,
+    refuse_too_many_gpus,
     start_ray,
     stop_ray,
 )
-from imagerl.rewards.workers.scoring import call_reward, combine, part_of
-from imagerl.rl.types import ImageRLError, RewardRequest, RewardScores
+from imagerl.rl.types import ImageRLError, RewardRequest, RewardScores, StoredRequest
 
 PATIENCE = 0.8  # of a call's time, after which a reward that waits for others must have given up
 
 
-def _by_environment(specs: Sequence[RewardSpec]) -> list[list[int]]:
-    """Return the places of the rewards that can share an actor."""
+def _by_actor(specs: Sequence[RewardSpec]) -> list[list[int]]:
+    """Return the places of the rewards that can share an actor: one that reserves GPUs has its own."""
     together: dict[str, list[int]] = {}
     for place, spec in enumerate(specs):
-        together.setdefault(repr(spec.runtime_env), []).append(place)
+        together.setdefault(repr((spec.runtime_env, place if spec.num_gpus else None)), []).append(place)
     return list(together.values())
 
 
@@ -46,6 +43,16 @@ def _shards(request: RewardRequest, count: int) -> list[RewardRequest]:
     count = max(1, min(count, groups))
     bounds = [round(i * groups / count) * request.group_size for i in range(count + 1)]
     return [part_of(request, slice(*bound)) for bound in pairwise(bounds)]
+
+
+def store(request: RewardRequest, count: int) -> StoredRequest:
+    """Put a request into Ray's object store, cut into at most `count` parts. Raises ImageRLError when Ray is gone."""
+    import ray
+
+    refuse_ended_ray()
+    parts = _shards(request, count)
+    sizes = [len(part.prompts) for part in parts]
+    return StoredRequest([ray.put(part) for part in parts], sizes, request.group_size, request.step)
 
 
 def read_entries(entries: Iterable[Mapping[str, Any] | RewardSpec]) -> list[RewardSpec]:
@@ -59,12 +66,11 @@ def read_entries(entries: Iterable[Mapping[str, Any] | RewardSpec]) -> list[Rewa
 class RewardWorkers:
     """A `RewardScorer` over a recipe's list of rewards (`{name | import_path, weight, **settings}`).
 
-    `workers` Ray actors hold all rewards each, and further ones those of each `runtime_env`; 0 scores in this
-    process, at once and without time-outs. A
-    call (one reward on a part of a request) that takes longer than `timeout_s` is given up: its samples count
-    as failures and its actor is replaced. A call whose actor dies is tried once more. `max_restarts` is per
-    actor, in a row. Scores do not depend on the number of workers as long as a reward looks at no more than
-    one group. A reward that names `policy` gets it, where `workers` is 0.
+    `workers` Ray actors hold all rewards each, and further ones those of each `runtime_env` and each that reserves
+    `num_gpus`; 0 scores in this process, at once and without time-outs. A call (one reward on a part of a request) that
+    takes longer than `timeout_s` is given up: its samples count as failures and its actor is replaced. A call whose
+    actor dies is tried once more. `max_restarts` is per actor, in a row. Scores do not depend on the number of workers
+    as long as a reward looks at no more than one group. A reward that names `policy` gets it, where `workers` is 0.
 
     Raises ImageRLError at once when a reward cannot be imported, does not take its settings, or asks for a
     column that is not in `columns` (names in the prompt set; None: not checked). Rewards are constructed in
@@ -91,8 +97,9 @@ class RewardWorkers:
             Mix(label, spec.weight, spec.gate, spec.half)
             for label, spec in zip(self.labels, self._specs, strict=True)
         ]
-        if workers == 0 and any(spec.runtime_env is not None for spec in self._specs):
-            raise ImageRLError("runtime_env needs rewards.workers of 1 or more: it is that of a Ray actor")
+        for key in ("runtime_env", "num_gpus"):
+            if workers == 0 and any(getattr(spec, key) for spec in self._specs):
+                raise ImageRLError(f"{key} needs rewards.workers of 1 or more: it is that of a Ray actor")
         for mix in self._mixes:
             if mix.gate and mix.gate.by.partition("/")[0] not in self.labels[: self._trained]:
                 raise ImageRLError(
@@ -100,7 +107,10 @@ class RewardWorkers:
                 )
         self._tickets: dict[int, tuple[int, int, list[list[Future[Reply]]]]] = {}
         self._done: dict[int, RewardScores] = {}
-        self._next = 0
+        self._waiting: dict[
+            int, tuple[StoredRequest, int]
+        ] = {}  # to be scored here, where there are no actors
+        self._numbers = count()  # of tickets; several threads may submit
         self._workers: list[Worker] = []
         self._owns_ray = False
         self._shards = workers
@@ -119,10 +129,10 @@ class RewardWorkers:
             if spec.function is not None:
                 refuse_unsendable(label, spec.function)
         self._owns_ray = start_ray(workers)
-        cpus = 0 if self._owns_ray else 1  # nothing else is to be scheduled on a cluster of our own
+        refuse_too_many_gpus(workers * sum(spec.num_gpus for spec in self._specs), "the rewards")
         self._calls: dict[int, queue.SimpleQueue[Call | None]] = {}  # by place of the reward
         secrets = {name for spec in self._specs for name in secrets_of(spec) if name in os.environ}
-        for places in _by_environment(self._specs):
+        for places in _by_actor(self._specs):
             calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
             self._calls |= dict.fromkeys(places, calls)
             plan = Plan(
@@ -133,7 +143,7 @@ class RewardWorkers:
                 {name: os.environ[name] for name in secrets},
             )
             labels = {place: self.labels[place] for place in places}
-            actor = actor_class(cpus, self._specs[places[0]].runtime_env)
+            actor = actor_class(self._specs[places[0]].num_gpus, self._specs[places[0]].runtime_env)
             self._workers += [
                 Worker(calls, partial(actor.remote, plan), labels, timeout_s, max_restarts)
                 for _ in range(workers)
@@ -147,33 +157,41 @@ class RewardWorkers:
         for worker in self._workers:
             worker.ready.result()
 
-    def submit(self, request: RewardRequest, with_gold: bool = False) -> int:
-        """Start scoring whole groups and return a ticket for `collect` (workers=0: scores them first).
+    def submit(self, request: RewardRequest | StoredRequest, with_gold: bool = False) -> int:
+        """Start scoring whole groups and return a ticket for `collect` (workers=0: scores them first, or those in
+        Ray's store when they are collected).
 
         `with_gold` measures the gold metrics too. They become components and never enter a total."""
-        ticket, self._next = self._next, self._next + 1
+        ticket = next(self._numbers)
         used = len(self.labels) if with_gold else self._trained
         if not self._workers:
-            values = [call_reward(reward, request) for reward in self._local[:used]]
-            self._done[ticket] = self._combine(values, request.group_size, request.step)
+            if isinstance(request, StoredRequest):
+                self._waiting[ticket] = request, used
+            else:
+                values = [call_reward(reward, request) for reward in self._local[:used]]
+                self._done[ticket] = self._combine(values, request.group_size, request.step)
             return ticket
-        import ray
-
-        refuse_ended_ray()
+        stored = request if isinstance(request, StoredRequest) else store(request, self._shards)
         answers: list[list[Future[Reply]]] = [[] for _ in self.labels[:used]]
-        for shard in _shards(request, self._shards):
-            reference = ray.put(shard)
+        for reference, size in zip(stored.parts, stored.sizes, strict=True):
             for index, label in enumerate(self.labels[:used]):
                 answer: Future[Reply] = Future()
                 answers[index].append(answer)
-                self._calls[index].put(Call(index, label, reference, len(shard.prompts), answer))
-        self._tickets[ticket] = (request.group_size, request.step, answers)
+                self._calls[index].put(Call(index, label, reference, size, answer))
+        self._tickets[ticket] = (stored.group_size, stored.step, answers)
         return ticket
 
     def collect(self, ticket: int) -> RewardScores:
         """Wait for the scores of a ticket; each ticket once. Raises ImageRLError when a reward needs mending."""
         if ticket in self._done:
             return self._done.pop(ticket)
+        if ticket in self._waiting:
+            import ray
+
+            request, used = self._waiting.pop(ticket)
+            parts = [ray.get(part) for part in request.parts]
+            here = [join([call_reward(reward, part) for part in parts]) for reward in self._local[:used]]
+            return self._combine(here, request.group_size, request.step)
         group_size, step, answers = self._tickets.pop(ticket)
         values = [join([answer.result() for answer in shards]) for shards in answers]
         return self._combine(values, group_size, step)

@@ -75,7 +75,7 @@ def policy_loss(
     """Compute the loss of every algorithm in `rl.config.algorithm_table`; the defaults are GRPO's (arXiv 2402.03300
     equation 3).
 
-    loss = sum of weight * (-policy_weight * surrogate + kl_coef * KL) over the actions, divided by
+    loss = sum of weight * (-policy_weight * surrogate + kl_coef * kl_weight * KL) over the actions, divided by
     `inputs.denominator`. The surrogate is that of `rl.algorithms.surrogates`; with `clip="ratio"` it is PPO's
     min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = exp(logprobs - old_logprobs). With
     old_logprobs = logprobs.detach() the ratio is 1, nothing is clipped, and every clip and level has the
@@ -122,7 +122,10 @@ def policy_loss(
         per_action = per_action * policy_weights
     if kl_coef and inputs.ref_logprobs is not None:
         ref_logprobs = masked(inputs.ref_logprobs.detach(), mask)
-        per_action = per_action + kl_coef * kl_estimate(kl_estimator, logprobs, ref_logprobs)
+        kl = kl_estimate(kl_estimator, logprobs, ref_logprobs)
+        if inputs.kl_weights is not None:
+            kl = kl * masked(inputs.kl_weights.detach().to(kl.dtype), mask)
+        per_action = per_action + kl_coef * kl
     weights = action_weights(mask, normaliser).to(per_action.dtype)
     loss = (weights * per_action).sum() / inputs.denominator
 

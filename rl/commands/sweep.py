@@ -37,6 +37,7 @@ def sweep(
     if odd:
         raise ImageRLError(f'"{odd[0]}" is no setting; write key=[a, b] or key=value, after one recipe')
     spend = parse_budget(budget)
-    recipes = label_recipes(write_grid(base, axes, Path(output) / "recipes"))
-    plan = Plan(spend, list(range(seeds)), recipes, next(iter(recipes)), overrides[len(axes) :])
+    overrides = overrides[len(axes) :]
+    recipes = label_recipes(write_grid(base, axes, Path(output) / "recipes", overrides))
+    plan = Plan(spend, list(range(seeds)), recipes, next(iter(recipes)), overrides)
     run_comparison(plan, Path(output), jobs, resume, command=sys.argv)

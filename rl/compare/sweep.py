@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from imagerl.rl.config.recipe import apply_override, find_recipe, read_recipe, validate_recipe
+from imagerl.rl.config.recipe import Override, apply_override, find_recipe, read_recipe, validate_recipe
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.writing import write_atomic
@@ -55,10 +55,13 @@ def grid_names(axes: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     return points
 
 
-def write_grid(recipe: str, axes: dict[str, list[Any]], folder: Path) -> list[str]:
+def write_grid(
+    recipe: str, axes: dict[str, list[Any]], folder: Path, overrides: Sequence[Override] = ()
+) -> list[str]:
     """Write the recipe of every point into `folder`; returns their paths, in order.
 
-    Raises ImageRLError for a recipe that no point may be made of, or a point that is no recipe."""
+    Raises ImageRLError for a recipe that no point may be made of, or a point that is none under the `overrides` of all
+    runs."""
     base = read_recipe(recipe)
     if "env_vars" in yaml.dump(base, Dumper=Dumper):
         raise ImageRLError(
@@ -69,7 +72,10 @@ def write_grid(recipe: str, axes: dict[str, list[Any]], folder: Path) -> list[st
         data = Recipe.prepare(deepcopy(base))
         for key, value in point.items():
             apply_override(Recipe, data, f"{key}={yaml.dump(value, Dumper=Dumper, default_flow_style=True)}")
-        validate_recipe(Recipe, deepcopy(data), f"{find_recipe(recipe)} with {name}")
+        whole = deepcopy(data)
+        for override in overrides:
+            apply_override(Recipe, whole, override)
+        validate_recipe(Recipe, whole, f"{find_recipe(recipe)} with {name}")
         path = folder / f"{name}.yaml"
         write_atomic(path, yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True))
         paths.append(str(path))

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, field_serializer, field_validator, model
 
 from imagerl.rl.config.recipe import RecipeModel
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.files.bounds import Factor, Workers
+from imagerl.rl.files.bounds import Factor, Gpus, Workers
 from imagerl.rl.files.environment import HIDDEN
 
 
@@ -62,6 +62,7 @@ class RewardSpec(RecipeModel):
     runtime_env: dict[str, Any] | None = Field(
         None, description="Ray runtime environment of the actor that holds it"
     )
+    num_gpus: Gpus = Field(0.0, description="GPUs that each of its actors reserves and alone sees; 0: none")
     weight: Factor | dict[Step, Factor] = Field(
         1.0, description="factor in the total reward; 0: measured only; {step: weight}: linear between steps"
     )

@@ -16,7 +16,16 @@ from imagerl.rl.config.flow import is_matching
 from imagerl.rl.config.monitors import MonitorsConfig
 from imagerl.rl.config.recipe import Loc, RecipeModel, load_yaml_recipe
 from imagerl.rl.config.rewards import RewardsConfig, RewardSpec
-from imagerl.rl.files.bounds import Count, Every, FlowSteps, Guidance, OutputDir, Positive, Seed, Steps
+from imagerl.rl.config.rollout import RolloutConfig
+from imagerl.rl.files.bounds import (
+    Count,
+    Every,
+    FlowSteps,
+    Guidance,
+    OutputDir,
+    Seed,
+    Steps,
+)
 
 MAX_DRAWN = 2**20  # pictures a step
 FILES = (".jsonl", ".json", ".csv", ".txt", ".yaml", ".yml", ".parquet")  # of prompts, without splits
@@ -151,54 +160,6 @@ class DataConfig(RecipeModel):
     curriculum: CurriculumConfig | None = Field(
         None, description="draw prompts neither solved nor hopeless more often; null: all alike, in epochs"
     )
-
-
-class RolloutConfig(RecipeModel):
-    prompts_per_step: Count = Field(16, description="prompts drawn each step")
-    group_size: int = Field(
-        16, ge=2, le=2**16, description="samples of each prompt; advantages compare within them"
-    )
-    temperature: float = Field(
-        1.0, ge=1e-3, le=100, description="of sampling, and of the scored distribution alike"
-    )
-    top_k: int | None = Field(None, description="must stay null: log-probs are of the whole distribution")
-    top_p: float | None = Field(None, description="must stay null: log-probs are of the whole distribution")
-    guidance: Guidance = Field(
-        2.0, description="classifier-free guidance of the decoder; 1: none, the default for nft and awm"
-    )
-    flow_steps: FlowSteps = Field(30, description="denoising steps of the decoder")
-    token_guidance: Guidance = Field(
-        1.0,
-        description="classifier-free guidance on the logits of tokens, for families that have it; 1: none",
-    )
-    thought_tokens: int = Field(
-        0,
-        ge=0,
-        le=1 << 14,
-        description="longest text that the model writes before its image tokens, trained with them; 0: none",
-    )
-    shared_noise: bool = Field(False, description="one decoder noise a group: rewards differ by tokens only")
-    decodes: FlowSteps = Field(
-        1,
-        description="pictures drawn of each token sequence, whose rewards are averaged for the tokens",
-    )
-    sample_chunk: Count | None = Field(
-        None, description="prompts whose tokens are sampled together; null: all of a step"
-    )
-    decode_chunk: Count | None = Field(
-        None, description="prompts drawn, then handed to the rewards, at a time; null: as sampled"
-    )
-    max_logprob_diff: Positive | None = Field(
-        None,
-        description="stop when sampler and trainer differ more on a log-prob; null: 0.01, bf16 1",
-    )
-
-    @field_validator("top_k", "top_p")
-    @classmethod
-    def _whole_distribution(cls, value: float | None) -> None:
-        if value is not None:
-            raise ValueError("top_k and top_p must be null in training: samples would come from a truncated "
-                             "distribution but be scored by the whole one")  # fmt: skip
 
 
 class EvalConfig(RecipeModel):
@@ -348,6 +309,8 @@ class Recipe(RecipeModel):
                 "algorithm.region_credit goes to the tokens of one picture; train the tokens, with rollout.decodes: 1"
             )
         self.optim.check(self.engine)
+        if self.rollout.thought_tokens and self.eval.kl:
+            raise ValueError("eval.kl leaves thoughts out; set eval.kl: false, or rollout.thought_tokens: 0")
         if self.rollout.thought_tokens and self.engine.zero_stage == 3:
             raise ValueError(
                 "rollout.thought_tokens reads the head of the language model whole; set engine.zero_stage to 2 or less"
@@ -362,6 +325,7 @@ class Recipe(RecipeModel):
             raise ValueError(
                 f"rollout.prompts_per_step x group_size x decodes is {drawn} pictures a step, more than {MAX_DRAWN}"
             )
+        self.rollout.check(self)
         if self.run.images is not None and self.run.images < drawn:
             raise ValueError(f"run.images ({self.run.images}) is less than the {drawn} that one step draws")
         updates = self.run.steps * self.algorithm.updates_per_rollout

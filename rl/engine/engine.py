@@ -11,12 +11,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from imagerl.rl.engine import zero
+from imagerl.rl.engine.schedule import learning_rate
 from imagerl.rl.errors import ImageRLError, one_line
 from imagerl.rl.files.environment import leave_to_the_recipe
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from imagerl.rl.config.engine import EngineConfig, OptimConfig
 
 AVERAGE = "average"  # the group of the moving average in a checkpoint
+OLD = "old"  # that of the moving average that draws pictures
+T = TypeVar("T")
 StateDict = dict[str, dict[str, Tensor]]  # group -> name -> whole tensor
 
 
@@ -61,9 +64,7 @@ class Engine:
             torch.set_num_threads(settings.threads)
         self.threads: int = torch.get_num_threads()
         self.device: torch.device = self.accelerator.device
-        if self.device.type == "cuda":  # resuming must repeat a run bit for bit
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+        ask_to_repeat(self.device, settings.deterministic)
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.rank == 0
@@ -291,6 +292,23 @@ class Engine:
         torch.distributed.all_gather_object(gathered, value)
         return gathered
 
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Do something on the main process only; what it returns, or its ImageRLError, comes to all. Collective."""
+        outcome: Any = None
+        if self.is_main:
+            try:
+                outcome = action()
+            except ImageRLError as error:
+                outcome = error
+        if self.world_size > 1:
+            shared = [outcome]
+            torch.distributed.broadcast_object_list(shared)
+            outcome = outcome if self.is_main else shared[0]
+        if isinstance(outcome, ImageRLError):
+            raise outcome
+        result: T = outcome
+        return result
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.accelerator.wait_for_everyone()
@@ -358,28 +376,13 @@ class Engine:
                 self._base_optimizer.state[parameter] = {"step": step, **moments}
 
 
+def ask_to_repeat(device: torch.device, deterministic: bool) -> None:
+    """Ask a GPU for kernels that repeat bit for bit, as a resumed run must."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
 def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors to host memory, where nothing changes them any more."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
-
-def learning_rate(update: int, total: int, optim: OptimConfig, share: float | None = None) -> float:
-    """Return the learning rate of 0-based `update` out of `total`, a pure function so that resuming needs no state.
-
-    Warm-up rises linearly and its first update is not wasted on zero; then constant, or constant up to the last
-    `decay_share` of the updates and from there down to `min_lr` along a line or half a cosine. Where the number of
-    updates is not known beforehand, `share` in [0, 1] says how much of the run is over, and the fall follows that.
-    """
-    warmup = optim.warmup_steps
-    if update < warmup:
-        return optim.lr * (update + 1) / (warmup + 1)
-    if share is None:
-        begin = max(float(warmup), (1.0 - optim.decay_share) * total)
-        progress = min(1.0, max(0.0, update - begin) / max(1.0, total - begin))
-    else:
-        progress = min(1.0, max(0.0, share - (1.0 - optim.decay_share)) / optim.decay_share)
-    if optim.schedule == "linear":
-        return optim.min_lr + (optim.lr - optim.min_lr) * (1.0 - progress)
-    if optim.schedule == "cosine":
-        return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return optim.lr

@@ -14,6 +14,7 @@ Count = Annotated[int, Field(ge=1, le=2**16)]  # samples or prompts at a time
 FlowSteps = Annotated[int, Field(ge=1, le=1000)]  # or whatever else is done one after the other
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Workers = Annotated[int, Field(ge=0, le=1024)]
+Gpus = Annotated[float, Field(ge=0, le=64)]  # of an actor; a part of one is shared
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 LearningRate = Annotated[float, Field(ge=1e-12, le=10)]
 Guidance = Annotated[float, Field(ge=0, le=100)]

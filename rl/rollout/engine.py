@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import product
@@ -16,6 +16,7 @@ from torch import Tensor
 from imagerl.models.base import Policy, PromptReader
 from imagerl.rl.algorithms.kl import k3
 from imagerl.rl.data.seeding import generator
+from imagerl.rl.engine.engine import OLD
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.reading import read_picture
 from imagerl.rl.types import (
@@ -24,6 +25,8 @@ from imagerl.rl.types import (
     FlowTrajectory,
     Prompt,
     RewardRequest,
+    RewardScorer,
+    Rollout,
     RolloutGroup,
     Rows,
     SamplingParams,
@@ -35,6 +38,7 @@ from imagerl.rl.types import (
 
 if TYPE_CHECKING:
     from imagerl.rl.config.train import Recipe
+    from imagerl.rl.engine.engine import Engine
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -312,6 +316,49 @@ class RolloutEngine:
             step_noise = self.step_noise(occasion, prompts, group_size, len(flow.window))
             pictures, steps = self.policy.flow.decode_steps(encoded, trajectory, noise, step_noise, flow)
         return to_uint8(pictures), steps
+
+
+class LocalRollouts:
+    """Rollouts in this process, with the weights that train: drawn when they are collected, not before, as nothing
+    runs beside. Rewards score the first pictures while the next are drawn."""
+
+    def __init__(self, recipe: Recipe, rollout: RolloutEngine, scorer: RewardScorer, engine: Engine) -> None:
+        self.recipe = recipe
+        self.rollout = rollout
+        self.scorer = scorer
+        self.engine = engine
+        self.version = 0
+        self._asked: tuple[Sequence[Prompt], FlowSampling | None] = (), None
+
+    def wait_until_ready(self) -> None:
+        """Do nothing: there is nothing to wait for."""
+
+    def publish(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Lay the present weights out for sampling: the sampler has its own copy, which an update leaves behind."""
+        with self.engine.gathered_parameters():
+            self.rollout.policy.refresh_sampler()
+        self.version = version
+
+    def start(self, step: int, prompts: Sequence[Prompt], flow: FlowSampling | None) -> None:
+        self._asked = prompts, flow
+
+    def collect(self, step: int) -> Rollout:
+        settings, (prompts, flow) = self.recipe.rollout, self._asked
+        groups, tickets = [], []
+        with self.engine.averaged(OLD):
+            for chunk in self.rollout.generate(
+                prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk, flow
+            ):
+                tickets.append(self.scorer.submit(reward_request(chunk, step, self.recipe.run.steps)))
+                self.engine.leave_cores(self.recipe.rewards.workers)
+                groups += chunk
+        return Rollout(groups, self.version, lambda: [self.scorer.collect(ticket) for ticket in tickets])
+
+    def published(self) -> tuple[int, Mapping[str, Tensor]]:
+        return self.version, {}
+
+    def close(self) -> None:
+        """Do nothing: nothing runs beside."""
 
 
 def _chunks(prompts: Sequence[Prompt], size: int | None) -> Iterator[Sequence[Prompt]]:

@@ -46,7 +46,8 @@ CHANGEABLE = {
     *("data.workers", "data.max_bad_share", "run.model_dtype"),
     # how the same numbers are computed
     *(f"engine.{key}" for key in EngineConfig.model_fields if key != "precision"),
-    *("rollout.sample_chunk", "rollout.decode_chunk", "eval.batch_size"),
+    *(f"rollout.{key}" for key in ("sample_chunk", "decode_chunk", "workers", "num_gpus")),
+    "eval.batch_size",
     *(f"monitors.{key}" for key in MonitorsConfig.model_fields),
 }
 

@@ -300,7 +300,7 @@ class Run(Loop):
             settings.suite,
             self.heldout,
             source,
-            self.trainer.scorer,
+            self.trainer.rollouts.scorer,
             settings.batch_size,
             shown=shown,
             ranks=self.engine,
@@ -324,7 +324,7 @@ class Run(Loop):
     def _measure(self, step: int) -> None:
         settings, count = self.recipe.eval, self.recipe.run.sample_prompts
         if step == 0 and self.engine.is_main:
-            try_rewards(settings.suite, self.heldout, self.eval_rollout, self.trainer.scorer)
+            try_rewards(settings.suite, self.heldout, self.eval_rollout, self.trainer.rollouts.scorer)
         evaluation = self._drawn(self.eval_rollout, count)
         self.first = self.first or evaluation.per_prompt
         self.last = evaluation.per_prompt

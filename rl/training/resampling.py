@@ -34,7 +34,7 @@ def resample(
     Returns:
         This rank's groups to train on, their scores, and the scores of all samples that it has drawn.
     """
-    groups, size, drawn = list(groups), len(groups[0].images), [scores]
+    groups, size, drawn = list(groups), len(scores.totals) // len(groups), [scores]
     for _ in range(rounds):
         of_halves = [silent_groups(totals, size) for totals in scores.halves.values() or [scores.totals]]
         silent = [group for group in of_halves[0] if all(group in own for own in of_halves)]

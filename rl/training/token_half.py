@@ -68,6 +68,8 @@ class TokenHalf:
         self.sampled_with = training_sampling(recipe)
         self._weigh_kl(recipe.algorithm.kl_coef)  # adapted where there is a target
         self.grid: tuple[int, int] | None = None  # of the tokens of the present step's pictures
+        # Older weights draw then, over whose samples the KL is no mean.
+        self.stale = recipe.rollout.max_staleness > 0
         self.several = recipe.algorithm.updates_per_rollout > 1
         self.choosy = recipe.algorithm.top_entropy < 1
         self.needs_old = self.several or self.choosy
@@ -161,6 +163,7 @@ class TokenHalf:
             action_mask=mask,
             denominator=denominator,
             policy_weights=policy_weights(old, part.rollout_logprobs, mask, cap, part.selected),
+            kl_weights=policy_weights(old, part.rollout_logprobs, mask, cap, None) if self.stale else None,
         )
         output = self.policy_loss(inputs, **self.settings)
         loss = output.loss

@@ -20,19 +20,17 @@ from imagerl.rl.algorithms.loading import load_advantages
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.data.curriculum import CurriculumSampler
 from imagerl.rl.data.seeding import GroupedSampler, generator
-from imagerl.rl.engine.engine import Engine
-from imagerl.rl.rollout.engine import RolloutEngine, reward_request
+from imagerl.rl.engine.engine import OLD, Engine
+from imagerl.rl.rollout.picture_stats import group_stats, mean_of_groups
 from imagerl.rl.rollout.scores import average_decodes, component, merge_scores, scores_of_half, variance_split
 from imagerl.rl.training.half import Half, train_on
 from imagerl.rl.training.halves import FLOW, halves_in_training
-from imagerl.rl.training.picture_stats import group_stats, mean_of_groups
 from imagerl.rl.training.resampling import Drawn, resample
 from imagerl.rl.training.reward_stats import mixing_metrics
 from imagerl.rl.training.step_metrics import Metrics, PhaseTimer, refuse_failures, reward_metrics
-from imagerl.rl.types import Prompt, RewardScorer, RewardScores, RolloutGroup
+from imagerl.rl.types import Prompt, RewardScores, Rollout, RolloutGroup, Rollouts
 
 Batches = list[Any]  # one per half
-OLD = "old"  # the moving average that draws pictures
 
 
 class Trainer:
@@ -44,18 +42,17 @@ class Trainer:
         self,
         recipe: Recipe,
         policy: Policy,
-        scorer: RewardScorer,
         sampler: GroupedSampler,
-        rollout: RolloutEngine,
+        rollouts: Rollouts,
         engine: Engine,
     ) -> None:
         self.recipe = recipe
         self.algorithm = recipe.algorithm
         self.policy = policy
-        self.scorer = scorer
         self.sampler = sampler
-        self.rollout = rollout
+        self.rollouts = rollouts
         self.engine = engine
+        self._begun: int | None = None  # the step whose rollout is under way
         self.halves = halves_in_training(recipe, policy, engine.gather_objects)
         self.advantages = load_advantages(recipe.algorithm)
         # Of each half's rewards so far, for that baseline; None: there were none.
@@ -72,12 +69,13 @@ class Trainer:
         """Train on the prompts of `step` (counted from 0); returns what to log."""
         self.timer.start()
         self._asked = []
-        groups, tickets = self._roll_out(self.sampler.step(step)[self._own], step)
+        rollout = self._roll_out(step)
+        groups = rollout.groups
         if self.algorithm.max_resamples:
             # Which groups are silent is known from rewards only, so here scoring cannot overlap with the reference.
             groups, scores, drawn = resample(
                 groups,
-                self._collect(tickets),
+                merge_scores(self._collect(rollout)),
                 self.sampler.others(step),
                 self.algorithm.max_resamples,
                 draw=lambda prompts: self._draw(prompts, step),
@@ -89,7 +87,7 @@ class Trainer:
         else:
             self.policy.release_sampler()
             batches = self._score_frozen(self._assemble(groups, step))  # rewards are still being computed
-            scores = drawn = self._collect(tickets)
+            scores = drawn = merge_scores(self._collect(rollout))
         drawn = merge_scores(self.engine.gather_objects(drawn))
         refuse_failures(drawn, self.recipe.rewards.max_failure_rate)
         with self.timer("update"):
@@ -99,6 +97,8 @@ class Trainer:
             updates = [self._update(batches) for _ in range(self.algorithm.updates_per_rollout)]
         looks = self._looks(groups)
         metrics = self._metrics(drawn, advantages, updates) | looks  # which hold the time that looking took
+        if self.recipe.rollout.max_staleness:
+            metrics["rollout/age"] = float(step - rollout.version)
         for half, own in zip(self.halves, zip(*updates, strict=True), strict=True):
             half.after_step(step, own)
         self._renew_reference(step)
@@ -110,6 +110,8 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return all but weights and optimizer that the next step depends on, as JSON takes it."""
         state: dict[str, Any] = {"moving_means": self.moving_means}
+        if self._begun is not None:
+            state["rollout"] = {"step": self._begun, "version": self.rollouts.published()[0]}
         if isinstance(self.sampler, CurriculumSampler):
             state["curriculum"] = self.sampler.state()
         for half in self.halves:
@@ -117,8 +119,12 @@ class Trainer:
         return state
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the state held in tensors: the reference, where it is no longer the model that the run began from."""
-        return {"reference": self.policy.reference_state()} if self.algorithm.reference_every else {}
+        """Return the state held in tensors: the reference, where it is no longer the model that the run began from, and
+        the older weights that a rollout under way is drawn by."""
+        tensors = {"reference": self.policy.reference_state()} if self.algorithm.reference_every else {}
+        if self._begun is not None:
+            tensors["published"] = dict(self.rollouts.published()[1])
+        return tensors
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Continue from what `state` and `tensors` returned."""
@@ -131,6 +137,8 @@ class Trainer:
             self.policy.load_reference(tensors["reference"])
         if self.old_policy:
             self.engine.keep_average(OLD, tensors[OLD])
+        if begun := state.get("rollout"):  # drawn again, by the same weights
+            self._begin(begun["step"], begun["version"], tensors["published"])
 
     def _learn_of_prompts(self, drawn: RewardScores) -> Metrics:
         """Tell a curriculum how all prompts of the step, of all ranks, have gone."""
@@ -161,27 +169,30 @@ class Trainer:
         count, ranks, rank = self.sampler.prompts_per_step, self.engine.world_size, self.engine.rank
         return slice(count * rank // ranks, count * (rank + 1) // ranks)
 
-    def _roll_out(self, prompts: Sequence[Prompt], step: int) -> tuple[list[RolloutGroup], list[int]]:
-        settings = self.recipe.rollout
-        flow = next(filter(None, (half.sampling(step) for half in self.halves)), None)
-        groups, tickets = [], []
+    def _roll_out(self, step: int) -> Rollout:
+        """Collect the rollout of the step; where it may be an update old, the next one then begins with the present
+        weights."""
         with self.timer("rollout"):
-            with self.engine.gathered_parameters():
-                # The sampler has its own copy of the weights, which the last update has left behind.
-                self.policy.refresh_sampler()
-            with self.engine.averaged(OLD):
-                for chunk in self.rollout.generate(
-                    prompts, settings.group_size, step, settings.decode_chunk, settings.sample_chunk, flow
-                ):
-                    tickets.append(self.scorer.submit(reward_request(chunk, step, self.recipe.run.steps)))
-                    self.engine.leave_cores(self.recipe.rewards.workers)
-                    groups += chunk
-        self._asked += [group.prompt.index for group in groups]
-        return groups, tickets
+            if self._begun is None:
+                self._begin(step, version=step)
+            rollout, self._begun = self.rollouts.collect(step), None
+            if self.recipe.rollout.max_staleness and step + 1 < self.recipe.run.steps:
+                self._begin(step + 1, version=step)
+        self._asked += [group.prompt.index for group in rollout.groups]
+        return rollout
 
-    def _collect(self, tickets: Sequence[int]) -> RewardScores:
+    def _begin(self, step: int, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
+        self.rollouts.publish(version, weights)
+        self._start(step, self.sampler.step(step)[self._own])
+        self._begun = step
+
+    def _start(self, step: int, prompts: Sequence[Prompt]) -> None:
+        flow = next(filter(None, (half.sampling(step) for half in self.halves)), None)
+        self.rollouts.start(step, prompts, flow)
+
+    def _collect(self, rollout: Rollout) -> list[RewardScores]:
         with self.timer("reward_wait"):
-            scores = merge_scores([self.scorer.collect(ticket) for ticket in tickets])
+            scores = rollout.scores()
         self.engine.leave_cores(0)
         return scores
 
@@ -190,13 +201,17 @@ class Trainer:
         if not self.recipe.monitors.pictures:
             return {}
         with self.timer("monitors"):
-            rows = self.engine.gather_objects(group_stats(groups))
+            rows = self.engine.gather_objects([group.looks or group_stats(group) for group in groups])
         return mean_of_groups([row for rank in rows for row in rank])
 
     def _draw(self, prompts: Sequence[Prompt], step: int) -> Drawn | None:
         """Draw more groups of this step with their scores."""
-        groups, tickets = self._roll_out(prompts, step)
-        return (groups, self._collect(tickets)) if groups else None
+        with self.timer("rollout"):
+            self._start(step, prompts)
+            rollout = self.rollouts.collect(step)
+        self._asked += [group.prompt.index for group in rollout.groups]
+        scores = self._collect(rollout)
+        return (rollout.groups, merge_scores(scores)) if rollout.groups else None
 
     def _assemble(self, groups: Sequence[RolloutGroup], step: int) -> Batches:
         return [half.assemble(groups, step) for half in self.halves]

@@ -205,3 +205,5 @@ def test_what_cannot_think_is_told_before(policy: ImagePolicy, tmp_path: Path) -
         refuse_impossible(policy.prompts, PROMPTS, SamplingParams(thought_tokens=room + 1))
     with pytest.raises(ImageRLError, match=r"engine\.zero_stage to 2 or less"):
         small_trainer(*THINK, "engine={name: deepspeed, zero_stage: 3}")
+    with pytest.raises(ImageRLError, match=r"eval\.kl leaves thoughts out"):
+        small_trainer(*THINK, "eval.kl=true")

@@ -19,8 +19,9 @@ import pytest
 import ray
 
 from imagerl.rewards.boundary.wire import Reply
-from imagerl.rewards.workers.actors import Call, Plan, Worker, start_ray
+from imagerl.rewards.workers.actors import Call, Plan, Worker
 from imagerl.rewards.workers.pool import RewardWorkers, _shards
+from imagerl.rl.engine.cluster import start_ray
 from imagerl.rl.types import ImageRLError, RewardRequest, RewardScorer
 
 # Each prompt says what its group's samples shall do; `flag` is a file that makes "die once" remember.
@@ -355,12 +356,29 @@ def test_a_cluster_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPa
     over = threading.Event()
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: over.wait(600))
-    monkeypatch.setattr("imagerl.rewards.workers.actors.JOIN_S", 0.2)
+    monkeypatch.setattr("imagerl.rl.engine.cluster.JOIN_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as other:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{other.getsockname()[1]}")
         with pytest.raises(ImageRLError, match=r"\(no answer within 0\.2 s\); unset RAY_ADDRESS"):
             start_ray(1)
     over.set()
+
+
+def test_a_ray_that_does_not_start_is_tried_again_then_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits 30 s for its own processes, on a busy machine in vain."""
+    folders: list[Path] = []
+
+    def init(**options: Any) -> None:
+        folders.append(Path(options["_temp_dir"]).parent)
+        raise Exception("The current node timed out during startup.\nIt may be busy.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(ImageRLError, match=r"Ray does not start \(The current node timed out") as caught:
+        start_ray(1)
+    assert "\n" not in str(caught.value) and len(folders) == 2 and not any(map(Path.exists, folders))
 
 
 def test_a_cluster_that_answers_is_joined_and_not_ours_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def test_success_is_of_the_reward_that_is_named_and_of_its_own_prompt() -> None:
     trainer = small_trainer(*RUN)
     asked = [prompt.index for prompt in trainer.sampler.step(0)]
     trainer.step(0)
-    (scores,) = trainer.scorer.scores  # type: ignore[attr-defined]
+    (scores,) = trainer.rollouts.scorer.scores  # type: ignore[attr-defined]
     won = (scores.components["low_tokens"].reshape(4, 4) >= 0.5).sum(1)
     assert len(set(won)) > 1
     expected = {str(index): [float(count), 4.0] for index, count in zip(asked, won, strict=True)}

@@ -15,7 +15,8 @@ from torch import nn
 
 from imagerl.rl.config.engine import EngineConfig
 from imagerl.rl.engine import zero
-from imagerl.rl.engine.engine import Engine, learning_rate
+from imagerl.rl.engine.engine import Engine
+from imagerl.rl.engine.schedule import learning_rate
 from imagerl.rl.errors import ImageRLError
 from tests.resident import alone
 

@@ -9,7 +9,7 @@ import pytest
 from imagerl.rl.config.recipe import validate_recipe
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.engine.checkpoint import list_checkpoints
-from imagerl.rl.engine.engine import learning_rate
+from imagerl.rl.engine.schedule import learning_rate
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import read_metrics
 from imagerl.rl.run import report

@@ -96,7 +96,7 @@ def test_a_run_that_was_killed_has_its_page(place: Path, tmp_path: Path, every: 
     command.kill()
     assert command.wait() == -signal.SIGKILL
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert page.startswith("<!doctype html>") and page.endswith("</html>\n")
+    assert page.startswith("<!doctype html>") and page.endswith("</html>")
     told = re.search(r"step (\d) of 8", page)
     assert told and 1 <= int(told[1]) <= logged_steps(run)[-1] and (every == 1 or told[1] == "1")
     if BROWSER is not None:

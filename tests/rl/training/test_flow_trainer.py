@@ -206,8 +206,8 @@ def test_joint_gradients_are_those_of_the_halves_alone() -> None:
         if not overrides:  # the same stochastic pictures, without training on them
             sampling = flow_trainer(JOINT).halves[1].sampling(0)
             policy.train_decoder().trainable.requires_grad_(False)
-            generate = trainer.rollout.generate
-            trainer.rollout.generate = lambda *a, g=generate, s=sampling: g(*a[:-1], s)  # type: ignore[method-assign]
+            start = trainer.rollouts.start
+            trainer.rollouts.start = lambda *a, go=start, s=sampling: go(*a[:-1], s)  # type: ignore[method-assign]
         trainer.step(0)
         gradients.append(found)
     tokens, flow, joint = gradients
@@ -226,7 +226,7 @@ def test_several_pictures_of_a_token_sequence() -> None:
     trainer.advantages = lambda inputs: seen.append(inputs) or advantages(inputs)  # type: ignore[func-returns-value]
     metrics = trainer.step(0)
     tokens, pictures = seen
-    raw = torch.from_numpy(trainer.scorer.scores[0].totals)  # type: ignore[attr-defined]
+    raw = torch.from_numpy(trainer.rollouts.scorer.scores[0].totals)  # type: ignore[attr-defined]
     assert raw.shape == (2 * 4 * 3,) and len(np.unique(raw.numpy())) > 20
     torch.testing.assert_close(tokens.rewards, raw.view(8, 3).mean(1))
     assert tokens.group_size == 4

@@ -54,7 +54,7 @@ def joint_trainer(**values: list[Any]) -> Trainer:
         specs=specs,
         **chosen,
     )
-    scorer: Any = trainer.scorer
+    scorer: Any = trainer.rollouts.scorer
     scorer.rewards = [
         LoadedReward(each.label, each.fn, WEIGHTS[each.label], half=HALVES[each.label])  # type: ignore[arg-type]
         for each in scorer.rewards

@@ -110,13 +110,13 @@ def test_the_trainer_logs_them() -> None:
 def test_the_trainer_tells_rewards_its_step() -> None:
     trainer = small_trainer()
     asked: list[int] = []
-    submit = trainer.scorer.submit
+    submit = trainer.rollouts.scorer.submit
 
     def listening(request: RewardRequest, with_gold: bool = False) -> int:
         asked.append(request.step)
         return submit(request, with_gold)
 
-    trainer.scorer.submit = listening  # type: ignore[method-assign]
+    trainer.rollouts.scorer.submit = listening  # type: ignore[method-assign]
     trainer.step(0)
     trainer.step(3)
     assert sorted(set(asked)) == [0, 3]

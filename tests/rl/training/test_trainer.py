@@ -255,7 +255,7 @@ def test_kl_in_the_reward_enters_the_advantages_only() -> None:
     metrics = trainer.step(1)
     ((inputs, settings),) = calls
     assert settings["kl_coef"] == 0.0 and inputs.ref_logprobs is not None
-    totals = trainer.scorer.scores[-1].totals  # type: ignore[attr-defined]
+    totals = trainer.rollouts.scorer.scores[-1].totals  # type: ignore[attr-defined]
     penalty = (inputs.logprobs - inputs.ref_logprobs).double().sum(dim=1)
     assert float(penalty.abs().max()) > 0.1
     expected = group_advantages(torch.from_numpy(totals) - 0.1 * penalty, 4)
@@ -270,7 +270,7 @@ def test_an_entropy_bonus_raises_entropy(normaliser: str) -> None:
 
     common = ("algorithm.kl_coef=0", f"algorithm.normaliser={normaliser}", "rollout.temperature=0.1")
     trainer = small_trainer(*common, "algorithm.entropy_coef=1", equal=equal)
-    batch = trainer._assemble(trainer._roll_out(trainer.sampler.step(0), 0)[0], 0)[0]
+    batch = trainer._assemble(trainer._roll_out(0).groups, 0)[0]
     arguments = (batch.prompts, batch.tokens, SamplingParams(0.1))
     before = trainer.policy.trainable(*arguments).entropy.mean().item()
     trainer.step(0)
@@ -286,7 +286,7 @@ def test_shuffled_rewards_are_the_same_numbers_elsewhere() -> None:
     ours, theirs = usual.step(0), shuffled.step(0)
     assert theirs["reward/mean"] == ours["reward/mean"]
     ((inputs, _),) = calls
-    totals = torch.from_numpy(shuffled.scorer.scores[0].totals)  # type: ignore[attr-defined]
+    totals = torch.from_numpy(shuffled.rollouts.scorer.scores[0].totals)  # type: ignore[attr-defined]
     honest = group_advantages(totals, 4, "none").advantages
     assert not torch.allclose(inputs.advantages[:, 0], honest)
     assert theirs["grad_norm"] != ours["grad_norm"]

@@ -75,13 +75,13 @@ def test_silent_groups_give_way_to_other_prompts() -> None:
     trainer = small_trainer(*overrides, scored=varied_from(3))
     calls = watch_loss(trainer)
     drawn: list[int] = []
-    submit = trainer.scorer.submit
+    submit = trainer.rollouts.scorer.submit
 
     def watched(request: Any, with_gold: bool = False) -> int:
         drawn.append(len(request.prompts) // 4)
         return submit(request, with_gold)
 
-    trainer.scorer.submit = watched  # type: ignore[method-assign]
+    trainer.rollouts.scorer.submit = watched  # type: ignore[method-assign]
     metrics = trainer.step(0)
     assert drawn == [2, 2, 1]  # both silent, then one of their two successors
     assert metrics["rollout/resampled_groups"] == 3 and metrics["rollout/images"] == 20
@@ -223,7 +223,7 @@ def test_rewards_are_decoupled_with_their_weights() -> None:
     trainer = small_trainer("algorithm.name=gdpo", low_tokens=low_tokens)
     calls = watch_loss(trainer)
     trainer.step(0)
-    totals = trainer.scorer.scores[0].totals  # type: ignore[attr-defined]
+    totals = trainer.rollouts.scorer.scores[0].totals  # type: ignore[attr-defined]
     expected = decoupled_advantages(given(totals, 4))
     ((inputs, _),) = calls
     torch.testing.assert_close(inputs.advantages[:, 0], expected.advantages)
@@ -247,5 +247,5 @@ def test_a_loss_and_advantages_of_ones_own(tmp_path: Path) -> None:
     metrics = trainer.step(0)
     assert metrics["policy/bound"] == pytest.approx(0.2) and metrics["kl/k3"] == 0
     assert largest_difference(before, weights(trainer)) > 0
-    totals = torch.from_numpy(trainer.scorer.scores[0].totals)  # type: ignore[attr-defined]
+    totals = torch.from_numpy(trainer.rollouts.scorer.scores[0].totals)  # type: ignore[attr-defined]
     torch.testing.assert_close(calls[0][0].advantages[:, 0], (totals - 0.5).float())

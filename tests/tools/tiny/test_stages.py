@@ -9,7 +9,7 @@ from torch import nn
 
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.data.tiny.world import FONTS, render
-from imagerl.rl.engine.engine import learning_rate
+from imagerl.rl.engine.schedule import learning_rate
 from imagerl.rl.errors import ImageRLError
 from tests.micro import micro_policy
 from tools.tiny.config import GeneratorStage, StageConfig

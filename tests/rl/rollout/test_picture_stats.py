@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from imagerl.rl.training.picture_stats import (
+from imagerl.rl.rollout.picture_stats import (
     SIDE,
     group_stats,
     mean_of_groups,
@@ -92,7 +92,7 @@ def test_a_step_is_the_mean_over_its_groups() -> None:
         group([[1, 2], [1, 3]], plain((0, 0, 0), (255, 255, 255))),
         group([[4, 4], [4, 4]], plain((255, 255, 255), (255, 255, 255))),
     ]
-    step = mean_of_groups(group_stats(groups))
+    step = mean_of_groups([group_stats(group) for group in groups])
     assert step["diversity/tokens"] == 0.25 and step["diversity/pixels"] == pytest.approx(0.5)
     assert step["pictures/brightness"] == pytest.approx(0.75) and step["pictures/blank"] == 1
     assert mean_of_groups([]) == {}

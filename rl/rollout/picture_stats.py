@@ -5,7 +5,7 @@ They say nothing of quality. They show drift: a policy that games its reward nea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -71,19 +71,15 @@ def thinned(images: np.ndarray) -> np.ndarray:
     return images[:, ::step, ::step]
 
 
-def group_stats(groups: Sequence[RolloutGroup]) -> list[dict[str, float]]:
-    """Return one row a group: means over its pictures, and its variety, under the keys of docs/run-folder.md."""
-    rows = []
-    for group in groups:
-        means = {f"pictures/{name}": float(v.mean()) for name, v in picture_stats(group.images).items()}
-        variety = {
-            "diversity/tokens": token_diversity(group.tokens),
-            "diversity/pixels": pixel_diversity(group.images),
-        }
-        rows.append(means | variety)
-    return rows
+def group_stats(group: RolloutGroup) -> dict[str, float]:
+    """Return means over a group's pictures, and its variety, under the keys of docs/run-folder.md."""
+    means = {f"pictures/{name}": float(v.mean()) for name, v in picture_stats(group.images).items()}
+    return means | {
+        "diversity/tokens": token_diversity(group.tokens),
+        "diversity/pixels": pixel_diversity(group.images),
+    }
 
 
-def mean_of_groups(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+def mean_of_groups(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Average over the groups of a step."""
     return {name: float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())}

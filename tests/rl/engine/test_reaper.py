@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import imagerl.rewards.workers.reaper
+import imagerl.rl.engine.reaper
 
 ROOT = Path(__file__).parents[3]
 # It writes there itself, as a driver of Ray does, starts the reaper and hands over what the test wants to know.
@@ -50,7 +50,7 @@ def running(process: int) -> bool:
 def test_writers_into_the_folder_end_with_their_owner(tmp_path: Path, killed: bool) -> None:
     folder = tmp_path / "ray"
     folder.mkdir()
-    command = [sys.executable, "-c", OWNER, str(folder), imagerl.rewards.workers.reaper.__file__]
+    command = [sys.executable, "-c", OWNER, str(folder), imagerl.rl.engine.reaper.__file__]
     owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert owner.stdin is not None and owner.stdout is not None
     writer, reader = map(int, owner.stdout.readline().split())
@@ -111,7 +111,7 @@ def test_nothing_is_left_of_ray_and_it_prints_nothing(tmp_path: Path, killed: bo
     assert driver.stdin is not None and driver.stdout is not None
     folder = Path(driver.stdout.readline().strip())
     assert folder.is_dir() and folder.stat().st_mode & 0o077 == 0
-    started = list(imagerl.rewards.workers.reaper.writers(str(folder)))
+    started = list(imagerl.rl.engine.reaper.writers(str(folder)))
     assert len(started) > 3  # GCS, raylet, their helpers, the actor
     if killed:
         driver.kill()
