@@ -277,8 +277,7 @@ class RewardOutput:
     rewards: Sequence[float | None]
     breakdown: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     reason: str | None = None
-    # Of each sample's picture, for algorithm.region_credit: [(value, left, top, right, bottom), ...], sides in [0, 1].
-    # All samples of a prompt have the same regions in the same order, such as one a letter of the text; empty: none.
+    # Of each sample [(value, left, top, right, bottom), ...], sides in [0, 1]: the same K for all samples of a prompt.
     regions: Sequence[Sequence[Sequence[float]]] = ()
 
 
@@ -338,7 +337,7 @@ class RewardScores:
     weights: dict[str, float] = field(default_factory=dict)
     # Totals [B] of "tokens" and "flow" where some rewards teach one half only; empty: both learn from `totals`.
     halves: dict[str, np.ndarray] = field(default_factory=dict)
-    # Regions [B, K, 5] by "<reward>" where it tells some, values times the reward's weight; NaN where there are fewer.
+    # Regions by "<reward>" where it tells some, [B, K, 5], values times its weight; NaN where there are fewer.
     regions: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -346,10 +345,8 @@ class RewardScores:
 class CheckPicture:
     """A picture of known worth, for checking rewards: CheckPicture("one letter wrong", "graded", prompt, image).
 
-    `role` says what a good reward makes of it: `honest` answers the prompt; `graded` does so with a fault;
-    `degenerate` shows nothing, or leaves undone what was asked for; `hack` aims at the reward instead of the
-    prompt; `other` answers another prompt."""
-
+    By `role`, `honest` answers the prompt, `graded` with a fault; `degenerate` shows nothing, or leaves undone what
+    was asked; `hack` aims at the reward instead; `other` answers another prompt."""
     kind: str  # such as "honest" or "one letter wrong"
     role: str
     prompt: Prompt
@@ -385,8 +382,7 @@ class Rollouts(Protocol):
         ...
 
     def publish(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Let the present weights, which are those before step `version`, draw what is started from now on; or those
-        given, of which the main process's count."""
+        """Let the weights before step `version`, the present ones or the main process's given, draw from now on."""
         ...
 
     def start(self, step: int, prompts: Sequence[Prompt], flow: FlowSampling | None) -> None:

@@ -309,8 +309,6 @@ class Recipe(RecipeModel):
                 "algorithm.region_credit goes to the tokens of one picture; train the tokens, with rollout.decodes: 1"
             )
         self.optim.check(self.engine)
-        if self.rollout.thought_tokens and self.eval.kl:
-            raise ValueError("eval.kl leaves thoughts out; set eval.kl: false, or rollout.thought_tokens: 0")
         if self.rollout.thought_tokens and self.engine.zero_stage == 3:
             raise ValueError(
                 "rollout.thought_tokens reads the head of the language model whole; set engine.zero_stage to 2 or less"

@@ -16,7 +16,8 @@ from imagerl.models import families
 from imagerl.models.base import Policy
 from imagerl.models.common.flow_policy import FlowPolicy
 from imagerl.rl.commands.cli import main
-from imagerl.rl.rollout.engine import RolloutEngine, refuse_impossible
+from imagerl.rl.rollout.engine import RolloutEngine
+from imagerl.rl.rollout.preparing import refuse_impossible
 from imagerl.rl.types import (
     FlowSampling,
     ImageRLError,
