@@ -1,8 +1,7 @@
 """The vocabulary of ImageRL: plain data and Protocols. Imports nothing of ours but `rl.errors`.
 
 Shape letters used everywhere: P prompts, G group, B = P·G samples, T image tokens, S flow steps,
-N actions (tokens or flow steps), L prompt tokens, D hidden size, H×W pixels, C latent channels.
-"""
+N actions (tokens or flow steps), L prompt tokens, D hidden size, H×W pixels, C latent channels."""
 
 from __future__ import annotations
 
@@ -347,6 +346,7 @@ class CheckPicture:
 
     By `role`, `honest` answers the prompt, `graded` with a fault; `degenerate` shows nothing, or leaves undone what
     was asked; `hack` aims at the reward instead; `other` answers another prompt."""
+
     kind: str  # such as "honest" or "one letter wrong"
     role: str
     prompt: Prompt
