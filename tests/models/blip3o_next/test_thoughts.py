@@ -162,7 +162,9 @@ def test_a_step_trains_thoughts_and_tokens_and_says_so(more: tuple[str, ...]) ->
         assert 0 <= metrics["thought/full"] <= 1
         assert not any(key.startswith("policy/thought") for key in metrics)
     assert first["thought/kl"] == 0 < second["thought/kl"]
-    groups = [group for part in trainer.rollouts.rollout.generate(trainer.sampler.step(2), 4, 2) for group in part]
+    groups = [
+        group for part in trainer.rollouts.rollout.generate(trainer.sampler.step(2), 4, 2) for group in part
+    ]
     (batch,) = trainer._assemble(groups, 2)
     actions = sum(int(group.thoughts.action_mask.sum()) for group in groups if group.thoughts)
     assert batch.action_mask.shape == (8, 5 + 8) and int(batch.action_mask.sum()) == actions + 8 * 8
