@@ -5,42 +5,53 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from imagerl.rl.evaluation.stats import Interval, number, span
-from imagerl.rl.files.metrics import read_metrics
 
 COLUMNS = (
     "run",
-    "exact match",
+    "exact match at T = 1",
     "difference (95 %)",
-    "OCR reward",
+    "at each model's best T",
+    "difference (95 %)",
     "ink right",
     "background right",
     "KL",
 )
+EXACT = "exact_match"
+
+
+def change(result: Mapping[str, Any]) -> list[str]:
+    """A metric before → after, and the difference with its interval."""
+    gap = Interval.read(result["difference"])
+    return [percent(result), f"{number(gap.mean, True, True)} ({span(gap, True, True)})"]
+
+
+def percent(result: Mapping[str, Any]) -> str:
+    return f"{100 * result['before']:.1f} → {100 * result['after']:.1f} %"
 
 
 def row(run: Path) -> list[str]:
-    """One run as table cells; before → after of each held-out metric."""
-    metrics: dict[str, Any] = json.loads((run / "eval" / "comparison.json").read_text())["metrics"]
-    steps = [record for record in read_metrics(run) if "reward/mean" in record]
-
-    def percent(name: str) -> str:
-        return f"{100 * metrics[name]['before']:.1f} → {100 * metrics[name]['after']:.1f} %"
-
-    gap = Interval.read(metrics["exact_match"]["difference"])
+    """One run as table cells."""
+    comparison = json.loads((run / "eval" / "comparison.json").read_text())
+    metrics, best = comparison["metrics"], comparison["best_temperature"]
+    coldest = [
+        " and ".join(f"{t:g}" for t in dict.fromkeys(best["chosen"][when])) for when in ("before", "after")
+    ]
+    level, gain = change(best["metrics"][EXACT])
     return [
         run.name,
-        percent("exact_match"),
-        f"{number(gap.mean, True, True)} ({span(gap, True, True)})",
-        f"{metrics['ocr']['before']:.3f} → {metrics['ocr']['after']:.3f}",
-        percent("colours/ink"),
-        percent("colours/background"),
-        f"{steps[-1]['kl/k3']:.4f}",
+        *change(metrics[EXACT]),
+        f"{level} (T = {coldest[0]}; {coldest[1]})",
+        gain,
+        percent(metrics["colours/ink"]),
+        percent(metrics["colours/background"]),
+        f"{metrics['kl']['after']:.3f}",
     ]
 
 

@@ -1,8 +1,7 @@
 """The vocabulary of ImageRL: plain data and Protocols. Imports nothing of ours but `rl.errors`.
 
 Shape letters used everywhere: P prompts, G group, B = P·G samples, T image tokens, S flow steps,
-N actions (tokens or flow steps), L prompt tokens, D hidden size, H×W pixels, C latent channels.
-"""
+N actions (tokens or flow steps), L prompt tokens, D hidden size, H×W pixels, C latent channels."""
 
 from __future__ import annotations
 
@@ -59,11 +58,14 @@ def repeat(rows: Rows, times: int) -> Rows:
 
 
 class Canvas(NamedTuple):
-    """The sizes of a picture: Canvas(64, (32, 64), (24, 4, 8)) with the tiny model."""
+    """The sizes of a picture: Canvas(64, (32, 64), (24, 4, 8), (4, 16)) with the tiny model."""
 
     tokens: int  # T that are drawn of it
     pixels: tuple[int, int]  # H, W
     noise: tuple[int, int, int] | None  # C, h, w that its decoder begins from; None: it needs none
+    grid: tuple[int, int] | None = (
+        None  # rows and columns on which its tokens lie, row by row; None: no such grid
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +276,8 @@ class RewardOutput:
     rewards: Sequence[float | None]
     breakdown: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     reason: str | None = None
+    # Of each sample [(value, left, top, right, bottom), ...], sides in [0, 1]: the same K for all samples of a prompt.
+    regions: Sequence[Sequence[Sequence[float]]] = ()
 
 
 @runtime_checkable
@@ -332,15 +336,16 @@ class RewardScores:
     weights: dict[str, float] = field(default_factory=dict)
     # Totals [B] of "tokens" and "flow" where some rewards teach one half only; empty: both learn from `totals`.
     halves: dict[str, np.ndarray] = field(default_factory=dict)
+    # Regions by "<reward>" where it tells some, [B, K, 5], values times its weight; NaN where there are fewer.
+    regions: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckPicture:
     """A picture of known worth, for checking rewards: CheckPicture("one letter wrong", "graded", prompt, image).
 
-    `role` says what a good reward makes of it: `honest` answers the prompt; `graded` does so with a fault;
-    `degenerate` shows nothing, or leaves undone what was asked for; `hack` aims at the reward instead of the
-    prompt; `other` answers another prompt."""
+    By `role`, `honest` answers the prompt, `graded` with a fault; `degenerate` shows nothing, or leaves undone what
+    was asked; `hack` aims at the reward instead; `other` answers another prompt."""
 
     kind: str  # such as "honest" or "one letter wrong"
     role: str
@@ -377,8 +382,7 @@ class Rollouts(Protocol):
         ...
 
     def publish(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Let the present weights, which are those before step `version`, draw what is started from now on; or those
-        given, of which the main process's count."""
+        """Let the weights before step `version`, the present ones or the main process's given, draw from now on."""
         ...
 
     def start(self, step: int, prompts: Sequence[Prompt], flow: FlowSampling | None) -> None:

@@ -38,7 +38,8 @@ from imagerl.rl.engine.engine import AVERAGE
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import read_metrics, to_json
 from imagerl.rl.files.writing import atomic_folder, remove_folder, wait_for
-from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling
+from imagerl.rl.rollout.engine import RolloutEngine
+from imagerl.rl.rollout.preparing import evaluation_sampling
 from imagerl.rl.run.folder import EXPORTS, MODEL, RECIPE_FILE, read_stored_recipe
 from imagerl.rl.sft.objective import lessons_for
 from imagerl.rl.training.halves import trained_halves, trained_module

@@ -42,14 +42,17 @@ def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet, PromptReader]:
     from imagerl.models.families import load_prompts
     from imagerl.rewards.ocr.reward import wanted_text
     from imagerl.rl.data.prompt_sets import load_prompt_set, refuse_overlap
-    from imagerl.rl.rollout.engine import refuse_impossible, training_sampling
+    from imagerl.rl.rollout.engine import training_sampling
+    from imagerl.rl.rollout.preparing import refuse_impossible
 
     prompts, heldout = load_prompt_set(recipe.data.train), load_prompt_set(recipe.data.heldout)
     refuse_overlap(prompts, heldout, wanted_text)
     reader = load_prompts(recipe.model.path, recipe.model.family)
-    every = (*prompts, *heldout)
+    every, algorithm = (*prompts, *heldout), recipe.algorithm
     reader.require(every)
-    refuse_impossible(reader, every, training_sampling(recipe), recipe.algorithm.flow is not None)
+    refuse_impossible(
+        reader, every, training_sampling(recipe), algorithm.flow is not None, algorithm.region_credit > 0
+    )
     return prompts, heldout, reader
 
 
@@ -142,7 +145,8 @@ def run_training(
     from imagerl.rl.data.seeding import GroupedSampler
     from imagerl.rl.engine.cluster import OBJECT_STORE_BYTES, start_ray, stop_ray
     from imagerl.rl.engine.engine import Engine
-    from imagerl.rl.rollout.engine import LocalRollouts, RolloutEngine, evaluation_sampling, training_sampling
+    from imagerl.rl.rollout.engine import LocalRollouts, RolloutEngine, training_sampling
+    from imagerl.rl.rollout.preparing import evaluation_sampling
     from imagerl.rl.rollout.ray_rollouts import RayRollouts
     from imagerl.rl.run.folder import RunFolder
     from imagerl.rl.run.loop import Run

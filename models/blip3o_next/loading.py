@@ -17,14 +17,14 @@ from torch import Tensor
 from imagerl.models.blip3o_next.ar import ImageVocabulary
 from imagerl.models.blip3o_next.config import check_config
 from imagerl.models.blip3o_next.policy import ImagePolicy
-from imagerl.models.blip3o_next.prompts import PromptEncoder
+from imagerl.models.blip3o_next.prompts import PromptEncoder, canvas_of
 from imagerl.models.blip3o_next.published import EDIT_UNUSED, from_published, is_published
 from imagerl.models.blip3o_next.weights import check_fit, empty_policy, fill, full_state, is_tied
 from imagerl.models.blip3o_next.weights import load_state as load_state
 from imagerl.models.common.shards import SHARD_BYTES, WEIGHTS, Shards, save_shards
 from imagerl.rl.errors import one_line
 from imagerl.rl.files.reading import read_json
-from imagerl.rl.types import Canvas, ImageRLError
+from imagerl.rl.types import ImageRLError
 
 MAX_CONFIG = 1 << 22  # bytes of a config.json
 REQUIRED = ("qwen3", "sana", "vae", "scheduler", "latent_size", "num_image_positions", "sampling")
@@ -115,14 +115,6 @@ def load_prompts(folder: Path) -> PromptEncoder:
     config, text_tokenizer, _, _ = _open(folder)
     positions = Qwen3Config(**config["qwen3"]).max_position_embeddings
     return PromptEncoder(text_tokenizer, ImageVocabulary.from_config(config), positions, canvas_of(config))
-
-
-def canvas_of(config: Mapping[str, Any]) -> Canvas:
-    """Return the sizes of the pictures that a config in our form describes."""
-    rows, columns = config["latent_size"]
-    pixels = 2 ** (len(config["vae"]["encoder_block_out_channels"]) - 1)  # of a side that a latent stands for
-    latents = (int(config["sana"]["in_channels"]), rows, columns)
-    return Canvas(int(config["num_image_positions"]), (rows * pixels, columns * pixels), latents)
 
 
 def _open(folder: Path) -> tuple[dict[str, Any], Any, Shards, dict[str, Any] | None]:

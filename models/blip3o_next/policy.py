@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from imagerl.models.blip3o_next.ar import TAGS, ARPolicy, ImageVocabulary
 from imagerl.models.blip3o_next.flow_decoder import CaptionKeys, FlowDecoder
-from imagerl.models.blip3o_next.prompts import TURN_END, PromptEncoder
+from imagerl.models.blip3o_next.prompts import TURN_END, PromptEncoder, canvas_of
 from imagerl.models.blip3o_next.supervised import Lessons
 from imagerl.models.blip3o_next.understanding import greedy_text
 from imagerl.models.common.flow_policy import FlowPolicy
@@ -24,16 +24,7 @@ from imagerl.models.common.policy import BasePolicy
 from imagerl.models.common.settings import SamplingSettings, stored_sampling
 from imagerl.models.common.token_sampler import TokenSampler
 from imagerl.models.common.tokens import PromptIds, pad_left
-from imagerl.rl.types import (
-    Canvas,
-    ImageRLError,
-    Prompt,
-    Rows,
-    SamplingParams,
-    Thoughts,
-    TokenTrajectory,
-    repeat,
-)
+from imagerl.rl.types import ImageRLError, Prompt, Rows, SamplingParams, Thoughts, TokenTrajectory, repeat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,8 +118,7 @@ class ImagePolicy(BasePolicy):
     @cached_property
     def prompts(self) -> PromptEncoder:
         positions = self.trainable.lm.config.max_position_embeddings
-        canvas = Canvas(self.num_actions, self.decoder.picture_size, self.decoder.latent_shape)
-        return PromptEncoder(self.text_tokenizer, self.vocabulary, positions, canvas)
+        return PromptEncoder(self.text_tokenizer, self.vocabulary, positions, canvas_of(self.config))
 
     def encode(self, prompts: Sequence[Prompt], to_draw: bool = True) -> Rows:
         """Encode prompts as `encode_prompts` does; with pictures to edit the rows hold their latents too.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -191,3 +192,23 @@ def require_words(texts: Sequence[str], what: str, needed: str) -> None:
     for text in texts:
         if not text.strip():
             raise ImageRLError(f"a {what} is empty; every {what} needs {needed}")
+
+
+def canvas_of(config: Mapping[str, Any]) -> Canvas:
+    """Return the sizes of the pictures that a config in our form describes."""
+    rows, columns = config["latent_size"]
+    pixels = 2 ** (len(config["vae"]["encoder_block_out_channels"]) - 1)  # of a side that a latent stands for
+    latents = (int(config["sana"]["in_channels"]), rows, columns)
+    tokens = int(config["num_image_positions"])
+    return Canvas(tokens, (rows * pixels, columns * pixels), latents, token_grid(config, tokens))
+
+
+def token_grid(config: Mapping[str, Any], tokens: int) -> tuple[int, int] | None:
+    """Return the rows and columns of a picture's tokens: those of our own tokenizer, else a square as TA-Tok's."""
+    own = config.get("image_tokenizer")
+    if own:
+        (height, width), (down, across) = own["image_size"], own["patch"]
+        grid = height // down, width // across
+    else:
+        grid = math.isqrt(tokens), math.isqrt(tokens)
+    return grid if grid[0] * grid[1] == tokens else None

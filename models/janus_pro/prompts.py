@@ -18,7 +18,7 @@ MARK = "\ue000"  # a private-use character, where the chat template puts the use
 def canvas_of(config: JanusConfig) -> Canvas:
     """Return the sizes of every picture that a model draws: its VQ decoder needs no noise."""
     grid, halvings = config.vq_config.num_patches, len(config.vq_config.channel_multiplier) - 1
-    return Canvas(grid * grid, (grid << halvings, grid << halvings), None)
+    return Canvas(grid * grid, (grid << halvings, grid << halvings), None, (grid, grid))
 
 
 class JanusPrompts:

@@ -28,7 +28,8 @@ LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"
 SIGNALS = ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGPIPE")
 LONGEST_LINE = 1000  # characters of a message that ends the run
 LONGEST_REASON = 400
-OUTPUT_FIELDS = ("rewards", "breakdown", "reason")
+OUTPUT_FIELDS = ("rewards", "breakdown", "reason", "regions")
+MOST_REGIONS = 256  # of a picture
 
 
 class Failure(Exception):
@@ -259,12 +260,14 @@ def _read(output: Any, size: int) -> Reply:
     value that is no finite number is NaN, None says that the reward does not apply. Raises Unusable."""
     if isinstance(output, Mapping):
         if "rewards" not in output or any(name not in OUTPUT_FIELDS for name in output):
-            raise Unusable("returned a dict; it must have the keys rewards, breakdown and reason, no others")
-        rewards, breakdown, reason = (output.get(name) for name in OUTPUT_FIELDS)
+            raise Unusable(
+                "returned a dict; it must have the keys rewards, breakdown, reason or regions, no others"
+            )
+        rewards, breakdown, reason, regions = (output.get(name) for name in OUTPUT_FIELDS)
     elif hasattr(output, "rewards"):
-        rewards, breakdown, reason = (getattr(output, name, None) for name in OUTPUT_FIELDS)
+        rewards, breakdown, reason, regions = (getattr(output, name, None) for name in OUTPUT_FIELDS)
     else:
-        rewards, breakdown, reason = output, None, None
+        rewards, breakdown, reason, regions = output, None, None, None
     values, problem = _column(rewards, size)
     if breakdown is not None and not isinstance(breakdown, Mapping):
         raise Unusable(f"returned {text_of(_kind(breakdown))} as breakdown; return a dict of lists by name")
@@ -274,7 +277,22 @@ def _read(output: Any, size: int) -> Reply:
         if label in parts:
             raise Unusable(f"returned two parts called {label!r}")
         parts[label] = _column(entries, size)[0]
-    return Reply(values, parts, problem if reason is None else text_of(reason, LONGEST_REASON) or problem)
+    told = problem if reason is None else text_of(reason, LONGEST_REASON) or problem
+    return Reply(values, parts, told, _regions(regions, size))
+
+
+def _regions(entries: Any, size: int) -> list[list[list[float]]]:
+    """Read the regions of `size` samples, [] where there are none. Raises Unusable for anything else."""
+    told = f"returned regions that are not {size} lists of (value, left, top, right, bottom), {MOST_REGIONS} at most"
+    try:
+        samples = [list(islice(sample, MOST_REGIONS + 1)) for sample in islice(entries or (), size + 1)]
+        found = [[[float(number) for number in region] for region in sample] for sample in samples]
+    except (TypeError, ValueError) as error:
+        raise Unusable(told) from error
+    right = all(len(r) == 5 and all(abs(n) < float("inf") for n in r) for regions in found for r in regions)
+    if found and not (right and len(found) == size and max(map(len, found)) <= MOST_REGIONS):
+        raise Unusable(told)
+    return found
 
 
 def _column(entries: Any, size: int) -> tuple[list[float | None], str | None]:
@@ -338,4 +356,7 @@ def join(replies: Sequence[Reply]) -> Reply:
             for name in names
         },
         next((reply.reason for reply in reversed(replies) if reply.reason), None),
+        [sample for reply in replies for sample in reply.regions or [[]] * len(reply.rewards)]
+        if any(reply.regions for reply in replies)
+        else [],
     )

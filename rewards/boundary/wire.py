@@ -8,8 +8,11 @@ the other:
     <PNG><PNG>...
 
 The first pictures are those to score, one a prompt. Further ones belong to columns, where {"$picture": n} stands
-for the n-th. A reply is JSON, {"rewards": [...], "failed": [...], "breakdown": {...}, "reason": "..."}: null among
-the rewards means not applicable, except for the places in `failed`; null in the breakdown means no value."""
+for the n-th. A reply is JSON,
+
+    {"rewards": [...], "failed": [...], "breakdown": {...}, "reason": "...", "regions": [[[...], ...], ...]}
+
+null among the rewards means not applicable, except for the places in `failed`; null in the breakdown means no value."""
 
 from __future__ import annotations
 
@@ -57,6 +60,9 @@ class Reply(NamedTuple):
     rewards: list[float | None]
     breakdown: dict[str, list[float | None]]
     reason: str | None
+    regions: Sequence[
+        Sequence[Sequence[float]]
+    ] = ()  # of each sample, see `rl.types.RewardOutput`; (): none at all
 
 
 def pack_request(
@@ -233,6 +239,7 @@ def pack_reply(
     rewards: Sequence[float | None],
     breakdown: Mapping[str, Sequence[float | None]],
     reason: str | None = None,
+    regions: Sequence[Sequence[Sequence[float]]] = (),
 ) -> bytes:
     """Pack a reply. Any reward that is not finite has failed."""
     failed = [place for place, value in enumerate(rewards) if value is not None and not math.isfinite(value)]
@@ -241,6 +248,7 @@ def pack_reply(
         "failed": failed,
         "breakdown": {name: [_finite(value) for value in values] for name, values in breakdown.items()},
         "reason": reason,
+        **({"regions": regions} if regions else {}),
     }
     return json.dumps(reply, allow_nan=False).encode()
 
@@ -257,6 +265,10 @@ def unpack_reply(body: bytes, size: int) -> Reply:
         failed, reason = reply.get("failed") or [], reply.get("reason")
         columns = {one_line(name): _numbers(values, size) for name, values in breakdown.items()}
         values = _numbers(rewards, size)
+        regions = reply.get("regions") or []
+        if regions and len(regions) != size:
+            raise ValueError(f"expected regions of {size}")
+        regions = [[_finite_numbers(region, 5) for region in sample] for sample in regions]
         for place in failed:
             values[range(size)[place]] = math.nan
     except (
@@ -269,7 +281,14 @@ def unpack_reply(body: bytes, size: int) -> Reply:
         RecursionError,
     ) as error:
         raise WireError(f"the answer is no reply ({type(error).__name__}: {error})") from error
-    return Reply(values, columns, None if reason is None else one_line(reason, LONGEST_REASON))
+    return Reply(values, columns, None if reason is None else one_line(reason, LONGEST_REASON), regions)
+
+
+def _finite_numbers(entries: Any, size: int) -> list[float]:
+    numbers = [math.nan if entry is None else entry for entry in _numbers(entries, size)]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("expected finite numbers")
+    return numbers
 
 
 def _numbers(entries: Any, size: int) -> list[float | None]:

@@ -30,6 +30,7 @@ class Line:
 
     text: str
     confidence: float
+    centres: tuple[tuple[float, float], ...] = ()  # x, y of each character, in [0, 1] of the picture
 
 
 def wheel_models() -> Path | None:
@@ -220,12 +221,39 @@ class OCREngine:
             return []
         arrays = [np.ascontiguousarray(np.asarray(picture)[:, :, ::-1]) for picture in pictures]  # BGR
         if self.mode == "recognise":
-            results = self._engine.predict(arrays, batch_size=1)
-            return [[Line(result["rec_text"], float(result["rec_score"]))] for result in results]
+            results = self._engine.predict(arrays, batch_size=1, return_word_box=True)
+            return [[_recognised(result["rec_text"], float(result["rec_score"]))] for result in results]
         return [
             [
-                Line(text, float(score))
-                for text, score in zip(result["rec_texts"], result["rec_scores"], strict=True)
+                Line(text, float(score), _along(box, len(text), picture.size))
+                for text, score, box in zip(
+                    result["rec_texts"], result["rec_scores"], result["rec_polys"], strict=True
+                )
             ]
-            for result in self._engine.predict(arrays)
+            for result, picture in zip(self._engine.predict(arrays), pictures, strict=True)
         ]
+
+
+def _recognised(read: tuple[str, Sequence[Any]] | str, confidence: float) -> Line:
+    """Return the line that fills a picture. PaddleOCR tells how many columns of the recogniser's output the picture
+    has, and at which of them it read each character but white space."""
+    if isinstance(read, str):
+        return Line(read, confidence)
+    text, (columns, _, words, _) = read
+    places = iter([(column + 0.5) / columns for word in words for column in word])
+    centres: list[tuple[float, float]] = []
+    for character in text:
+        x = centres[-1][0] if character.isspace() and centres else next(places, None)
+        if x is None:
+            return Line(text, confidence, _along([[0, 0], [1, 0], [1, 1], [0, 1]], len(text)))
+        centres.append((min(x, 1.0), 0.5))
+    return Line(text, confidence, tuple(centres))
+
+
+def _along(corners: Any, count: int, size: tuple[int, int] = (1, 1)) -> tuple[tuple[float, float], ...]:
+    """Spread characters evenly over a line, whose corners are given in pixels, clockwise from the upper left."""
+    upper_left, upper_right, lower_right, lower_left = np.asarray(corners, dtype=np.float64) / size
+    start, end = (upper_left + lower_left) / 2, (upper_right + lower_right) / 2
+    return tuple(
+        (float(x), float(y)) for x, y in (start + (end - start) * (n + 0.5) / count for n in range(count))
+    )

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 from rapidfuzz.distance import Levenshtein
 
@@ -78,6 +79,41 @@ def exact_match(read: str, target: str) -> float:
     return float(normalise(read) == normalise(target))
 
 
+def letter_regions(lines: Sequence[Line], min_confidence: float, target: str) -> list[tuple[float, ...]]:
+    """Return one region a letter of the normalised target: 1 where it was read and 0 where not, and its place.
+
+    Letters are matched by the edits that turn what was read into the target. A letter that was not read lies between
+    its neighbours, and where nothing was read the letters share the picture's width. A region reaches over 0.8 of the
+    distance to the next letter on both sides, and from top to bottom: tokens beside a letter shape it too."""
+    wanted = normalise(target)
+    read, at = "", []
+    for line in lines:
+        if line.confidence >= min_confidence:
+            for character, (x, _) in zip(line.text, line.centres, strict=True):
+                plain = normalise(character)
+                read += plain
+                at += [x] * len(plain)
+    value, place = np.zeros(len(wanted)), np.full(len(wanted), np.nan)
+    for edit in Levenshtein.opcodes(read, wanted):
+        if edit.tag in ("equal", "replace"):
+            value[edit.dest_start : edit.dest_end] = edit.tag == "equal"
+            place[edit.dest_start : edit.dest_end] = at[edit.src_start : edit.src_end]
+    known, letters = np.isfinite(place), np.arange(len(wanted))
+    step = 1 / len(wanted)
+    if known.sum() > 1:
+        step = float(np.median(np.diff(place[known]) / np.diff(letters[known])))
+    if known.any():
+        nearest = letters[known][np.abs(letters[:, None] - letters[known]).argmin(axis=1)]
+        place = np.where(known, place, place[nearest] + (letters - nearest) * step)
+    else:
+        place = (letters + 0.5) * step
+    reach = 0.8 * abs(step)
+    sides = np.clip([place - reach, place + reach], 0, 1).T
+    return [
+        (float(v), float(left), 0.0, float(right), 1.0) for v, (left, right) in zip(value, sides, strict=True)
+    ]
+
+
 def join_lines(lines: Sequence[Line], min_confidence: float) -> str:
     """Join the lines that the engine is sure enough of. Lines below the floor are mostly invented."""
     return " ".join(line.text for line in lines if line.confidence >= min_confidence)
@@ -131,15 +167,17 @@ class OCRReward:
         rewards: list[float | None] = [None] * len(prompts)
         exact: list[float | None] = [None] * len(prompts)
         confidence: list[float | None] = [None] * len(prompts)
+        regions: list[list[tuple[float, ...]]] = [[] for _ in prompts]
         wanted = [index for index, problem in enumerate(problems) if problem is None]
         for index, lines in zip(wanted, self.engine.read([images[i] for i in wanted]), strict=True):
             read, text = join_lines(lines, self.min_confidence), targets[index] or ""
             equal = exact_match(read, text)
             rewards[index] = score_text(read, text) + self.exact_share * (equal - score_text(read, text))
             exact[index] = equal
+            regions[index] = letter_regions(lines, self.min_confidence, text)
             confidence[index] = sum(line.confidence for line in lines) / len(lines) if lines else 0.0
         reason = next((problem for problem in problems if problem), None)
-        return RewardOutput(rewards, {"exact_match": exact, "confidence": confidence}, reason)
+        return RewardOutput(rewards, {"exact_match": exact, "confidence": confidence}, reason, regions)
 
     def _problem(self, text: str | None, prompt: str) -> str | None:
         """Say why this target cannot be read, or return None."""

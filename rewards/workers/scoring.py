@@ -26,6 +26,7 @@ class RewardValues:
     not_applicable: np.ndarray  # [B] bool, True where the reward returned None
     parts: dict[str, np.ndarray] = field(default_factory=dict)  # [B] float64 by part, NaN where missing
     reason: str | None = None  # the last thing that went wrong, in one line
+    regions: np.ndarray | None = None  # [B, K, 5] float64, NaN where a sample has fewer than K
 
 
 def to_pil_images(images: np.ndarray) -> list[Image.Image]:
@@ -48,7 +49,19 @@ def to_values(reply: Reply) -> RewardValues:
         np.array([value is None for value in reply.rewards], dtype=bool),
         {name: column(entries) for name, entries in reply.breakdown.items()},
         reply.reason,
+        padded_regions(reply.regions),
     )
+
+
+def padded_regions(samples: Sequence[Sequence[Sequence[float]]]) -> np.ndarray | None:
+    """Return the regions of B samples as [B, K, 5], NaN where a sample has fewer than K; None where none has any."""
+    most = max(map(len, samples), default=0)
+    if not most:
+        return None
+    padded = np.full((len(samples), most, 5), np.nan)
+    for row, regions in zip(padded, samples, strict=True):
+        row[: len(regions)] = np.reshape(regions, (-1, 5))
+    return padded
 
 
 def call_reward(reward: LoadedReward, request: RewardRequest) -> Reply:
@@ -116,6 +129,8 @@ def combine(mixes: Sequence[Mix], replies: Sequence[Reply], group_size: int, ste
         scores.components |= {f"{mix.label}/{part}": column for part, column in value.parts.items()}
         scores.gated[mix.label] = np.where(used, gated, np.nan)
         scores.weights[mix.label] = weight
+        if weight and value.regions is not None:
+            scores.regions[mix.label] = value.regions * [weight, 1, 1, 1, 1]
         lost = (np.isnan(gated) & used) | orphaned
         scores.failures[mix.label] = int(lost.sum())
         if lost.any():

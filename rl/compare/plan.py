@@ -14,7 +14,7 @@ from imagerl.rl.files.metrics import to_json
 from imagerl.rl.files.mistakes import validated
 from imagerl.rl.files.reading import read_json
 from imagerl.rl.files.writing import write_atomic
-from imagerl.rl.rollout.engine import evaluation_sampling
+from imagerl.rl.rollout.preparing import evaluation_sampling
 from imagerl.rl.run.folder import RECIPE_FILE, differing_keys, read_stored_recipe
 
 PLAN_FILE = "comparison.json"

@@ -97,6 +97,11 @@ class AlgorithmConfig(RecipeModel):
     flow: FlowConfig | None = Field(None, description="train the decoder's denoising steps: docs/flow.md")
 
     updates_per_rollout: FlowSteps = Field(1, description="passes over a rollout; above 1 the clip matters")
+    region_credit: Coefficient = Field(
+        0.0,
+        description="weight, beside the advantage of the whole picture, of what rewards say of regions of it, such as "
+        "ocr of each letter: it goes to the tokens that lie there; 0: none",
+    )
     shuffle_rewards: bool = Field(
         False, description="control: permute rewards over the batch; nothing is learned"
     )
@@ -163,6 +168,11 @@ class AlgorithmConfig(RecipeModel):
                     raise ValueError(
                         f"algorithm.{key} needs a baseline within the group: {' or '.join(WITHIN_GROUP)}"
                     )
+        if self.region_credit and self.scale_rewards != "none":
+            raise ValueError(
+                f"algorithm.region_credit is in units of the reward, and scale_rewards {self.scale_rewards} changes "
+                "those of the advantages; set scale_rewards: none"
+            )
         if self.decouple_rewards and (self.kl_in == "reward" or self.scale_rewards == "whiten"):
             raise ValueError(
                 "algorithm.decouple_rewards needs kl_in: loss, and scale_rewards other than whiten"

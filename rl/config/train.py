@@ -302,9 +302,13 @@ class Recipe(RecipeModel):
             raise ValueError(
                 "eval.kl scores on one process at a time, which ZeRO-3 cannot; set another zero_stage"
             )
+        if self.algorithm.region_credit and (
+            self.rollout.decodes > 1 or (flow is not None and not flow.joint)
+        ):
+            raise ValueError(
+                "algorithm.region_credit goes to the tokens of one picture; train the tokens, with rollout.decodes: 1"
+            )
         self.optim.check(self.engine)
-        if self.rollout.thought_tokens and self.eval.kl:
-            raise ValueError("eval.kl leaves thoughts out; set eval.kl: false, or rollout.thought_tokens: 0")
         if self.rollout.thought_tokens and self.engine.zero_stage == 3:
             raise ValueError(
                 "rollout.thought_tokens reads the head of the language model whole; set engine.zero_stage to 2 or less"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import product
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imagerl.models.base import Policy, PromptReader
+from imagerl.models.base import Policy
 from imagerl.rl.algorithms.kl import k3
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.engine.engine import OLD
@@ -32,6 +32,7 @@ from imagerl.rl.types import (
     SamplingParams,
     Thoughts,
     TokenTrajectory,
+    repeat,
     select,
 )
 
@@ -56,55 +57,9 @@ def training_sampling(recipe: Recipe) -> SamplingParams:
     )
 
 
-def evaluation_sampling(recipe: Recipe) -> SamplingParams:
-    """Return the sampling that a recipe is judged by: as in training where `eval` does not say otherwise, one picture
-    of each token sequence. A decoder that trains at a guidance of its own is judged at that one."""
-    training, settings, flow = training_sampling(recipe), recipe.eval, recipe.algorithm.flow
-    wanted = (settings.guidance, flow.guidance if flow else None, training.guidance)
-    return replace(
-        training,
-        guidance=next(value for value in wanted if value is not None),
-        flow_steps=settings.flow_steps or training.flow_steps,
-        decodes=1,
-    )
-
-
 def to_uint8(pictures: Tensor) -> np.ndarray:
     """Convert [B, 3, H, W] in [0, 1] to [B, H, W, 3] uint8, rounded to nearest."""
     return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def refuse_impossible(
-    reader: PromptReader, prompts: Iterable[Prompt], sampling: SamplingParams, flow: bool = False
-) -> None:
-    """Raise ImageRLError for settings that a model cannot draw by; with `flow` its denoising steps are to train."""
-    if sampling.token_guidance != 1 and not reader.token_guided:
-        raise ImageRLError(
-            f"token_guidance is {sampling.token_guidance:g}, but this model writes its tokens without guidance; set it "
-            "to 1"
-        )
-    if sampling.thought_tokens:
-        room = reader.thought_room - reader.longest([*prompts])
-        if sampling.thought_tokens > room:
-            fits = (
-                f"has room for {max(room, 0)}" if reader.thought_room else "writes no text before a picture"
-            )
-            raise ImageRLError(
-                f"thought_tokens is {sampling.thought_tokens}, but this model {fits}; set it to {max(room, 0)}"
-                f"{' or less' if room > 0 else ''}"
-            )
-    if all(reader.canvas(prompt).noise is not None for prompt in prompts):
-        return
-    for wanted, what in (
-        (flow, "algorithm.flow trains denoising steps"),
-        (sampling.shared_noise, "shared_noise shares decoder noise"),
-        (sampling.decodes > 1, "decodes draws several pictures of the same tokens"),
-    ):
-        if wanted:
-            raise ImageRLError(
-                f"{what}, but this model's decoder has no noise: the same tokens always give the same picture; "
-                "remove the setting"
-            )
 
 
 def with_pictures(prompt: Prompt) -> Prompt:
@@ -132,6 +87,26 @@ def reward_request(groups: Sequence[RolloutGroup], step: int = 0, steps: int = 0
         group_size=size,
         step=step,
         progress=step / steps if steps else 0.0,
+    )
+
+
+def replayed(policy: Policy, groups: Sequence[RolloutGroup]) -> tuple[Rows, Tensor, Tensor, Tensor]:
+    """Return what the actions of groups are scored again by: rows of their prompts, image tokens [B, T], and of all N
+    actions, thoughts before the image tokens among them, the mask and the log-probs of the rollout, [B, N]."""
+    encoded = policy.encode([group.prompt for group in groups], to_draw=False)
+    tokens, mask, logprobs = (
+        torch.cat(rows)
+        for rows in zip(*((g.tokens, g.action_mask, g.rollout_logprobs) for g in groups), strict=True)
+    )
+    parts = [group.thoughts for group in groups if group.thoughts]
+    if not parts:
+        return repeat(encoded, len(groups[0].tokens)), tokens, mask, logprobs
+    thoughts = Thoughts(*(torch.cat([getattr(part, name) for part in parts]) for name in Thoughts.__slots__))
+    return (
+        policy.after_thoughts(encoded, thoughts),
+        tokens,
+        torch.cat([thoughts.action_mask, mask], dim=1),
+        torch.cat([thoughts.rollout_logprobs, logprobs], dim=1),
     )
 
 
@@ -223,14 +198,12 @@ class RolloutEngine:
     def kl_to_reference(self, groups: Sequence[RolloutGroup]) -> list[float]:
         """Estimate, for every sample that this engine drew, the KL to the policy's frozen reference: the mean of k3
         over its tokens, in nats a token."""
-        prompts = self.policy.encode([group.prompt for group in groups], to_draw=False)
-        tokens, logprobs, mask = (
-            torch.cat(rows).to(self.policy.device)
-            for rows in zip(*((g.tokens, g.rollout_logprobs, g.action_mask) for g in groups), strict=True)
-        )
+        rows, tokens, mask, logprobs = replayed(self.policy, groups)
+        device = self.policy.device
         with self.autocast():
-            reference = self.policy.reference_scores(prompts, tokens, self.sampling)
-        return (k3(logprobs, reference.logprobs).where(mask, 0).sum(1) / mask.sum(1)).tolist()
+            reference = self.policy.reference_scores(rows, tokens.to(device), self.sampling)
+        differences = k3(logprobs.to(device), reference.logprobs).where(mask.to(device), 0)
+        return (differences.sum(1).cpu() / mask.sum(1).cpu()).tolist()
 
     @torch.no_grad()
     def generate(

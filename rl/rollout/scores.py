@@ -44,6 +44,7 @@ def scores_of_half(scores: RewardScores, half: str, labels: Sequence[str]) -> Re
     return replace(
         scores,
         totals=scores.halves[half],
+        regions={label: regions for label, regions in scores.regions.items() if label in labels},
         gated={label: scores.gated[label] for label in labels},
         weights={label: scores.weights[label] for label in labels},
         halves={},
@@ -59,9 +60,14 @@ def merge_scores(parts: Sequence[RewardScores]) -> RewardScores:
         if isinstance(values[0], Mapping):
             names = dict.fromkeys(name for value in values for name in value)
             return {name: merged([value.get(name) for value in values]) for name in names}
-        if any(isinstance(value, np.ndarray) for value in values):
-            lacking = [np.full(size, np.nan) for size in sizes]
-            return np.concatenate([gap if v is None else v for v, gap in zip(values, lacking, strict=True)])
+        arrays = [value for value in values if isinstance(value, np.ndarray)]
+        if arrays:  # [B], or [B, K, 5] with as many regions as its request needed
+            shape = np.max([array.shape[1:] for array in arrays], axis=0).astype(int)
+            whole = np.full((sum(sizes), *shape), np.nan)
+            for value, end, size in zip(values, np.cumsum(sizes), sizes, strict=True):
+                if value is not None:
+                    whole[(slice(end - size, end), *map(slice, value.shape[1:]))] = value
+            return whole
         return next(value for value in reversed(values) if value is not None)
 
     failures: Counter[str] = Counter()
@@ -110,7 +116,7 @@ def variance_split(totals: np.ndarray, group_size: int, decodes: int) -> dict[st
 
 
 def _mean(values: np.ndarray, decodes: int) -> np.ndarray:
-    rows = values.reshape(-1, decodes)
+    rows = values.reshape(-1, decodes, *values.shape[1:])
     known = np.isfinite(rows)
     count = known.sum(axis=1)
     total = np.where(known, rows, 0.0).sum(axis=1)

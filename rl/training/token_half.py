@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from imagerl.models.base import Policy
-from imagerl.rl.algorithms.advantages import AdvantageInputs
+from imagerl.rl.algorithms.advantages import AdvantageInputs, region_credit
 from imagerl.rl.algorithms.kl import adapted_coef, kl_penalty
 from imagerl.rl.algorithms.loading import load_loss, loss_settings
 from imagerl.rl.algorithms.losses import (
@@ -22,7 +23,7 @@ from imagerl.rl.algorithms.losses import (
     policy_weights,
 )
 from imagerl.rl.config.train import Recipe
-from imagerl.rl.rollout.engine import training_sampling
+from imagerl.rl.rollout.engine import replayed, training_sampling
 from imagerl.rl.rollout.scores import average_decodes
 from imagerl.rl.training.half import HalfLoss, reward_inputs
 from imagerl.rl.training.step_metrics import (
@@ -36,26 +37,18 @@ from imagerl.rl.training.step_metrics import (
     update_metrics,
 )
 from imagerl.rl.types import (
+    ImageRLError,
     LossInputs,
     RewardScores,
     RolloutGroup,
     Rows,
     SamplingParams,
-    Thoughts,
     TokenScores,
     TrainBatch,
-    repeat,
     select,
 )
 
 Gather = Callable[[Any], list[Any]]
-
-
-def joined(parts: Sequence[Thoughts]) -> Thoughts | None:
-    """Put the thoughts of groups one after the other; None: there are none."""
-    if not parts:
-        return None
-    return Thoughts(*(torch.cat([getattr(part, name) for part in parts]) for name in Thoughts.__slots__))
 
 
 class TokenHalf:
@@ -74,9 +67,9 @@ class TokenHalf:
         self.policy_loss = load_loss(recipe.algorithm)
         self.sampled_with = training_sampling(recipe)
         self._weigh_kl(recipe.algorithm.kl_coef)  # adapted where there is a target
-        self.stale = (
-            recipe.rollout.max_staleness > 0
-        )  # older weights draw, whose samples the KL's mean is not over
+        self.grid: tuple[int, int] | None = None  # of the tokens of the present step's pictures
+        # Older weights draw then, over whose samples the KL is no mean.
+        self.stale = recipe.rollout.max_staleness > 0
         self.several = recipe.algorithm.updates_per_rollout > 1
         self.choosy = recipe.algorithm.top_entropy < 1
         self.needs_old = self.several or self.choosy
@@ -86,18 +79,8 @@ class TokenHalf:
 
     def assemble(self, groups: Sequence[RolloutGroup], step: int) -> TrainBatch:
         """Assemble the tokens of some groups, without advantages yet."""
-        encoded = self.policy.encode([group.prompt for group in groups], to_draw=False)
-        size = len(groups[0].tokens)
-        tokens = torch.cat([group.tokens for group in groups])
-        action_mask = torch.cat([group.action_mask for group in groups])
-        rollout_logprobs = torch.cat([group.rollout_logprobs for group in groups])
-        thoughts = joined([group.thoughts for group in groups if group.thoughts])
-        if thoughts is None:
-            rows = repeat(encoded, size)
-        else:
-            rows = self.policy.after_thoughts(encoded, thoughts)
-            action_mask = torch.cat([thoughts.action_mask, action_mask], dim=1)
-            rollout_logprobs = torch.cat([thoughts.rollout_logprobs, rollout_logprobs], dim=1)
+        self.grid = self.policy.prompts.canvas(groups[0].prompt).grid  # all pictures of a step have one
+        rows, tokens, action_mask, rollout_logprobs = replayed(self.policy, groups)
         return TrainBatch(
             prompts=rows,
             tokens=tokens,
@@ -105,7 +88,7 @@ class TokenHalf:
             rollout_logprobs=rollout_logprobs,
             old_logprobs=None,
             ref_logprobs=None,
-            advantages=torch.zeros(len(groups) * size, 1, device=tokens.device),
+            advantages=torch.zeros(len(tokens), 1, device=tokens.device),
         )
 
     def arguments(self, part: TrainBatch) -> tuple[Rows, Tensor, SamplingParams]:
@@ -133,11 +116,27 @@ class TokenHalf:
         rollout = self.recipe.rollout
         averaged = average_decodes(scores, rollout.decodes)
         inputs = reward_inputs(averaged, rollout.group_size, batch.action_mask)
+        if self.algorithm.region_credit:
+            inputs = replace(inputs, credit=self._credit(scores, batch))
         if self.algorithm.kl_in != "reward":
             return inputs
         assert batch.ref_logprobs is not None  # the recipe refuses kl_in=reward without kl_coef
         penalty = kl_penalty(batch.rollout_logprobs, batch.ref_logprobs, batch.action_mask, self.kl_coef)
         return replace(inputs, penalty=penalty.cpu())
+
+    def _credit(self, scores: RewardScores, batch: TrainBatch) -> Tensor:
+        """Return what regions of the pictures give to the tokens there, [B, N], and nothing to thoughts before them.
+
+        Raises ImageRLError without regions."""
+        if not scores.regions or self.grid is None:
+            raise ImageRLError(
+                f"algorithm.region_credit is {self.algorithm.region_credit:g}, but none of the rewards "
+                f"({', '.join(scores.weights)}) tells regions of a picture, as ocr does; set it to 0"
+            )
+        size, weight = self.recipe.rollout.group_size, self.algorithm.region_credit
+        credits = [region_credit(regions, size, self.grid) for regions in scores.regions.values()]
+        thoughts = batch.action_mask.shape[1] - batch.tokens.shape[1]
+        return weight * F.pad(torch.stack(credits).sum(dim=0), (thoughts, 0))
 
     def select(self, batch: TrainBatch) -> TrainBatch:
         """Choose with `top_entropy` the actions that the policy term trains; the threshold is that of all ranks."""

@@ -277,12 +277,18 @@ class Trainer:
                     rewards=shuffled(inputs.rewards, generator(*seed)),
                     # A fresh generator of the same seed: the same order as the totals, which are made of these.
                     components=shuffled(inputs.components, generator(*seed)),
+                    credit=inputs.credit
+                    if inputs.credit is None
+                    else shuffled(inputs.credit, generator(*seed)),
                 )
             self.moving_means[half.name] = moved_mean(mean, inputs.rewards, self.algorithm.baseline_decay)
             # `join` puts ranks one after another, in the order of the step's prompts.
             per_prompt = len(batch.action_mask) // (self._own.stop - self._own.start)
             mine = slice(self._own.start * per_prompt, self._own.stop * per_prompt)
-            outputs.append(self.advantages(inputs).rows(mine))
+            output = self.advantages(inputs)
+            if inputs.credit is not None:
+                output = output.with_credit(inputs.credit)
+            outputs.append(output.rows(mine))
         return outputs
 
     def _scores_of(self, half: Half[Any], scores: RewardScores) -> RewardScores:

@@ -16,7 +16,8 @@ from imagerl.models import families
 from imagerl.models.base import Policy
 from imagerl.models.common.flow_policy import FlowPolicy
 from imagerl.rl.commands.cli import main
-from imagerl.rl.rollout.engine import RolloutEngine, refuse_impossible
+from imagerl.rl.rollout.engine import RolloutEngine
+from imagerl.rl.rollout.preparing import refuse_impossible
 from imagerl.rl.types import (
     FlowSampling,
     ImageRLError,
@@ -138,6 +139,12 @@ def test_the_folder_is_recognised_and_read_alike_without_weights(folder: Path, s
     if not reader.token_guided:
         with pytest.raises(ImageRLError, match="token_guidance is 2"):
             refuse_impossible(reader, PROMPTS, SamplingParams(token_guidance=2.0))
+    grid = reader.canvas(PROMPTS[0]).grid
+    if grid is None:
+        with pytest.raises(ImageRLError, match="tokens that lie on one grid"):
+            refuse_impossible(reader, PROMPTS, SamplingParams(), regions=True)
+    else:
+        assert grid[0] * grid[1] == reader.canvas(PROMPTS[0]).tokens
 
 
 def test_only_the_half_that_writes_tokens_has_gradients(shared: Policy) -> None:

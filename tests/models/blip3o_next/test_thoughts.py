@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import is_timing
-from imagerl.rl.rollout.engine import RolloutEngine, refuse_impossible
+from imagerl.rl.rollout.engine import RolloutEngine
+from imagerl.rl.rollout.preparing import refuse_impossible
 from imagerl.rl.types import Prompt, Rows, SamplingParams, Thoughts, TokenTrajectory
 from tests.models.helpers import lively_policy, uniforms
 from tests.small_run import small_trainer
@@ -160,7 +162,9 @@ def test_a_step_trains_thoughts_and_tokens_and_says_so(more: tuple[str, ...]) ->
         assert 0 <= metrics["thought/full"] <= 1
         assert not any(key.startswith("policy/thought") for key in metrics)
     assert first["thought/kl"] == 0 < second["thought/kl"]
-    groups = [group for part in trainer.rollout.generate(trainer.sampler.step(2), 4, 2) for group in part]
+    groups = [
+        group for part in trainer.rollouts.rollout.generate(trainer.sampler.step(2), 4, 2) for group in part
+    ]
     (batch,) = trainer._assemble(groups, 2)
     actions = sum(int(group.thoughts.action_mask.sum()) for group in groups if group.thoughts)
     assert batch.action_mask.shape == (8, 5 + 8) and int(batch.action_mask.sum()) == actions + 8 * 8
@@ -198,6 +202,23 @@ def test_a_resumed_run_is_the_same_bit_for_bit() -> None:
     assert steps(resumed, range(2, 3)) == expected[2:]
 
 
+def test_the_kl_of_what_was_drawn_counts_the_thoughts(policy: ImagePolicy) -> None:
+    """Nothing to the policy's own reference; moved away from it, the thoughts' actions have their part."""
+    policy.freeze_reference()
+    rollout = RolloutEngine(policy, SAMPLING, 0, nullcontext)
+    groups = [group for part in rollout.generate(PROMPTS, GROUP, 0) for group in part]
+    assert rollout.kl_to_reference(groups) == pytest.approx([0.0] * len(PROMPTS) * GROUP, abs=1e-6)
+    for group in groups:  # as if the policy had thought its thoughts more surely
+        assert group.thoughts is not None
+        group.thoughts.rollout_logprobs += 0.5
+    wanted = [
+        (math.exp(-0.5) + 0.5 - 1) * int(own.sum()) / (int(own.sum()) + policy.num_actions)
+        for group in groups
+        for own in group.thoughts.action_mask  # type: ignore[union-attr]
+    ]
+    assert rollout.kl_to_reference(groups) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_what_cannot_think_is_told_before(policy: ImagePolicy, tmp_path: Path) -> None:
     room = 512 - 8 - policy.prompts.longest(PROMPTS)
     refuse_impossible(policy.prompts, PROMPTS, SamplingParams(thought_tokens=room))
@@ -205,5 +226,3 @@ def test_what_cannot_think_is_told_before(policy: ImagePolicy, tmp_path: Path) -
         refuse_impossible(policy.prompts, PROMPTS, SamplingParams(thought_tokens=room + 1))
     with pytest.raises(ImageRLError, match=r"engine\.zero_stage to 2 or less"):
         small_trainer(*THINK, "engine={name: deepspeed, zero_stage: 3}")
-    with pytest.raises(ImageRLError, match=r"eval\.kl leaves thoughts out"):
-        small_trainer(*THINK, "eval.kl=true")

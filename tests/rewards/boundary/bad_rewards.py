@@ -117,6 +117,15 @@ returns("an empty dict", {}, "returned a dict; it must have the keys rewards")
 returns(
     "a dict of other keys", {"rewards": [GOOD] * 4, "scores": []}, "returned a dict; it must have the keys"
 )
+for what, wrong in (
+    ("regions of fewer samples", [[]] * 3),
+    ("regions without a box", [[(1.0,)]] * 4),
+    ("regions of texts", [["abcde"]] * 4),
+    ("regions that are infinite", [[(1.0, 0, 0, 1, float("inf"))]] * 4),
+    ("a number for regions", 7),
+    ("too many regions", [[(1.0, 0, 0, 1, 1)] * 257] * 4),
+):
+    returns(what, {"rewards": [GOOD] * 4, "regions": wrong}, "returned regions that are not ")
 returns("a set", {0.1, 0.2, 0.3, 0.4}, "returned set; return a list")
 returns("an iterator", iter([GOOD] * 4), "returned list_iterator; return a list")
 returns("a class", list, "TypeError: ")

@@ -186,7 +186,17 @@ def test_a_refusal_is_short_and_cannot_write_to_the_terminal() -> None:
         unpack_request(header(columns={"a": [{"$picture": "x" * 10_000}]}), open_png)
     assert len(str(refusal.value)) <= 500
     reply = unpack_reply(pack_reply([1.0], {"\x1b[31mred": [2.0]}, "\x1b[2J\x1b]0;title\x07gone\n\x00"), 1)
-    assert reply == ([1.0], {"red": [2.0]}, "gone \ufffd")
+    assert reply == ([1.0], {"red": [2.0]}, "gone \ufffd", [])
+
+
+def test_regions_go_with_a_reply() -> None:
+    regions = [[[1.0, 0.0, 0.0, 0.5, 1.0], [0.0, 0.5, 0.0, 1.0, 1.0]], []]
+    assert unpack_reply(pack_reply([1.0, 2.0], {}, None, regions), 2).regions == regions
+    assert unpack_reply(pack_reply([1.0, 2.0], {}), 2).regions == []
+    for wrong in (regions[:1], [[[1.0, 0.0]], []], [[["a"] * 5], []], [[[None, 0, 0, 1, 1]], []], {"a": 1}):
+        body = json.dumps({"rewards": [1, 2], "regions": wrong}).encode()
+        with pytest.raises(WireError, match="no reply"):
+            unpack_reply(body, 2)
 
 
 def test_a_reply_tells_failed_from_not_applicable() -> None:

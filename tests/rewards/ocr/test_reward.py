@@ -4,15 +4,24 @@ import io
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from imagerl.rewards.base import LoadedReward, as_trl_reward
 from imagerl.rewards.ocr import engine as ocr_engine
 from imagerl.rewards.ocr.engine import RECOGNISER, Line, model_folder, wheel_models
-from imagerl.rewards.ocr.reward import OCRReward, exact_match, join_lines, quoted_text, score_text, target_of
+from imagerl.rewards.ocr.reward import (
+    OCRReward,
+    exact_match,
+    join_lines,
+    letter_regions,
+    quoted_text,
+    score_text,
+    target_of,
+)
 from imagerl.rewards.workers.scoring import score_request
 from imagerl.rl.data.tiny import world as tiny_world
 from imagerl.rl.types import ImageRLError, RewardRequest
@@ -254,10 +263,59 @@ def test_model_folders_are_built_whole_by_several_at_once(
     assert (model_folder(weights, RECOGNISER, 96) / "inference.onnx").stat().st_size == size
 
 
+def line(text: str, *centres: float) -> Line:
+    return Line(text, 0.9, tuple((x, 0.5) for x in centres))
+
+
+@pytest.mark.parametrize(
+    ("lines", "target", "values", "places"),
+    [
+        ([line("STOP", 0.2, 0.4, 0.6, 0.8)], "stop", [1, 1, 1, 1], [0.2, 0.4, 0.6, 0.8]),
+        ([line("SIOP", 0.2, 0.4, 0.6, 0.8)], "STOP", [1, 0, 1, 1], [0.2, 0.4, 0.6, 0.8]),
+        ([line("SOP", 0.2, 0.6, 0.8)], "STOP", [1, 0, 1, 1], [0.2, 0.4, 0.6, 0.8]),  # beside a neighbour
+        ([line("STOOP", 0.1, 0.3, 0.5, 0.7, 0.9)], "STOP", [1, 1, 1, 1], [0.1, 0.3, 0.5, 0.9]),
+        ([line("O K", 0.3, 0.3, 0.7)], "OK", [1, 1], [0.3, 0.7]),  # white space is no letter
+        ([line("A", 0.2), line("B", 0.6)], "ab", [1, 1], [0.2, 0.6]),
+        ([Line("STOP", 0.1, ((0.5, 0.5),) * 4)], "GO", [0, 0], [0.25, 0.75]),  # below the floor
+        ([], "GO", [0, 0], [0.25, 0.75]),
+    ],
+)
+def test_letter_regions_by_hand(
+    lines: list[Line], target: str, values: list[float], places: list[float]
+) -> None:
+    regions = letter_regions(lines, 0.5, target)
+    assert [region[0] for region in regions] == values
+    middles = [(left + right) / 2 for _, left, _, right, _ in regions if left > 0 and right < 1]
+    inner = [p for p, (_, left, _, right, _) in zip(places, regions, strict=True) if left > 0 and right < 1]
+    assert middles == pytest.approx(inner)
+    assert all((top, bottom) == (0, 1) and left < right for _, left, top, right, bottom in regions)
+
+
+@pytest.mark.parametrize("mode", ["recognise", "full"])
+def test_letters_are_where_they_are_drawn(mode: Literal["recognise", "full"]) -> None:
+    """Each letter's ink lies at its region's middle, to half a letter; a letter painted over is found out."""
+    picture, width = Image.new("RGB", (400, 96), "white"), 60
+    draw, font = (
+        ImageDraw.Draw(picture),
+        ImageFont.truetype(tiny_world.font_of("DejaVuSansMono-Bold.ttf", 8).path, 64),
+    )
+    for place, letter in enumerate("HOUSE"):
+        draw.text((50 + place * width, 10), letter, fill="black", font=font)
+    reward = OCRReward(mode=mode, models="offline")
+    (regions,) = reward(prompts=['"HOUSE"'], images=[picture]).regions
+    middles = [400 * (left + right) / 2 for _, left, _, right, _ in regions]
+    assert middles == pytest.approx([50 + 20 + place * width for place in range(5)], abs=width / 2)
+    draw.rectangle((50 + 2 * width, 0, 48 + 3 * width, 96), fill="white")
+    (regions,) = reward(prompts=['"HOUSE"'], images=[picture]).regions
+    assert [region[0] for region in regions] == [1, 1, 0, 1, 1]
+
+
 def test_share_of_the_exact_match(monkeypatch: pytest.MonkeyPatch) -> None:
     """STQP is 3/4 of STOP, and "STOPS" holds all of it: both are no match."""
     monkeypatch.setattr(
-        ocr_engine.OCREngine, "read", lambda *_: [[Line(t, 1.0)] for t in ("STOP", "STQP", "STOPS")]
+        ocr_engine.OCREngine,
+        "read",
+        lambda *_: [[Line(t, 1.0, ((0.5, 0.5),) * len(t))] for t in ("STOP", "STQP", "STOPS")],
     )
     blank = [Image.new("RGB", (64, 32))] * 3
     for share, rewards in ((0.0, [1, 0.75, 1]), (0.5, [1, 0.375, 0.5]), (1.0, [1, 0, 0])):

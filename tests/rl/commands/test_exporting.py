@@ -27,7 +27,8 @@ from imagerl.rl.engine.checkpoint import load_checkpoint
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.suites import SUITES
 from imagerl.rl.files.metrics import read_metrics
-from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling
+from imagerl.rl.rollout.engine import RolloutEngine
+from imagerl.rl.rollout.preparing import evaluation_sampling
 from imagerl.rl.types import SamplingParams
 from tests.command import call
 from tests.micro import micro_folder

@@ -174,6 +174,11 @@ def test_mistakes_name_the_key_and_the_way_out(path: Path, override: str, parts:
     [
         (["engine.zero_stage=2"], "engine.zero_stage needs engine.name: deepspeed"),
         (["eval.kl=true", "engine.name=deepspeed", "engine.zero_stage=3"], "which ZeRO-3 cannot"),
+        (["algorithm.region_credit=1"], "scale_rewards group changes those of the advantages"),
+        (
+            ["algorithm.region_credit=1", "algorithm.scale_rewards=none", "rollout.decodes=2"],
+            "tokens of one picture",
+        ),
         (["eval.kl=true", "algorithm.flow={}"], "eval.kl is of the tokens"),
         (["rollout.top_k=50"], "top_k and top_p must be null in training"),
         (["rollout.top_p=0.9"], "top_k and top_p must be null in training"),

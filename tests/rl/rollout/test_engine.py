@@ -13,7 +13,8 @@ from imagerl.rl.config.recipe import validate_recipe
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.data.tiny.world import prompt_set
-from imagerl.rl.rollout.engine import RolloutEngine, evaluation_sampling, reward_request, to_uint8
+from imagerl.rl.rollout.engine import RolloutEngine, reward_request, to_uint8
+from imagerl.rl.rollout.preparing import evaluation_sampling
 from imagerl.rl.types import Prompt, RolloutGroup, Rows, SamplingParams, TokenTrajectory
 from tests.models.helpers import lively_policy, stir
 from tests.small_run import recipe_data
