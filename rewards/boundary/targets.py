@@ -17,7 +17,7 @@ from imagerl.rl.files.importing import import_object
 RUN_NAMES = ("groups", "progress", "policy")  # what a run knows beside the samples, for rewards that name it
 SAMPLE_NAMES = ("prompts", "completions", "completion_ids", "images", *RUN_NAMES)
 # Keys of a recipe's entry that are no settings of the reward.
-ENTRY_KEYS = ("name", "import_path", "url", "python", "runtime_env", "weight", "gate", "half")
+ENTRY_KEYS = ("name", "import_path", "url", "python", "runtime_env", "weight", "gate", "half", "num_gpus")
 
 
 class KeywordReward:

@@ -140,9 +140,7 @@ class CurriculumConfig(RecipeModel):
         min_length=1,
         description="what tells success: total, a reward, or a part such as ocr/exact_match",
     )
-    threshold: Annotated[float, Field(allow_inf_nan=False)] = Field(
-        0.5, description="a sample succeeds when that is at least this"
-    )
+    threshold: float = Field(0.5, ge=-1e6, le=1e6, description="a sample succeeds when that is at least this")
     memory: float = Field(
         0.5, ge=0, le=1, description="share of a prompt's earlier samples that counts when it is drawn again"
     )

@@ -144,5 +144,5 @@ def test_published_models_are_known_by_their_names(size: str, billions: float) -
     model = outline.policy(outline.layers, 0).model
     count = sum(p.numel() for p in model.model.language_model.parameters()) + model.lm_head.weight.numel()
     assert count / 1e9 == pytest.approx(billions, abs=0.1)
-    assert outline.prompts.canvas(PROMPTS[0]) == (576, (384, 384), None)
+    assert outline.prompts.canvas(PROMPTS[0]) == (576, (384, 384), None, (24, 24))
     assert outline.prompts.token_guided

@@ -19,7 +19,7 @@ from imagerl.rl.engine.checkpoint import load_checkpoint
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import read_metrics
 from imagerl.rl.rollout.engine import RolloutEngine
-from imagerl.rl.sft.objective import sft_module
+from imagerl.rl.sft.objective import lessons_for
 from imagerl.rl.types import SamplingParams
 from tests import small_sft
 from tests.command import call
@@ -135,12 +135,13 @@ def test_other_layouts_are_of_the_model_underneath(place: Path, start: str, tmp_
 def test_fine_tuning_begins_from_the_merged_adapter(place: Path, trained: str) -> None:
     merged = load_policy(str(place / "merged"))[0].trainable.lm.state_dict()
     policy = load_policy(str(place / "adapter"))[0]
-    module = sft_module(policy, small_sft.recipe(place, f"train.ar={trained}"))
+    lessons = lessons_for(policy, small_sft.recipe(place, f"train.ar={trained}"))
     state = {
         name.replace(".base_layer", ""): tensor for name, tensor in policy.trainable.lm.state_dict().items()
     }
     assert all(torch.equal(state[name], tensor) for name, tensor in merged.items())
-    learning = {name for name, p in module.ar.named_parameters() if p.requires_grad}
+    named = lessons.trainable.named_parameters()
+    learning = {name for name, p in named if p.requires_grad and lessons.part_of(name) == "ar"}
     assert all(("lora_" in name) == (trained == "lora") for name in learning) and learning
 
 
