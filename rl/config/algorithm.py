@@ -100,7 +100,7 @@ class AlgorithmConfig(RecipeModel):
     region_credit: Coefficient = Field(
         0.0,
         description="weight, beside the advantage of the whole picture, of what rewards say of regions of it, such as "
-        "ocr of each letter: it goes to the tokens that lie there; 0: none",
+        "ocr of each letter: it goes to the tokens that lie there; of no effect where rewards tell no regions; 0: none",
     )
     shuffle_rewards: bool = Field(
         False, description="control: permute rewards over the batch; nothing is learned"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,7 +38,6 @@ from imagerl.rl.training.step_metrics import (
     update_metrics,
 )
 from imagerl.rl.types import (
-    ImageRLError,
     LossInputs,
     RewardScores,
     RolloutGroup,
@@ -116,27 +116,26 @@ class TokenHalf:
         rollout = self.recipe.rollout
         averaged = average_decodes(scores, rollout.decodes)
         inputs = reward_inputs(averaged, rollout.group_size, batch.action_mask)
-        if self.algorithm.region_credit:
-            inputs = replace(inputs, credit=self._credit(scores, batch))
+        if self.algorithm.region_credit and self.grid is not None:
+            inputs = replace(inputs, credit=self._credit(scores, batch, self.grid))
         if self.algorithm.kl_in != "reward":
             return inputs
         assert batch.ref_logprobs is not None  # the recipe refuses kl_in=reward without kl_coef
         penalty = kl_penalty(batch.rollout_logprobs, batch.ref_logprobs, batch.action_mask, self.kl_coef)
         return replace(inputs, penalty=penalty.cpu())
 
-    def _credit(self, scores: RewardScores, batch: TrainBatch) -> Tensor:
-        """Return what regions of the pictures give to the tokens there, [B, N], and nothing to thoughts before them.
-
-        Raises ImageRLError without regions."""
-        if not scores.regions or self.grid is None:
-            raise ImageRLError(
-                f"algorithm.region_credit is {self.algorithm.region_credit:g}, but none of the rewards "
-                f"({', '.join(scores.weights)}) tells regions of a picture, as ocr does; set it to 0"
+    def _credit(self, scores: RewardScores, batch: TrainBatch, grid: tuple[int, int]) -> Tensor:
+        """Return what regions of the pictures give to the tokens there, [B, N], and nothing to thoughts before them."""
+        if not scores.regions and batch.tokens.numel():
+            told = (
+                f"none of the rewards ({', '.join(scores.weights)}) tells regions of a picture, as ocr does"
             )
-        size, weight = self.recipe.rollout.group_size, self.algorithm.region_credit
-        credits = [region_credit(regions, size, self.grid) for regions in scores.regions.values()]
-        thoughts = batch.action_mask.shape[1] - batch.tokens.shape[1]
-        return weight * F.pad(torch.stack(credits).sum(dim=0), (thoughts, 0))
+            warnings.warn(f"algorithm.region_credit has no effect: {told}", stacklevel=2)
+        size = self.recipe.rollout.group_size
+        credit = torch.zeros(batch.tokens.shape, dtype=torch.float64)
+        for regions in scores.regions.values():
+            credit += self.algorithm.region_credit * region_credit(regions, size, grid)
+        return F.pad(credit, (batch.action_mask.shape[1] - batch.tokens.shape[1], 0))
 
     def select(self, batch: TrainBatch) -> TrainBatch:
         """Choose with `top_entropy` the actions that the policy term trains; the threshold is that of all ranks."""

@@ -11,7 +11,6 @@ import torch
 from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rewards.base import LoadedReward
 from imagerl.rewards.workers.scoring import score_request
-from imagerl.rl.errors import ImageRLError
 from imagerl.rl.rollout.scores import merge_scores, scores_of_half
 from imagerl.rl.training.token_half import TokenHalf
 from imagerl.rl.training.trainer import Trainer
@@ -86,8 +85,15 @@ def test_shuffled_rewards_take_their_credit_with_them(monkeypatch: pytest.Monkey
 
 
 def test_rewards_without_regions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ImageRLError, match=r"none of the rewards \(plain\) tells regions.*set it to 0"):
-        trained(monkeypatch, plain=lambda completions, **_: [1.0] * len(completions))
+    """A user's own reward in the place of ocr trains as without credit."""
+
+    def plain(completions: list[list[int]], **_: Any) -> list[float]:
+        return [low(tokens, (0, 1, 2, 3)) for tokens in completions]
+
+    with pytest.warns(UserWarning, match=r"no effect: none of the rewards \(plain\) tells regions"):
+        _, credited = trained(monkeypatch, plain=plain)
+    _, without = trained(monkeypatch, "algorithm.region_credit=0", plain=plain)
+    torch.testing.assert_close(credited, without.expand_as(credited))
 
 
 def scored(*rewards: LoadedReward, size: int = 2) -> Any:
