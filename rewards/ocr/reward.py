@@ -171,8 +171,8 @@ class OCRReward:
         wanted = [index for index, problem in enumerate(problems) if problem is None]
         for index, lines in zip(wanted, self.engine.read([images[i] for i in wanted]), strict=True):
             read, text = join_lines(lines, self.min_confidence), targets[index] or ""
-            equal = exact_match(read, text)
-            rewards[index] = score_text(read, text) + self.exact_share * (equal - score_text(read, text))
+            score, equal = score_text(read, text), exact_match(read, text)
+            rewards[index] = score + self.exact_share * (equal - score)
             exact[index] = equal
             regions[index] = letter_regions(lines, self.min_confidence, text)
             confidence[index] = sum(line.confidence for line in lines) / len(lines) if lines else 0.0
