@@ -11,7 +11,7 @@ from imagerl.rl.types import ImageRLError
 # Everything a model folder and the folders of its parts are read from. Code (*.py) and pickles (*.bin, *.pt, *.pth) are
 # not even downloaded.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*merges.txt")
-SHIPPED = ("tiny", "tiny_edit")  # folders beside this one
+SHIPPED = ("tiny", "tiny_edit", "tiny_shapes")  # folders beside this one
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 

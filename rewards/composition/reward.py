@@ -12,20 +12,29 @@ from PIL import Image
 
 from imagerl.rewards.clip.models import load_clip
 from imagerl.rewards.composition.detectors import ClipColours, Detector, OpenVocabularyDetector
-from imagerl.rewards.composition.rule import COLOURS, Found, Specification, faults, specification
-from imagerl.rewards.composition.tiny import TinyDetector
+from imagerl.rewards.composition.rule import (
+    COLOURS,
+    Found,
+    Specification,
+    faults,
+    nothing_else,
+    specification,
+)
+from imagerl.rewards.composition.tiny import SHAPES, TinyDetector
 from imagerl.rewards.pictures import decoded
 from imagerl.rl.files.bounds import Count, Share
 from imagerl.rl.types import ImageRLError, RewardOutput
 
-DRAWN = ("tiny_world", "shapes")
+DRAWN = {"tiny_world": ("word",), "shapes": SHAPES}  # with the classes that are found there
 FAULTS = ("missing", "colour", "position", "too many")
 
 
 class CompositionReward:
     """1 when a picture answers its whole specification, else 0; with `credit: partial` the share of its entries that
-    are as asked. Beside it `correct`, `fulfilled` (that share), one part for each tag (`tag_counting`: `correct` where
-    the tag is that), and which share of the entries failed by what (`fault_colour`, ...).
+    are as asked. Beside it `correct`, `fulfilled` (that share), `exact` (correct, and there is nothing more of the
+    classes that are named or, in drawn pictures, known: GenEval forbids more only when counting), one part for each tag
+    (`tag_counting`: `correct` where the tag is that), and which share of the entries failed by what (`fault_colour`,
+    ...).
 
     Wants the columns of GenEval's metadata: `include`, and where there are any `exclude` and `tag`. None in `include`:
     not applicable. `detector` is `tiny_world` or `shapes` for drawn pictures, else a folder or a hub name; colours in
@@ -55,7 +64,7 @@ class CompositionReward:
         self._credit = credit
         self._counting = threshold if counting_threshold is None else counting_threshold
         self._threshold = threshold
-        self._drawn = detector in DRAWN
+        self._drawn, self._known = detector in DRAWN, DRAWN.get(detector, ())
         lowest = min(self._threshold, self._counting)
         self._detector: Detector = (
             TinyDetector(detector)
@@ -82,7 +91,11 @@ class CompositionReward:
         for spec in wanted:
             self._check_colours(spec)
         pictures = decoded([images[index] for index in asked])
-        found = self._detector(pictures, [spec.classes for spec in wanted]) if asked else []
+        found = (
+            self._detector(pictures, [list(dict.fromkeys((*spec.classes, *self._known))) for spec in wanted])
+            if asked
+            else []
+        )
         parts: dict[str, list[float | None]] = {}
         values: list[float | None] = list(nothing)
         for index, spec, picture, objects in zip(asked, wanted, pictures, found, strict=True):
@@ -107,7 +120,12 @@ class CompositionReward:
 
         told = faults(sure, spec, name_colours)
         right = sum(fault is None for fault in told)
-        row = {"correct": float(right == len(told)), "fulfilled": right / len(told)}
+        correct = right == len(told)
+        row = {
+            "correct": float(correct),
+            "exact": float(correct and nothing_else(sure, spec)),
+            "fulfilled": right / len(told),
+        }
         row |= {f"fault_{name.replace(' ', '_')}": told.count(name) / len(told) for name in FAULTS}  # type: ignore[arg-type]
         return row | ({f"tag_{spec.tag}": row["correct"]} if spec.tag else {})
 

@@ -136,6 +136,14 @@ def faults(
     return told
 
 
+def nothing_else(found: Mapping[str, Sequence[Found]], asked: Specification) -> bool:
+    """Tell whether no class that was looked for has more objects than asked for."""
+    counts = dict.fromkeys(found, 0)
+    for wanted in asked.include:
+        counts[wanted.name] += wanted.count
+    return all(len(objects) <= counts[name] for name, objects in found.items())
+
+
 def _most_confident(objects: Sequence[Found]) -> list[Found]:
     return sorted(objects, key=lambda found: -found.confidence)
 

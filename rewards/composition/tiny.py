@@ -25,12 +25,20 @@ GROUNDS = {
     "cyan": (170, 235, 255),
     "pink": (255, 200, 220),
 }
-SHAPE_COLOURS = INKS | GROUNDS | {"orange": (255, 140, 0), "brown": (120, 70, 20)}
+SHAPE_COLOURS = {
+    "red": (200, 0, 0),
+    "yellow": (255, 235, 0),
+    "green": (0, 110, 0),
+    "blue": (0, 0, 200),
+    "black": (0, 0, 0),
+    "white": (255, 255, 255),
+}
 GREY = (153, 153, 153)  # what shapes stand on
 CONTRAST = 60.0  # distance in 8-bit sRGB from which a pixel is not the ground
 LEAST = 12  # pixels of an object
 SURE = 0.8  # intersection over union with a shape's own outline
-OUTLINE = 32  # pixels a side, at which outlines are compared
+SHAPES = ("square", "circle", "triangle", "cross")
+OUTLINE = 96  # pixels a side, of which outlines of any size are made
 
 
 def find_words(image: Image.Image, classes: Sequence[str]) -> dict[str, list[Found]]:
@@ -69,11 +77,13 @@ def find_shapes(image: Image.Image, classes: Sequence[str]) -> dict[str, list[Fo
         inside = nearest[region]
         colour = int(np.bincount(inside[inside < len(names)], minlength=len(names)).argmax())
         line = palette[colour] - palette[-1]
-        # Half covered or more: what is darkest or brightest would else look fat.
-        solid = region & ((pixels - palette[-1]) @ line >= 0.5 * (line @ line))
-        rows, columns = np.nonzero(solid)
+        # The share of each pixel that the shape covers: at a dozen pixels a side the rim is half of it.
+        cover = region * np.clip((pixels - palette[-1]) @ line / (line @ line), 0, 1)
+        rows, columns = np.nonzero(cover >= 0.5)
+        if not rows.size:
+            continue
         box = (float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1))
-        shape = _shape_of(solid[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1])
+        shape = _shape_of(cover[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1])
         if shape in found:
             found[shape].append(Found(box, colour=names[colour]))
     return found
@@ -102,12 +112,13 @@ def outlines() -> dict[str, np.ndarray]:
 _OUTLINES = outlines()
 
 
-def _shape_of(filled: np.ndarray) -> str | None:
-    """Return the shape whose outline covers a box's contents best, or None."""
-    scaled = np.asarray(Image.fromarray(filled).resize((OUTLINE, OUTLINE), Image.Resampling.NEAREST))
-    overlaps = {
-        name: (scaled & outline).sum() / (scaled | outline).sum() for name, outline in _OUTLINES.items()
-    }
+def _shape_of(cover: np.ndarray) -> str | None:
+    """Return the shape whose outline covers a box's contents [H, W] in [0, 1] best, or None."""
+    size = (cover.shape[1], cover.shape[0])
+    overlaps = {}
+    for name, outline in _OUTLINES.items():
+        ideal = np.asarray(Image.fromarray(outline.astype(np.float32)).resize(size, Image.Resampling.BOX))
+        overlaps[name] = np.minimum(cover, ideal).sum() / np.maximum(cover, ideal).sum()
     best = max(overlaps, key=lambda name: overlaps[name])
     return best if overlaps[best] >= SURE else None
 

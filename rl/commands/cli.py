@@ -72,6 +72,9 @@ def main(arguments: Sequence[str] | None = None, program: typer.Typer = app, cal
     """Run the `imagerl` command, or another program `called` so. What the user can mend is one line on stderr; the
     exit code is then 1, or 2 when the command itself was misspelt."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A thread that spins at a barrier takes its core from reward workers and from whatever else runs here. Results
+    # do not depend on how threads wait.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = sys.argv[1:] if arguments is None else list(arguments)
     rank = os.environ.get("RANK", "0")
     name = called if rank == "0" else f"{called} (process {rank})"

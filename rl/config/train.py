@@ -79,7 +79,9 @@ class RunConfig(ReportConfig):
 
 class ModelConfig(RecipeModel):
     path: str = Field(
-        "tiny", min_length=1, description='model folder, hub name, or a shipped one: "tiny" or "tiny_edit"'
+        "tiny",
+        min_length=1,
+        description='model folder, hub name, or a shipped one: "tiny", "tiny_edit" or "tiny_shapes"',
     )
     family: str | None = Field(
         None,
@@ -98,7 +100,7 @@ class ModelConfig(RecipeModel):
 class PromptSetConfig(RecipeModel):
     name: str | None = Field(
         None,
-        description="a named set: tiny_world, tiny_composition, tiny_edits, tiny_text_edits, ocr_signs or edits",
+        description="a named set: tiny_world, tiny_shapes, tiny_edits, tiny_text_edits, ocr_signs or edits",
     )
     path: str | None = Field(
         None,

@@ -78,10 +78,10 @@ def _tiny_world(split: str, size: int | None, seed: int) -> list[Prompt]:
     return prompt_set(split, size, seed)
 
 
-def _tiny_composition(split: str, size: int | None, seed: int) -> list[Prompt]:
-    from imagerl.rl.data.tiny.world import composition_set
+def _tiny_shapes(split: str, size: int | None, seed: int) -> list[Prompt]:
+    from imagerl.rl.data.tiny.shapes import shape_set
 
-    return composition_set(split, size, seed)
+    return shape_set(split, size)
 
 
 def _tiny_edits(split: str, size: int | None, seed: int) -> list[Prompt]:
@@ -97,8 +97,8 @@ def _tiny_text_edits(split: str, size: int | None, seed: int) -> list[Prompt]:
 
 
 NAMED_SETS: dict[str, Callable[[str, int | None, int], list[Prompt]]] = {
-    "tiny_composition": _tiny_composition,
     "tiny_edits": _tiny_edits,
+    "tiny_shapes": _tiny_shapes,
     "tiny_text_edits": _tiny_text_edits,
     "tiny_world": _tiny_world,
 }

@@ -77,13 +77,19 @@ def _world(size: int | None) -> list[Prompt]:
 
 
 def _composition(size: int | None) -> list[Prompt]:
-    from imagerl.rl.data.tiny.world import composition_set
+    from imagerl.rl.data.tiny.shapes import shape_set
 
-    return composition_set("heldout", size)
+    return shape_set("heldout", size)
 
 
 def _world_truth(prompt: Prompt) -> Image.Image:
     from imagerl.rl.data.tiny.world import truth
+
+    return truth(prompt)
+
+
+def _composition_truth(prompt: Prompt) -> Image.Image:
+    from imagerl.rl.data.tiny.shapes import truth
 
     return truth(prompt)
 
@@ -109,7 +115,11 @@ def _ideal(prompt: Prompt) -> Image.Image:
 SUITES: dict[str, Suite] = {
     "clip": Suite("clip", _world, [{"name": "clip", "model": "tiny_clip"}], truth=_world_truth),
     "composition": Suite(
-        "composition", _composition, [{"name": "composition", "detector": "tiny_world"}], truth=_world_truth
+        "composition",
+        _composition,
+        [{"name": "composition", "detector": "shapes"}],
+        truth=_composition_truth,
+        model="tiny_shapes",
     ),
     "edit": Suite("edit", _edits, [{"name": "edit", "mode": "recognise"}], truth=_ideal, model="tiny_edit"),
     "ocr": Suite("ocr", _world, [RECOGNISE], [{"name": "colours"}], truth=_world_truth),

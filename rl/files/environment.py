@@ -54,9 +54,12 @@ def write_environment(run_dir: Path | str, argv: Sequence[str], files: Sequence[
 
     Returns the path of the file.
     """
+    import torch
+
     path = Path(run_dir) / ENVIRONMENT_FILE
     session = {
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "threads": torch.get_num_threads(),  # as the recipe says or torch chose: another number may round otherwise
         "command": [_without_secrets(word) for word in argv],
     }
     listed = {"files": list(files)} if files else {}

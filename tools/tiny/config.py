@@ -36,7 +36,8 @@ class StageConfig(RecipeModel):
     )
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
     fonts: list[str] = Field(
-        default_factory=lambda: list(FONTS), description="fonts of the rendered pictures"
+        default_factory=lambda: list(FONTS),
+        description="fonts of the rendered words; none: pictures of shapes",
     )
     bf16: bool = Field(True, description="bfloat16 autocast")
 

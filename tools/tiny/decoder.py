@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tools.tiny.config import DecoderStage
-from tools.tiny.samples import edits, pictures, scenes
+from tools.tiny.samples import edits, pictures, samples
 from tools.tiny.stages import LogFn, fit
 
 
@@ -39,7 +39,7 @@ def kept_states(policy: Any, stage: DecoderStage) -> KeptStates:
     """Compute states of the stage's pictures, drawn from captions."""
     parts = []
     for start in range(0, stage.pictures, 64):
-        batch = scenes(stage.pictures_seed, "cache", start, 64, stage.fonts)
+        batch = samples(stage.pictures_seed, "cache", start, 64, stage)
         wanted = pictures(batch).to(policy.device)
         tokens = policy.image_tokenizer.encode(wanted)
         prompts = policy.encode_prompts([scene.caption for scene in batch])

@@ -58,7 +58,7 @@ def starting_policy(recipe: PretrainRecipe) -> tuple[ImagePolicy, dict[str, Any]
     seed, vocabulary = recipe.run.seed, recipe.text_tokenizer.vocabulary
     if recipe.init is None:
         assert recipe.model is not None  # the schema wants one of the two
-        return new_policy(recipe.model, captions(seed, 500), vocabulary)
+        return new_policy(recipe.model, captions(seed, 500, recipe.generator), vocabulary)
     policy = load_policy(recipe.init)
     if not isinstance(policy, ImagePolicy):
         raise ImageRLError(f"init: {recipe.init} is no BLIP3o-NEXT model; give one, such as tiny")
@@ -94,7 +94,9 @@ def pretrain(
 
     if recipe.tokenizer is not None and recipe.autoencoder is not None:
         fit_reconstructions(policy, recipe, out, log)
-        scale = latent_scale(lambda pixels: policy.decoder.vae.encode(pixels).latent, seed, device)
+        scale = latent_scale(
+            lambda pixels: policy.decoder.vae.encode(pixels).latent, recipe.autoencoder, seed, device
+        )
         policy.decoder.vae.register_to_config(scaling_factor=scale)
 
     def language_model(name: str, train: Callable[[Callable[[int], None]], None]) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from imagerl.rl.data.seeding import derive_seed
 from imagerl.rl.data.tiny.edits import PARTS, Edit, Question, new_value
+from imagerl.rl.data.tiny.shapes import Drawing, draw, random_drawing
 from imagerl.rl.data.tiny.world import DIGITS, FONTS, LETTERS, Scene, random_scene, render, split_of, texts
+from tools.tiny.config import StageConfig
 
 
 def pretraining_text(rng: random.Random) -> str:
@@ -51,9 +53,19 @@ def scenes(seed: int, stage: str, step: int, count: int, fonts: Sequence[str] = 
     return [random_scene(rng, pretraining_text(rng), fonts) for _ in range(count)]
 
 
-def pictures(batch: Iterable[Scene]) -> Tensor:
+def samples(seed: int, name: str, step: int, count: int, stage: StageConfig) -> Sequence[Scene | Drawing]:
+    """Return captioned pictures of words in the stage's fonts, of shapes where it has none."""
+    if stage.fonts:
+        return scenes(seed, name, step, count, stage.fonts)
+    rng = random.Random(derive_seed(seed, name, step))
+    return [random_drawing(rng) for _ in range(count)]
+
+
+def pictures(batch: Iterable[Scene | Drawing]) -> Tensor:
     """Render scenes as [B, 3, H, W] in [-1, 1]."""
-    pixels = np.stack([np.asarray(render(scene)) for scene in batch])
+    pixels = np.stack(
+        [np.asarray(render(one) if isinstance(one, Scene) else draw(one.shapes)) for one in batch]
+    )
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -71,6 +83,7 @@ def questions(
     return [random_question(rng, fonts, text_share) for _ in range(count)]
 
 
-def captions(seed: int, count: int) -> list[str]:
-    """Return captions to train a text tokenizer on."""
-    return [scene.caption for scene in scenes(seed, "captions", 0, count)]
+def captions(seed: int, count: int, stage: StageConfig | None = None) -> list[str]:
+    """Return captions of a stage's world, or of words, to train a text tokenizer on."""
+    some = scenes(seed, "captions", 0, count) if stage is None else samples(seed, "captions", 0, count, stage)
+    return [one.caption for one in some]

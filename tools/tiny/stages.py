@@ -14,7 +14,7 @@ from imagerl.rl.config.engine import EngineConfig
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.engine.engine import Engine
 from tools.tiny.config import GeneratorStage, StageConfig
-from tools.tiny.samples import pictures, scenes
+from tools.tiny.samples import pictures, samples
 
 LogFn = Callable[[str, int, dict[str, float]], None]
 LossFn = Callable[[int], tuple[Tensor, dict[str, float]]]
@@ -71,7 +71,7 @@ def fit_reconstruction(
     """Train a tokenizer or an autoencoder to draw its input again."""
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        wanted = pictures(scenes(seed, name, step, stage.batch_size, stage.fonts)).to(device)
+        wanted = pictures(samples(seed, name, step, stage.batch_size, stage)).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=stage.bf16):
             drawn = reconstruct(wanted)
         return reconstruction_loss(drawn, wanted), {}
@@ -80,9 +80,11 @@ def fit_reconstruction(
 
 
 @torch.no_grad()
-def latent_scale(encode: Callable[[Tensor], Tensor], seed: int, device: torch.device) -> float:
+def latent_scale(
+    encode: Callable[[Tensor], Tensor], stage: StageConfig, seed: int, device: torch.device
+) -> float:
     """Return 1 / standard deviation of the latents over 512 pictures: flow matching wants data of the noise's size."""
-    latents = encode(pictures(scenes(seed, "latent scale", 0, 512)).to(device))
+    latents = encode(pictures(samples(seed, "latent scale", 0, 512, stage)).to(device))
     return 1.0 / latents.float().std().item()
 
 
@@ -118,7 +120,7 @@ def fit_generator(
             module.eval()
             on_snapshot(step)
             module.train()
-        batch = scenes(seed, name, step, stage.batch_size, stage.fonts)
+        batch = samples(seed, name, step, stage.batch_size, stage)
         wanted = pictures(batch).to(device)
         prompt_ids, prompt_mask = policy.encode_prompts([scene.caption for scene in batch])
         random_numbers = generator(seed, "flow", step)

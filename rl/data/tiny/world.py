@@ -41,7 +41,6 @@ DIGITS = "0123456789"
 HELDOUT_SHARE = 0.2
 FONT_SIZE = 22  # pixels; shrunk until the text fits
 MARGIN = 2  # pixels left free on either side
-COMPOSITION_TAGS = ("single_object", "colors", "color_attr")
 SUPERSAMPLING = 3  # drawn this much larger, then averaged down: smooth strokes at any font size
 
 
@@ -58,16 +57,15 @@ class Scene:
     def caption(self) -> str:
         return f'a sign that says "{self.text}" in {self.ink} on a {self.background} background'
 
-    def specification(self, tag: str = "color_attr") -> dict[str, object]:
-        """Return columns in GenEval's format (arXiv 2310.11513): one word, for `colors` in its ink, for `color_attr`
-        on its background, too."""
-        word: dict[str, object] = {"class": "word", "count": 1}
-        include = [word]
-        if tag != "single_object":
-            word["color"] = self.ink
-        if tag == "color_attr":
-            include.append({"class": "background", "count": 1, "color": self.background})
-        return {"tag": tag, "include": include, "exclude": [{"class": "word", "count": 2}]}
+    def specification(self) -> dict[str, object]:
+        """Return columns in GenEval's format (arXiv 2310.11513): one word in its ink, on its background."""
+        word = {"class": "word", "count": 1, "color": self.ink}
+        background = {"class": "background", "count": 1, "color": self.background}
+        return {
+            "tag": "color_attr",
+            "include": [word, background],
+            "exclude": [{"class": "word", "count": 2}],
+        }
 
     def columns(self) -> dict[str, object]:
         """Return the prompt set's columns, all that rewards may know. The font is not asked for."""
@@ -120,16 +118,6 @@ def prompt_set(split: str, size: int | None = None, seed: int = 0) -> list[Promp
     for index, text in enumerate(pool[:size]):
         scene = random_scene(random.Random(derive_seed("tiny_world scene", seed, index)), text)
         prompts.append(Prompt(index=index, text=scene.caption, columns=scene.columns()))
-    return prompts
-
-
-def composition_set(split: str, size: int | None = None, seed: int = 0) -> list[Prompt]:
-    """Add GenEval's columns to the prompts of `prompt_set`, its three tags that fit in turn. Raises the same."""
-    prompts = []
-    for prompt in prompt_set(split, size, seed):
-        scene = Scene(prompt.columns["target"], prompt.columns["ink"], prompt.columns["background"], FONTS[0])
-        asked = scene.specification(COMPOSITION_TAGS[prompt.index % len(COMPOSITION_TAGS)])
-        prompts.append(Prompt(prompt.index, prompt.text, {**prompt.columns, **asked}))
     return prompts
 
 

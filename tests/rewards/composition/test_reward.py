@@ -16,11 +16,12 @@ from imagerl.rewards.composition.detectors import ClipColours, OpenVocabularyDet
 from imagerl.rewards.composition.reward import CompositionReward
 from imagerl.rewards.composition.rule import Found
 from imagerl.rewards.composition.tiny import GREY, GROUNDS, INKS, SHAPE_COLOURS, find_words
+from imagerl.rewards.composition.tiny import SHAPES as FOUND_SHAPES
+from imagerl.rl.data.tiny import shapes as tiny_shapes
 from imagerl.rl.data.tiny import world as tiny_world
 from imagerl.rl.data.tiny.pictures import check_pictures
+from imagerl.rl.data.tiny.shapes import COLOURS, SHAPES, TAGS, Shape, answer, draw, metadata, shape_set
 from imagerl.rl.types import ImageRLError, RewardOutput
-from tests.rewards.composition import shapes as tiny_shapes
-from tests.rewards.composition.shapes import COLOURS, SHAPES, TAGS, answer, draw, shape_set, specification
 
 
 def judge(images: Sequence[Image.Image], wanted: Sequence[Any], **settings: Any) -> RewardOutput:
@@ -30,7 +31,7 @@ def judge(images: Sequence[Image.Image], wanted: Sequence[Any], **settings: Any)
 
 def test_the_palettes_are_those_of_the_worlds() -> None:
     assert (INKS, GROUNDS) == (tiny_world.INKS, tiny_world.BACKGROUNDS)
-    assert (SHAPE_COLOURS, GREY) == (tiny_shapes.COLOURS, tiny_shapes.GREY)
+    assert (SHAPE_COLOURS, GREY, FOUND_SHAPES) == (COLOURS, tiny_shapes.GREY, SHAPES)
 
 
 def test_every_true_drawing_is_right_and_every_wrong_one_wrong() -> None:
@@ -38,12 +39,12 @@ def test_every_true_drawing_is_right_and_every_wrong_one_wrong() -> None:
     rng = random.Random(0)
     right, wrong = [], []
     for number in range(60):
-        line = specification(rng, TAGS[number % 6])
+        line = rng.choice(metadata("train")[TAGS[number % 6]])
         shapes = answer(rng, line)
         right.append((draw(shapes), line))
         wrong.append((draw(shapes[:-1]), line))
         if line["tag"] == "counting":
-            free = next((c, r) for c in range(3) for r in range(3) if (c, r) not in [s.cell for s in shapes])
+            free = next((c, r) for c in range(4) for r in range(2) if (c, r) not in [s.cell for s in shapes])
             wrong.append((draw([*shapes, replace(shapes[0], cell=free)]), line))
         if line["tag"] in ("colors", "color_attr"):
             other = rng.choice([name for name in COLOURS if name != shapes[0].colour])
@@ -54,7 +55,8 @@ def test_every_true_drawing_is_right_and_every_wrong_one_wrong() -> None:
         if line["tag"] == "single_object":
             name = rng.choice([name for name in SHAPES if name != shapes[0].name])
             wrong.append((draw([replace(shapes[0], name=name)]), line))
-    assert set(judge(*zip(*right, strict=True)).rewards) == {1.0}
+    output = judge(*zip(*right, strict=True))
+    assert set(output.rewards) == set(output.breakdown["exact"]) == {1.0}
     assert set(judge(*zip(*wrong, strict=True)).rewards) == {0.0}
 
 
@@ -66,11 +68,12 @@ def test_parts_and_partial_credit() -> None:
             {"class": "circle", "count": 1, "color": "blue"},
         ],
     }
-    shapes = [tiny_shapes.Shape("square", "red", (0, 0)), tiny_shapes.Shape("circle", "green", (2, 2))]
+    shapes = [Shape("square", "red", (0, 0)), Shape("circle", "green", (2, 1))]
     output = judge([draw(shapes)], [line], credit="partial")
     assert list(output.rewards) == [0.5]
     assert {name: list(values) for name, values in output.breakdown.items()} == {
         "correct": [0.0],
+        "exact": [0.0],
         "fulfilled": [0.5],
         "fault_missing": [0.0],
         "fault_colour": [0.5],
@@ -80,11 +83,22 @@ def test_parts_and_partial_credit() -> None:
     }
 
 
+def test_more_than_asked_for_is_correct_but_not_exact() -> None:
+    line = {"tag": "single_object", "include": [{"class": "square", "count": 1}]}
+    square, other = Shape("square", "red", (0, 0)), Shape("cross", "red", (2, 0))
+    for more, exact in (([], 1.0), ([other], 0.0), ([replace(square, cell=(2, 1))], 0.0)):
+        output = judge([draw([square, *more])], [line])
+        assert (output.rewards[0], output.breakdown["exact"][0]) == (1.0, exact)
+
+
 def test_shapes_set_has_the_format_and_its_truth_is_right() -> None:
-    prompts = shape_set("heldout", 12)
-    assert [prompt.columns["tag"] for prompt in prompts[:6]] == list(TAGS)
-    assert set(judge([tiny_shapes.truth(p) for p in prompts], [p.columns for p in prompts]).rewards) == {1.0}
-    assert shape_set("heldout", 12) == prompts != shape_set("train", 12)
+    train, heldout = shape_set("train"), shape_set("heldout")
+    assert {p.text for p in train}.isdisjoint(p.text for p in heldout)
+    assert [len({p.text for p in part}) for part in (train, heldout)] == [399, 133]
+    assert [prompt.columns["tag"] for prompt in heldout[:6]] == list(TAGS)
+    assert heldout[0].text == shape_set("heldout", 7)[6].text  # the one single object held out, again
+    output = judge([tiny_shapes.truth(p) for p in heldout], [p.columns for p in heldout])
+    assert set(output.rewards) == set(output.breakdown["exact"]) == {1.0}
     with pytest.raises(ImageRLError, match="no split 'test'"):
         shape_set("test")
 

@@ -82,6 +82,17 @@ def test_a_mistake_is_one_line(place: Path, capsys: pytest.CaptureFixture[str], 
     assert ended.out == "" and snapshot(place) == before  # no run folder was begun
 
 
+@pytest.mark.parametrize("own", ["ACTIVE", None])
+def test_threads_that_wait_leave_their_core(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", own or "")
+    if own is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    imagerl(capsys, "--version")
+    assert os.environ["OMP_WAIT_POLICY"] == (own or "PASSIVE")
+
+
 DEEDS = {
     "raise ValueError('too red')": "ValueError: too red (dead.py:2)",
     "raise SystemExit": "SystemExit (dead.py:2)",

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 
 from imagerl.rl.evaluation.stats import compare, summarise
 from imagerl.rl.files import environment as environment_module
@@ -329,6 +330,7 @@ def test_every_component_gets_a_curve():
 def test_environment_is_kept_and_resumed_sessions_are_added(tmp_path):
     first = json.loads(write_environment(tmp_path, ["imagerl", "train"]).read_text())
     assert first["command"] == ["imagerl", "train"] and first["cores"] >= 1 and first["memory_gib"] > 0
+    assert first["threads"] == torch.get_num_threads()
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", first["packages"]["numpy"])
     second = json.loads(write_environment(tmp_path, ["imagerl", "train", "--resume"]).read_text())
     assert second.pop("resumed")[0]["command"] == ["imagerl", "train", "--resume"]

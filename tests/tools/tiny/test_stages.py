@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from imagerl.models.blip3o_next.policy import ImagePolicy
+from imagerl.rl.data.tiny.shapes import metadata
 from imagerl.rl.data.tiny.world import FONTS, render
 from imagerl.rl.engine.schedule import learning_rate
 from imagerl.rl.errors import ImageRLError
 from tests.micro import micro_policy
 from tools.tiny.config import GeneratorStage, StageConfig
-from tools.tiny.samples import captions, pictures, scenes
+from tools.tiny.samples import captions, pictures, samples, scenes
 from tools.tiny.stages import (
     fit,
     fit_generator,
@@ -101,11 +102,21 @@ def test_latents_get_the_size_of_the_noise() -> None:
     def encode(pixels: torch.Tensor) -> torch.Tensor:
         return policy.decoder.vae.encode(pixels).latent
 
-    scale = latent_scale(encode, 0, CPU)
+    scale = latent_scale(encode, stage(), 0, CPU)
     with torch.no_grad():
         latents = encode(pictures(scenes(0, "other pictures", 0, 64))) * scale
     assert latents.std().item() == pytest.approx(1.0, rel=0.1)
-    assert latent_scale(encode, 0, CPU) == scale
+    assert latent_scale(encode, stage(), 0, CPU) == scale
+
+
+def test_a_stage_without_fonts_learns_from_shapes_never_those_held_out() -> None:
+    batch = samples(0, "generator", 3, 300, stage(fonts=[]))
+    assert samples(0, "generator", 3, 300, stage(fonts=[])) == batch
+    assert pictures(batch[:2]).shape == (2, 3, 32, 64)
+    taught = {line["prompt"] for lines in metadata("train").values() for line in lines}
+    assert len({one.caption for one in batch}) > 100 and {one.caption for one in batch} <= taught
+    assert captions(0, 3, stage(fonts=[]))[0].startswith("a photo of ")
+    assert samples(0, "generator", 3, 4, stage()) == scenes(0, "generator", 3, 4)
 
 
 def test_fit_minimises_repeatably_and_leaves_frozen_parts_alone() -> None:
