@@ -26,12 +26,13 @@ from imagerl.rl.files.bounds import Count, Share
 from imagerl.rl.types import ImageRLError, RewardOutput
 
 DRAWN = {"tiny_world": ("word",), "shapes": SHAPES}  # with the classes that are found there
+CREDITS = {"whole": "correct", "exact": "exact", "partial": "fulfilled"}  # with the part that each pays
 FAULTS = ("missing", "colour", "position", "too many")
 
 
 class CompositionReward:
-    """1 when a picture answers its whole specification, else 0; with `credit: partial` the share of its entries that
-    are as asked. Beside it `correct`, `fulfilled` (that share), `exact` (correct, and there is nothing more of the
+    """1 when a picture answers its whole specification, else 0; with `credit: exact` 1 only when there is nothing more,
+    with `partial` the share of its entries that are as asked. Beside it `correct`, `fulfilled` (that share), `exact` (correct, and there is nothing more of the
     classes that are named or, in drawn pictures, known: GenEval forbids more only when counting), one part for each tag
     (`tag_counting`: `correct` where the tag is that), and which share of the entries failed by what (`fault_colour`,
     ...).
@@ -59,8 +60,10 @@ class CompositionReward:
         device: str = "auto",
         batch_size: Count = 16,
     ) -> None:
-        if credit not in ("whole", "partial"):
-            raise ImageRLError(f"reward 'composition': credit must be whole or partial, not {credit!r}")
+        if credit not in CREDITS:
+            raise ImageRLError(
+                f"reward 'composition': credit must be {', '.join(CREDITS)}, not {credit!r}"
+            )
         self._credit = credit
         self._counting = threshold if counting_threshold is None else counting_threshold
         self._threshold = threshold
@@ -100,7 +103,7 @@ class CompositionReward:
         values: list[float | None] = list(nothing)
         for index, spec, picture, objects in zip(asked, wanted, pictures, found, strict=True):
             row = self._judge(spec, picture, objects)
-            values[index] = row["fulfilled" if self._credit == "partial" else "correct"]
+            values[index] = row[CREDITS[self._credit]]
             for name, value in row.items():
                 parts.setdefault(name, list(nothing))[index] = value
         reason = None if len(asked) == len(images) else "a sample has no specification (column include)"

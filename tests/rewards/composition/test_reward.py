@@ -89,6 +89,7 @@ def test_more_than_asked_for_is_correct_but_not_exact() -> None:
     for more, exact in (([], 1.0), ([other], 0.0), ([replace(square, cell=(2, 1))], 0.0)):
         output = judge([draw([square, *more])], [line])
         assert (output.rewards[0], output.breakdown["exact"][0]) == (1.0, exact)
+        assert judge([draw([square, *more])], [line], credit="exact").rewards[0] == exact
 
 
 def test_shapes_set_has_the_format_and_its_truth_is_right() -> None:
@@ -136,7 +137,7 @@ def test_samples_without_a_specification_have_no_value() -> None:
     assert output.reason
     with pytest.raises(ImageRLError, match="needs the column include"):
         CompositionReward("shapes")(images=[draw([])])
-    with pytest.raises(ImageRLError, match="credit must be whole or partial"):
+    with pytest.raises(ImageRLError, match="credit must be whole, exact, partial"):
         CompositionReward("shapes", credit="half")
 
 
