@@ -171,11 +171,6 @@ def run_training(
                 f"{engine.world_size} processes have nothing to do with {recipe.rollout.prompts_per_step} prompts a "
                 "step; raise rollout.prompts_per_step or start fewer processes"
             )
-        if recipe.rollout.workers and engine.world_size > 1:
-            raise ImageRLError(
-                f"rollout.workers draw for one training process so far, not for {engine.world_size}; start one, or set "
-                "rollout.workers to 0"
-            )
         checkpoint = open_run(engine, folder, recipe, resume, overwrite)
         entries = [[spec.model_dump() for spec in specs] for specs in (recipe.rewards.functions, recipe.gold)]
         check_entries([*entries[0], *entries[1]], prompts.columns)  # before time goes into loading
