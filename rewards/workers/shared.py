@@ -33,6 +33,8 @@ class Processes(Protocol):
 
     def on_main(self, action: Callable[[], T]) -> T: ...
 
+    def gather_objects(self, value: int) -> list[int]: ...
+
 
 class PoolActor:
     """Runs in a Ray process: holds the workers and waits for them."""
@@ -89,6 +91,8 @@ class SharedRewards:
             **{"max_restarts": max_restarts, "columns": list(columns)},
         }
 
+        everyone = processes.gather_objects(os.getpid())
+
         def start() -> tuple[dict[str, str], str]:
             import ray
 
@@ -102,7 +106,7 @@ class SharedRewards:
             name = f"rewards-{uuid.uuid4().hex}"
             options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": AT_ONCE}
             self._pool = ray.remote(PoolActor).options(**options).remote(os.getcwd(), secrets)
-            return how_to_join(), name
+            return how_to_join(everyone), name
 
         try:
             way, name = processes.on_main(start)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -165,10 +165,13 @@ def start_ray(cpus: int, store_bytes: int = OBJECT_STORE_BYTES) -> bool:
     return True
 
 
-def how_to_join() -> dict[str, str]:
-    """Return the arguments of `join_ray` for other processes of this user."""
+def how_to_join(others: Sequence[int]) -> dict[str, str]:
+    """Return the arguments of `join_ray` for other processes of this run, which do not end with a Ray of ours."""
     import ray
 
+    if _reaper is not None and _reaper.stdin is not None:
+        _reaper.stdin.write(" ".join(map(str, others)).encode())
+        _reaper.stdin.flush()
     return {"address": ray.get_runtime_context().gcs_address, "mode": os.environ.get(AUTH_MODE, "")}
 
 

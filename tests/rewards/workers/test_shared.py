@@ -46,6 +46,9 @@ class Alone:
     def on_main(self, action: Callable[[], T]) -> T:
         return action()
 
+    def gather_objects(self, value: int) -> list[int]:
+        return [value]
+
 
 def request(groups: int) -> RewardRequest:
     images = np.random.default_rng(groups).integers(0, 256, (2 * groups, 4, 6, 3), dtype=np.uint8)
