@@ -213,11 +213,14 @@ def _renamed(rows: Sequence[Row], columns: Mapping[str, str], source: str) -> li
             raise ImageRLError(f'{source}: no column "{theirs}" to call {ours}, only {_shown(sorted(known))}')
         if ours in known - set(columns.values()):
             raise ImageRLError(f'{source}: has a column "{ours}" already; rename that one too')
-    names = {theirs: ours for ours, theirs in columns.items()}
+    taken = set(columns.values())
     return [
         (
             line,
-            {names.get(name, name): value for name, value in row.items()} if isinstance(row, dict) else row,
+            {name: value for name, value in row.items() if name not in taken}
+            | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+            if isinstance(row, dict)
+            else row,
         )
         for line, row in rows
     ]

@@ -44,10 +44,9 @@ def _opened(source: str, split: str | None, subset: str | None) -> Any:
     elif Path(source).is_dir():
         opened = load_from_disk(source)
         if isinstance(opened, DatasetDict):
-            parts, wanted = opened, _named(source, split)
-            if wanted not in parts:
-                raise ImageRLError(f'{source} has no split "{wanted}", only {", ".join(parts)}')
-            opened = parts[wanted]
+            if split not in opened:
+                raise ImageRLError(f"{source} has the splits {', '.join(opened)}; name one of them as split")
+            opened = opened[split]
     else:
         if not Path(source).is_file():
             raise ImageRLError(f"there is no file {source}; correct the prompt set's path")

@@ -248,10 +248,13 @@ def number(value: float | None, rate: bool = False, sign: bool = False, digits: 
 
 
 def span(interval: Interval, rate: bool = False, sign: bool = False, digits: int = 3) -> str:
-    """Write the bounds, `low to high`, or that there are none."""
+    """Write the bounds, `low to high`, those of a share within 0 and 100 %, or that there are none."""
     if not interval.bounded:
         return TOO_FEW
-    return f"{number(interval.low, rate, sign, digits)} to {number(interval.high, rate, sign, digits)}"
+    bounds = (interval.low, interval.high)
+    if rate and not sign:  # Student's may lie beyond what a share can be
+        bounds = (max(bounds[0], 0.0), min(bounds[1], 1.0))
+    return " to ".join(number(bound, rate, sign, digits) for bound in bounds)
 
 
 def change(difference: Interval, rate: bool = False, digits: int = 3) -> str:

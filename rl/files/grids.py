@@ -6,6 +6,7 @@ import importlib.util
 import io
 import logging
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import groupby
@@ -102,7 +103,8 @@ def _file_for(character: str) -> Path:
         for file in files():
             if ord(character) in _characters(file):
                 return file
-    _tell_missing()
+    script = unicodedata.name(character, "UNNAMED").split()[0]
+    _tell_missing(script)
     return _ours()[0]
 
 
@@ -140,8 +142,11 @@ def _font(file: Path, size: int) -> ImageFont.FreeTypeFont:
 
 
 @cache
-def _tell_missing() -> None:
-    _logger.warning("no font here has all characters of the captions; pip install 'imagerl[fonts]'")
+def _tell_missing(script: str) -> None:
+    """Say once of a script (the first word of its characters' Unicode names) what it lacks here."""
+    ours = script in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL") and len(_ours()) == 1
+    helps = "pip install 'imagerl[fonts]'" if ours else "install one that has"
+    _logger.warning("captions have characters (%s) that no font here has; %s", script, helps)
 
 
 def _fit(caption: str, width: int, size: int, max_lines: int = 3) -> list[str]:

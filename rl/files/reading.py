@@ -144,7 +144,9 @@ def require_plain(value: T, place: str) -> T:
             inside = [*part, *part.values()] if isinstance(part, dict) else part
             pending += ((one, depth + 1) for one in inside)
         else:
-            raise ImageRLError(f"{place}: {str(part)[:40]!r} is a {type(part).__name__}; put it in quotes")
+            raise ImageRLError(
+                f"{place}: {str(part)[:40]!r} is a {type(part).__name__}; write it as text, in quotes"
+            )
         if count + len(pending) > MAX_VALUES:
             raise ImageRLError(f"{place}: holds more than {MAX_VALUES} values")
     return value

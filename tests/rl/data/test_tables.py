@@ -53,10 +53,17 @@ def test_a_saved_folder_and_its_splits(tmp_path: Path) -> None:
     _check(_load(tmp_path / "one", columns={"target": "answer"}))
     datasets.DatasetDict({"test": _table()}).save_to_disk(tmp_path / "parts")
     _check(_load(tmp_path / "parts", split="test", columns={"target": "answer"}))
-    with pytest.raises(ImageRLError, match='has no split "train", only test'):
-        _load(tmp_path / "parts", split="train")
+    for split in ({"split": "train"}, {}):
+        with pytest.raises(ImageRLError, match="has the splits test; name one of them as split"):
+            _load(tmp_path / "parts", **split)
     with pytest.raises(ImageRLError, match="may have several splits; name one"):
-        _load(tmp_path / "parts")
+        _load("hf:owner/name")
+
+
+def test_a_column_may_be_called_by_two_names(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "answer": "CAT"}\n')
+    (prompt,) = _load(tmp_path / "p.jsonl", columns={"target": "answer", "wanted": "answer"})
+    assert prompt.columns == {"target": "CAT", "wanted": "CAT"}
 
 
 def test_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -325,6 +325,8 @@ def test_numbers_in_words() -> None:
     )
     assert number(0.5, rate=True) == "50.0 %" and number(None) == number(math.nan) == "–"
     assert span(Interval(1.0, 0.985, 1.0, 256), rate=True) == "98.5 % to 100.0 %"
+    assert span(Interval(0.9, 0.78, 1.045, 3), rate=True) == "78.0 % to 100.0 %"
+    assert span(Interval(0.9, 0.78, 1.045, 3), rate=True, sign=True) == "+78.0 to +104.5"
 
 
 @pytest.mark.parametrize(

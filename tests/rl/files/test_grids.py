@@ -84,9 +84,11 @@ def test_each_piece_of_a_caption_has_a_font_with_its_characters(monkeypatch, cap
         function.cache_clear()
     drawn = [(Path(font.path), text) for font, text in grids._runs("a 河b", 12)]
     assert drawn == [(dejavu, "a "), (other, "河"), (dejavu, "b")] and not caplog.messages
-    assert [text for _, text in grids._runs("ξξ", 12)] == ["ξξ"]
+    assert [text for _, text in grids._runs("ξξ川🚀", 12)] == ["ξξ川🚀"]
     assert caplog.messages == [
-        "no font here has all characters of the captions; pip install 'imagerl[fonts]'"
+        "captions have characters (GREEK) that no font here has; install one that has",
+        "captions have characters (CJK) that no font here has; pip install 'imagerl[fonts]'",
+        "captions have characters (ROCKET) that no font here has; install one that has",
     ]
     grids._file_for.cache_clear()
 

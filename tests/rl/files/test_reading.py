@@ -51,7 +51,7 @@ def test_what_is_parsed_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     itself.append(itself)
     with pytest.raises(ImageRLError, match=r"x: .*nested more than 32 deep"):
         require_plain(itself, "x")
-    with pytest.raises(ImageRLError, match=r"'2026-01-01' is a date; put it in quotes"):
+    with pytest.raises(ImageRLError, match=r"'2026-01-01' is a date; write it as text, in quotes"):
         require_plain([datetime.date(2026, 1, 1)], "x")
     monkeypatch.setattr(reading, "MAX_VALUES", 1000)
     many: list[Any] = ["ha"]
