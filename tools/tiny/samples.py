@@ -11,7 +11,18 @@ from torch import Tensor
 
 from imagerl.rl.data.seeding import derive_seed
 from imagerl.rl.data.tiny.edits import PARTS, Edit, Question, new_value
-from imagerl.rl.data.tiny.world import DIGITS, FONTS, LETTERS, Scene, random_scene, render, split_of, texts
+from imagerl.rl.data.tiny.world import (
+    DIGITS,
+    FONTS,
+    HEIGHT,
+    LETTERS,
+    WIDTH,
+    Scene,
+    random_scene,
+    render,
+    split_of,
+    texts,
+)
 
 
 def pretraining_text(rng: random.Random) -> str:
@@ -51,9 +62,9 @@ def scenes(seed: int, stage: str, step: int, count: int, fonts: Sequence[str] = 
     return [random_scene(rng, pretraining_text(rng), fonts) for _ in range(count)]
 
 
-def pictures(batch: Iterable[Scene]) -> Tensor:
-    """Render scenes as [B, 3, H, W] in [-1, 1]."""
-    pixels = np.stack([np.asarray(render(scene)) for scene in batch])
+def pictures(batch: Iterable[Scene], size: tuple[int, int] = (WIDTH, HEIGHT)) -> Tensor:
+    """Render scenes of a width and height as [B, 3, H, W] in [-1, 1]."""
+    pixels = np.stack([np.asarray(render(scene, size)) for scene in batch])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
