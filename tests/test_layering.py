@@ -14,8 +14,8 @@ MEETING = ("imagerl.api.", "imagerl.rl.commands.")  # where the three meet
 READERS = tuple(
     f"imagerl.rl.files.{name}" for name in ("bounds", "importing", "mistakes", "reading", "yaml_text")
 )
-CLUSTER = "imagerl.rl.engine.cluster"  # the Ray of rollouts and rewards
-SHARED = ("imagerl.rl.types", "imagerl.rl.errors", CLUSTER, *READERS)
+RAY = tuple(f"imagerl.rl.engine.{name}" for name in ("actor_thread", "cluster"))  # of rollouts and rewards
+SHARED = ("imagerl.rl.types", "imagerl.rl.errors", *RAY, *READERS)
 PROTOCOLS = "imagerl.models.base"  # by which training knows models
 COMMON = tuple(
     f"imagerl.models.{name}" for name in ("base", "common", "families")

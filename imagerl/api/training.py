@@ -140,6 +140,7 @@ def run_training(
     from imagerl.api.running import begin_run, open_run
     from imagerl.rewards.base import check_entries
     from imagerl.rewards.workers.pool import RewardWorkers
+    from imagerl.rewards.workers.shared import SharedRewards
     from imagerl.rl.config.rewards import refuse_hidden
     from imagerl.rl.data.curriculum import CurriculumSampler
     from imagerl.rl.data.seeding import GroupedSampler
@@ -163,18 +164,13 @@ def run_training(
     folder = RunFolder(recipe.run.output_dir)
     engine = Engine(recipe.engine)
     owns_ray = False
-    scorer: RewardWorkers | None = None
+    scorer: RewardWorkers | SharedRewards | None = None
     rollouts: Rollouts | None = None
     try:
         if recipe.rollout.prompts_per_step < engine.world_size:
             raise ImageRLError(
                 f"{engine.world_size} processes have nothing to do with {recipe.rollout.prompts_per_step} prompts a "
                 "step; raise rollout.prompts_per_step or start fewer processes"
-            )
-        if recipe.rollout.workers and engine.world_size > 1:
-            raise ImageRLError(
-                f"rollout.workers draw for one training process so far, not for {engine.world_size}; start one, or set "
-                "rollout.workers to 0"
             )
         checkpoint = open_run(engine, folder, recipe, resume, overwrite)
         entries = [[spec.model_dump() for spec in specs] for specs in (recipe.rewards.functions, recipe.gold)]
@@ -189,7 +185,10 @@ def run_training(
             owns_ray = start_ray(actors, OBJECT_STORE_BYTES + versions)
         keys = ("workers", "timeout_s", "max_restarts")
         settings = {key: getattr(recipe.rewards, key) for key in keys} | {"columns": prompts.columns}
-        scorer = RewardWorkers(entries[0], gold=entries[1], policy=policy, **settings)
+        if engine.world_size > 1 and recipe.rewards.workers:
+            scorer = SharedRewards(engine, entries[0], gold=entries[1], **settings)
+        else:
+            scorer = RewardWorkers(entries[0], gold=entries[1], policy=policy, **settings)
         engine.prepare(
             module,
             recipe.optim,
@@ -215,7 +214,12 @@ def run_training(
         for doubt in recipe.doubts if engine.is_main else ():
             print(f"imagerl: {doubt}", file=sys.stderr)
         run = Run(recipe, folder, trainer, heldout.prompts, eval_rollout, checkpoint)
-        return run.execute(resume is not False)
+        comparison = run.execute(resume is not False)
+        if run.finished and engine.world_size > 1:
+            if not engine.is_main:
+                scorer.close()
+            engine.barrier()  # the others have left Ray before it ends: that would end them too
+        return comparison
     finally:
         if rollouts is not None:
             rollouts.close()

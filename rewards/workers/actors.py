@@ -1,29 +1,24 @@
-"""Ray actors that hold rewards, and the threads in the driver that feed them.
-
-Each actor has one thread in the driver that hands it one call at a time. Thus a call's time-out starts when
-the call does, a free actor takes the next call, and a dead or hanging actor holds up nobody but itself."""
+"""Ray actors that hold rewards, and the threads in the driver that feed them."""
 
 from __future__ import annotations
 
 import os
 import queue
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from imagerl.rewards.base import LoadedReward, RewardSpec, load_spec
 from imagerl.rewards.boundary.guard import error_line, failed, text_of
 from imagerl.rewards.boundary.wire import Reply
 from imagerl.rewards.workers.scoring import call_reward
-from imagerl.rl.engine.cluster import actor_cpus, ended_part_of_ray, refuse_ended_ray
+from imagerl.rl.engine.actor_thread import ActorLost, ActorThread
+from imagerl.rl.engine.cluster import actor_cpus
 from imagerl.rl.types import ImageRLError, RewardRequest
 
 NICENESS = 5  # an actor yields to the training process; it catches up while that one waits
-ATTEMPTS = 2  # of one call, when the actor dies under it
 START_TIMEOUT_S = 300.0  # loading models; downloads included
 
 
@@ -67,166 +62,92 @@ class RewardActor:
             return str(error)
 
 
-@dataclass(slots=True)
-class Call:
+class Call(NamedTuple):
     """One reward on a part of a request."""
 
     reward: int
     label: str
     request: Any  # reference to a RewardRequest in Ray's object store
     size: int
-    answer: Future[Reply]
 
 
-class _Died(Exception):
-    """Ray lost the process of the rewards, by whatever of its errors, under work for the reward `label`."""
+class RewardThread(ActorThread[Call, Reply]):
+    """Feeds an actor that holds rewards, whose `labels` are by place. A call that takes too long is not tried again;
+    `max_restarts` bounds the actors lost in a row."""
 
-    def __init__(self, label: str, why: str) -> None:
-        super().__init__(why)
-        self.label = label
-
-
-class Worker(threading.Thread):
-    """Owns one actor: starts it, feeds it from the shared queue, replaces it when it dies or hangs.
-
-    `labels` are those of the rewards that the actor holds, by place."""
+    attempts = 2
+    timeout_key = "rewards.timeout_s"
 
     def __init__(
         self,
-        calls: queue.SimpleQueue[Call | None],
-        create: Any,
+        calls: queue.SimpleQueue[tuple[Call, Future[Reply]] | None],
+        create: Callable[[], Any],
         labels: Mapping[int, str],
         timeout_s: float,
         max_restarts: int,
     ) -> None:
-        super().__init__(daemon=True, name="reward-worker")
-        self.ready: Future[None] = Future()
-        self._calls = calls
-        self._create = create
+        super().__init__(calls, create, timeout_s)
         self._labels = labels
-        self._timeout_s = timeout_s
         self._max_restarts = max_restarts
-        self._lost: list[str] = []  # rewards under which an actor died or hung, since the last answer
-        self._actor: Any = None
-        self._closing = False
+        self._label = ""  # of the reward that the actor works for
+        self._lost: list[tuple[str, ActorLost]] = []  # reward, and why, since the last answer
 
-    def run(self) -> None:
-        try:
-            self._start_actor()
-            self.ready.set_result(None)
-        except _Died as death:
-            self.ready.set_exception(
-                ImageRLError(
-                    f"the process of reward {death.label!r} did not start ({death}); try rewards.workers=0 to see why"
-                )
-            )
-        except Exception as error:
-            self.ready.set_exception(error)
-        while (call := self._calls.get()) is not None:
-            try:
-                call.answer.set_result(self._answer(call))
-            except Exception as error:
-                call.answer.set_exception(error)
-
-    def stop(self) -> None:
-        """End the actor, also under a call, and one of the threads that share the queue, at its next call."""
-        self._closing = True
-        self._calls.put(None)
-        self._kill_actor()
-
-    def _start_actor(self) -> None:
-        """Start an actor and have it load its rewards. Raises _Died, and ImageRLError for what must be mended."""
-        import ray
-
-        end = time.monotonic() + START_TIMEOUT_S
-        for place, label in self._labels.items():
-            with self._watched(label):
-                if self._actor is None:
-                    self._actor = self._create()
-                try:
-                    problem = ray.get(self._actor.load.remote(place), timeout=max(0, end - time.monotonic()))
-                except ray.exceptions.GetTimeoutError:
-                    problem = f"reward {label!r} was not loaded within {START_TIMEOUT_S:g} s"
-            if problem is not None:
-                self._kill_actor()
-                raise ImageRLError(problem)
-
-    def _kill_actor(self) -> None:
-        import ray
-
-        actor, self._actor = self._actor, None
-        if actor is not None and ray.is_initialized() and ended_part_of_ray() is None:
-            ray.kill(actor)
-
-    @contextmanager
-    def _watched(self, label: str) -> Iterator[None]:
-        """Watch the actor's work for a reward. Every way in which Ray can lose it ends the actor and is _Died; what
-        ends the run at once is an ImageRLError. A time-out passes through."""
-        import ray
-
-        refuse_ended_ray()
-        try:
-            yield
-        except ray.exceptions.GetTimeoutError:
-            raise
-        except ray.exceptions.RuntimeEnvSetupError as error:
-            self._kill_actor()
-            raise ImageRLError(
-                f"Ray cannot make the runtime_env of reward {label!r}: …{text_of(error, 5000)[-300:]}"
-            ) from error
-        except ray.exceptions.RayError as error:
-            self._kill_actor()
-            refuse_ended_ray()
-            raise _Died(label, _why(error)) from error
-
-    def _answer(self, call: Call) -> Reply:
-        import ray
-
-        death = None
-        for _ in range(ATTEMPTS):
-            try:
-                if self._actor is None:
-                    self._restart(death)
-                with self._watched(call.label):
-                    values = ray.get(
-                        self._actor.score.remote(call.reward, call.request), timeout=self._timeout_s
-                    )
-            except ray.exceptions.GetTimeoutError:
-                self._kill_actor()
-                self._lost.append(call.label)
-                return failed(call.size, f"no answer within {self._timeout_s:g} s (rewards.timeout_s)")
-            except _Died as error:
-                death = error
-                self._lost.append(death.label)
-                continue
-            self._lost.clear()
-            if isinstance(values, str):
-                raise ImageRLError(values)
-            return values
-        return failed(call.size, f"the reward process died {ATTEMPTS} times on this call ({death})")
-
-    def _restart(self, death: _Died | None) -> None:
-        if self._closing:
-            raise RuntimeError("the reward workers are closed")
+    def load(self) -> None:
         if len(self._lost) > self._max_restarts:
-            labels = " or ".join(repr(label) for label in dict.fromkeys(self._lost))
-            why = f" ({death})" if death else ""
+            labels = " or ".join(repr(label) for label in dict.fromkeys(label for label, _ in self._lost))
             raise ImageRLError(
-                f"the process of reward {labels} died or hung {len(self._lost)} times in a row{why}; "
+                f"the process of reward {labels} died or hung {len(self._lost)} times in a row ({self._lost[-1][1]}); "
                 "mend the reward (rewards.workers=0 shows it) or raise rewards.max_restarts"
             )
-        self._start_actor()
+        end = time.monotonic() + START_TIMEOUT_S
+        for place, label in self._labels.items():
+            try:
+                self._asked(label, self.actor.load.remote(place), max(0.0, end - time.monotonic()))
+            except ActorLost as lost:
+                if lost.hung:
+                    raise ImageRLError(
+                        f"reward {label!r} was not loaded within {START_TIMEOUT_S:g} s"
+                    ) from lost
+                raise
 
+    def do(self, work: Call) -> Reply:
+        try:
+            reply: Reply = self._asked(work.label, self.actor.score.remote(work.reward, work.request))
+        except ActorLost as lost:
+            if lost.hung:
+                return failed(work.size, str(lost))
+            raise
+        self._lost.clear()
+        return reply
 
-def _why(error: Exception) -> str:
-    """Quote Ray's reason for a lost call, without its paragraphs."""
-    import ray
+    def give_up(self, work: Call, lost: ActorLost) -> Reply:
+        return failed(work.size, f"the reward process died {self.attempts} times on this call ({lost})")
 
-    if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return "killed for want of memory: use fewer rewards.workers"
-    if isinstance(error, ray.exceptions.RayTaskError):  # not users' code, which answers for itself
-        return text_of(getattr(error, "cause", error))
-    return type(error).__name__
+    def not_started(self, lost: ActorLost) -> str:
+        return (
+            f"the process of reward {self._label!r} did not start ({lost}); try rewards.workers=0 to see why"
+        )
+
+    def meaning(self, error: Exception) -> Exception:
+        import ray
+
+        if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
+            told = text_of(error, 5000)[-300:]
+            return ImageRLError(f"Ray cannot make the runtime_env of reward {self._label!r}: …{told}")
+        if isinstance(error, ray.exceptions.OutOfMemoryError):
+            return ActorLost("killed for want of memory: use fewer rewards.workers")
+        if isinstance(error, ray.exceptions.RayTaskError):  # not users' code, which answers for itself
+            return ActorLost(text_of(getattr(error, "cause", error)))
+        return super().meaning(error)
+
+    def _asked(self, label: str, reference: Any, timeout_s: float | None = None) -> Any:
+        """Ask for a reward, which is to blame where the actor is lost."""
+        self._label = label
+        try:
+            return self.ask(reference, timeout_s)
+        except ActorLost as lost:
+            self._lost.append((label, lost))
+            raise
 
 
 def refuse_unsendable(label: str, function: object) -> None:

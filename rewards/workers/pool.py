@@ -15,8 +15,9 @@ from imagerl.rewards.base import RewardSpec, check_reward, load_rewards, load_sp
 from imagerl.rewards.boundary.guard import join
 from imagerl.rewards.boundary.wire import Reply
 from imagerl.rewards.mixing import Mix
-from imagerl.rewards.workers.actors import Call, Plan, Worker, actor_class, refuse_unsendable
+from imagerl.rewards.workers.actors import Call, Plan, RewardThread, actor_class, refuse_unsendable
 from imagerl.rewards.workers.scoring import call_reward, combine, part_of
+from imagerl.rl.engine.actor_thread import stop_all
 from imagerl.rl.engine.cluster import (
     cluster_address,
     refuse_ended_ray,
@@ -26,6 +27,7 @@ from imagerl.rl.engine.cluster import (
 )
 from imagerl.rl.types import ImageRLError, RewardRequest, RewardScores, StoredRequest
 
+Calls = queue.SimpleQueue[tuple[Call, Future[Reply]] | None]
 PATIENCE = 0.8  # of a call's time, after which a reward that waits for others must have given up
 
 
@@ -111,7 +113,7 @@ class RewardWorkers:
             int, tuple[StoredRequest, int]
         ] = {}  # to be scored here, where there are no actors
         self._numbers = count()  # of tickets; several threads may submit
-        self._workers: list[Worker] = []
+        self._workers: list[RewardThread] = []
         self._owns_ray = False
         self._shards = workers
         self._local = load_rewards(self._specs, PATIENCE * timeout_s, names, policy) if workers == 0 else []
@@ -130,10 +132,10 @@ class RewardWorkers:
                 refuse_unsendable(label, spec.function)
         self._owns_ray = start_ray(workers)
         refuse_too_many_gpus(workers * sum(spec.num_gpus for spec in self._specs), "the rewards")
-        self._calls: dict[int, queue.SimpleQueue[Call | None]] = {}  # by place of the reward
+        self._calls: dict[int, Calls] = {}  # by place of the reward
         secrets = {name for spec in self._specs for name in secrets_of(spec) if name in os.environ}
         for places in _by_actor(self._specs):
-            calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+            calls: Calls = queue.SimpleQueue()
             self._calls |= dict.fromkeys(places, calls)
             plan = Plan(
                 {place: self._specs[place] for place in places},
@@ -145,7 +147,7 @@ class RewardWorkers:
             labels = {place: self.labels[place] for place in places}
             actor = actor_class(self._specs[places[0]].num_gpus, self._specs[places[0]].runtime_env)
             self._workers += [
-                Worker(calls, partial(actor.remote, plan), labels, timeout_s, max_restarts)
+                RewardThread(calls, partial(actor.remote, plan), labels, timeout_s, max_restarts)
                 for _ in range(workers)
             ]
         for worker in self._workers:
@@ -177,7 +179,7 @@ class RewardWorkers:
             for index, label in enumerate(self.labels[:used]):
                 answer: Future[Reply] = Future()
                 answers[index].append(answer)
-                self._calls[index].put(Call(index, label, reference, size, answer))
+                self._calls[index].put((Call(index, label, reference, size), answer))
         self._tickets[ticket] = (stored.group_size, stored.step, answers)
         return ticket
 
@@ -209,10 +211,7 @@ class RewardWorkers:
     def close(self) -> None:
         """End all actors, and Ray if it was started here. Open tickets are lost. May be called twice."""
         workers, self._workers = self._workers, []
-        for worker in workers:
-            worker.stop()
-        for worker in workers:
-            worker.join(timeout=5.0)
+        stop_all(workers)
         if self._owns_ray:
             self._owns_ray = False
             stop_ray()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -16,7 +16,9 @@ from urllib.parse import urlsplit
 from imagerl.rl.errors import ImageRLError, one_line
 
 CONNECT_S, JOIN_S = 5.0, 30.0  # to a cluster that is said to run: a port, and the whole of it
+JOIN_OURS_S = 300.0  # to one that runs, on a machine that may be busy
 OBJECT_STORE_BYTES = 512 * 2**20  # of shared memory, for what is under way; Ray spills to disk beyond
+AUTH_MODE = "RAY_AUTH_MODE"  # Ray sets it where it starts a cluster, to which it then admits this user alone
 OURS = (
     "imagerl"  # a resource by which every process of a cluster knows that the run has started it for itself
 )
@@ -161,6 +163,30 @@ def start_ray(cpus: int, store_bytes: int = OBJECT_STORE_BYTES) -> bool:
                     "run without it: rewards.workers=0 rollout.workers=0"
                 ) from error
     return True
+
+
+def how_to_join(others: Sequence[int]) -> dict[str, str]:
+    """Return the arguments of `join_ray` for other processes of this run, which do not end with a Ray of ours."""
+    import ray
+
+    if _reaper is not None and _reaper.stdin is not None:
+        _reaper.stdin.write(" ".join(map(str, others)).encode())
+        _reaper.stdin.flush()
+    return {"address": ray.get_runtime_context().gcs_address, "mode": os.environ.get(AUTH_MODE, "")}
+
+
+def join_ray(address: str, mode: str) -> None:
+    """Connect to the Ray that another process of this run has joined or started. To be called before Ray is imported,
+    which otherwise looks for one on loopback at the address of the machine, and does not show that it may join."""
+    if mode:
+        os.environ.setdefault(AUTH_MODE, mode)
+    if address.startswith("127."):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray
+
+    ray._private.worker._worker_logs_enabled = False
+    if not ray.is_initialized():
+        _join(address, address, "continue with --resume", JOIN_OURS_S, address=address)
 
 
 def free_gpus() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Ends what is left of a Ray that was started here and removes its folder, once its owner has ended, however that came
 about. A program of its own that needs no packages: `python reaper.py FOLDER`, whose standard input the owner holds
-open for as long as it lives."""
+open for as long as it lives, and where it writes which other processes of its run have joined the Ray: they are spared.
+"""
 
 import contextlib
 import os
@@ -32,9 +33,9 @@ def _writes(process: str, number: str, folder: str) -> bool:
     return flags & os.O_ACCMODE != os.O_RDONLY
 
 
-def reap(folder: str, owner: int) -> None:
+def reap(folder: str, spared: set[int]) -> None:
     for _ in range(PASSES):
-        left = [process for process in writers(folder) if process != owner]  # it may only have closed its Ray
+        left = [process for process in writers(folder) if process not in spared]
         for process in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -45,6 +46,6 @@ def reap(folder: str, owner: int) -> None:
 
 
 if __name__ == "__main__":
-    parent = os.getppid()
-    sys.stdin.buffer.read()
-    reap(os.path.realpath(sys.argv[1]), parent)
+    owner = os.getppid()  # it may only have closed its Ray
+    others = set(map(int, sys.stdin.read().split()))
+    reap(os.path.realpath(sys.argv[1]), {owner, *others})

@@ -1,13 +1,12 @@
 """Rollouts by Ray actors, as the main process sees them: it cuts the work, feeds actors and replaces them.
 
-Each actor has a thread here that hands it one piece at a time, so that a slow one keeps its own piece only and a dead
-one's is drawn again: the same tokens, as random numbers belong to step, prompt and sample."""
+A slow actor keeps its own piece only, and a dead one's is drawn again: the same tokens, as random numbers belong to
+step, prompt and sample."""
 
 from __future__ import annotations
 
 import os
 import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -16,15 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from imagerl.rl.engine.cluster import (
-    actor_cpus,
-    ended_part_of_ray,
-    refuse_ended_ray,
-    refuse_too_many_gpus,
-)
+from imagerl.rl.engine.actor_thread import ActorLost, ActorThread, stop_all
+from imagerl.rl.engine.cluster import actor_cpus, refuse_ended_ray, refuse_too_many_gpus
 from imagerl.rl.engine.engine import OLD
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.rollout.actors import Build, Piece, RolloutActor, Weights, moved, store_weights
+from imagerl.rl.rollout.actors import Build, Head, Piece, RolloutActor, Weights, moved, store_weights
 from imagerl.rl.rollout.engine import with_pictures
 from imagerl.rl.types import (
     FlowSampling,
@@ -40,7 +35,6 @@ if TYPE_CHECKING:
     from imagerl.rl.config.train import Recipe
     from imagerl.rl.engine.engine import Engine
 
-ATTEMPTS = 3  # of one piece, when the actor dies under it
 T = TypeVar("T")
 
 
@@ -51,135 +45,69 @@ class Drawn(NamedTuple):
     tickets: list[int]  # of the scorer
 
 
-class _Died(Exception):
-    """Ray lost the actor, by whatever of its errors."""
+Pieces = queue.SimpleQueue[tuple[Piece, Future[Drawn]] | None]
 
 
-class Worker(threading.Thread):
-    """Owns one actor: starts it, feeds it from the shared queue, replaces it when it dies or hangs."""
+class RolloutThread(ActorThread[Piece, Drawn]):
+    """Feeds an actor that draws, and hands its requests to the scorer as they come."""
+
+    attempts = 3
+    timeout_key = "engine.timeout_s"
 
     def __init__(
         self,
-        pieces: queue.SimpleQueue[tuple[Piece, Future[Drawn]] | None],
+        pieces: Pieces,
         create: Callable[[], Any],
         build: Build,
         scorer: RewardScorer,
         timeout_s: float,
     ) -> None:
-        super().__init__(daemon=True, name="rollout-worker")
-        self.ready: Future[None] = Future()
-        self._pieces = pieces
-        self._create = create
+        super().__init__(pieces, create, timeout_s)
         self._build = build
         self._scorer = scorer
-        self._timeout_s = timeout_s
-        self._actor: Any = None
-        self._closing = False
 
-    def run(self) -> None:
-        try:
-            self._start_actor()
-            self.ready.set_result(None)
-        except _Died as death:
-            self.ready.set_exception(
-                ImageRLError(
-                    f"a rollout actor did not start ({death}); try rollout.workers=0 to see why, or fewer"
-                )
-            )
-        except Exception as error:
-            self.ready.set_exception(error)
-        while (work := self._pieces.get()) is not None:
-            try:
-                work[1].set_result(self._drawn(work[0]))
-            except Exception as error:
-                work[1].set_exception(error)
+    def load(self) -> None:
+        self.ask(self.actor.load.remote(self._build))
 
-    def stop(self) -> None:
-        """End the actor, also while it draws, and one of the threads that share the queue."""
-        self._closing = True
-        self._pieces.put(None)
-        self._kill_actor()
-
-    def _drawn(self, piece: Piece) -> Drawn:
-        death = None
-        for _ in range(ATTEMPTS):
-            if self._closing:
-                raise RuntimeError("the rollout workers are closed")
-            try:
-                if self._actor is None:
-                    self._start_actor()
-                return self._draw(piece)
-            except _Died as error:
-                death = error
-        raise ImageRLError(
-            f"a rollout actor died {ATTEMPTS} times on the same {len(piece.prompts)} prompts of step {piece.step + 1} "
-            f"({death}); lower rollout.sample_chunk or the number of rollout.workers, and continue with --resume"
-        )
-
-    def _draw(self, piece: Piece) -> Drawn:
-        """Have the actor draw, and hand its requests to the scorer as they come."""
+    def do(self, work: Piece) -> Drawn:
         groups: list[RolloutGroup] = []
         tickets: list[int] = []
-        stream = self._actor.draw.remote(piece)
-        while (count := self._get(self._next(stream))) is not None:
-            parts = [self._next(stream) for _ in range(count)]
-            head = self._get(self._next(stream))
+        stream = self.actor.draw.remote(work)
+        while (count := self._next(stream)) is not None:
+            parts = [self._next(stream) for _ in range(self.ask(count))]
+            head = self._next(stream)
             if head is None:
-                raise self._death("the stream of its groups broke off")
-            if head.version != piece.weights.version:
+                self.kill_actor()
+                raise ActorLost("the stream of its groups broke off")
+            told: Head = self.ask(head)
+            if told.version != work.weights.version:
                 raise ImageRLError(
-                    f"a rollout actor drew by the weights of version {head.version} where {piece.weights.version} "
+                    f"a rollout actor drew by the weights of version {told.version} where {work.weights.version} "
                     "was asked for; continue with --resume"
                 )
-            groups += head.groups
-            tickets.append(self._scorer.submit(StoredRequest(parts, head.sizes, head.group_size, piece.step)))
+            groups += told.groups
+            tickets.append(self._scorer.submit(StoredRequest(parts, told.sizes, told.group_size, work.step)))
         return Drawn(groups, tickets)
 
-    # ---- the actor -------------------------------------------------------------------------------------------
+    def give_up(self, work: Piece, lost: ActorLost) -> Drawn:
+        raise ImageRLError(
+            f"a rollout actor died {self.attempts} times on the same {len(work.prompts)} prompts of step "
+            f"{work.step + 1} ({lost}); lower rollout.sample_chunk or the number of rollout.workers, and continue with "
+            "--resume"
+        )
 
-    def _start_actor(self) -> None:
-        """Start an actor and have it load the model. Raises _Died, and ImageRLError for what must be mended."""
-        refuse_ended_ray()
-        self._actor = self._create()
-        self._get(self._actor.load.remote(self._build))
-
-    def _kill_actor(self) -> None:
-        import ray
-
-        actor, self._actor = self._actor, None
-        if actor is not None and ray.is_initialized() and ended_part_of_ray() is None:
-            ray.kill(actor)
-
-    def _death(self, why: str) -> _Died:
-        self._kill_actor()
-        refuse_ended_ray()
-        return _Died(why)
+    def not_started(self, lost: ActorLost) -> str:
+        return f"a rollout actor did not start ({lost}); try rollout.workers=0 to see why, or fewer"
 
     def _next(self, stream: Any) -> Any:
         """Return a reference to the next that an actor yields, None after the last."""
         import ray
 
         refuse_ended_ray()
-        ready, _ = ray.wait([stream], timeout=self._timeout_s, fetch_local=False)
+        ready, _ = ray.wait([stream], timeout=self.timeout_s, fetch_local=False)
         if not ready:
-            raise self._death(f"no answer within {self._timeout_s:g} s, engine.timeout_s")
+            raise self.lose(self.timeout_s)
         return next(stream, None)
-
-    def _get(self, reference: Any) -> Any:
-        """Fetch what an actor says; None for no reference. Raises ImageRLError for what must be mended, and _Died."""
-        import ray
-
-        if reference is None:
-            return None
-        try:
-            said = ray.get(reference, timeout=self._timeout_s)
-        except ray.exceptions.RayTaskError:
-            raise  # a fault of ours, told whole
-        except ray.exceptions.RayError as error:
-            raise self._death(type(error).__name__) from error
-        if isinstance(said, str):
-            raise ImageRLError(said)
-        return said
 
 
 class RayRollouts:
@@ -197,10 +125,10 @@ class RayRollouts:
         self._version = -1
         self._weights: Weights | None = None  # on the main process, from here on
         self._whole: Mapping[str, Tensor] = {}
-        self._pieces: queue.SimpleQueue[tuple[Piece, Future[Drawn]] | None] = queue.SimpleQueue()
+        self._pieces: Pieces = queue.SimpleQueue()
         self._begun: dict[int, list[tuple[Piece, Future[Drawn]]]] = {}  # by step
         self._own: dict[int, tuple[int, Sequence[Prompt]]] = {}  # version and this process's prompts, by step
-        self._workers: list[Worker] = []
+        self._workers: list[RolloutThread] = []
         engine.on_main(partial(self._start_workers, build))
 
     def _start_workers(self, build: Build) -> None:
@@ -214,7 +142,7 @@ class RayRollouts:
         actor = ray.remote(num_cpus=actor_cpus(), num_gpus=gpus, max_restarts=0)(RolloutActor)
         create = partial(actor.remote, os.getcwd())
         for _ in range(settings.workers):
-            worker = Worker(self._pieces, create, build, self.scorer, self.recipe.engine.timeout_s)
+            worker = RolloutThread(self._pieces, create, build, self.scorer, self.recipe.engine.timeout_s)
             self._workers.append(worker)
             worker.start()
 
@@ -279,10 +207,7 @@ class RayRollouts:
     def close(self) -> None:
         """End all actors; what they draw is lost. May be called twice."""
         workers, self._workers = self._workers, []
-        for worker in workers:
-            worker.stop()
-        for worker in workers:
-            worker.join(timeout=5.0)
+        stop_all(workers)
 
 
 def pieces(

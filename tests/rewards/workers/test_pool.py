@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ import pytest
 import ray
 
 from imagerl.rewards.boundary.wire import Reply
-from imagerl.rewards.workers.actors import Call, Plan, Worker
+from imagerl.rewards.workers.actors import Call, Plan, RewardThread
 from imagerl.rewards.workers.pool import RewardWorkers, _shards
 from imagerl.rl.types import ImageRLError, RewardRequest, RewardScorer
 
@@ -131,7 +130,7 @@ def test_hanging_call_is_given_up(workers: RewardWorkers) -> None:
     assert np.isnan(scores.components["behave"]).tolist() == [True, True, False, False]
     assert np.isfinite(scores.components["brightness"]).all()
     assert scores.failures == {"behave": 2, "brightness": 0}
-    assert scores.reasons["behave"] == "no answer within 4 s (rewards.timeout_s)"
+    assert scores.reasons["behave"] == "no answer within 4 s, rewards.timeout_s"
     assert np.isfinite(ask(workers, "a", "b").totals).all()
 
 
@@ -168,7 +167,7 @@ class ActorOf:
         self.score = SimpleNamespace(remote=lambda reward, request: next(self.outcomes))
 
 
-def worker_of(monkeypatch: pytest.MonkeyPatch, max_restarts: int, *outcomes: object) -> Worker:
+def worker_of(monkeypatch: pytest.MonkeyPatch, max_restarts: int, *outcomes: object) -> RewardThread:
     """A worker whose actors, each new one too, answer with the next outcome."""
 
     def get(answer: object, timeout: float) -> object:
@@ -179,7 +178,7 @@ def worker_of(monkeypatch: pytest.MonkeyPatch, max_restarts: int, *outcomes: obj
     actor = ActorOf(*outcomes)
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "kill", lambda actor: None)
-    return Worker(queue.SimpleQueue(), lambda: actor, {0: "a", 1: "b"}, 4.0, max_restarts)
+    return RewardThread(queue.SimpleQueue(), lambda: actor, {0: "a", 1: "b"}, 4.0, max_restarts)
 
 
 VALUES = Reply([1.0, 1.0], {}, None)
@@ -190,32 +189,32 @@ def test_every_failure_of_ray_is_retried_counted_and_ends_the_run_by_our_rule(
     kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = kind.__new__(kind)
-    call = Call(0, "a", None, 2, Future())
-    assert worker_of(monkeypatch, 3, lost, VALUES)._answer(call) is VALUES
+    call = Call(0, "a", None, 2)
+    assert worker_of(monkeypatch, 3, lost, VALUES).answer(call) is VALUES
     dying = worker_of(monkeypatch, 3, lost, lost, lost, lost, VALUES)
     for _ in range(2):
-        values = dying._answer(call)
+        values = dying.answer(call)
         assert np.isnan(values.rewards).all() and (values.reason or "").isprintable()
         assert (values.reason or "").startswith("the reward process died 2 times on this call (")
     with pytest.raises(
         ImageRLError, match=r"process of reward 'a' died or hung 4 times in a row.*max_restarts"
     ):
-        dying._answer(call)
+        dying.answer(call)
 
 
 def test_the_reward_under_which_the_process_died_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = ray.exceptions.ActorDiedError()
     worker = worker_of(monkeypatch, 1, lost, lost)
-    assert "died 2 times" in str(worker._answer(Call(0, "a", None, 2, Future())).reason)
+    assert "died 2 times" in str(worker.answer(Call(0, "a", None, 2)).reason)
     with pytest.raises(ImageRLError, match="process of reward 'a' died or hung 2 times in a row"):
-        worker._answer(Call(1, "b", None, 2, Future()))
+        worker.answer(Call(1, "b", None, 2))
 
 
 def test_a_process_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = ray.exceptions.OutOfMemoryError(
         "Task was killed due to the node running low on memory.\nMemory ..."
     )
-    values = worker_of(monkeypatch, 3, lost, lost)._answer(Call(0, "a", None, 2, Future()))
+    values = worker_of(monkeypatch, 3, lost, lost).answer(Call(0, "a", None, 2))
     assert values.reason == (
         "the reward process died 2 times on this call (killed for want of memory: use fewer rewards.workers)"
     )

@@ -23,8 +23,11 @@ own = open(folder + "/driver.log", "w")
 sleeping = ["sleep", "600"]
 writer = subprocess.Popen(sleeping, stderr=open(folder + "/agent.log", "w"), start_new_session=True)
 reader = subprocess.Popen(sleeping, stdin=open(folder + "/agent.log"), start_new_session=True)
+joined = subprocess.Popen(sleeping, stderr=open(folder + "/other.log", "w"), start_new_session=True)
 watch = subprocess.Popen([sys.executable, "-I", "-S", reaper, folder], stdin=subprocess.PIPE)
-print(writer.pid, reader.pid, flush=True)
+watch.stdin.write(str(joined.pid).encode())
+watch.stdin.flush()
+print(writer.pid, reader.pid, joined.pid, flush=True)
 if sys.stdin.readline() == "close\\n":
     watch.communicate()
     print("closed", writer.wait(), flush=True)
@@ -53,7 +56,7 @@ def test_writers_into_the_folder_end_with_their_owner(tmp_path: Path, killed: bo
     command = [sys.executable, "-c", OWNER, str(folder), imagerl.rl.engine.reaper.__file__]
     owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert owner.stdin is not None and owner.stdout is not None
-    writer, reader = map(int, owner.stdout.readline().split())
+    writer, reader, joined = map(int, owner.stdout.readline().split())
     try:
         assert running(writer) and running(reader)
         if killed:
@@ -66,8 +69,10 @@ def test_writers_into_the_folder_end_with_their_owner(tmp_path: Path, killed: bo
             assert owner.stdout.readline() == f"closed {-signal.SIGKILL}\n"
             assert owner.poll() is None and not folder.exists()  # it has only closed its Ray
         assert running(reader)  # somebody who looks into a log
+        assert running(joined)  # another process of the run
     finally:
-        os.kill(reader, signal.SIGKILL)
+        for process in (reader, joined):
+            os.kill(process, signal.SIGKILL)
         owner.kill()
         owner.communicate()
 

@@ -65,7 +65,7 @@ def ask(rollouts: RayRollouts, number: int, question: Any) -> Any:
     """Have an actor's process call a function of the actor."""
     import ray
 
-    return ray.get(rollouts._workers[number]._actor.__ray_call__.remote(question))
+    return ray.get(rollouts._workers[number].actor.__ray_call__.remote(question))
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import is_timing
 from imagerl.rl.rollout.actors import checksum, load_weights, moved, store_weights
 from imagerl.rl.rollout.engine import LocalRollouts
-from imagerl.rl.rollout.ray_rollouts import Worker, pieces
+from imagerl.rl.rollout.ray_rollouts import RolloutThread, pieces
 from imagerl.rl.training.trainer import Trainer
 from imagerl.rl.types import FlowSampling, LossInputs, Prompt, Rollout, RolloutGroup
 from tests.small_run import recipe_data, small_trainer
@@ -204,11 +204,11 @@ def test_a_group_is_sent_without_what_it_is_a_view_of() -> None:
 def test_a_stale_version_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    worker: Any = Worker.__new__(Worker)
+    worker: Any = RolloutThread.__new__(RolloutThread)
     said = iter([1, SimpleNamespace(version=3)])
-    worker._actor = SimpleNamespace(draw=SimpleNamespace(remote=lambda piece: None))
-    worker._next, worker._get = lambda stream: None, lambda reference: next(said)
+    worker.actor = SimpleNamespace(draw=SimpleNamespace(remote=lambda piece: None))
+    worker._next, worker.ask = lambda stream: 0, lambda reference: next(said)
     piece: Any = SimpleNamespace(weights=SimpleNamespace(version=4))
     with pytest.raises(ImageRLError, match="by the weights of version 3 where 4 was asked for") as caught:
-        worker._draw(piece)
+        worker.do(piece)
     assert "\n" not in str(caught.value)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,18 @@ def test_ranks_that_do_not_divide_the_prompts(place: Path) -> None:
             for which in (name, "alone")
         ]
         assert evaluations[0]["per_prompt"] == evaluations[1]["per_prompt"]  # bit for bit
+
+
+@pytest.mark.slow
+def test_processes_share_one_pool_of_rewards_and_of_actors(place: Path) -> None:
+    """Two of them find what one finds alone, by one Ray, of which nothing is left."""
+    before = set(Path(tempfile.gettempdir()).glob("imagerl-*"))
+    more = ("run.steps=2", "rollout.sample_chunk=1", "eval.batch_size=1")
+    alone = Command(place, *arguments(place, "full", "unshared", *more))
+    shared = ("rewards.workers=1", "rollout.workers=1", *more)
+    ranks = Ranks(place, 2, arguments(place, "full", "shared", *shared))
+    output = ranks.output()
+    assert ranks.process.returncode == 0, output
+    assert alone.wait() == 0, alone.output
+    assert_like(place / "shared", place / "unshared")
+    assert set(Path(tempfile.gettempdir()).glob("imagerl-*")) <= before

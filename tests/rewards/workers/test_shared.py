@@ -1,20 +1,24 @@
-"""GPUs that rewards reserve, by Ray's fake resources."""
+"""One pool for all processes of a run, and GPUs that rewards reserve, by Ray's fake resources."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import ray
 
 from imagerl.rewards.workers.pool import RewardWorkers
+from imagerl.rewards.workers.shared import SharedRewards
 from imagerl.rl.engine import cluster
 from imagerl.rl.types import ImageRLError, RewardRequest
 from tests.small_run import REWARD_FILE
 
+T = TypeVar("T")
 SEES = """
 def gpus(images):
     import os
@@ -25,7 +29,25 @@ def gpus(images):
 
 def others(images):
     return gpus(images)
+
+class Broken:
+    def __init__(self):
+        raise ValueError("broken on purpose")
+    def __call__(self, images):
+        return [0.0] * len(images)
 """
+
+
+class Alone:
+    """A run of one process."""
+
+    is_main = True
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        return action()
+
+    def gather_objects(self, value: int) -> list[int]:
+        return [value]
 
 
 def request(groups: int) -> RewardRequest:
@@ -65,6 +87,33 @@ def test_rewards_get_the_gpus_that_they_reserve(folder: Path) -> None:
     assert {*parts["gpus/which"], *parts["others/which"]} == {0, 1}
     assert parts["gpus/process"][0] != parts["others/process"][0]
     assert np.isfinite(parts["brightness"]).all()
+
+
+@pytest.mark.slow
+def test_a_pool_scores_for_others_and_its_end_is_one_line(folder: Path) -> None:
+    specs = [{"import_path": f"{folder}/mine.py:{name}"} for name in ("brightness", "low_tokens")]
+    common = {"timeout_s": 60.0, "max_restarts": 3, "columns": ()}
+    bad = [{"import_path": f"{folder}/mine.py:Broken"}]
+    broken = SharedRewards(Alone(), bad, gold=[], workers=1, **common)  # type: ignore[arg-type]
+    with pytest.raises(ImageRLError, match="broken on purpose"):
+        broken.wait_until_ready()
+    broken.close()
+    pool = SharedRewards(Alone(), specs, gold=[], workers=2, **common)  # type: ignore[arg-type]
+    local = RewardWorkers(specs, workers=0)
+    try:
+        pool.wait_until_ready()
+        tickets = [pool.submit(request(groups)) for groups in (1, 3, 2)]
+        for groups, ticket in ((2, tickets[2]), (1, tickets[0]), (3, tickets[1])):
+            expected = local.collect(local.submit(request(groups)))
+            np.testing.assert_array_equal(pool.collect(ticket).totals, expected.totals)
+        os.kill(ray.get(pool._pool.__ray_call__.remote(lambda actor: os.getpid())), signal.SIGKILL)
+        with pytest.raises(
+            ImageRLError, match=r"to the reward workers ended \(\w+\), perhaps .*--resume"
+        ) as end:
+            pool.collect(pool.submit(request(1)))
+        assert "\n" not in str(end.value)
+    finally:
+        pool.close()
 
 
 def test_training_keeps_the_first_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
