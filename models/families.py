@@ -39,15 +39,19 @@ def find_family(name: str) -> Family:
 
 
 def family_of(folder: Path, name: str | None = None) -> Family:
-    """Return the family of a model folder: the named one, else that which recognises its settings.
+    """Return the family of a model folder: a user's own where it is named, else that which recognises its settings.
 
-    Raises ImageRLError when none does."""
-    if name is not None:
+    Raises ImageRLError when none does, or another than the named one."""
+    if name is not None and name not in FAMILIES:
         return find_family(name)
     settings = folder_settings(folder)
-    for candidate in map(find_family, FAMILIES):
-        if candidate.recognises(settings):
-            return candidate
+    for known in FAMILIES:
+        if (family := find_family(known)).recognises(settings):
+            if name not in (None, known):
+                raise ImageRLError(
+                    f"{folder} holds a model of {known}, not of {name}; leave model.family out, or give another folder"
+                )
+            return family
     kind = next((settings[key] for key in ("model_type", "_class_name") if key in settings), None)
     raise ImageRLError(
         f"{folder} holds a model{f' of type {kind!r}' if kind else ''} that is of none of the families "

@@ -61,9 +61,7 @@ class CompositionReward:
         batch_size: Count = 16,
     ) -> None:
         if credit not in CREDITS:
-            raise ImageRLError(
-                f"reward 'composition': credit must be {', '.join(CREDITS)}, not {credit!r}"
-            )
+            raise ImageRLError(f"reward 'composition': credit must be {', '.join(CREDITS)}, not {credit!r}")
         self._credit = credit
         self._counting = threshold if counting_threshold is None else counting_threshold
         self._threshold = threshold

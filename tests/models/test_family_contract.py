@@ -129,6 +129,11 @@ def test_every_family_is_tested() -> None:
 def test_the_folder_is_recognised_and_read_alike_without_weights(folder: Path, shared: Policy) -> None:
     own = families.find_family(folder.parent.name.rstrip("0123456789"))
     assert type(families.family_of(folder)) is type(own) and len(own.layouts) >= 1
+    for other in families.FAMILIES.keys() - {folder.parent.name.rstrip("0123456789")}:
+        with pytest.raises(
+            ImageRLError, match=f"holds a model of .*, not of {other}; leave model.family out"
+        ):
+            families.load_prompts(str(folder), other)
     reader = families.load_prompts(str(folder))
     assert reader.canvas(PROMPTS[0]) == shared.prompts.canvas(PROMPTS[0])
     assert reader.token_guided == shared.prompts.token_guided

@@ -52,5 +52,19 @@ def render(
     print(f"{count} pictures in {out}")
 
 
+@tiny.command()
+def janus(
+    out: Annotated[Path, typer.Argument(help="new folder")],
+    steps: Annotated[int, typer.Option(min=1, help="updates of the VQ codes, 16 pictures each")] = 1500,
+    count: Annotated[int, typer.Option(min=1, help="pictures to fine-tune on")] = 8000,
+    seed: Annotated[int, typer.Option(min=0, help="seed of everything random")] = 0,
+) -> None:
+    """Make a small Janus-Pro that can draw numbers and has not learnt to, with pictures and prompts to teach it by."""
+    from tools.tiny.janus import run
+
+    run(out, steps, count, seed)
+    print(f"model, pictures and prompts in {out}")
+
+
 if __name__ == "__main__":
     main(program=tiny, called="python -m tools.tiny")

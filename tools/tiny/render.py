@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import random
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from imagerl.rl.data.seeding import derive_seed
-from imagerl.rl.data.tiny.world import FONTS, random_scene, render, texts
+from imagerl.rl.data.tiny.world import FONTS, HEIGHT, WIDTH, Scene, random_scene, render, texts
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.writing import atomic_folder
 
@@ -17,14 +17,20 @@ from imagerl.rl.files.writing import atomic_folder
 def rendered(
     count: int, split: str, seed: int, fonts: Sequence[str] = FONTS
 ) -> Iterator[tuple[str, bytes, str]]:
-    """Yield (key, PNG, caption) of `count` scenes of a split, texts in its fixed order and repeated when they run
+    """Draw (key, PNG, caption) of `count` scenes of a split, texts in its fixed order and repeated when they run
     out."""
     pool = texts(split)
-    for number in range(count):
-        rng = random.Random(derive_seed("rendered folder", split, seed, number))
-        scene = random_scene(rng, pool[number % len(pool)], fonts)
+    rngs = (random.Random(derive_seed("rendered folder", split, seed, number)) for number in range(count))
+    return written(random_scene(rng, pool[number % len(pool)], fonts) for number, rng in enumerate(rngs))
+
+
+def written(
+    batch: Iterable[Scene], size: tuple[int, int] = (WIDTH, HEIGHT)
+) -> Iterator[tuple[str, bytes, str]]:
+    """Yield (key, PNG, caption) of scenes, drawn at a width and height."""
+    for number, scene in enumerate(batch):
         buffer = io.BytesIO()
-        render(scene).save(buffer, format="PNG")
+        render(scene, size).save(buffer, format="PNG")
         yield f"{number:06d}", buffer.getvalue(), scene.caption
 
 

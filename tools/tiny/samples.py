@@ -12,7 +12,18 @@ from torch import Tensor
 from imagerl.rl.data.seeding import derive_seed
 from imagerl.rl.data.tiny.edits import PARTS, Edit, Question, new_value
 from imagerl.rl.data.tiny.shapes import Drawing, draw, random_drawing
-from imagerl.rl.data.tiny.world import DIGITS, FONTS, LETTERS, Scene, random_scene, render, split_of, texts
+from imagerl.rl.data.tiny.world import (
+    DIGITS,
+    FONTS,
+    HEIGHT,
+    LETTERS,
+    WIDTH,
+    Scene,
+    random_scene,
+    render,
+    split_of,
+    texts,
+)
 from tools.tiny.config import StageConfig
 
 
@@ -61,11 +72,10 @@ def samples(seed: int, name: str, step: int, count: int, stage: StageConfig) -> 
     return [random_drawing(rng) for _ in range(count)]
 
 
-def pictures(batch: Iterable[Scene | Drawing]) -> Tensor:
-    """Render scenes as [B, 3, H, W] in [-1, 1]."""
-    pixels = np.stack(
-        [np.asarray(render(one) if isinstance(one, Scene) else draw(one.shapes)) for one in batch]
-    )
+def pictures(batch: Iterable[Scene | Drawing], size: tuple[int, int] = (WIDTH, HEIGHT)) -> Tensor:
+    """Render scenes, those of words in a width and height, as [B, 3, H, W] in [-1, 1]."""
+    drawn = [render(one, size) if isinstance(one, Scene) else draw(one.shapes) for one in batch]
+    pixels = np.stack([np.asarray(picture) for picture in drawn])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

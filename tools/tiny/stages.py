@@ -53,6 +53,11 @@ def fit(
     module.eval()
 
 
+def show(stage: str, step: int, values: dict[str, float]) -> None:
+    """Print how far a stage is."""
+    print(f"{stage} {step}: loss {values['loss']:.4f}, {values['images_per_s']:.0f} pictures/s", flush=True)
+
+
 def reconstruction_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
     """Add L1, which keeps edges sharp, and L2, which punishes the few pixels far off: strokes need both."""
     difference = drawn.float() - wanted

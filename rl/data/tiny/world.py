@@ -136,20 +136,20 @@ def font_of(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
-def _fitting_font(text: str, name: str) -> ImageFont.FreeTypeFont:
+def _fitting_font(text: str, name: str, width: int) -> ImageFont.FreeTypeFont:
     """Find the largest font up to FONT_SIZE in which the text leaves the margin free. Widths scale with size."""
     full = font_of(name, FONT_SIZE * SUPERSAMPLING)
     left, _, right, _ = full.getbbox(text)
-    room = (WIDTH - 2 * MARGIN) * SUPERSAMPLING
+    room = (width - 2 * MARGIN) * SUPERSAMPLING
     return font_of(name, int(FONT_SIZE * SUPERSAMPLING * min(1.0, room / (right - left))))
 
 
-def render(scene: Scene) -> Image.Image:
-    """Draw the picture of a scene: RGB, WIDTH×HEIGHT, the text centred."""
-    width, height = WIDTH * SUPERSAMPLING, HEIGHT * SUPERSAMPLING
-    font = _fitting_font(scene.text, scene.font)
+def render(scene: Scene, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
+    """Draw the picture of a scene: RGB, of a size in pixels, the text centred."""
+    width, height = (side * SUPERSAMPLING for side in size)
+    font = _fitting_font(scene.text, scene.font, size[0])
     left, top, right, bottom = font.getbbox(scene.text)
     picture = Image.new("RGB", (width, height), BACKGROUNDS[scene.background])
     corner = ((width - right - left) // 2, (height - bottom - top) // 2)
     ImageDraw.Draw(picture).text(corner, scene.text, font=font, fill=INKS[scene.ink])
-    return picture.resize((WIDTH, HEIGHT), Image.Resampling.BOX)
+    return picture.resize(size, Image.Resampling.BOX)

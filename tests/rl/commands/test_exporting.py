@@ -38,11 +38,11 @@ from tests.small_run import low_tokens, write_recipe
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and a run of two steps with full weights and one with LoRA."""
+    """A model, and a run of two steps with full weights and one with LoRA, judged by the average of its weights."""
     folder = tmp_path_factory.mktemp("export")
     micro_folder(folder / "model")
-    for name, override in (("full", "model.lora=null"), ("lora", "model.lora={r: 4}")):
-        overrides = (override, f"run.output_dir={folder / name}", "run.steps=2", "checkpoint.every=1")
+    for name, given in (("full", ()), ("lora", ("model.lora={r: 4}", "optim.ema=0.5"))):
+        overrides = (*given, f"run.output_dir={folder / name}", "run.steps=2", "checkpoint.every=1")
         assert call("train", str(write_recipe(folder, *overrides, "optim.lr=0.02"))) == 0
     return folder
 

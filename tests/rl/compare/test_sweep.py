@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from imagerl.api import comparing
+from imagerl.rl.compare.plan import BudgetSpec, Plan
 from imagerl.rl.compare.sweep import grid_names, split_axes, write_grid
 from imagerl.rl.config.train import load_recipe
 from imagerl.rl.errors import ImageRLError
+from tests.command import call
 
 WORDS = ["optim.lr=[1e-4, 2e-4]", "rollout.group_size=[8, 16]", "eval.size=16"]
 
@@ -28,6 +31,17 @@ def test_every_combination_is_a_recipe_that_differs_in_nothing_else(tmp_path: Pa
             for k in ("optim", "rollout")
         }
         assert point == rest
+
+
+def test_the_command_compares_the_grid_at_one_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+    monkeypatch.setattr(comparing, "run_comparison", lambda plan, *_, **__: plans.append(plan))
+    given = ("--seeds", "2", "--budget", "images=1920", "--output", str(tmp_path))
+    assert call("sweep", "tiny_ocr_grpo", *WORDS, *given) == 0
+    (plan,) = plans
+    assert list(plan.recipes) == list(grid_names(split_axes(WORDS)[0])) and plan.baseline in plan.recipes
+    assert (plan.budget, plan.seeds) == (BudgetSpec("images", 1920), [0, 1])
+    assert plan.overrides == ["eval.size=16"]
 
 
 def test_names_keep_keys_apart_and_hold_no_slashes() -> None:

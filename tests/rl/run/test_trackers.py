@@ -18,6 +18,14 @@ CAPTIONS = ["a sign", "a cat"]
 SETTINGS = {"run": {"steps": 4}, "rewards": [{"name": "ocr"}]}
 
 
+OFFLINE = {  # how each is kept on this machine, below the working directory
+    "wandb": {"WANDB_MODE": "offline"},
+    "trackio": {"TRACKIO_DIR": "trackio", "HF_HUB_OFFLINE": "1"},
+    "mlflow": {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"},
+    "swanlab": {"SWANLAB_MODE": "offline"},
+}
+
+
 class Recorder:
     """A stand-in for a tracker's package and for its run: it keeps every call with its arguments."""
 
@@ -125,6 +133,20 @@ def test_tensorboard_holds_numbers_pictures_and_words_and_forgets_the_steps_afte
     assert "run.steps: 4" in words["recipe/text_summary"]
     assert "blank" in words["alarms/text_summary"] and "60 %" in words["held-out/text_summary"]
     assert not [path for path in (tmp_path / "tb").iterdir() if path.is_dir()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OFFLINE)
+def test_a_tracker_that_is_installed_is_told_offline(tmp_path, monkeypatch, caplog, name):
+    """For real, where somebody has installed it: the lock file has none of them."""
+    monkeypatch.chdir(tmp_path)
+    for key, value in OFFLINE[name].items():
+        monkeypatch.setenv(key, value)
+    pytest.importorskip(name)
+    PartialState(cpu=True)
+    _tell(tmp_path, name).finish()
+    _tell(tmp_path, name, resume_step=2).finish()
+    assert "failed" not in caplog.text
 
 
 @pytest.mark.parametrize("recorder", ["wandb"], indirect=True)
