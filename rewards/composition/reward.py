@@ -32,10 +32,10 @@ FAULTS = ("missing", "colour", "position", "too many")
 
 class CompositionReward:
     """1 when a picture answers its whole specification, else 0; with `credit: exact` 1 only when there is nothing more,
-    with `partial` the share of its entries that are as asked. Beside it `correct`, `fulfilled` (that share), `exact` (correct, and there is nothing more of the
-    classes that are named or, in drawn pictures, known: GenEval forbids more only when counting), one part for each tag
-    (`tag_counting`: `correct` where the tag is that), and which share of the entries failed by what (`fault_colour`,
-    ...).
+    with `partial` the share of its entries that are as asked. Beside it `correct`, `fulfilled` (that share), `exact`
+    (correct, and there is nothing more of the classes that are named or, in drawn pictures, known: GenEval forbids more
+    only when counting), one part for each tag (`tag_counting`: `correct` where the tag is that), and which share of the
+    entries failed by what (`fault_colour`, ...).
 
     Wants the columns of GenEval's metadata: `include`, and where there are any `exclude` and `tag`. None in `include`:
     not applicable. `detector` is `tiny_world` or `shapes` for drawn pictures, else a folder or a hub name; colours in
