@@ -1,8 +1,8 @@
 """The tiny world of shapes: up to four plain shapes on grey, asked for in GenEval's six kinds of prompts (arXiv
 2310.11513) with its metadata, so that numbers, colours and places can be judged exactly.
 
-A quarter of the prompts of each kind is held out, chosen by a hash: no run ever learns one, though it may learn the same
-pair in the other order."""
+A quarter of the prompts of each kind is held out, chosen by a hash: no run ever learns one, though it may learn the
+same pair in the other order."""
 
 from __future__ import annotations
 
