@@ -243,6 +243,8 @@ def test_the_sets_of_the_shipped_recipes_do_not_overlap(
     monkeypatch.chdir(RECIPES.parent)
     if read_recipe(recipe).get("kind", "train") == "train":
         data = load_recipe(recipe).data
+        if (path := data.train.path) and path.startswith("runs/") and not Path(path).exists():
+            pytest.skip(f"{path} is made by what the recipe's header says")
         refuse_overlap(load_prompt_set(data.train), load_prompt_set(data.heldout), wanted_text)
 
 
