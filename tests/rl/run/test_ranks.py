@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,9 +138,13 @@ def test_ranks_that_do_not_divide_the_prompts(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_share_one_pool_of_rewards_and_of_actors(place: Path) -> None:
+def test_processes_share_one_pool_of_rewards_and_of_actors(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two of them find what one finds alone, by one Ray, of which nothing is left."""
-    before = set(Path(tempfile.gettempdir()).glob("imagerl-*"))
+    # Of their own, as other tests have a Ray at the same time; short, as its sockets have no more than 107 letters.
+    temporary = Path(tempfile.mkdtemp(prefix="r"))
+    monkeypatch.setenv("TMPDIR", str(temporary))
     more = ("run.steps=2", "rollout.sample_chunk=1", "eval.batch_size=1")
     alone = Command(place, *arguments(place, "full", "unshared", *more))
     shared = ("rewards.workers=1", "rollout.workers=1", *more)
@@ -148,4 +153,5 @@ def test_processes_share_one_pool_of_rewards_and_of_actors(place: Path) -> None:
     assert ranks.process.returncode == 0, output
     assert alone.wait() == 0, alone.output
     assert_like(place / "shared", place / "unshared")
-    assert set(Path(tempfile.gettempdir()).glob("imagerl-*")) <= before
+    assert not list(temporary.glob("imagerl-*"))
+    shutil.rmtree(temporary)
