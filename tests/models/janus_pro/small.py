@@ -15,18 +15,10 @@ from imagerl.models.janus_pro.loading import load_policy
 from imagerl.models.janus_pro.policy import JanusPolicy
 from imagerl.rl.types import Prompt, Rows
 from tests.parity import FOLDER, seeded_weight
+from tools.tiny.janus import USER, new_model, text_tokenizer
 
 CAPTIONS = ('a sign that says "RIVER" in red', "two cats", "a blue cup beside a green plate, seen from above")
 PROMPTS = [Prompt(index, caption) for index, caption in enumerate(CAPTIONS)]
-BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
-IMAGE, BEGIN, END = "<image_placeholder>", "<begin_of_image>", "<end_of_image>"
-USER, ASSISTANT = "<|User|>", "<|Assistant|>"
-# As the published template: named tokens for the two speakers, the picture before the words, which are stripped.
-CHAT = (
-    "{% for message in messages %}<|User|>: {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image_placeholder>\n{% else %}{{ part['text'].strip() }}{% endif %}"
-    "{% endfor %}\n\n{% endfor %}{% if add_generation_prompt %}<|Assistant|>:{% endif %}"
-)
 
 
 def sizes() -> dict[str, Any]:
@@ -34,73 +26,17 @@ def sizes() -> dict[str, Any]:
     return settings
 
 
-def text_tokenizer() -> Any:
-    """A byte-level tokenizer with a few merges, which puts the begin of sequence before every text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=[BOS, EOS, PAD, IMAGE, BEGIN, END, USER, ASSISTANT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator([f"{USER}: {caption}" for caption in CAPTIONS], trainer)
-    raw.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, raw.token_to_id(BOS))]
-    )
-    named = {"image_token": IMAGE, "boi_token": BEGIN, "eoi_token": END}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        padding_side="left",
-        extra_special_tokens=named,
-    )
-
-
 def build(vq: dict[str, Any] | None = None, **text_config: Any) -> tuple[Any, Any]:
     """The library's model on seeded weights, and its processor; `vq` and `text_config` override sizes."""
-    from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor
-    from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
-
-    settings, tokenizer = sizes(), text_tokenizer()
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    vision = settings["vision_config"]
-    config = JanusConfig(
-        text_config={
-            "model_type": "llama",
-            "vocab_size": len(tokenizer),
-            **settings["text_config"],
-            **ids,
-            **text_config,
-        },
-        vision_config=vision,
-        vq_config={**settings["vq_config"], **(vq or {})},
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        tie_word_embeddings=False,
+    settings = sizes()
+    settings["vq_config"] |= vq or {}
+    settings["text_config"] |= text_config
+    model, processor = new_model(
+        settings, text_tokenizer([f"{USER}: {caption}" for caption in CAPTIONS], 300)
     )
-    model = JanusForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(seeded_weight(name, tuple(parameter.shape), settings["seed"]))
-    generation = model.generation_config
-    generation._from_model_config = False  # as the published converter does
-    generation.guidance_scale = 5
-    generation.generation_kwargs = {"boi_token_id": tokenizer.convert_tokens_to_ids(BEGIN)}
-    side = {"height": vision["image_size"], "width": vision["image_size"]}
-    pictures = JanusImageProcessorPil(size=side, min_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    processor = JanusProcessor(
-        pictures,
-        tokenizer,
-        chat_template=CHAT,
-        use_default_system_prompt=True,
-        num_image_tokens=vision["num_image_tokens"],
-    )
     return model, processor
 
 
