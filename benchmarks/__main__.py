@@ -15,7 +15,6 @@ from imagerl.rl.commands.options import Model, Overrides
 from imagerl.rl.errors import ImageRLError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed, as ratios and shares within one run.")
-FULL_SIZE_GB = 60.0  # what `imagerl plan` gives for the defaults of `bench model`
 ReportFile = Annotated[Path | None, typer.Option("--json", help="write the numbers here too")]
 
 
@@ -157,55 +156,6 @@ def bench_algorithms(
         raise ImageRLError(f"--group-size {group_size} must divide --samples {samples}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     benchmarks.show(measure(samples, actions, group_size, vocabulary, repeats, device), json)
-
-
-@bench.command("model")
-def bench_model(
-    size: Annotated[
-        str, typer.Option(help="full: the published 3B model; or tiny, or a model folder")
-    ] = "full",
-    samples: Annotated[int, typer.Option(min=1, help="pictures of one prompt, sampled together")] = 16,
-    micro_batch: Annotated[int, typer.Option(min=1, help="samples of one training update")] = 4,
-    flow_steps: Annotated[int, typer.Option(min=1, help="denoising steps")] = 30,
-    repeats: Annotated[int, typer.Option(min=1, help="rounds; the median counts")] = 3,
-    json: ReportFile = None,
-) -> None:
-    """Time loading, sampling, drawing and one update of a model with random weights, and the memory they take."""
-    import tempfile
-
-    import torch
-
-    from benchmarks import measuring as benchmarks
-    from benchmarks.model import bench_model as measure
-    from benchmarks.model import require_memory
-    from imagerl.models.blip3o_next.outline import SizedModel
-    from imagerl.models.blip3o_next.published import full_size_config
-    from imagerl.models.blip3o_next.weights import empty_policy, fill, fill_randomly, full_state
-    from imagerl.models.common.shards import Shards, save_shards
-    from imagerl.models.families import base_folder
-
-    if size == "full":
-        require_memory(FULL_SIZE_GB, "the full-size model", "try --size tiny")
-    config = full_size_config() if size == "full" else SizedModel.of(base_folder(size)).config
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy = empty_policy(config, None)
-    fill_randomly(policy, dtype, device, seed=0)
-    policy.to(device)
-    policy.trainable.eval()
-    policy.decoder.requires_grad_(False).eval()
-    with tempfile.TemporaryDirectory() as scratch:
-        save_shards(full_state(policy), Path(scratch))
-
-        def load() -> int:
-            shards = Shards(Path(scratch))
-            fill(empty_policy(config, None), shards, dtype, device)
-            return shards.nbytes
-
-        report = measure(
-            policy, load, samples=samples, micro_batch=micro_batch, flow_steps=flow_steps, repeats=repeats
-        )
-    benchmarks.show(report, json)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,10 @@ class DecoderPolicy(Protocol):
         """forward(condition: Rows [B], latents [B, N, C, h, w], sigma [B, N], guidance) -> velocity [B, N, C, h, w]"""
         ...
 
+    def condition(self, prompts: Rows, trajectory: TokenTrajectory) -> Rows:
+        """Return what pictures of a trajectory [B] are drawn by, a row for each token sequence."""
+        ...
+
     def decode_steps(
         self,
         prompts: Rows,
@@ -321,17 +325,13 @@ class Policy(Protocol):
 
 
 class Outline(Protocol):
-    """A model known by its sizes alone. What costs memory is a straight line in the layers of each half, so that
-    shallow ones tell of deep ones."""
-
-    layers: int  # of the half that writes tokens
-    decoder_layers: int  # of the decoder; 0: it is no stack of layers
+    """A model known by its sizes alone."""
 
     @property
     def prompts(self) -> PromptReader: ...
 
-    def policy(self, layers: int, decoder_layers: int) -> Policy:
-        """Return a policy of any depth, whose parameters have shapes only."""
+    def policy(self) -> Policy:
+        """Return the policy, whose parameters have shapes only."""
         ...
 
 

@@ -33,8 +33,6 @@ class SizedModel:
 
     def __init__(self, config: Mapping[str, Any], folder: Path | None = None) -> None:
         self.config = config
-        self.layers = int(config["qwen3"]["num_hidden_layers"])
-        self.decoder_layers = int(config["sana"]["num_layers"])
         self._folder = folder
 
     @classmethod
@@ -54,13 +52,10 @@ class SizedModel:
             return EstimatedPrompts(canvas_of(self.config))
         return load_prompts(self._folder)
 
-    def policy(self, layers: int, decoder_layers: int) -> ImagePolicy:
-        # a list of one entry per layer would contradict the depth
-        qwen3 = {
-            k: v for k, v in self.config["qwen3"].items() if k not in ("layer_types", "max_window_layers")
-        }
-        sized = {
-            "qwen3": {**qwen3, "num_hidden_layers": layers},
-            "sana": {**self.config["sana"], "num_layers": decoder_layers},
-        }
-        return empty_policy({**self.config, **sized}, None)
+    def policy(self) -> ImagePolicy:
+        policy = empty_policy(self.config, None)
+        policy.trainable.eval()
+        for part in (policy.decoder, policy.image_tokenizer):
+            if part is not None:
+                part.requires_grad_(False).eval()
+        return policy

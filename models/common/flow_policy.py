@@ -94,6 +94,10 @@ class FlowPolicy(Generic[S]):
         self._adapter: PeftModel | None = None
         self._reference: FlowNetwork[S] | None = None
 
+    def condition(self, prompts: Rows, trajectory: TokenTrajectory) -> Rows:
+        """Return what pictures of a trajectory [B] are drawn by, a row for each token sequence."""
+        return self.decoder.flow_condition(prompts, trajectory)
+
     @torch.no_grad()
     def decode_steps(
         self,
@@ -104,7 +108,7 @@ class FlowPolicy(Generic[S]):
         sampling: FlowSampling,
     ) -> tuple[Tensor, FlowTrajectory]:
         """Decode by stochastic steps: pictures [B·M, 3, H, W] in [0, 1], and what replaying the steps needs."""
-        condition = self.decoder.flow_condition(prompts, trajectory)
+        condition = self.condition(prompts, trajectory)
         repeated = repeat(condition, len(noise) // len(trajectory.tokens))
         latents, steps = self.sample(repeated, noise, step_noise, sampling)
         steps.condition = condition  # one row serves all pictures of a token sequence

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from imagerl.models.common.policy import drawn
-from imagerl.models.glm_image.sizes import TOKEN_PIXELS, flow_shift, upsampled
+from imagerl.models.glm_image.sizes import Size, flow_shift, upsampled
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.types import Rows, TokenTrajectory, repeat
 
 QUOTED = (r"'([^']*)'", "“([^“”]*)”", r'"([^"]*)"', "「([^「」]*)」")
 MAX_GLYPHS = 2048  # tokens of a quoted text
 MAX_PIXELS = 1 << 21  # in the autoencoder at once: two pictures of 1024x1024
+BLANK_GLYPHS = 64  # tokens of a text, where memory is planned
 KEPT_GLYPHS = 1024  # prompts whose glyph embeddings stay in memory
 
 
@@ -75,6 +76,11 @@ class FlowDecoder(nn.Module):
         differ in length, so that they would not fit into one tensor."""
         numbers = [self._numbers.setdefault(quoted_texts(prompt), len(self._numbers)) for prompt in prompts]
         return torch.tensor(numbers, device=self.transformer.device)
+
+    def blank_glyphs(self) -> None:
+        """Let an embedding without content stand for no text, and so for every prompt that is not known by its text."""
+        width = self.text_encoder.config.d_model
+        self._glyphs[()] = torch.empty(BLANK_GLYPHS, width, dtype=self.transformer.dtype)
 
     def _glyphs_by_number(self, numbers: Sequence[int]) -> list[Tensor]:
         """Return glyph embeddings [R, D] by their numbers, made once for each prompt."""
@@ -143,11 +149,11 @@ class FlowDecoder(nn.Module):
     def flow_condition(self, prompts: Rows, trajectory: TokenTrajectory) -> Rows:
         """Return what pictures are drawn by, a row for each token sequence: the number of its glyphs [B], and its
         large grid's tokens [B, N], each for the 2×2 tokens of the transformer's grid that it stands for."""
-        grid = (int(side) for side in prompts["size"][0] // TOKEN_PIXELS)
+        height, width = prompts["size"].tolist()[0]
         group = len(trajectory.tokens) // len(prompts["glyphs"])
         kept = ("glyphs", "source", "source_prior")
         given = {name: rows for name, rows in prompts.items() if name in kept}
-        return repeat(given, group) | {"prior": upsampled(trajectory.tokens, (next(grid), next(grid)))}
+        return repeat(given, group) | {"prior": upsampled(trajectory.tokens, Size(height, width).large)}
 
     def seen(self, condition: Rows, guidance: float) -> Seen:
         """Find what the transformer is told of a condition [B]."""
@@ -210,10 +216,10 @@ class FlowDecoder(nn.Module):
     def _velocity_by_length(self, x: Tensor, time: Tensor, seen: Seen) -> Tensor:
         """Ask the transformer for rows of equally many glyphs at a time. It has no mask that works: the library's adds
         1 to the scores of what may be seen, and padded rows would change a picture with its neighbours."""
-        lengths = torch.tensor([len(glyphs) for glyphs in seen.glyphs])
+        lengths = [len(glyphs) for glyphs in seen.glyphs]
         found: list[Tensor] = [x] * len(x)
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero()[:, 0].tolist()
+        for length in sorted(set(lengths)):
+            rows = [row for row, own in enumerate(lengths) if own == length]
             glyphs = torch.stack([seen.glyphs[row] for row in rows])
             source = [(keys[rows], values[rows]) for keys, values in seen.source or ()]
             cache = self._cache("read", source) if source else None

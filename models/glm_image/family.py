@@ -10,6 +10,7 @@ import torch
 
 from imagerl.models.common.policy import BaseFamily
 from imagerl.models.glm_image.loading import PIPELINE, load_policy, load_prompts
+from imagerl.models.glm_image.outline import GlmOutline
 from imagerl.models.glm_image.policy import GlmImagePolicy
 from imagerl.models.glm_image.prompts import PromptEncoder
 
@@ -29,3 +30,6 @@ class GlmImage(BaseFamily):
 
     def prompts(self, folder: Path) -> PromptEncoder:
         return load_prompts(folder)
+
+    def outline(self, folder: Path) -> GlmOutline:
+        return GlmOutline(folder)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -123,6 +125,35 @@ class GlmImagePolicy(BasePolicy):
     def lessons(self, on_prompt: bool, with_flow: bool) -> Lessons:
         """Teach the language model, and by the flow loss the transformer; see `models.glm_image.supervised`."""
         return Lessons(self, with_flow)
+
+    def blank(
+        self, prompts: int, length: int, samples: int, edits: bool = False
+    ) -> tuple[Rows, TokenTrajectory]:
+        """Return prompts and a trajectory without content, of the default size; no text is to be written."""
+        size = self.default_size
+        tokens = math.prod(size.large) if edits else size.tokens  # an edit has no preview
+        self.decoder.blank_glyphs()
+        rows = {
+            "ids": torch.empty(prompts, length, dtype=torch.int64),
+            "mask": torch.empty(prompts, length, dtype=torch.bool),
+            "places": torch.empty(prompts, 3, length, dtype=torch.int64),
+            "grid": torch.empty(prompts, 3, tokens + 1, dtype=torch.int64),
+            "glyphs": self.decoder.glyphs_of([""] * prompts),
+            "size": torch.from_numpy(np.array([size] * prompts)),  # whose numbers the decoder asks for
+        }
+        if edits:
+            rows["source"] = self.decoder.encode(torch.empty(prompts, 3, *size))
+            rows["source_prior"] = upsampled(torch.empty(prompts, tokens, dtype=torch.int64), size.large)
+        shape = samples, tokens
+        actions = torch.empty(shape, dtype=torch.bool)
+        return rows, TokenTrajectory(torch.empty(shape, dtype=torch.int64), torch.empty(shape), actions)
+
+    def token_bytes(self) -> tuple[int, int]:
+        """Count keys and values, in the type of the weights themselves. The decoder needs the tokens alone."""
+        config = self.trainable.lm.config
+        head_dim = config.hidden_size // config.num_attention_heads
+        width = next(self.trainable.parameters()).element_size()
+        return 2 * config.num_key_value_heads * head_dim * config.num_hidden_layers * width, 0
 
     def sample_tokens(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> TokenTrajectory:
         """Draw tokens for uniforms [P·G, T] after prompts [P]; see `TokenWriter.sample`."""

@@ -61,24 +61,18 @@ def published_outline(path: str) -> JanusOutline | None:
 
 
 class JanusOutline:
-    """Implements `models.base.Outline`. The VQ decoder is no stack of layers."""
-
-    decoder_layers = 0
+    """Implements `models.base.Outline`."""
 
     def __init__(self, config: JanusConfig, prompts: PromptReader) -> None:
         self.config = config
         self.prompts = prompts
-        self.layers = int(config.text_config.num_hidden_layers)
 
-    def policy(self, layers: int, decoder_layers: int) -> JanusPolicy:
-        """Return a policy of any depth, whose parameters have shapes only."""
+    def policy(self) -> JanusPolicy:
         from accelerate import init_empty_weights
         from transformers import JanusForConditionalGeneration
 
-        config = copy.deepcopy(self.config)
-        config.text_config.num_hidden_layers = layers
         with init_empty_weights(include_buffers=False):
-            model = JanusForConditionalGeneration(config)
+            model = JanusForConditionalGeneration(copy.deepcopy(self.config))  # which it changes
         model.requires_grad_(False).eval()
         prompts = cast(JanusPrompts, self.prompts)  # its sizes count: nothing is encoded here
         policy = JanusPolicy(model, prompts, Blank((0, 1), 2), sampling_of({}, "the published settings"))

@@ -80,7 +80,11 @@ class JanusPolicy(BasePolicy):
         """Lay out the present weights for sampling, in `sampler_dtype`."""
         self._sampler = None  # before the new one needs its memory
         trainable, dtype = self.trainable, self.sampler_dtype
-        head = copy.deepcopy(trainable.generation_head).requires_grad_(False).to(dtype)
+        head = copy.deepcopy(trainable.generation_head).requires_grad_(False)
+        for (
+            parameter
+        ) in head.parameters():  # `to` does not know those without content, by which memory is planned
+            parameter.data = parameter.data.to(dtype)
         with torch.no_grad():
             image_rows = trainable.image_embedding()
         self._sampler = TokenSampler(trainable.lm, image_rows, head, dtype)

@@ -16,8 +16,10 @@ from imagerl.models import families
 from imagerl.models.base import Policy
 from imagerl.models.common.flow_policy import FlowPolicy
 from imagerl.rl.commands.cli import main
+from imagerl.rl.config.train import load_recipe
 from imagerl.rl.rollout.engine import RolloutEngine
 from imagerl.rl.rollout.preparing import refuse_impossible
+from imagerl.rl.training.memory import StepShape, step_bytes
 from imagerl.rl.types import (
     FlowSampling,
     ImageRLError,
@@ -150,6 +152,24 @@ def test_the_folder_is_recognised_and_read_alike_without_weights(folder: Path, s
             refuse_impossible(reader, PROMPTS, SamplingParams(), regions=True)
     else:
         assert grid[0] * grid[1] == reader.canvas(PROMPTS[0]).tokens
+
+
+@pytest.mark.slow
+def test_a_step_is_planned_by_sizes_alone(folder: Path, shared: Policy, tmp_path: Path) -> None:
+    """The outline has the shapes of the model, and every moment of a step runs on it without content."""
+    outline, canvas = families.load_outline(str(folder)), shared.prompts.canvas(PROMPTS[0])
+    sizes = {name: [p.shape for p in part.parameters()] for name, part in shared.parts().items()}
+    shape = StepShape(2, 4, outline.prompts.longest(PROMPTS), canvas.tokens, 2, False, canvas.noise)
+    for flow in ("null", "{name: nft, joint: true}") if canvas.noise else ("null",):
+        policy = outline.policy()
+        assert {name: [p.shape for p in part.parameters()] for name, part in policy.parts().items()} == sizes
+        settings = (f"model.path={folder}", f"algorithm.flow={flow}", "rollout.guidance=1.0")
+        settings += "engine.micro_batch_size=2", "engine.precision=bf16"
+        recipe = load_recipe(write_recipe(tmp_path, *settings))
+        costs = step_bytes(outline.policy, recipe, shape, {})
+        assert all(costs[name] > 0 for name in ("sampling", "drawing", "scoring", "update", "gradients"))
+        trained = sum(p.numel() for p in shared.trainable.parameters())
+        assert costs["trained"] == trained if flow == "null" else costs["trained"] > trained
 
 
 def test_only_the_half_that_writes_tokens_has_gradients(shared: Policy) -> None:

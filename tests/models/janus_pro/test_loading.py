@@ -125,14 +125,13 @@ def test_prompts_that_cannot_be_drawn(folder: Path) -> None:
         reader.require([Prompt(3, "make it red", {"reference": "sign.png"})])
 
 
-def test_the_outline_has_the_shapes_of_the_model_at_any_depth(folder: Path) -> None:
+def test_the_outline_has_the_shapes_of_the_model(folder: Path) -> None:
     family = JanusPro()
     outline, loaded = family.outline(folder), family.load(folder, "cpu", torch.float32)
     shapes = {name: p.shape for name, p in loaded.trainable.named_parameters()}
-    sized = dict(outline.policy(outline.layers, outline.decoder_layers).trainable.named_parameters())
+    sized = dict(outline.policy().trainable.named_parameters())
     assert {name: p.shape for name, p in sized.items()} == shapes
     assert all(p.is_meta and p.requires_grad for p in sized.values())
-    assert outline.policy(1, 0).trainable.lm.config.num_hidden_layers == 1
     assert outline.prompts.longest(PROMPTS) == loaded.prompts.longest(PROMPTS)
 
 
@@ -141,7 +140,7 @@ def test_published_models_are_known_by_their_names(size: str, billions: float) -
     """What the names count is the language model with its head: DeepSeek-LLM 1.5B and 7B."""
     outline = JanusPro().published(f"deepseek-community/Janus-Pro-{size}@main")
     assert outline is not None and JanusPro().published("BLIP3o/BLIP3o-NEXT-SFT-3B") is None
-    model = outline.policy(outline.layers, 0).model
+    model = outline.policy().model
     count = sum(p.numel() for p in model.model.language_model.parameters()) + model.lm_head.weight.numel()
     assert count / 1e9 == pytest.approx(billions, abs=0.1)
     assert outline.prompts.canvas(PROMPTS[0]) == (576, (384, 384), None, (24, 24))

@@ -11,12 +11,13 @@ import yaml
 
 from imagerl.models.blip3o_next.loading import save_policy
 from imagerl.models.families import load_outline
-from imagerl.rl.commands.plan import plans
+from imagerl.rl.commands.plan import fitting, plans
 from imagerl.rl.config.recipe import validate_recipe
 from imagerl.rl.config.train import PromptSetConfig, Recipe, load_recipe
 from imagerl.rl.data.prompt_sets import load_prompt_set
-from imagerl.rl.engine.plan import GIB, make_plan, step_shape, table
 from imagerl.rl.errors import ImageRLError
+from imagerl.rl.training.memory import StepShape
+from imagerl.rl.training.plan import GIB, make_plan, step_shape, table
 from imagerl.rl.types import Canvas, Prompt
 from tests.command import exit_code
 from tests.micro import micro_folder
@@ -70,16 +71,12 @@ def test_a_measured_run_takes_what_its_plan_says(tmp_path: Path) -> None:
     assert planned.busiest == "forward and backward"
 
 
-LANGUAGE = {
-    **{"weights": 100.0, "trained": 100.0, "trained_base": 100.0, "largest": 30.0, "gradients": 400.0},
+COST = {
+    **{"frozen language model": 0.0, "trained language model": 100.0, "reference": 100.0, "trained": 100.0},
+    **{"frozen connector and decoder": 20.0, "frozen autoencoder": 10.0, "frozen image tokenizer": 5.0},
+    **{"largest": 30.0, "gradients": 400.0, "drawing": 500.0, "scoring": 80.0},
     **{"sampler": 200.0, "laying_out": 210.0, "sampling": 60.0, "hidden": 7.0},
-    **{"reference": 80.0, "update_first": 900.0, "update": 1000.0},
-}
-DECODER = {
-    "part connector and decoder": 20.0,
-    "part autoencoder": 10.0,
-    "part image tokenizer": 5.0,
-    "drawing": 500.0,
+    **{"update": 1000.0},
 }
 CANVAS = Canvas(8, (32, 64), (4, 2, 4))
 
@@ -88,7 +85,7 @@ def put_together(gpus: int, *overrides: str) -> tuple[dict[str, float], dict[str
     settings = recipe(
         "rollout.prompts_per_step=8", "engine.micro_batch_size=4", "engine.device=auto", *overrides
     )
-    plan = make_plan(settings, gpus, step_shape(settings, gpus, 20, CANVAS), LANGUAGE, DECODER)
+    plan = make_plan(settings, gpus, step_shape(settings, gpus, 20, CANVAS), COST)
     assert plan.peak == sum(plan.parts.values()) + max(plan.phases.values())
     return dict(plan.parts), dict(plan.phases)
 
@@ -98,9 +95,9 @@ def test_one_gpu_by_hand() -> None:
     assert parts == {
         "language model, trained": 400,
         "KL reference": 400,
-        "connector and decoder": 80,
-        "autoencoder": 40,
-        "image tokenizer": 20,
+        "connector and decoder, frozen": 80,
+        "autoencoder, frozen": 40,
+        "image tokenizer, frozen": 20,
         "optimizer state": 800,
     }
     assert phases == {
@@ -133,24 +130,29 @@ def test_plain_data_parallelism_keeps_its_gradients() -> None:
 
 def test_lora_and_bfloat16_storage() -> None:
     settings = recipe("model.lora={r: 4}", "model.dtype=bf16", "engine.precision=bf16")
-    language = LANGUAGE | {"trained": 6.0, "trained_base": 0.0, "gradients": 24.0}
-    plan = make_plan(settings, 1, step_shape(settings, 1, 20, CANVAS), language, DECODER)
+    counts = {"trained": 6.0, "trained language model": 6.0, "frozen language model": 100.0}
+    cost = COST | counts | {"reference": 0.0, "gradients": 24.0}
+    plan = make_plan(settings, 1, step_shape(settings, 1, 20, CANVAS), cost)
     assert "KL reference" not in plan.parts  # the base with its adapters off
     assert plan.parts["language model, trained"] == 24
     assert plan.parts["language model, frozen"] == 200
-    assert plan.parts["autoencoder"] == 20 and plan.parts["optimizer state"] == 48
+    assert plan.parts["autoencoder, frozen"] == 20 and plan.parts["optimizer state"] == 48
 
 
 def test_a_single_microbatch_has_no_gradients_yet() -> None:
-    _, phases = put_together(1, "rollout.prompts_per_step=1")
-    assert phases["forward and backward"] == 900
+    one_pass = "rollout.prompts_per_step=2", "rollout.group_size=4", "engine.micro_batch_size=8"
+    plain = recipe(*one_pass)
+    divided = recipe(*one_pass, "engine.name=deepspeed", "engine.zero_stage=1", "engine.device=auto")
+    assert not step_shape(plain, 1, 20, CANVAS).later and not step_shape(divided, 2, 20, CANVAS).later
+    assert step_shape(plain, 2, 20, CANVAS).later  # gradients in buckets that stay
+    assert step_shape(recipe("engine.micro_batch_size=1"), 1, 20, CANVAS).later
 
 
 def test_step_shapes() -> None:
     settings = recipe("rollout.prompts_per_step=8", "rollout.sample_chunk=4", "rollout.decode_chunk=2",
                       "eval.batch_size=4", "engine.micro_batch_size=8")  # fmt: skip
     one, four = (step_shape(settings, gpus, 20, CANVAS) for gpus in (1, 4))
-    assert (one.sampled, one.pictures, one.micro_batch, one.share) == (4, 8, 8, 4)
+    assert (one.sampled, one.pictures, one.micro_batch) == (4, 8, 8)
     assert (four.sampled, four.pictures) == (2, 8)
     assert step_shape(recipe("eval.batch_size=64"), 1, 20, CANVAS).pictures == 64
     assert step_shape(settings, 3, 20, CANVAS).sampled == 3  # of the busiest
@@ -179,8 +181,9 @@ def test_edits_cost_their_pictures(tmp_path: Path) -> None:
 
 def test_published_names_need_no_files() -> None:
     published = load_outline("BLIP3o/BLIP3o-NEXT-SFT-3B")
-    assert published.layers == 28 and published.prompts.canvas(Prompt(0, "")).tokens == 729
-    assert load_outline("BLIP3o/BLIP3o-NEXT-edit-VAE").policy(1, 1).decoder.reference_connector is not None
+    assert published.policy().trainable.lm.config.num_hidden_layers == 28
+    assert published.prompts.canvas(Prompt(0, "")).tokens == 729
+    assert load_outline("BLIP3o/BLIP3o-NEXT-edit-VAE").policy().decoder.reference_connector is not None
     with pytest.raises(ImageRLError, match="no folder"):
         load_outline("./nowhere")
 
@@ -200,9 +203,7 @@ def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_too_much_is_said() -> None:
     settings = recipe()
-    plan = make_plan(
-        settings, 1, step_shape(settings, 1, 20, CANVAS), LANGUAGE, DECODER | {"part image tokenizer": 5e9}
-    )
+    plan = make_plan(settings, 1, step_shape(settings, 1, 20, CANVAS), COST | {"frozen image tokenizer": 5e9})
     assert "too much" in table([plan], plan.peak / GIB) and "too much" not in table(
         [plan], plan.peak / GIB * 1.2
     )
@@ -216,3 +217,64 @@ def test_the_full_size_recipe_says_what_the_plan_says(name: str, monkeypatch: py
     (line,) = re.findall(r"^# Memory by `imagerl plan`: .*$", path.read_text(), re.MULTILINE)
     said = [float(number) for number in re.findall(r"\d+\.\d", line)]
     assert said == [round(plan.peak / GIB, 1) for plan in plans(load_recipe(path), (1, 2, 4, 8))]
+
+
+def test_rollout_actors_and_rewards_take_gpus_of_their_own(tmp_path: Path) -> None:
+    """The training process then draws the evaluations alone, an actor holds no gradients and no moments."""
+    folder = micro_folder(tmp_path / "model")
+    settings = recipe("rollout.prompts_per_step=8", "eval.batch_size=4", path=str(folder))
+    apart = recipe(
+        "rollout.prompts_per_step=8",
+        "eval.batch_size=4",
+        "rollout.workers=4",
+        "rewards.workers=2",
+        "rewards.functions=[{import_path: x.py:f, num_gpus: 0.5}]",
+        path=str(folder),
+    )
+    (whole,), (trains, draws) = plans(settings, [1]), plans(apart, [6])
+    assert (trains.title, draws.title) == ("1 GPU", "4 GPUs to draw")
+    assert (
+        trains.parts == whole.parts and trains.phases["drawing pictures"] < whole.phases["drawing pictures"]
+    )
+    assert trains.phases["forward and backward"] == whole.phases["forward and backward"]
+    assert set(draws.phases) < set(trains.phases) and "optimizer state" not in draws.parts
+    assert draws.peak < trains.peak and draws.phases["sampling tokens"] < whole.phases["sampling tokens"]
+    with pytest.raises(ImageRLError, match="reserve 5 GPUs, and 5 leave none to train"):
+        plans(apart, [5])
+
+
+def by_shape(policy: object, settings: Recipe, shape: StepShape, known: object) -> dict[str, float]:
+    """Costs of a larger model that grow with what is done at once."""
+    cost = {name: 1e6 * value for name, value in COST.items()}
+    kept = 0.2 if settings.engine.activation_checkpointing else 1.0
+    update = cost["gradients"] + 1e8 * kept * shape.micro_batch
+    work = {"sampling": 3e7 * shape.sampled, "drawing": 4e7 * shape.pictures}
+    return cost | work | {"update": update}
+
+
+def test_settings_are_found_that_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is proposed is really enough, changes time alone, and is no more than needed."""
+    monkeypatch.setattr("imagerl.rl.training.memory.step_bytes", by_shape)
+    folder = micro_folder(tmp_path / "model")
+    settings = recipe(*OVERRIDES, path=str(folder))
+    (whole,) = plans(settings, [2])
+    room = 0.8 * whole.peak / 0.9 / GIB
+    (found,), changes = fitting(settings, 2, room)
+    assert found.peak <= 0.9 * room * GIB and changes
+    assert {key.partition(".")[0] for key in changes} <= {"engine", "rollout", "eval"}
+    assert fitting(settings, 2, whole.peak / 0.89 / GIB)[1] == {}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe_data(tmp_path, f"model.path={folder}", *OVERRIDES)))
+    assert exit_code(["plan", str(file), "--gpus", f"2x{room}"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        last.startswith("set: ")
+        and exit_code(["plan", str(file), *last.split()[1:], "--gpus", f"2x{room}"]) == 0
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == "the recipe fits as it is"
+    assert exit_code(["plan", str(file), "--gpus", "2x0.1"]) == 1
+    assert "do not fit 2 GPUs of 0.1 GiB, even with" in capsys.readouterr().err
+    assert exit_code(["plan", str(file), "--gpus", "many"]) == 1
+    assert "--gpus is 'many'; give a number" in capsys.readouterr().err
