@@ -35,6 +35,7 @@ class GlmOutline:
                     model = getattr(transformers, kind)
                     config = model.config_class.from_pretrained(self.folder / name, local_files_only=True)
                     parts[name] = model(config)
+                    parts[name].tie_weights()  # which were laid out apart
                 parts[name].requires_grad_(False).eval()
         parts |= {name: load_other(self.folder, name) for name in ("processor", "tokenizer", "scheduler")}
         policy = GlmImagePolicy(SimpleNamespace(**parts), *read_sampling(self.folder))
