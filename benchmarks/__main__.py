@@ -48,6 +48,33 @@ def bench_step(
     benchmarks.show(trained_steps(recipe, overrides or [], steps), json)
 
 
+@bench.command("reference")
+def bench_reference(
+    recipe: Annotated[str, typer.Argument(help="recipe YAML")] = "recipes/tiny_ocr_grpo.yaml",
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=2, help="training steps of each; an even number")] = 6,
+    json: ReportFile = None,
+) -> None:
+    """Time training steps of a recipe beside the public code's way of taking them, on the same model."""
+    import torch
+
+    from benchmarks import measuring as benchmarks
+    from benchmarks.reference import ReferenceStep, compared
+    from imagerl.models.families import load_policy
+    from imagerl.rewards.base import RewardSpec, load_rewards
+    from imagerl.rewards.workers.scoring import score_request
+    from imagerl.rl.config.train import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
+    torch.manual_seed(settings.run.seed)
+    policy = load_policy(settings.model.path, "cpu")
+    specs = [RewardSpec.from_mapping(spec.model_dump()) for spec in settings.rewards.functions]
+    theirs = ReferenceStep(policy, settings, partial(score_request, load_rewards(specs)))
+    ours = partial(trained_steps, recipe, overrides or [], steps + 1)
+    benchmarks.show(compared(theirs, ours, steps), json)
+
+
 @bench.command("rewards")
 def bench_rewards(
     recipe: Annotated[str, typer.Argument(help="recipe YAML")] = "recipes/tiny_ocr_grpo.yaml",

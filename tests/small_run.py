@@ -196,18 +196,3 @@ class Command:
     @property
     def output(self) -> str:
         return self._output.read_text()
-
-
-# What one process of several runs: the command lines in its first argument, one after the other.
-RANK_PROGRAM = """
-import json, sys
-from imagerl.rl.commands.cli import main
-from imagerl.rl.engine.engine import Engine
-close, Engine.close = Engine.close, lambda engine: None  # DeepSpeed keeps a process group for good
-for arguments in json.loads(sys.argv[1]):
-    try:
-        main(arguments)
-    except SystemExit as end:
-        if end.code:
-            raise
-"""

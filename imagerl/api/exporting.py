@@ -30,6 +30,7 @@ from imagerl.rl.engine.checkpoint import (
     MANIFEST,
     Checkpoint,
     latest_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     package_versions,
     step_of,
@@ -58,6 +59,9 @@ def checkpoint_of(source: Path) -> Path:
     Raises ImageRLError when `source` is neither, or the run has no checkpoint yet."""
     source = source.resolve()  # the run is found above its checkpoint, wherever we are
     if source.name.startswith("step_"):
+        if not source.is_dir() and source.parent.is_dir():
+            kept = ", ".join(folder.name for folder in list_checkpoints(source.parent)) or "none"
+            raise ImageRLError(f"there is no checkpoint {source}; kept are: {kept}")
         return source
     if source.name == CHECKPOINTS:
         source = source.parent
@@ -75,7 +79,8 @@ def is_run(path: str) -> bool:
     """Tell whether a `model.path` is a run's, or that of one of its checkpoints."""
     place = Path(path).expanduser()
     marks = place / CHECKPOINTS, place / MANIFEST, place / MODEL / "config.json"
-    return path not in SHIPPED and any(mark.exists() for mark in marks)
+    pruned = place.name.startswith("step_") and not place.is_dir() and place.parent.is_dir()
+    return path not in SHIPPED and (pruned or any(mark.exists() for mark in marks))
 
 
 def as_model(path: str) -> str:

@@ -127,7 +127,7 @@ class TrainingResult:
                 "figures": (
                     number(row.before.mean, row.rate),
                     number(row.after.mean, row.rate),
-                    row.change if row.change in ("rose", "fell") else "",
+                    row.tone,
                 ),
                 "lead": change(row.difference, row.rate),
             }

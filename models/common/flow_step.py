@@ -47,7 +47,7 @@ def step_coefficients(kind: StepKind, sigmas: Tensor, noise_level: float = 0.0) 
     """Compute the coefficients of all steps of a schedule.
 
     At sigma = 1 the diffusion coefficient of `sde` is infinite. As in the public code its 1 - sigma is then
-    taken at the second noise level, `sigmas[1]`, and nothing else changes.
+    taken at the second noise level, `sigmas[1]`, and nothing else changes; likewise at a sigma that rounding made of 1.
 
     Args:
         sigmas: [N + 1] falling noise levels in [0, 1].
@@ -143,7 +143,7 @@ def _diffusion(sigmas: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _sde(sigmas: Tensor, noise_level: float) -> tuple[Tensor, Tensor, Tensor]:
     sigma = sigmas[:-1]
-    distance = 1 - torch.where(sigma == 1, sigmas[1], sigma)
+    distance = 1 - torch.where(sigma > 1 - 1e-6, sigmas[1], sigma)
     return _diffusion(sigmas, noise_level * (sigma / distance).sqrt())
 
 

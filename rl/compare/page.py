@@ -11,10 +11,11 @@ from markupsafe import Markup
 
 from imagerl.rl.compare.results import Contrast, Kind, Results, RunResult, Standing
 from imagerl.rl.evaluation.stats import FEWEST_SEEDS, number, span
+from imagerl.rl.files.grids import embedded_grid
 from imagerl.rl.files.reading import read_json
 from imagerl.rl.files.writing import write_atomic
 from imagerl.rl.run.charts import Chart, Series, as_float
-from imagerl.rl.run.report import bar, embedded_grid, reach, render_page
+from imagerl.rl.run.report import bar, reach, render_page
 from imagerl.rl.run.svg import render
 
 PAGE = "report.html"
@@ -121,8 +122,8 @@ def comparison_charts(results: Results) -> list[Chart]:
             )
     for chart in charts:
         chart.smoothed, chart.axis = False, plan.budget.unit.removesuffix("s")
-        chart.series = [series for series in chart.series if len(series.steps)]
-    return [chart for chart in charts if chart.series]
+    # one without steps keeps its place: a recipe has the same colour in every chart
+    return [chart for chart in charts if any(len(series.steps) for series in chart.series)]
 
 
 def _heldout(results: Results, label: str, metric: str) -> Series:

@@ -13,6 +13,7 @@ import yaml
 from imagerl.rl.config.recipe import Override, apply_override, find_recipe, read_recipe, validate_recipe
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.errors import ImageRLError
+from imagerl.rl.files.mistakes import holds_list, iter_fields
 from imagerl.rl.files.writing import write_atomic
 from imagerl.rl.files.yaml_text import Dumper, parse_yaml
 
@@ -22,12 +23,14 @@ MOST_POINTS = 256  # of a grid
 def split_axes(words: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
     """Split `key=[a, b]`, the values that a key takes in turn, from overrides of all runs. A key whose value is a
     list takes a list of lists. Raises ImageRLError for no axis, one twice, or one of a single value."""
+    lists = {key.removesuffix(".functions") for key, i in iter_fields(Recipe) if holds_list(i.annotation)}
     axes: dict[str, list[Any]] = {}
     others = []
     for word in words:
         key, _, text = word.partition("=")
         values = parse_yaml(text, f'"{word}"') if text.startswith("[") else None
-        if not isinstance(values, list):
+        plain = key in lists and not (values and all(isinstance(value, list) for value in values))
+        if not isinstance(values, list) or plain:
             others.append(word)
         elif key in axes or len(values) < 2:
             raise ImageRLError(

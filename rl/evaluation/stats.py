@@ -8,7 +8,7 @@ bounds says "too few to tell", and `verdict` reads nothing else. docs/compare.md
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,9 @@ FEWEST_SEEDS = (
     3  # of two, one number tells their spread: verdicts would be wrong in up to 10 % (docs/compare.md)
 )
 TOO_FEW = "too few to tell"
+# How parts of rewards are named of which less is better, and those of which neither is.
+LESS_IS_BETTER = ("fault", "error", "loss")
+NEITHER = ("kl", "sigma", "questions", "cached", "retries", "tokens_", "time_s", "cost")
 ALIKE = 1e-9  # relative: what is closer differs by rounding
 
 Verdict = Literal["higher", "lower", "no difference shown"]
@@ -34,6 +37,15 @@ def headline(metrics: Iterable[str]) -> str | None:
     """Pick the metric to name first: one of HEADLINES, else the first; None where nothing was measured."""
     names = list(metrics)
     return next((name for name in HEADLINES if name in names), names[0] if names else None)
+
+
+def direction(metric: str, penalties: Collection[str] = ()) -> int:
+    """Tell whether more of a metric is better (1), less (−1), or neither (0), from its name and which rewards have a
+    negative weight. Of what these are made of, nothing is known."""
+    owner, _, part = metric.rpartition("/")
+    if part.startswith(NEITHER) or owner in penalties:
+        return 0
+    return -1 if part.startswith(LESS_IS_BETTER) or metric in penalties else 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import io
 import logging
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -19,8 +21,9 @@ from imagerl.rl.files.writing import write_atomic
 
 CAPTION = 12  # of a picture's width is a caption's height: legible where a grid of four fills half a page
 SMALLEST = 12  # pixels
-FONTS = "noto_cjk_sans_jp_regular"  # the package of `imagerl[fonts]`: Han, Kana, Hangul
+HAN = "noto_cjk_sans_jp_regular"  # a package that is one font: Han, Kana, Hangul
 INK = (70, 74, 82)
+MAX_PICTURE = 400_000  # bytes; larger grids are embedded in pages as JPEG, 1400 px wide at most
 # What may begin a line on its own: scripts that set no blanks between words.
 _WORDS = re.compile(
     r"[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]|[^\s\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]+|\s+"
@@ -90,6 +93,23 @@ def save_image(image: Image.Image, path: Path | str) -> Path:
     return path
 
 
+@lru_cache(maxsize=64)
+def embedded_grid(path: Path, changed: int = 0) -> dict[str, Any]:
+    """Read a sample grid as `uri`, a data URI, with `step`, `width` and `height`; kept for a page that is written again
+    and again, until the file has `changed`. Raises OSError for no picture."""
+    data, kind = path.read_bytes(), "png"
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    size = image.size
+    if len(data) > MAX_PICTURE:
+        image.thumbnail((1400, 100_000))
+        buffer, kind = io.BytesIO(), "jpeg"
+        image.save(buffer, format="JPEG", quality=88)
+        data = buffer.getvalue()
+    step = int(re.sub(r"\D", "", path.stem) or 0)
+    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return {"step": step, "uri": uri, "width": size[0], "height": size[1]}
+
+
 def _runs(text: str, size: int) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:
     """Cut a line into pieces that one font can draw."""
     for file, piece in groupby(text, _file_for):
@@ -98,23 +118,23 @@ def _runs(text: str, size: int) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:
 
 @cache
 def _file_for(character: str) -> Path:
-    """Find a font that has the character: DejaVu, then that of FONTS, then any of the machine's."""
+    """Find a font that has the character: DejaVu, then that of HAN, then any of the machine's."""
     for files in (_ours, *([] if character.isascii() else [_of_the_machine])):
         for file in files():
             if ord(character) in _characters(file):
                 return file
-    script = unicodedata.name(character, "UNNAMED").split()[0]
-    _tell_missing(script)
+    sign = unicodedata.category(character).startswith("S")  # emoji
+    _tell_missing("SYMBOLS" if sign else unicodedata.name(character, "UNNAMED").split()[0])
     return _ours()[0]
 
 
 @cache
 def _ours() -> list[Path]:
-    """List DejaVu, which covers far more scripts than Pillow's own font, and the files of FONTS."""
-    folders = {name: importlib.util.find_spec(name) for name in ("matplotlib", FONTS)}  # nothing is imported
-    found = {n: Path(p) for n, spec in folders.items() if spec for p in spec.submodule_search_locations or []}
-    dejavu = found["matplotlib"] / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return [dejavu, *(sorted(found[FONTS].glob("*.[ot]tf")) if FONTS in found else [])]
+    """List DejaVu, which covers far more scripts than Pillow's own font, and the font of HAN."""
+    files = {"matplotlib": "mpl-data/fonts/ttf/DejaVuSans.ttf", HAN: "NotoSansCJKjp-Regular.otf"}
+    specs = {name: importlib.util.find_spec(name) for name in files}  # nothing is imported
+    places = {n: Path(p) for n, spec in specs.items() if spec for p in spec.submodule_search_locations or []}
+    return [place / files[name] for name, place in places.items()]
 
 
 @cache
@@ -143,10 +163,12 @@ def _font(file: Path, size: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def _tell_missing(script: str) -> None:
-    """Say once of a script (the first word of its characters' Unicode names) what it lacks here."""
-    ours = script in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL") and len(_ours()) == 1
-    helps = "pip install 'imagerl[fonts]'" if ours else "install one that has"
-    _logger.warning("captions have characters (%s) that no font here has; %s", script, helps)
+    """Say once of a script (the first word of its characters' Unicode names) that it lacks a font here."""
+    _logger.warning(
+        "captions have characters (%s) that no font of this machine has; install one that has (a .ttf or .otf "
+        "file in ~/.fonts will do)",
+        script,
+    )
 
 
 def _fit(caption: str, width: int, size: int, max_lines: int = 3) -> list[str]:

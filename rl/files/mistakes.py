@@ -25,7 +25,7 @@ def iter_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
         yield key, info
         section = _section(info.annotation)
         if section is not None:
-            yield from iter_fields(section, f"{key}.0." if _holds_list(info.annotation) else f"{key}.")
+            yield from iter_fields(section, f"{key}.0." if holds_list(info.annotation) else f"{key}.")
 
 
 def iter_keys(cls: type[BaseModel]) -> Iterator[tuple[str, str]]:
@@ -160,8 +160,9 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return next((s for s in map(_section, get_args(annotation)) if s is not None), None)
 
 
-def _holds_list(annotation: Any) -> bool:
-    return getattr(annotation, "__origin__", None) is list or any(map(_holds_list, get_args(annotation)))
+def holds_list(annotation: Any) -> bool:
+    """Tell whether a field of this type may be a list."""
+    return getattr(annotation, "__origin__", None) is list or any(map(holds_list, get_args(annotation)))
 
 
 def shown(value: Any) -> str:

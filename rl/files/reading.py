@@ -104,7 +104,8 @@ def parse_json(text: str, place: str) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_without_doubles)
     except json.JSONDecodeError as error:
-        raise ImageRLError(f"{place}: not JSON ({error.msg}, line {error.lineno})") from None
+        where = f"line {error.lineno}" if "\n" in text else f"column {error.colno}"
+        raise ImageRLError(f"{place}: not JSON ({error.msg}, {where})") from None
     except ValueError as error:  # a key twice, or a number of thousands of digits
         raise ImageRLError(f"{place}: not JSON ({one_line(error).partition(';')[0]})") from None
     except RecursionError:

@@ -49,14 +49,14 @@ class Chart:
     @property
     def description(self) -> str:
         """Describe the chart in words, for those who cannot see it."""
-        parts = []
+        told = []
         for series in self.series:
             points = [(s, v) for s, v in zip(series.steps, series.values, strict=True) if math.isfinite(v)]
             if points:
                 (s0, v0), (s1, v1) = points[0], points[-1]
                 ends = f"{v0:.4g} at {self.axis} {s0:.6g}, {v1:.4g} at {self.axis} {s1:.6g}"
-                parts.append(f"{series.label}: {ends}")
-        return f"{self.title}. " + "; ".join(parts)
+                told.append(f"{series.label}: {ends}")
+        return f"{self.title}. " + "; ".join(told)
 
 
 def training_charts(training: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -80,9 +80,8 @@ def training_charts(training: Sequence[Mapping[str, Any]]) -> list[Chart]:
         one.label = "mean ± standard deviation"
         one.low = [m - s for m, s in zip(one.values, spread, strict=True)]
         one.high = [m + s for m, s in zip(one.values, spread, strict=True)]
-    parts = [m[1] for key in keys if (m := re.fullmatch(r"reward/(.+)/mean", key))]
-    components = [Series(p, steps, column(f"reward/{p}/mean")) for p in parts]
-    width = COLOURS
+    names = [m[1] for key in keys if (m := re.fullmatch(r"reward/(.+)/mean", key))]
+    components = [Series(name, steps, column(f"reward/{name}/mean")) for name in names]
     shares = [key for key in keys if key.startswith("share/")]
     shares.sort(key=lambda key: (key == "share/other", -sum(v for v in column(key) if math.isfinite(v))))
     expected = [r["policy/ratio_is_one_expected"] for r in training if "policy/ratio_is_one_expected" in r]
@@ -94,10 +93,7 @@ def training_charts(training: Sequence[Mapping[str, Any]]) -> list[Chart]:
             "Weighted sum of the rewards over all samples of a step. The band is one standard deviation.",
             reward,
         ),
-        *(
-            Chart("Rewards in training", "Raw values, before weights.", components[i : i + width])
-            for i in range(0, len(components), width)
-        ),
+        *parts("Rewards in training", "Raw values, before weights.", components),
         Chart(
             "KL to the reference",
             "Three estimates, nats per token. k1 and k3 are unbiased; k3 is never negative and less noisy.",
@@ -143,7 +139,7 @@ def training_charts(training: Sequence[Mapping[str, Any]]) -> list[Chart]:
         Chart(
             "Where the time goes",
             "Share of each phase in the wall time of a step.",
-            [Series(key.removeprefix("share/"), steps, column(key)) for key in shares[:width]],
+            [Series(key.removeprefix("share/"), steps, column(key)) for key in shares[:COLOURS]],
             kind="stack",
             percent=True,
         ),
@@ -154,6 +150,13 @@ def training_charts(training: Sequence[Mapping[str, Any]]) -> list[Chart]:
             zero=True,
         ),
     ]
+
+
+def parts(title: str, note: str, curves: Sequence[Series], **style: Any) -> list[Chart]:
+    """Make as many charts as there must be for each curve to have a colour of its own, and none without a curve."""
+    places = range(0, len(curves), COLOURS)
+    charts = [Chart(title, note, list(curves[start : start + COLOURS]), **style) for start in places]
+    return [chart for chart in charts if any(len(series.steps) for series in chart.series)]
 
 
 def as_float(value: object) -> float:

@@ -19,7 +19,7 @@ import numpy as np
 
 from imagerl.rl.config.monitors import MonitorsConfig
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.evaluation.stats import TOTAL, Interval, paired_difference, verdict
+from imagerl.rl.evaluation.stats import TOTAL, Interval, direction, paired_difference, verdict
 from imagerl.rl.training.reward_stats import correlation
 
 MIN_EVALUATIONS = 3  # for a correlation; that of two is always ±1
@@ -265,7 +265,12 @@ class Watch:
 
 
 def watched(settings: MonitorsConfig, gold: Sequence[str]) -> list[str]:
-    """Name the watched metrics."""
+    """Name the watched metrics. Raises ImageRLError for one that may fall."""
+    odd = next((name for name in settings.watch or () if direction(name) != 1), None)
+    if odd is not None:
+        raise ImageRLError(
+            f"monitors.watch: a fall of {odd} is no loss; watch what should rise, as exact_match"
+        )
     return list(gold) if settings.watch is None else settings.watch
 
 

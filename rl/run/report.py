@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import datetime
-import io
 import math
 import re
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-from PIL import Image
+from markupsafe import Markup, escape
 
 from imagerl.rl.config.monitors import MonitorsConfig
 from imagerl.rl.errors import ImageRLError, one_line
@@ -26,6 +23,7 @@ from imagerl.rl.evaluation.stats import (
     TOTAL,
     Interval,
     compare,
+    direction,
     headline,
     number,
     span,
@@ -33,17 +31,17 @@ from imagerl.rl.evaluation.stats import (
     verdict,
 )
 from imagerl.rl.evaluation.temperatures import words
+from imagerl.rl.files.grids import embedded_grid
 from imagerl.rl.files.metrics import is_timing, read_metrics
 from imagerl.rl.files.reading import read_json, read_text
 from imagerl.rl.files.writing import write_atomic
 from imagerl.rl.files.yaml_text import parse_yaml
-from imagerl.rl.run.charts import SMOOTH_FROM, Chart, Series, as_float, training_charts
+from imagerl.rl.run.charts import SMOOTH_FROM, Chart, Series, as_float, parts, training_charts
 from imagerl.rl.run.monitors_report import alarms, monitor_charts
 from imagerl.rl.run.svg import render
 
 COST = 0.02  # of a run's time, at most, goes into its page
 MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
-MAX_PICTURE = 400_000  # bytes; larger grids are embedded as JPEG, 1400 px wide at most
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -91,7 +89,13 @@ def render_page(template: str, content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"number": number, "span": span, "command": _command, "title": title}
+    templates.filters |= {
+        "number": number,
+        "span": span,
+        "command": _command,
+        "title": title,
+        "breaks": _breaks,
+    }
     return templates.get_template(template).render(content)
 
 
@@ -163,6 +167,11 @@ def gather(run_dir: Path, drawn: bool = True) -> dict[str, Any]:
     }
 
 
+def _breaks(name: str) -> Markup:
+    """Let a name break where its words end."""
+    return Markup(re.sub("([_/])", r"\1<wbr>", str(escape(name))))
+
+
 def title(metric: str) -> str:
     """Write the name of a metric as the subject of a sentence: ours in plain words, all others as they are."""
     return metric.replace("_", " ") if metric in HEADLINES else metric
@@ -176,6 +185,7 @@ class Row:
     metric: str
     rate: bool  # a share of prompts, shown in per cent
     gold: bool  # measured, never trained on
+    direction: int  # 1: more of it is better, -1: less, 0: neither
     prompts: int | None
     before_step: int
     after_step: int
@@ -188,6 +198,12 @@ class Row:
     def change(self) -> str:
         told = verdict(self.difference) if self.difference else "no difference shown"
         return {"higher": "rose", "lower": "fell"}.get(told, told)
+
+    @property
+    def tone(self) -> str:
+        """Say whether the change is `good` or `bad`; empty where none is shown or nobody can tell."""
+        way = self.direction * {"rose": 1, "fell": -1}.get(self.change, 0)
+        return {1: "good", -1: "bad"}.get(way, "")
 
 
 def _evaluations(
@@ -218,6 +234,7 @@ def _rows(
 ) -> list[Row]:
     first, last = min(steps), max(steps)
     gold = gold_metrics(recipe, suite, steps[first]["metrics"])
+    penalties = [name for name, reward in _labelled(recipe, "rewards").items() if _is_penalty(reward)]
     compared = comparison.get("before_step"), comparison.get("after_step")
     if comparison.get("suite", suite) == suite and compared == (first, last):
         told = comparison.get("metrics") or {}
@@ -236,6 +253,7 @@ def _rows(
             metric,
             rate=values <= {0, 1} if values else metric.endswith(HEADLINES),
             gold=metric in gold,
+            direction=direction(metric, penalties),
             prompts=steps[last].get("n"),
             before_step=first,
             after_step=last,
@@ -300,7 +318,7 @@ def _heldout_charts(suites: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> li
             unit = "share of prompts" if rate else "mean score"
             note = f"Suite {suite}, {unit} with 95 % intervals, on prompts never trained on."
             title = "Held-out results" if rate else "Held-out scores"
-            charts.append(Chart(title, note, series, kind="points", percent=rate))
+            charts += parts(title, note, series, kind="points", percent=rate)
     return charts
 
 
@@ -326,30 +344,13 @@ def _frames(run_dir: Path, problems: list[str]) -> list[dict[str, Any]]:
     return frames
 
 
-@lru_cache(maxsize=2 * MAX_FRAMES)
-def embedded_grid(path: Path, changed: int = 0) -> dict[str, Any]:
-    """Read a sample grid as `uri`, a data URI, with `step`, `width` and `height`; kept for a page that is written again
-    and again, until the file has `changed`. Raises OSError for no picture."""
-    data, kind = path.read_bytes(), "png"
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    size = image.size
-    if len(data) > MAX_PICTURE:
-        image.thumbnail((1400, 100_000))
-        buffer, kind = io.BytesIO(), "jpeg"
-        image.save(buffer, format="JPEG", quality=88)
-        data = buffer.getvalue()
-    step = int(re.sub(r"\D", "", path.stem) or 0)
-    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return {"step": step, "uri": uri, "width": size[0], "height": size[1]}
-
-
 def _facts(recipe: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Pick the few settings that identify a run at a glance."""
     seconds = sum(r.get("time/step_s") or 0.0 for r in training)
     prompts, group = _dig(recipe, "rollout", "prompts_per_step"), _dig(recipe, "rollout", "group_size")
     facts = {
         "Algorithm": _dig(recipe, "algorithm", "name"),
-        "Rewards": ", ".join(_labels(recipe)[0]),
+        "Rewards": ", ".join(_labelled(recipe, "rewards")),
         "Model": _dig(recipe, "model", "path"),
         "Samples a step": f"{prompts} prompts × {group}" if prompts and group else None,
         "Seed": _dig(recipe, "run", "seed"),
@@ -361,7 +362,7 @@ def _facts(recipe: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> 
 def gold_metrics(recipe: Mapping[str, Any], suite: str, metrics: Iterable[str]) -> list[str]:
     """List the metrics of an evaluation that are measured and never trained on. Names that begin with no label are
     parts of the reward or gold metric that is named like the suite; the total is of rewards alone."""
-    trained, gold = _labels(recipe)
+    trained, gold = _labelled(recipe, "rewards"), _labelled(recipe, "gold")
     owners = {
         m: next((n for n in [*trained, *gold] if f"{m}/".startswith(f"{n}/")), suite)
         for m in metrics
@@ -370,18 +371,18 @@ def gold_metrics(recipe: Mapping[str, Any], suite: str, metrics: Iterable[str]) 
     return [metric for metric, owner in owners.items() if owner in gold]
 
 
-def _labels(recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Name the rewards, and the gold metrics, as metrics do."""
-    rewards = _dig(recipe, "rewards", "functions") or recipe.get("rewards")
-    trained, gold = (
-        [
-            s.get("name") or str(s.get("import_path")).rpartition(":")[2]
-            for s in specs or []
-            if isinstance(s, dict)
-        ]
-        for specs in (rewards, recipe.get("gold"))
-    )
-    return trained, gold
+def _labelled(recipe: Mapping[str, Any], section: str) -> dict[str, Mapping[str, Any]]:
+    """Return the settings of the rewards, or of the gold metrics, by the names that metrics give them."""
+    specs = _dig(recipe, section, "functions") or recipe.get(section) or []
+    return {
+        s.get("name") or str(s.get("import_path")).rpartition(":")[2]: s for s in specs if isinstance(s, dict)
+    }
+
+
+def _is_penalty(reward: Mapping[str, Any]) -> bool:
+    weight = reward.get("weight", 1)
+    weights = [as_float(one) for one in (weight.values() if isinstance(weight, dict) else [weight])]
+    return any(w < 0 for w in weights) and not any(w > 0 for w in weights)
 
 
 def _dig(content: Any, *keys: str) -> Any:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import METRICS_FILE
-from imagerl.rl.run.charts import COLOURS, Chart, Series, as_float
+from imagerl.rl.run.charts import Chart, Series, as_float, parts
 from imagerl.rl.run.folder import RECIPE_FILE
 from imagerl.rl.run.report import gather, render_page
 from imagerl.rl.run.svg import render
@@ -123,30 +123,25 @@ def distinct_names(runs: Sequence[Path]) -> list[str]:
 def side_by_side(contents: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
     """Chart runs together, as many in each chart as there are colours."""
     charts: list[Chart] = []
-    heldout: dict[str, list[Series]] = {}
+    heldout: dict[str, dict[str, Series]] = {}
     rates: dict[str, bool] = {}
     for name, content in contents.items():
         for chart in content["heldout"]:
             for series in chart.series:
                 rates[series.label] = chart.percent and rates.get(series.label, True)
-                heldout.setdefault(series.label, []).append(replace(series, label=name))
-    for label, curves in heldout.items():
-        note = "Held-out, with 95 % intervals."
-        charts += _parts(label, note, curves, kind="points", percent=rates[label])
+                heldout.setdefault(series.label, {})[name] = replace(series, label=name)
+    for label, known in heldout.items():
+        curves = [
+            known.get(name, Series(name, [], [])) for name in contents
+        ]  # a run has one colour everywhere
+        charts += parts(label, "Held-out, with 95 % intervals.", curves, kind="points", percent=rates[label])
     for title, key, note in CURVES:
         curves = []
         for name, content in contents.items():
-            known = [r for r in content["training"] if r.get(key) is not None]
-            curves.append(Series(name, [r["step"] for r in known], [as_float(r[key]) for r in known]))
-        charts += _parts(title, note, [curve for curve in curves if len(curve.steps)])
+            told = [r for r in content["training"] if r.get(key) is not None]
+            curves.append(Series(name, [r["step"] for r in told], [as_float(r[key]) for r in told]))
+        charts += parts(title, note, curves)
     return charts
-
-
-def _parts(title: str, note: str, curves: Sequence[Series], **style: Any) -> list[Chart]:
-    return [
-        Chart(title, note, list(curves[start : start + COLOURS]), **style)
-        for start in range(0, len(curves), COLOURS)
-    ]
 
 
 def watch_app(places: Sequence[Path]) -> web.Application:

@@ -30,6 +30,8 @@ from imagerl.rl.types import (
     repeat,
     select,
 )
+from tests.command import measured
+from tests.ranks import Ranks
 from tests.small_run import write_recipe
 
 PROMPTS = [
@@ -218,29 +220,37 @@ def _scored(policy: Policy, sampling: SamplingParams) -> tuple[Rows, Tensor]:
     return rows, trajectory.tokens
 
 
-def test_gradients_are_those_of_finite_differences(policy: Policy) -> None:
-    module = policy.trainable.double()
+def along_a_direction(
+    module: torch.nn.Module, objective: Callable[[], Tensor], step: float
+) -> tuple[Tensor, Tensor]:
+    """The slope of an objective along a random direction of a module's weights: by their gradients, which a backward
+    pass has left there, and by finite differences."""
     trained = [p for p in module.parameters() if p.requires_grad]
     numbers = torch.Generator().manual_seed(3)
     direction = [torch.randn(p.shape, generator=numbers, dtype=p.dtype) for p in trained]
+    slope = sum((p.grad * d).sum() for p, d in zip(trained, direction, strict=True) if p.grad is not None)
+    values = []
+    with torch.no_grad():
+        for factor in (step, -2 * step, step):
+            for p, d in zip(trained, direction, strict=True):
+                p += factor * d
+            values.append(objective())
+    return torch.as_tensor(slope, dtype=values[0].dtype), (values[0] - values[1]) / (2 * step)
+
+
+def test_gradients_are_those_of_finite_differences(policy: Policy) -> None:
+    module = policy.trainable.double()
     for sampling in samplings(policy):
         rows, tokens = _scored(copy.deepcopy(policy), sampling)
 
-        def objective(step: float, sampling: SamplingParams = sampling) -> Tensor:
-            for p, d in zip(trained, direction, strict=True):
-                p.data += step * d
+        def objective(sampling: SamplingParams = sampling) -> Tensor:
             result: Tensor = module(rows, tokens, sampling).logprobs.double().mean()  # noqa: B023
-            for p, d in zip(trained, direction, strict=True):
-                p.data -= step * d
             return result
 
         module.zero_grad()
-        objective(0.0).backward()
-        slope = sum((p.grad * d).sum() for p, d in zip(trained, direction, strict=True) if p.grad is not None)
-        with torch.no_grad():
-            step = 3e-4
-            estimate = (objective(step) - objective(-step)) / (2 * step)
-        torch.testing.assert_close(torch.as_tensor(slope), estimate, rtol=2e-2, atol=1e-4)
+        objective().backward()
+        slope, estimate = along_a_direction(module, objective, 3e-4)
+        torch.testing.assert_close(slope, estimate, rtol=2e-2, atol=1e-4)
 
 
 def test_pictures_are_of_the_canvas_and_each_its_own(shared: Policy) -> None:
@@ -356,16 +366,23 @@ def test_denoising_steps_are_replayed_as_they_were_drawn(policy: Policy) -> None
     pictures, kept = flow.decode_steps(rows, trajectory, start, extra, steps)
     assert pictures.shape == (count, 3, *canvas.pixels)
     schedule = flow.schedule(steps, canvas.noise)
+    assert schedule.sigma[0] == 1  # where the noise, infinite at 1 itself, is that of the second step
+    assert kept.latents.std() < 10
     points = kept.latents[:, :-1], schedule.sigma.expand(count, -1)
-    velocity = flow.trainable(kept.condition, *points, 2.0)
-    scores = flow.score(velocity, kept.latents, schedule)
-    torch.testing.assert_close(scores.logprobs.detach(), kept.rollout_logprobs, rtol=0, atol=1e-5)
-    scores.logprobs.sum().backward()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in flow.trainable.parameters())
+
+    def logprobs() -> Tensor:
+        velocity = flow.trainable(kept.condition, *points, 2.0)
+        return flow.score(velocity, kept.latents, schedule).logprobs
+
+    before, velocity = logprobs(), flow.trainable(kept.condition, *points, 2.0).detach()
+    torch.testing.assert_close(before.detach(), kept.rollout_logprobs, rtol=0, atol=1e-5)
+    before.double().mean().backward()
     flow.freeze_reference()
+    slope, estimate = along_a_direction(flow.trainable, lambda: logprobs().double().mean(), 3e-5)
+    torch.testing.assert_close(slope, estimate, rtol=2e-2, atol=1e-4)
     disturb(flow.trainable)
     frozen = flow.reference_velocity(kept.condition, *points, 2.0)
-    torch.testing.assert_close(frozen, velocity.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(frozen, velocity, rtol=1e-5, atol=1e-5)
     assert (flow.trainable(kept.condition, *points, 2.0) - frozen).abs().max() > 1e-4
 
 
@@ -403,15 +420,37 @@ def imagerl(*arguments: str) -> None:
     assert not ended.value.code
 
 
+def run_of(place: Path, name: str, steps: int) -> list[str]:
+    """The command of a run of some steps in `place/name`."""
+    overrides = (f"run.output_dir={place / name}", f"run.steps={steps}", "checkpoint.every=1")
+    more = ("algorithm.kl_coef=0.01", "eval.size=2", "engine.micro_batch_size=4")
+    return ["train", str(write_recipe(place, *overrides, *more, name=f"{name}_{steps}.yaml"))]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """A run of two steps in one process."""
+    imagerl(*run_of(folder.parent, "whole", 2))
+    return folder.parent / "whole"
+
+
 @pytest.mark.slow
-def test_a_run_resumes_bit_for_bit_and_exports(folder: Path) -> None:
-    place = folder.parent
-    for name, steps in (("whole", (2,)), ("parts", (1, 2))):
-        for step in steps:
-            overrides = (f"run.output_dir={place / name}", f"run.steps={step}", "checkpoint.every=1")
-            recipe = write_recipe(place, *overrides, "algorithm.kl_coef=0.01", "eval.size=2")
-            imagerl("train", str(recipe), *(["--resume"] if step > steps[0] else []))
-    whole, parts = (place / name / "checkpoints" / "step_000002" for name in ("whole", "parts"))
+def test_a_run_resumes_bit_for_bit_and_exports(whole: Path) -> None:
+    place = whole.parent
+    imagerl(*run_of(place, "parts", 1))
+    imagerl(*run_of(place, "parts", 2), "--resume")
+    one, other = (run / "checkpoints" / "step_000002" for run in (whole, place / "parts"))
     for file in ("model.safetensors", "optimizer.safetensors"):
-        assert (whole / file).read_bytes() == (parts / file).read_bytes()
-    imagerl("export", str(place / "whole"), str(place / "out"))
+        assert (one / file).read_bytes() == (other / file).read_bytes()
+    imagerl("export", str(whole), str(place / "out"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(whole: Path) -> None:
+    """The same prompts, pictures and update, to rounding: what each draws depends on its own numbers alone."""
+    place = whole.parent
+    Ranks(place, 2, run_of(place, "together", 2)).succeed()
+    alone, together = measured(whole), measured(place / "together")
+    assert len(alone) == len(together) > 2
+    for one, two in zip(alone, together, strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)

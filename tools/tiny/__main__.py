@@ -66,5 +66,19 @@ def janus(
     print(f"model, pictures and prompts in {out}")
 
 
+@tiny.command()
+def glm(
+    out: Annotated[Path, typer.Argument(help="new folder")],
+    steps: Annotated[int, typer.Option(min=1, help="updates of the autoencoder, 16 pictures each")] = 600,
+    count: Annotated[int, typer.Option(min=1, help="pictures to fine-tune on")] = 4000,
+    seed: Annotated[int, typer.Option(min=0, help="seed of everything random")] = 0,
+) -> None:
+    """Make a small GLM-Image that has not learnt to draw numbers, with pictures and prompts to teach it by."""
+    from tools.tiny.glm_image import run
+
+    run(out, steps, count, seed)
+    print(f"model, pictures and prompts in {out}")
+
+
 if __name__ == "__main__":
     main(program=tiny, called="python -m tools.tiny")

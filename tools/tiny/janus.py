@@ -6,9 +6,7 @@ that the nearest code is the signs of what the encoder says (binary spherical qu
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from imagerl.rl.data.seeding import derive_seed, generator
-from imagerl.rl.data.tiny.world import FONTS, Scene, random_scene, split_of
 from imagerl.rl.files.writing import atomic_folder
 from tools.tiny.config import StageConfig
 from tools.tiny.model import byte_pairs
-from tools.tiny.render import write_folder, written
+from tools.tiny.number_world import scenes, write_world
 from tools.tiny.samples import pictures
 from tools.tiny.stages import LogFn, fit, reconstruction_loss, show
 
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import JanusForConditionalGeneration, JanusProcessor, PreTrainedTokenizerFast
 
 SIDE = 32  # pixels of a picture's side, 4 of a token's
-FONT = FONTS[0]
 BITS = 10  # of a code: 1,024 codes
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 IMAGE, BEGIN, END = "<image_placeholder>", "<begin_of_image>", "<end_of_image>"
@@ -72,19 +68,6 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 CODES = StageConfig(steps=1500, batch_size=16, lr=2e-3, warmup_steps=50, bf16=False)
-
-
-def numbers(split: str) -> list[str]:
-    """Return the numbers of three digits of a split, shuffled."""
-    found = [text for text in (f"{number:03d}" for number in range(1000)) if split_of(text) == split]
-    random.Random(derive_seed("janus numbers")).shuffle(found)
-    return found
-
-
-def scenes(split: str, count: int, *seed: int) -> list[Scene]:
-    """Draw scenes; the first have a number each, in order."""
-    rng, pool = random.Random(derive_seed("janus scenes", split, *seed)), numbers(split)
-    return [random_scene(rng, pool[place % len(pool)], [FONT]) for place in range(count)]
 
 
 def text_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -166,11 +149,6 @@ def fit_codes(vq: Any, seen: Tensor, stage: StageConfig, log: LogFn) -> None:
     fit("codes", vq, loss_of, stage, log)
 
 
-def write_prompts(file: Path, batch: Sequence[Scene]) -> None:
-    rows = ({"prompt": scene.caption, **scene.columns()} for scene in batch)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def run(out: Path, steps: int, count: int, seed: int) -> None:
     """Write a new folder with `model`, `train` and `heldout` pictures, and prompts of both splits."""
     captions = [f"{USER}: {scene.caption}" for scene in scenes("train", 500)]
@@ -181,7 +159,4 @@ def run(out: Path, steps: int, count: int, seed: int) -> None:
         fit_codes(model.model.vqmodel, seen, CODES.model_copy(update={"steps": steps}), show)
         model.save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
-        for split, pictured in (("train", count), ("heldout", 128)):
-            batch = scenes(split, pictured, seed)
-            write_folder(folder / split, written(batch, (SIDE, SIDE)))
-            write_prompts(folder / f"{split}.jsonl", batch[: len(numbers(split))])
+        write_world(folder, (SIDE, SIDE), count, seed)

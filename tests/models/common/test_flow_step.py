@@ -51,6 +51,13 @@ def test_a_step_is_that_of_flow_grpo(public, kind):
         torch.testing.assert_close(logprob[0], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("sigma", [1 - 2**-24, 1 + 2**-23])
+def test_a_schedule_that_begins_at_1_but_for_rounding_has_the_steps_of_1(sigma: float) -> None:
+    exact, rounded = (step_coefficients("sde", torch.tensor([s, 0.6, 0.0]), 0.7) for s in (1.0, sigma))
+    for one, other in zip(exact, rounded, strict=True):
+        torch.testing.assert_close(other, one)
+
+
 def test_cps_log_probs_are_flow_grpos_up_to_its_missing_factor(public):
     """Differences of log-probs, all that a ratio sees, differ by the factor 2 std^2 that flow_grpo drops."""
     coefficients = step_coefficients("cps", public["sigmas"], 0.7)

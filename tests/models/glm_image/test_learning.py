@@ -1,5 +1,5 @@
-"""The tokens learn from their own reward in joint steps of both halves: short runs on small random weights, against
-rewards that are dealt out at random. The decoder takes its steps beside them; that it gains is not shown here.
+"""Both halves learn in the same steps, each from its own reward: short runs on small random weights, against rewards
+that are dealt out at random.
 
 What it prints is in docs/glm-image.md: `python -m pytest -s -m slow tests/models/glm_image/test_learning.py`"""
 
@@ -54,6 +54,7 @@ def change(folder: Path, seed: int, shuffled: bool) -> dict[str, tuple[float, np
         f"run.steps={STEPS}",
         "rollout.prompts_per_step=2",
         "rollout.group_size=8",
+        "rollout.decodes=2",
         "rollout.flow_steps=3",
         "rollout.guidance=1",
         "engine.micro_batch_size=16",
@@ -75,19 +76,21 @@ def change(folder: Path, seed: int, shuffled: bool) -> dict[str, tuple[float, np
 
 
 @pytest.mark.slow
-def test_the_tokens_learn_their_own_reward_and_by_chance_do_not(tmp_path: Path) -> None:
+def test_each_half_learns_its_own_reward_and_by_chance_none(tmp_path: Path) -> None:
     folder = small_folder(tmp_path)
     learnt, chance = [], []
     for seed, shuffled in ((0, False), (1, False), (2, False), (0, True)):
         for name, (before, differences) in change(folder, seed, shuffled).items():
-            numbers = np.random.default_rng(0)
-            interval = stats.bootstrap([differences], np.mean, rng=numbers).confidence_interval
-            if name == "low_codes":
-                (chance if shuffled else learnt).append(interval)
-            mean = differences.mean()
+            interval = stats.bootstrap(
+                [differences], np.mean, rng=np.random.default_rng(0)
+            ).confidence_interval
+            (chance if shuffled else learnt).append((name, interval))
+            mean, told = differences.mean(), f"({interval.low:+.3f} to {interval.high:+.3f})"
             print(
                 f"seed {seed}{', rewards shuffled' if shuffled else ''}, {name}: {before:.3f} -> {before + mean:.3f}, "
-                f"{mean:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+                f"{mean:+.3f} {told}"
             )
-    smallest = min(interval.low for interval in learnt)
-    assert smallest > 0 and max(interval.high for interval in chance) < smallest
+    assert all(interval.low > 0 for _, interval in learnt)
+    for name, interval in chance:
+        if name == "low_codes":  # darkness is moved by other tokens, too
+            assert interval.high < min(own.low for other, own in learnt if other == name)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from imagerl.models.glm_image.decoder import quoted_texts
+from imagerl.models.glm_image.decoder import FlowDecoder, quoted_texts
 from imagerl.models.glm_image.loading import load_policy
 from imagerl.models.glm_image.sizes import Size, require_size, size_of
 from imagerl.rl.errors import ImageRLError
@@ -58,6 +58,15 @@ def test_the_preview_comes_first_and_both_grids_have_places_of_their_own() -> No
 def test_sizes_that_no_grid_holds_are_refused(columns: dict[str, Any], message: str) -> None:
     with pytest.raises(ImageRLError, match=message):
         size_of(columns, Size(64, 64))
+
+
+@pytest.mark.parametrize("size", [Size(1024, 768), Size(96, 32), Size(64, 32)])
+def test_the_schedule_of_every_size_begins_at_1_to_the_bit(size: Size) -> None:
+    """The first stochastic step divides by 1 − sigma, and in float32 the shift makes 1 ± 1e-7 of it for these."""
+    pipe = pipeline()
+    decoder = FlowDecoder(pipe.transformer, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler)
+    latents = (4, size.height // decoder.compression, size.width // decoder.compression)
+    assert decoder.sigmas(4, latents)[0] == 1
 
 
 def test_a_prompt_without_a_size_has_the_default() -> None:

@@ -44,6 +44,17 @@ def test_the_command_compares_the_grid_at_one_budget(tmp_path: Path, monkeypatch
     assert plan.overrides == ["eval.size=16"]
 
 
+def test_a_list_is_an_axis_only_where_a_key_takes_one_value() -> None:
+    fixed = [
+        "eval.temperatures=[]",
+        "eval.temperatures=[0.4, 0.2]",
+        "rewards=[{name: ocr}, {name: clip}]",
+        "gold=[]",
+    ]
+    axes, others = split_axes([*fixed, "rewards=[[{name: ocr}], [{name: clip}]]", "optim.lr=[1e-4, 2e-4]"])
+    assert others == fixed and list(axes) == ["rewards", "optim.lr"]
+
+
 def test_names_keep_keys_apart_and_hold_no_slashes() -> None:
     assert list(grid_names({"a.lr": [1, 2], "b.lr": ["x/y", None]}))[:2] == [
         "a.lr=1,b.lr=x_y",

@@ -103,6 +103,11 @@ def test_size_keeps_the_first_and_column_chooses(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "a", "n": %s}\n' % ("[" * 90_000 + "]" * 90_000), "nested more than 32 deep"),
         ("a.jsonl", '{"prompt": "a", "n": %s}\n' % ("[" * 40 + "]" * 40), "nested more than 32 deep"),
         ("a.jsonl", '{"prompt": "a", "prompt": "b"}\n', "line 1: not JSON ('prompt' is given twice)"),
+        (
+            "a.jsonl",
+            '{"prompt": "a"}\n{"prompt": "b"\n',
+            "line 2: not JSON (Expecting ',' delimiter, column 15)",
+        ),
         ("a.csv", "prompt,x,x\na,1,2\n", 'names the column "x" twice'),
         ("a.csv", "prompt,x\na,1\nb\n", "line 3: not the 2 fields of the header"),
         ("a.csv", "prompt,x\na,1\nb,2,3\n", "line 3: not the 2 fields of the header"),

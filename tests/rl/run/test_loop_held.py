@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import json
 import os
 import random
 import signal
@@ -22,8 +21,9 @@ from imagerl.rl.engine.checkpoint import list_checkpoints
 from imagerl.rl.run.folder import LOCK, RunFolder
 from imagerl.rl.training.trainer import Trainer
 from tests.command import call, logged_steps, measured, results
+from tests.ranks import Ranks
 from tests.rl.run.helpers import arguments
-from tests.small_run import RANK_PROGRAM, Command
+from tests.small_run import Command
 
 ROOT = Path(__file__).parents[3]
 
@@ -169,19 +169,11 @@ def resampling(place: Path) -> tuple[str, ...]:
 def two_ranks(place: Path) -> str:
     """What two processes print that train with every engine in turn."""
     pytest.importorskip("deepspeed")
-    program = place / "ranks.py"
-    program.write_text(RANK_PROGRAM)
     runs = [
         arguments(place, "full", f"ranks_{name}", "run.steps=3", "engine.micro_batch_size=3", *overrides)
         for name, overrides in {**ENGINES, "dapo": resampling(place)}.items()
     ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [*launcher, json.dumps(runs)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
+    return Ranks(place, 2, *runs).succeed()
 
 
 @pytest.mark.slow

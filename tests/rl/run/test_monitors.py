@@ -126,6 +126,10 @@ def test_samples_that_could_not_be_scored_are_left_out() -> None:
 def test_watched_names() -> None:
     assert watched(MonitorsConfig(), ["ocr", "colours"]) == ["ocr", "colours"]
     assert watched(MonitorsConfig(watch=["exact_match"]), ["ocr"]) == ["exact_match"]
+    with pytest.raises(
+        ImageRLError, match="a fall of composition/fault_missing is no loss; watch what should"
+    ):
+        watched(MonitorsConfig(watch=["exact", "composition/fault_missing"]), [])
     with pytest.raises(ImageRLError, match='no "exact_mach"; they have gold'):
         evaluate(Watch(MonitorsConfig(), ["exact_mach"]), (flat(0.1), hits(1)))
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,10 +14,10 @@ import pytest
 
 from imagerl.rl.engine.checkpoint import list_checkpoints
 from tests.command import call, logged_steps, measured
+from tests.ranks import Ranks
 from tests.rl.run.helpers import arguments
-from tests.small_run import RANK_PROGRAM, Command
+from tests.small_run import Command
 
-ROOT = Path(__file__).parents[3]
 ZERO2 = ("engine.name=deepspeed", "engine.zero_stage=2")
 # After two steps the other rank gets no further, or ends; the first one waits for it in a collective.
 FATE = """
@@ -33,27 +30,6 @@ def low_tokens(completions, **_):
         {what}
     return shares(completions)
 """
-
-
-class Ranks:
-    """Processes under torchrun that execute command lines one after the other."""
-
-    def __init__(self, place: Path, count: int, *runs: list[str]) -> None:
-        program = place / "ranks.py"
-        program.write_text(RANK_PROGRAM)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            [*launcher, "--standalone", str(program), json.dumps(runs)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def output(self) -> str:
-        return self.process.communicate(timeout=600)[0]
 
 
 def with_fate(place: Path, name: str, what: str) -> list[str]:

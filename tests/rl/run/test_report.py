@@ -11,6 +11,7 @@ import torch
 
 from imagerl.rl.evaluation.stats import compare, summarise
 from imagerl.rl.files import environment as environment_module
+from imagerl.rl.files import grids
 from imagerl.rl.files.environment import write_environment
 from imagerl.rl.files.grids import image_grid, save_image
 from imagerl.rl.files.metrics import MetricsLog, to_json
@@ -20,7 +21,7 @@ from imagerl.rl.run.report import gold_metrics, write_report
 from imagerl.rl.run.svg import render
 
 HOSTILE = '<script>alert("x")</script>&"\''
-VOID = {"meta", "img", "input", "br", "link"}
+VOID = {"meta", "img", "input", "br", "wbr", "link"}
 
 
 class _Page(HTMLParser):
@@ -34,6 +35,8 @@ class _Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
+        if tag == "wbr":
+            self.text = self.text.removesuffix(" ")
         if tag not in VOID:
             self.open.append(tag)
 
@@ -64,11 +67,11 @@ def _rows(hits, n=40):
     ]
 
 
-def _evaluation(run_dir, step, rows):
+def _evaluation(run_dir, step, rows, suite="ocr"):
     metrics = {name: asdict(interval) for name, interval in summarise(rows).items()}
-    content = {"suite": "ocr", "step": step, "n": len(rows), "metrics": metrics, "per_prompt": rows}
+    content = {"suite": suite, "step": step, "n": len(rows), "metrics": metrics, "per_prompt": rows}
     (run_dir / "eval").mkdir(exist_ok=True)
-    (run_dir / f"eval/ocr_step_{step:06d}.json").write_text(to_json(content))
+    (run_dir / f"eval/{suite}_step_{step:06d}.json").write_text(to_json(content))
 
 
 def _train(run_dir, steps):
@@ -285,7 +288,7 @@ def test_metrics_alone_give_held_out_means(tmp_path):
 
 def test_many_or_large_pictures_keep_the_page_small(run_dir, monkeypatch):
     monkeypatch.setattr(report_module, "MAX_FRAMES", 2)
-    monkeypatch.setattr(report_module, "MAX_PICTURE", 10)
+    monkeypatch.setattr(grids, "MAX_PICTURE", 10)
     page = _page(run_dir)
     assert "1 of 3 sample grids are left out of this page." in page.text
     assert [a["src"][:22] for a in page.all("img")] == ["data:image/jpeg;base64"] * 2
@@ -319,6 +322,35 @@ def test_smoothing_is_a_trailing_mean_that_skips_gaps():
     assert result[52] == pytest.approx(np.mean([48, 49, 51, 52]))
     short = np.arange(SMOOTH_FROM - 1.0)
     assert np.array_equal(smooth(short), short)
+
+
+def test_a_change_is_coloured_by_what_is_better(tmp_path):
+    """Fewer faults are good, and less of a penalty; of the KL and of what a judge costs nobody can tell."""
+    names = ("composition", "fault_missing", "judge", "length", "length/words", "kl", "judge/tokens_in")
+    falls = [-1.0, -1.0, 0.0, -1.0, -1.0, 1.0, 1.0]
+    for step in (0, 4):
+        rows = [
+            {"index": i} | {n: 2 + f * step / 4 + i / 100 for n, f in zip(names, falls, strict=True)}
+            for i in range(20)
+        ]
+        _evaluation(tmp_path, step, rows, suite="composition")
+    rewards = "[{name: composition}, {name: judge}, {import_path: 'a.py:length', weight: {0: -1, 9: -0.5}}]"
+    (tmp_path / "recipe.yaml").write_text(f"run: {{steps: 4}}\nrewards: {rewards}\n")
+    with MetricsLog(tmp_path) as log:
+        log.log(4, {"reward/mean": 0.5})
+    tones = {row.metric: row.tone for row in report_module.gather(tmp_path)["rows"]}
+    assert list(map(tones.get, names)) == ["bad", "good", "", "good", "", "", ""]
+    assert 'class="good">−1.000' in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_no_metric_is_left_out_for_want_of_a_colour(tmp_path):
+    _train(tmp_path, 2)
+    _evaluation(
+        tmp_path, 0, [{"index": i} | {f"part_{n}": float(i % 2) for n in range(9)} for i in range(20)]
+    )
+    charts = report_module.gather(tmp_path)["heldout"]
+    assert [len(chart.series) for chart in charts] == [7, 2]
+    assert write_report(tmp_path).read_text(encoding="utf-8").count("<li style=") >= 9
 
 
 def test_every_component_gets_a_curve():

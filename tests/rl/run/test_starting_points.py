@@ -76,6 +76,10 @@ def test_a_run_is_a_model_once_and_the_path_of_a_model_stays(
     (tmp_path / "model").mkdir()
     for path in ("tiny", str(tmp_path / "model"), "BLIP3o/BLIP3o-NEXT-SFT-3B"):
         assert exporting.as_model(path) == path
+    with pytest.raises(
+        ImageRLError, match=r"no checkpoint .*step_000003; kept are: step_000002, step_000004"
+    ):
+        exporting.as_model(str(run.checkpoints / "step_000003"))
 
 
 def test_a_resumed_run_keeps_the_model_that_it_began_from(

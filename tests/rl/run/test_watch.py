@@ -16,7 +16,9 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import MetricsLog
-from imagerl.rl.run.watch import distinct_names, find_runs, key_of, watch_app
+from imagerl.rl.run.charts import Chart, Series
+from imagerl.rl.run.svg import render
+from imagerl.rl.run.watch import distinct_names, find_runs, key_of, side_by_side, watch_app
 from tests.command import logged_steps
 from tests.rl.run.helpers import arguments
 from tests.small_run import Command
@@ -63,6 +65,17 @@ def test_several_runs_stand_beside_each_other_and_one_is_shown_whole(tmp_path: P
     assert "All runs" in whole and "step 2 of 2" in whole
     ((_, _, alone),) = _ask([one], ("/", {}))
     assert "Curves" in alone and "All runs" not in alone
+
+
+def test_a_run_has_the_same_colour_in_every_chart() -> None:
+    def content(metric: str, **record: float) -> dict[str, Any]:
+        return {"heldout": [Chart("", "", [Series(metric, [0], [1.0])])], "training": [{"step": 1} | record]}
+
+    runs = {"one": content("exact_match", loss=1.0), "two": content("success", loss=2.0)}
+    charts = {chart.title: chart for chart in side_by_side(runs)}
+    assert [series.label for series in charts["success"].series] == ["one", "two"]
+    assert not charts["success"].series[0].steps and set(charts) == {"exact_match", "success", "Loss"}
+    assert "var(--s2)" in render(charts["success"]) and "var(--s1)" not in render(charts["success"])
 
 
 def test_a_page_that_is_known_is_not_sent_again_and_strangers_get_none(tmp_path: Path) -> None:

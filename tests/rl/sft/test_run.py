@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from imagerl.rl.sft.trainer import SFTTrainer
 from tests.command import call, logged_steps, measured, results
 from tests.micro import micro_folder
 from tests.models.helpers import load_policy
-from tests.small_run import RANK_PROGRAM
+from tests.ranks import Ranks
 from tests.small_sft import recipe, small_trainer, write_pictures, write_recipe
 
 ROOT = Path(__file__).parents[3]
@@ -291,17 +289,10 @@ def test_two_processes_train_like_one(place: Path) -> None:
     clean = f"data.train={place / 'shards'}"  # bad samples push processes apart
     options = ("run.steps=3", clean, "optim.ar_lr=0.001")
     assert call(*arguments(place, "full", "alone", *options)) == 0
-    program = place / "ranks.py"
-    program.write_text(RANK_PROGRAM)
     runs = [arguments(place, "full", f"ranks_{name}", *options, *more) for name, more in ENGINES.items()]
     runs += [arguments(place, "full", f"ranks_{name}", *options, *more, "run.steps=4", "--resume")
              for name, more in ENGINES.items()]  # fmt: skip
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [*launcher, json.dumps(runs)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    Ranks(place, 2, *runs).succeed()
     alone = measured(place / "alone")
     for name in ENGINES:
         together = measured(place / f"ranks_{name}")

@@ -4,6 +4,7 @@ import torch
 
 from imagerl.rl.data.tiny.world import split_of
 from tools.tiny import janus
+from tools.tiny.number_world import numbers
 
 
 def test_the_corners_of_a_cube_are_found_by_their_signs() -> None:
@@ -13,5 +14,5 @@ def test_the_corners_of_a_cube_are_found_by_their_signs() -> None:
 
 
 def test_numbers_of_the_two_splits_are_apart() -> None:
-    train, heldout = (set(janus.numbers(split)) for split in ("train", "heldout"))
+    train, heldout = (set(numbers(split)) for split in ("train", "heldout"))
     assert not train & heldout and len(train | heldout) == 1000 and split_of(min(heldout)) == "heldout"
