@@ -35,8 +35,10 @@ class GlmOutline:
                     model = getattr(transformers, kind)
                     config = model.config_class.from_pretrained(self.folder / name, local_files_only=True)
                     parts[name] = model(config)
-                    parts[name].tie_weights()  # which were laid out apart
                 parts[name].requires_grad_(False).eval()
+        for name, (_, library, _) in MODELS.items():
+            if library != "diffusers":
+                parts[name].tie_weights()  # not above: there each name is given an empty tensor of its own
         parts |= {name: load_other(self.folder, name) for name in ("processor", "tokenizer", "scheduler")}
         policy = GlmImagePolicy(SimpleNamespace(**parts), *read_sampling(self.folder))
         policy.trainable.requires_grad_(True).eval()
