@@ -121,7 +121,7 @@ def test_a_long_run_does_not_grow(place: Path, monkeypatch: pytest.MonkeyPatch) 
     given = arguments(place, "full", "long", "run.steps=60", "checkpoint.every=5", "eval.every=20")
     assert call(*given, "run.sample_every=5") == 0
     (files, threads, objects), (files_later, threads_later, objects_later) = counts[25], counts[58]
-    assert (files_later, threads_later) == (files, threads)
+    assert files_later <= files and threads_later <= threads  # what other tests left may go meanwhile
     assert objects_later - objects < 20 * 33  # what a step leaves: none of its arrays, graphs and pictures
 
 
