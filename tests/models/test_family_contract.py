@@ -15,7 +15,6 @@ from torch import Tensor
 from imagerl.models import families
 from imagerl.models.base import Policy
 from imagerl.models.common.flow_policy import FlowPolicy
-from imagerl.rl.commands.cli import main
 from imagerl.rl.rollout.engine import RolloutEngine
 from imagerl.rl.rollout.preparing import refuse_impossible
 from imagerl.rl.types import (
@@ -28,9 +27,6 @@ from imagerl.rl.types import (
     repeat,
     select,
 )
-from tests.command import measured
-from tests.ranks import Ranks
-from tests.small_run import write_recipe
 
 PROMPTS = [
     Prompt(0, "CAT"),
@@ -392,45 +388,3 @@ def test_diffusers_loads_the_adapter_of_a_decoder(policy: Policy, folder: Path, 
         transformer.load_lora_adapter(str(tmp_path), weight_name="pytorch_lora_weights.safetensors")
         assert torch.equal(again.trainable(condition, *points), wanted)
     assert (wanted - before).abs().max() > 1e-3
-
-
-def imagerl(*arguments: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert not ended.value.code
-
-
-def run_of(place: Path, name: str, steps: int) -> list[str]:
-    """The command of a run of some steps in `place/name`."""
-    overrides = (f"run.output_dir={place / name}", f"run.steps={steps}", "checkpoint.every=1")
-    more = ("algorithm.kl_coef=0.01", "eval.size=2", "engine.micro_batch_size=4")
-    return ["train", str(write_recipe(place, *overrides, *more, name=f"{name}_{steps}.yaml"))]
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> Path:
-    """A run of two steps in one process."""
-    imagerl(*run_of(folder.parent, "whole", 2))
-    return folder.parent / "whole"
-
-
-@pytest.mark.slow
-def test_a_run_resumes_bit_for_bit_and_exports(whole: Path) -> None:
-    place = whole.parent
-    imagerl(*run_of(place, "parts", 1))
-    imagerl(*run_of(place, "parts", 2), "--resume")
-    one, other = (run / "checkpoints" / "step_000002" for run in (whole, place / "parts"))
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        assert (one / file).read_bytes() == (other / file).read_bytes()
-    imagerl("export", str(whole), str(place / "out"))
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(whole: Path) -> None:
-    """The same prompts, pictures and update, to rounding: what each draws depends on its own numbers alone."""
-    place = whole.parent
-    Ranks(place, 2, run_of(place, "together", 2)).succeed()
-    alone, together = measured(whole), measured(place / "together")
-    assert len(alone) == len(together) > 2
-    for one, two in zip(alone, together, strict=True):
-        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)

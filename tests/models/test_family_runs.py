@@ -1,0 +1,51 @@
+"""What a run of every family must keep; `test_family_contract.py` has what its model must."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.command import call, measured
+from tests.models.test_family_contract import FAMILIES_UNDER_TEST
+from tests.ranks import Ranks
+from tests.small_run import write_recipe
+
+
+def run_of(place: Path, name: str, steps: int) -> list[str]:
+    """The command of a run of some steps in `place/name`."""
+    overrides = (f"run.output_dir={place / name}", f"run.steps={steps}", "checkpoint.every=1")
+    more = ("algorithm.kl_coef=0.01", "eval.size=2", "engine.micro_batch_size=4")
+    return ["train", str(write_recipe(place, *overrides, *more, name=f"{name}_{steps}.yaml"))]
+
+
+@pytest.fixture(scope="module", params=FAMILIES_UNDER_TEST)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps in one process."""
+    place = tmp_path_factory.mktemp(request.param)
+    (place / "model").mkdir()
+    FAMILIES_UNDER_TEST[request.param](place / "model")
+    assert call(*run_of(place, "whole", 2)) == 0
+    return place / "whole"
+
+
+@pytest.mark.slow
+def test_a_run_resumes_bit_for_bit_and_exports(whole: Path) -> None:
+    place = whole.parent
+    assert call(*run_of(place, "parts", 1)) == 0
+    assert call(*run_of(place, "parts", 2), "--resume") == 0
+    one, other = (run / "checkpoints" / "step_000002" for run in (whole, place / "parts"))
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (one / file).read_bytes() == (other / file).read_bytes()
+    assert call("export", str(whole), str(place / "out")) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(whole: Path) -> None:
+    """The same prompts, pictures and update, to rounding: what each draws depends on its own numbers alone."""
+    place = whole.parent
+    Ranks(place, 2, run_of(place, "together", 2)).succeed()
+    alone, together = measured(whole), measured(place / "together")
+    assert len(alone) == len(together) > 2
+    for one, two in zip(alone, together, strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
