@@ -25,6 +25,7 @@ from imagerl.rewards.boundary.targets import (
     check_settings,
     construct,
     import_target,
+    is_keyword,
     needed_columns,
     setting_parameters,
 )
@@ -230,8 +231,8 @@ def check_entries(entries: Iterable[Mapping[str, Any]], columns: Iterable[str] |
 
 
 def takes(spec: RewardSpec) -> list[str]:
-    """Return the names of a reward's arguments. Raises ImageRLError like `check_reward`."""
-    return [parameter.name for parameter in call_parameters(_resolve(spec)[1])]
+    """Return the names of a reward's arguments; `**columns` names none. Raises ImageRLError like `check_reward`."""
+    return [parameter.name for parameter in call_parameters(_resolve(spec)[1]) if is_keyword(parameter)]
 
 
 def columns_needed(spec: RewardSpec) -> list[str]:

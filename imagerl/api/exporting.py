@@ -59,7 +59,7 @@ def checkpoint_of(source: Path) -> Path:
     Raises ImageRLError when `source` is neither, or the run has no checkpoint yet."""
     source = source.resolve()  # the run is found above its checkpoint, wherever we are
     if source.name.startswith("step_"):
-        if not source.is_dir() and source.parent.is_dir():
+        if _is_gone(source):
             kept = ", ".join(folder.name for folder in list_checkpoints(source.parent)) or "none"
             raise ImageRLError(f"there is no checkpoint {source}; kept are: {kept}")
         return source
@@ -75,12 +75,16 @@ def checkpoint_of(source: Path) -> Path:
     return newest
 
 
+def _is_gone(place: Path) -> bool:
+    """Tell whether a checkpoint is named that is not, or no longer, in its folder."""
+    return place.name.startswith("step_") and not place.is_dir() and place.parent.is_dir()
+
+
 def is_run(path: str) -> bool:
     """Tell whether a `model.path` is a run's, or that of one of its checkpoints."""
     place = Path(path).expanduser()
     marks = place / CHECKPOINTS, place / MANIFEST, place / MODEL / "config.json"
-    pruned = place.name.startswith("step_") and not place.is_dir() and place.parent.is_dir()
-    return path not in SHIPPED and (pruned or any(mark.exists() for mark in marks))
+    return path not in SHIPPED and (_is_gone(place) or any(mark.exists() for mark in marks))
 
 
 def as_model(path: str) -> str:

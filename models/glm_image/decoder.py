@@ -114,9 +114,9 @@ class FlowDecoder(nn.Module):
         """Return [steps + 1] noise levels from 1 to 0 on the CPU, of latents of a shape [C, h, w]: evenly spaced
         timesteps, whole numbers, shifted to higher noise the larger the picture is."""
         training = self.scheduler.config.num_train_timesteps
-        even = torch.linspace(training, 1.0, steps + 1, dtype=torch.float64)[:-1].long().double()
-        if len(even.unique()) < steps:
+        if steps > training:  # two would be rounded to one
             raise ImageRLError(f"{steps} flow steps are more than the {training} that the decoder knows")
+        even = torch.linspace(training, 1.0, steps + 1, dtype=torch.float64)[:-1].long().double()
         sigmas = self._shifted(even / training, shape)
         return torch.cat([sigmas, torch.zeros(1)])
 
@@ -151,11 +151,11 @@ class FlowDecoder(nn.Module):
     def flow_condition(self, prompts: Rows, trajectory: TokenTrajectory) -> Rows:
         """Return what pictures are drawn by, a row for each token sequence: the number of its glyphs [B], and its
         large grid's tokens [B, N], each for the 2×2 tokens of the transformer's grid that it stands for."""
-        height, width = prompts["size"].tolist()[0]
+        size = Size(*prompts["canvas"].shape[1:3])
         group = len(trajectory.tokens) // len(prompts["glyphs"])
         kept = ("glyphs", "source", "source_prior")
         given = {name: rows for name, rows in prompts.items() if name in kept}
-        return repeat(given, group) | {"prior": upsampled(trajectory.tokens, Size(height, width).large)}
+        return repeat(given, group) | {"prior": upsampled(trajectory.tokens, size.large)}
 
     def seen(self, condition: Rows, guidance: float) -> Seen:
         """Find what the transformer is told of a condition [B]."""

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -82,7 +81,7 @@ class GlmImagePolicy(BasePolicy):
         rows = {"ids": ids, "mask": mask, "places": places.transpose(0, 1), "grid": grid}
         if to_draw:
             rows["glyphs"] = self.decoder.glyphs_of([prompt.text for prompt in prompts])
-            rows["size"] = torch.tensor([size] * len(prompts))
+            rows["canvas"] = torch.empty(len(prompts), *size, 0)  # the pictures' size, as a shape
             if pictures:
                 shown = torch.stack(
                     [prepare_picture(picture, (size.height, size.width)) for picture in pictures]
@@ -139,7 +138,7 @@ class GlmImagePolicy(BasePolicy):
             "places": torch.empty(prompts, 3, length, dtype=torch.int64),
             "grid": torch.empty(prompts, 3, tokens + 1, dtype=torch.int64),
             "glyphs": self.decoder.glyphs_of([""] * prompts),
-            "size": torch.from_numpy(np.array([size] * prompts)),  # whose numbers the decoder asks for
+            "canvas": torch.empty(prompts, *size, 0),
         }
         if edits:
             rows["source"] = self.decoder.encode(torch.empty(prompts, 3, *size))

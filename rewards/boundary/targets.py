@@ -30,7 +30,7 @@ class KeywordReward:
         self._function = function
         self._settings = dict(settings)
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._names = {p.name for p in parameters if _is_keyword(p)}
+        self._names = {p.name for p in parameters if is_keyword(p)}
         self.grouped = "groups" in self._names
 
     def __call__(self, **columns: Any) -> Any:
@@ -51,13 +51,14 @@ def before_scoring(what: str) -> Iterator[None]:
         raise ImageRLError(f"{what}: {failure}") from failure
 
 
-def _is_keyword(parameter: inspect.Parameter) -> bool:
+def is_keyword(parameter: inspect.Parameter) -> bool:
+    """Tell whether an argument can be given by its name."""
     return parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
 
 
 def _needed(parameters: Iterable[inspect.Parameter]) -> list[str]:
     """Return the names that the caller must give by keyword."""
-    return [p.name for p in parameters if _is_keyword(p) and p.default is p.empty]
+    return [p.name for p in parameters if is_keyword(p) and p.default is p.empty]
 
 
 def call_parameters(found: Any) -> list[inspect.Parameter]:
@@ -98,7 +99,7 @@ def check_settings(label: str, found: Any, settings: Mapping[str, Any]) -> None:
     takers = setting_parameters(label, found)
     if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in call_parameters(found)):
         raise ImageRLError(f"reward {label!r} must take keywords; write def {label}(images, **kwargs)")
-    names = [p.name for p in takers if _is_keyword(p) and (is_class or p.name not in SAMPLE_NAMES)]
+    names = [p.name for p in takers if is_keyword(p) and (is_class or p.name not in SAMPLE_NAMES)]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in takers)
     for name in settings:
         if name in names:

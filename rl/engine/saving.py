@@ -70,3 +70,7 @@ class Saver:
         write, self._write = self._write, None
         if write is not None:
             write.result()
+
+    def close(self) -> None:
+        """End the thread, once all is written: who calls `train` finds none of it left."""
+        self._writer.shutdown()

@@ -80,7 +80,7 @@ class Loop:
             ImageRLError: other processes of the run are gone, among what may go wrong in a step. The last finished
                 step is saved.
         """
-        with self._reporting((self.start_step or -1) if resumed else None):
+        with contextlib.closing(self.saver), self._reporting((self.start_step or -1) if resumed else None):
             return self._execute()
 
     def _execute(self) -> dict[str, Any] | None:

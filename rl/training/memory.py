@@ -7,6 +7,7 @@ what is largest in them (the head's logits, say) is not what is largest in deep 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -64,6 +66,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return function(*args)
         if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
             return False  # asked of contents, such as whether a mask has padding
+        if function in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
+            args = (args[0], list(_without_masks(args[1])), *args[2:])
         self._count((args, kwargs), new=False)  # weights, which were there before
         result = function(*args, **(kwargs or {}))
         self._count(result, new=True)
@@ -83,6 +87,15 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _release(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
+
+
+def _without_masks(indices: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    """Let masks among the indices of a tensor choose all that they can: which entries are meant is not known."""
+    for index in indices:
+        if index is None or index.dtype is not torch.bool:
+            yield index
+        else:
+            yield from [index.new_empty(index.numel(), dtype=torch.int64)] * index.dim()
 
 
 def without_content(module: nn.Module, dtype: torch.dtype) -> None:
@@ -141,13 +154,12 @@ def _drawing_bytes(policy: Policy, recipe: Recipe, shape: StepShape) -> Bytes:
 @contextmanager
 def _without_weights(policy: Policy, recipe: Recipe) -> Iterator[nn.Module]:
     """Make what a recipe trains of a policy, and lay out its parameters without content."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     module = trained_module(policy, recipe)
     if recipe.model.lora and _has_reference(recipe):  # here, where PEFT may still move modules about
         policy.freeze_reference()
     policy.sampler_dtype = TYPES[recipe.engine.precision]
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch's own, as it copies
         for part in policy.parts().values():
             without_content(part, TYPES[recipe.model.dtype])
         yield module

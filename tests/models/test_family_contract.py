@@ -15,11 +15,8 @@ from torch import Tensor
 from imagerl.models import families
 from imagerl.models.base import Policy
 from imagerl.models.common.flow_policy import FlowPolicy
-from imagerl.rl.commands.cli import main
-from imagerl.rl.config.train import load_recipe
 from imagerl.rl.rollout.engine import RolloutEngine
 from imagerl.rl.rollout.preparing import refuse_impossible
-from imagerl.rl.training.memory import StepShape, step_bytes
 from imagerl.rl.types import (
     FlowSampling,
     ImageRLError,
@@ -30,9 +27,6 @@ from imagerl.rl.types import (
     repeat,
     select,
 )
-from tests.command import measured
-from tests.ranks import Ranks
-from tests.small_run import write_recipe
 
 PROMPTS = [
     Prompt(0, "CAT"),
@@ -154,24 +148,6 @@ def test_the_folder_is_recognised_and_read_alike_without_weights(folder: Path, s
             refuse_impossible(reader, PROMPTS, SamplingParams(), regions=True)
     else:
         assert grid[0] * grid[1] == reader.canvas(PROMPTS[0]).tokens
-
-
-@pytest.mark.slow
-def test_a_step_is_planned_by_sizes_alone(folder: Path, shared: Policy, tmp_path: Path) -> None:
-    """The outline has the shapes of the model, and every moment of a step runs on it without content."""
-    outline, canvas = families.load_outline(str(folder)), shared.prompts.canvas(PROMPTS[0])
-    sizes = {name: [p.shape for p in part.parameters()] for name, part in shared.parts().items()}
-    shape = StepShape(2, 4, outline.prompts.longest(PROMPTS), canvas.tokens, 2, False, canvas.noise)
-    for flow in ("null", "{name: nft, joint: true}") if canvas.noise else ("null",):
-        policy = outline.policy()
-        assert {name: [p.shape for p in part.parameters()] for name, part in policy.parts().items()} == sizes
-        settings = (f"model.path={folder}", f"algorithm.flow={flow}", "rollout.guidance=1.0")
-        settings += "engine.micro_batch_size=2", "engine.precision=bf16"
-        recipe = load_recipe(write_recipe(tmp_path, *settings))
-        costs = step_bytes(outline.policy, recipe, shape, {})
-        assert all(costs[name] > 0 for name in ("sampling", "drawing", "scoring", "update", "gradients"))
-        trained = sum(p.numel() for p in shared.trainable.parameters())
-        assert costs["trained"] == trained if flow == "null" else costs["trained"] > trained
 
 
 def test_only_the_half_that_writes_tokens_has_gradients(shared: Policy) -> None:
@@ -412,45 +388,3 @@ def test_diffusers_loads_the_adapter_of_a_decoder(policy: Policy, folder: Path, 
         transformer.load_lora_adapter(str(tmp_path), weight_name="pytorch_lora_weights.safetensors")
         assert torch.equal(again.trainable(condition, *points), wanted)
     assert (wanted - before).abs().max() > 1e-3
-
-
-def imagerl(*arguments: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert not ended.value.code
-
-
-def run_of(place: Path, name: str, steps: int) -> list[str]:
-    """The command of a run of some steps in `place/name`."""
-    overrides = (f"run.output_dir={place / name}", f"run.steps={steps}", "checkpoint.every=1")
-    more = ("algorithm.kl_coef=0.01", "eval.size=2", "engine.micro_batch_size=4")
-    return ["train", str(write_recipe(place, *overrides, *more, name=f"{name}_{steps}.yaml"))]
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> Path:
-    """A run of two steps in one process."""
-    imagerl(*run_of(folder.parent, "whole", 2))
-    return folder.parent / "whole"
-
-
-@pytest.mark.slow
-def test_a_run_resumes_bit_for_bit_and_exports(whole: Path) -> None:
-    place = whole.parent
-    imagerl(*run_of(place, "parts", 1))
-    imagerl(*run_of(place, "parts", 2), "--resume")
-    one, other = (run / "checkpoints" / "step_000002" for run in (whole, place / "parts"))
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        assert (one / file).read_bytes() == (other / file).read_bytes()
-    imagerl("export", str(whole), str(place / "out"))
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(whole: Path) -> None:
-    """The same prompts, pictures and update, to rounding: what each draws depends on its own numbers alone."""
-    place = whole.parent
-    Ranks(place, 2, run_of(place, "together", 2)).succeed()
-    alone, together = measured(whole), measured(place / "together")
-    assert len(alone) == len(together) > 2
-    for one, two in zip(alone, together, strict=True):
-        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)

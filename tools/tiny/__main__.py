@@ -14,6 +14,10 @@ tiny = typer.Typer(
     no_args_is_help=True, help="Make the tiny models that ship with ImageRL, and pictures to try."
 )
 Recipe = Annotated[str, typer.Argument(help="recipe YAML, such as tools/tiny/tiny_pretrain.yaml")]
+Out = Annotated[Path, typer.Argument(help="new folder")]
+Steps = Annotated[int, typer.Option(min=1, help="updates of the part that draws, 16 pictures each")]
+Count = Annotated[int, typer.Option(min=1, help="pictures to fine-tune on")]
+Seed = Annotated[int, typer.Option(min=0, help="seed of everything random")]
 
 
 @tiny.command()
@@ -38,7 +42,7 @@ def clip(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @tiny.command()
 def render(
-    out: Annotated[Path, typer.Argument(help="new folder")],
+    out: Out,
     count: Annotated[int, typer.Option(min=1, help="pictures")] = 200,
     split: Annotated[str, typer.Option(help="whose texts: train or heldout")] = "train",
     seed: Annotated[int, typer.Option(min=0, help="seed of colours and fonts")] = 0,
@@ -53,12 +57,7 @@ def render(
 
 
 @tiny.command()
-def janus(
-    out: Annotated[Path, typer.Argument(help="new folder")],
-    steps: Annotated[int, typer.Option(min=1, help="updates of the VQ codes, 16 pictures each")] = 1500,
-    count: Annotated[int, typer.Option(min=1, help="pictures to fine-tune on")] = 8000,
-    seed: Annotated[int, typer.Option(min=0, help="seed of everything random")] = 0,
-) -> None:
+def janus(out: Out, steps: Steps = 1500, count: Count = 8000, seed: Seed = 0) -> None:
     """Make a small Janus-Pro that can draw numbers and has not learnt to, with pictures and prompts to teach it by."""
     from tools.tiny.janus import run
 
@@ -67,12 +66,7 @@ def janus(
 
 
 @tiny.command()
-def glm(
-    out: Annotated[Path, typer.Argument(help="new folder")],
-    steps: Annotated[int, typer.Option(min=1, help="updates of the autoencoder, 16 pictures each")] = 600,
-    count: Annotated[int, typer.Option(min=1, help="pictures to fine-tune on")] = 4000,
-    seed: Annotated[int, typer.Option(min=0, help="seed of everything random")] = 0,
-) -> None:
+def glm(out: Out, steps: Steps = 600, count: Count = 4000, seed: Seed = 0) -> None:
     """Make a small GLM-Image that has not learnt to draw numbers, with pictures and prompts to teach it by."""
     from tools.tiny.glm_image import run
 

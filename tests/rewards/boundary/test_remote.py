@@ -1,6 +1,7 @@
 """A reward behind HTTP: same numbers as here, and what a dead, slow, lying or strict server costs."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from aiohttp import web
 
 from imagerl.rewards.base import RewardSpec, check_reward, load_reward, secrets_of
 from imagerl.rewards.boundary.remote import RemoteReward, batches
-from imagerl.rewards.boundary.wire import Limits
 from imagerl.rewards.workers.pool import RewardWorkers
 from imagerl.rewards.workers.scoring import to_pil_images
 from imagerl.rewards.workers.server import reward_app
@@ -67,9 +67,12 @@ def token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    names = ["prompts", "images", "target"]
-    with served(reward_app("behave", behave, names, ["target"], Limits(pixels=100, body=10**6))) as address:
-        yield f"{address}/behave"
+    """A server as users start it. It has a process of its own: while users' code runs, what a process has set is
+    theirs, and a call that the client gave up runs on into the next test."""
+    server, url = _start_server(f"{__file__}:behave", "--max-mib=1", "--max-pixels=100")
+    yield url
+    server.kill()
+    server.wait()
 
 
 def test_it_says_what_this_process_says(address: str, tmp_path: Path) -> None:
@@ -219,14 +222,18 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _start_server(file: Path, flag: Path, port: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "imagerl", "reward", "serve", f"{file}:behave", f"flag={flag}"]
+def _start_server(*words: str) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(
-        [*command, f"--port={port}"], cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "imagerl", "reward", "serve", *words],
+        cwd=Path(__file__).parents[3],
+        env={**os.environ, "IMAGERL_REWARD_TOKEN": TOKEN},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == f"serving http://127.0.0.1:{port}/behave\n"
-    return process
+    serving, _, url = process.stdout.readline().strip().partition(" ")
+    assert serving == "serving"
+    return process, url
 
 
 def test_killing_the_server_costs_retries_not_the_run(tmp_path: Path) -> None:
@@ -234,8 +241,7 @@ def test_killing_the_server_costs_retries_not_the_run(tmp_path: Path) -> None:
     samples count as failures, the process that asks goes on."""
     file, flag, port = tmp_path / "mine.py", tmp_path / "flag", _free_port()
     file.write_text(BEHAVE)
-    url = f"http://127.0.0.1:{port}/behave"
-    server = _start_server(file, flag, port)
+    server, url = _start_server(f"{file}:behave", f"flag={flag}", f"--port={port}")
     try:
         scorer = RewardWorkers([{"url": url}], workers=0, timeout_s=200)
         impatient = RewardWorkers([{"url": url}], workers=0, timeout_s=2)

@@ -129,3 +129,13 @@ def test_a_file_that_another_host_wrote_is_waited_for(tmp_path: Path) -> None:
     with pytest.raises(ImageRLError, match="all processes need the same files"):
         wait_for(tmp_path / "absent", seconds=0.05)
     assert time.monotonic() - start < 30
+
+
+def test_closing_leaves_no_thread(tmp_path: Path) -> None:
+    """Not even for the moment that a thread takes to notice that its owner is gone."""
+    others, saver = set(threading.enumerate()), Saver()
+    saver.save(tmp_path, snapshot(1), keep=1)
+    writers = set(threading.enumerate()) - others
+    saver.close()
+    assert writers and not any(thread.is_alive() for thread in writers)
+    assert len(list_checkpoints(tmp_path)) == 1

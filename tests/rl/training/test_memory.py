@@ -134,3 +134,11 @@ def test_keys_and_values() -> None:
     costs = measured(2)
     assert costs["sampling"] > cache * samples * tokens
     assert costs["hidden"] == samples * (tokens + 1) * hidden * 4
+
+
+def test_a_mask_without_content_is_taken_to_choose_all() -> None:
+    with FakeTensorMode(), LiveBytes() as memory:
+        rows, mask = torch.empty(3, 4, 8), torch.empty(3, 4, dtype=torch.bool)
+        chosen = rows[mask]
+        rows[mask] = 0.0
+        assert chosen.shape == (12, 8) and memory.live >= 2 * rows.nbytes
