@@ -20,7 +20,7 @@ from imagerl.models.blip3o_next.understanding import greedy_text
 from imagerl.models.common.flow_policy import FlowPolicy
 from imagerl.models.common.image_tokenizer import ImageTokenizer
 from imagerl.models.common.pictures import prepare_picture
-from imagerl.models.common.policy import BasePolicy
+from imagerl.models.common.policy import BasePolicy, recompute_layers
 from imagerl.models.common.settings import SamplingSettings, stored_sampling
 from imagerl.models.common.token_sampler import TokenSampler
 from imagerl.models.common.tokens import PromptIds, pad_left
@@ -220,15 +220,8 @@ class ImagePolicy(BasePolicy):
         self._sampler = None
 
     def recompute(self) -> None:
-        """Let transformers and the decoder recompute layers. transformers does so in training mode only, in which
-        Qwen3 without dropout is what it is otherwise."""
-        if self.trainable.lm.config.attention_dropout:
-            raise ImageRLError(
-                "attention_dropout in the model's config.json is not 0, so that engine.activation_checkpointing would "
-                "change its log-probs; set it to false"
-            )
-        self.trainable.lm.activation_checkpointing_enable({"use_reentrant": False})
-        self.trainable.lm.train()
+        recompute_layers(self.trainable.lm)
+        self.trainable.lm.train()  # Qwen3 is what it is otherwise
         self.decoder.sana.enable_gradient_checkpointing()
 
     def sample_tokens(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> TokenTrajectory:

@@ -27,9 +27,20 @@ from imagerl.rl.types import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from imagerl.models.base import DecoderPolicy, Lessons, Outline, Proof
+
+
+def recompute_layers(lm: PreTrainedModel) -> None:
+    """Let a language model of transformers recompute its layers in the backward pass, which they do in training mode
+    only. Raises ImageRLError when they have dropout: recomputed, they would not be what they were."""
+    if lm.config.attention_dropout:
+        raise ImageRLError(
+            "attention_dropout in the model's config.json is not 0, so that engine.activation_checkpointing would "
+            "change its log-probs; set it to false"
+        )
+    lm.activation_checkpointing_enable({"use_reentrant": False})
 
 
 class BasePolicy:

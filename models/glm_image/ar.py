@@ -28,6 +28,7 @@ class TokenWriter(Adaptable):
         super().__init__(lm)
         self.lm_head = lm_head
         self.codes = codes
+        self.recomputes = False
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map final-norm hidden states [..., D] to logits [..., V] of the image codes."""
@@ -59,7 +60,9 @@ class TokenWriter(Adaptable):
 
     def hidden_states(self, prompts: Rows, tokens: Tensor) -> Tensor:
         """Return hidden states [B, T, D] that T tokens [B, T] are predicted from; B = P·G, group-major. A prompt is
-        read once for its group, gradients included."""
+        read once for its group, gradients included, unless layers are recomputed."""
+        if self.recomputes and torch.is_grad_enabled():
+            return self._recomputed_states(prompts, tokens)
         first, cache = self.read(prompts)
         group = _group(prompts, tokens)
         cache.batch_repeat_interleave(group)  # differentiable: gradients of a group add up
@@ -68,6 +71,30 @@ class TokenWriter(Adaptable):
         whole = torch.cat([mask, torch.ones_like(seen, dtype=mask.dtype)], 1)
         rest = self.go_on(seen, cache, whole, grid[:, :, : seen.shape[1]])
         return torch.cat([first.repeat_interleave(group, 0)[:, None], rest], 1)
+
+    def _recomputed_states(self, prompts: Rows, tokens: Tensor) -> Tensor:
+        """The same without keys and values, which a layer that is recomputed would write twice."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        ids, mask, places, grid = (
+            prompts[name].repeat_interleave(_group(prompts, tokens), 0)
+            for name in ("ids", "mask", "places", "grid")
+        )
+        seen = tokens[:, :-1]
+        layers = [layer for layer in self.lm.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        for layer in layers:  # themselves alone, so that nothing within them is in training mode
+            layer.training = True
+        try:
+            hidden: Tensor = self.lm(
+                input_ids=torch.cat([ids, seen], 1),
+                attention_mask=torch.cat([mask, torch.ones_like(seen, dtype=mask.dtype)], 1),
+                position_ids=torch.cat([places, grid[:, :, : seen.shape[1]]], 2).transpose(0, 1),
+                use_cache=False,
+            ).last_hidden_state
+        finally:
+            for layer in layers:
+                layer.training = False
+        return hidden[:, ids.shape[1] - 1 :]
 
     def forward(self, prompts: Rows, tokens: Tensor, sampling: SamplingParams) -> TokenScores:
         """Score `tokens` [B, T] after prompts [P]."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from imagerl.models.base import Proof
 from imagerl.models.common.flow_policy import FlowPolicy
 from imagerl.models.common.pictures import fitted, prepare_picture
-from imagerl.models.common.policy import BasePolicy
+from imagerl.models.common.policy import BasePolicy, recompute_layers
 from imagerl.models.glm_image.ar import TokenWriter
 from imagerl.models.glm_image.decoder import FlowDecoder, Seen
 from imagerl.models.glm_image.prompts import PromptEncoder
@@ -118,6 +118,11 @@ class GlmImagePolicy(BasePolicy):
             grids = read["image_grid_thw"].to(self.device)
             parts.append(self._tokens_of(read["pixel_values"], grids, (rows, columns)))
         return torch.cat(parts, 1)
+
+    def recompute(self) -> None:
+        recompute_layers(self.trainable.lm)
+        self.trainable.recomputes = True
+        self.decoder.transformer.enable_gradient_checkpointing()
 
     learns_flow = True
 

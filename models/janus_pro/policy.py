@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from imagerl.models.common.policy import BasePolicy, drawn
+from imagerl.models.common.policy import BasePolicy, drawn, recompute_layers
 from imagerl.models.common.supervised import TokenLessons, TokenModule
 from imagerl.models.common.token_sampler import TokenSampler
 from imagerl.models.common.tokens import pad_left
@@ -107,15 +107,8 @@ class JanusPolicy(BasePolicy):
         return drawn(self.model.decode_image_tokens(trajectory.tokens).permute(0, 3, 1, 2), *self.scale)
 
     def recompute(self) -> None:
-        """Let transformers recompute layers, which it does in training mode only: there a Llama without dropout is what
-        it is otherwise."""
-        if self.trainable.lm.config.attention_dropout:
-            raise ImageRLError(
-                "attention_dropout in the model's config.json is not 0, so that recomputed layers would change its "
-                "log-probs; set it to 0"
-            )
-        self.trainable.lm.activation_checkpointing_enable({"use_reentrant": False})
-        self.trainable.lm.train()
+        recompute_layers(self.trainable.lm)
+        self.trainable.lm.train()  # Llama is what it is otherwise
 
     def train_decoder(self) -> DecoderPolicy:
         raise ImageRLError(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -159,7 +159,9 @@ def _without_weights(policy: Policy, recipe: Recipe) -> Iterator[nn.Module]:
         policy.freeze_reference()
     policy.sampler_dtype = TYPES[recipe.engine.precision]
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch's own, as it copies
+        warnings.filterwarnings(
+            "ignore", "Accessing the data pointer of FakeTensor"
+        )  # torch's own, as it copies
         for part in policy.parts().values():
             without_content(part, TYPES[recipe.model.dtype])
         yield module
@@ -234,7 +236,8 @@ def _points(recipe: Recipe) -> int:
     assert flow is not None
     if flow.is_matching:
         return flow.points
-    return len(window_at(flow, flow.steps or recipe.rollout.flow_steps, 0, recipe.run.seed))
+    with unset_fake_temporarily():  # a random window is drawn
+        return len(window_at(flow, flow.steps or recipe.rollout.flow_steps, 0, recipe.run.seed))
 
 
 @torch.no_grad()

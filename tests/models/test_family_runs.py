@@ -15,11 +15,11 @@ from tests.ranks import Ranks
 from tests.small_run import write_recipe
 
 
-def run_of(place: Path, name: str, steps: int) -> list[str]:
+def run_of(place: Path, name: str, steps: int, *settings: str) -> list[str]:
     """The command of a run of some steps in `place/name`."""
     overrides = (f"run.output_dir={place / name}", f"run.steps={steps}", "checkpoint.every=1")
     more = ("algorithm.kl_coef=0.01", "eval.size=2", "engine.micro_batch_size=4")
-    return ["train", str(write_recipe(place, *overrides, *more, name=f"{name}_{steps}.yaml"))]
+    return ["train", str(write_recipe(place, *overrides, *more, *settings, name=f"{name}_{steps}.yaml"))]
 
 
 @pytest.fixture(scope="module", params=FAMILIES_UNDER_TEST)
@@ -72,3 +72,25 @@ def test_a_step_is_planned_by_sizes_alone(whole: Path, tmp_path: Path) -> None:
         assert all(costs[name] > 0 for name in ("sampling", "drawing", "scoring", "update", "gradients"))
         trained = sum(p.numel() for p in shared.trainable.parameters())
         assert costs["trained"] == trained if flow == "null" else costs["trained"] > trained
+
+
+@pytest.mark.slow
+def test_recomputed_layers_train_as_kept_ones(whole: Path) -> None:
+    """Tokens alone, and with the decoder where it trains."""
+    place = whole.parent
+    noise = families.load_prompts(str(place / "model")).canvas(PROMPTS[0]).noise
+    for flow in ("null", "{name: flow_grpo, joint: true}") if noise else ("null",):
+        runs = []
+        for on in ("false", "true"):
+            name = f"{on}_{len(flow)}"
+            settings = (
+                f"algorithm.flow={flow}",
+                f"engine.activation_checkpointing={on}",
+                "rollout.guidance=1.0",
+                "rollout.flow_steps=3",
+            )
+            assert call(*run_of(place, name, 2, *settings)) == 0
+            runs.append(measured(place / name))
+        assert len(runs[0]) == len(runs[1]) > 2
+        for one, two in zip(*runs, strict=True):
+            assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
