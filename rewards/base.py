@@ -282,10 +282,17 @@ def load_spec(
         settings.setdefault("patience_s", patience_s)
     if columns is not None and spec.is_isolated:
         check_columns(label, needed_columns(found, settings), columns)
-    if spec.is_remote or spec.ships:
-        with before_scoring(f"reward {label!r} could not be constructed"):
-            return label, found(**settings)
-    return label, construct(label, found, settings, policy)
+    try:
+        if spec.is_remote or spec.ships:
+            with before_scoring(f"reward {label!r} could not be constructed"):
+                return label, found(**settings)
+        return label, construct(label, found, settings, policy)
+    except ImageRLError as error:
+        if spec.target not in PRESETS:
+            raise
+        # known to its user by its own name, not by that of what it is made of
+        shipped = _shipped(spec.target)[0]
+        raise ImageRLError(str(error).replace(f"reward {shipped!r}", f"reward {label!r}", 1)) from error
 
 
 def unique_labels(labels: Sequence[str]) -> list[str]:

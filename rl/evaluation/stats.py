@@ -25,9 +25,9 @@ FEWEST_SEEDS = (
     3  # of two, one number tells their spread: verdicts would be wrong in up to 10 % (docs/compare.md)
 )
 TOO_FEW = "too few to tell"
-# How parts of rewards are named of which less is better, and those of which neither is.
-LESS_IS_BETTER = ("fault", "error", "loss")
-NEITHER = ("kl", "sigma", "questions", "cached", "retries", "tokens_", "time_s", "cost")
+# The first word of parts of rewards of which less is better, and of those of which neither is.
+LESS_IS_BETTER = {"fault", "faults", "error", "errors", "loss"}
+NEITHER = {"kl", "sigma", "questions", "cached", "retries", "tokens", "time", "cost"}
 ALIKE = 1e-9  # relative: what is closer differs by rounding
 
 Verdict = Literal["higher", "lower", "no difference shown"]
@@ -43,9 +43,10 @@ def direction(metric: str, penalties: Collection[str] = ()) -> int:
     """Tell whether more of a metric is better (1), less (−1), or neither (0), from its name and which rewards have a
     negative weight. Of what these are made of, nothing is known."""
     owner, _, part = metric.rpartition("/")
-    if part.startswith(NEITHER) or owner in penalties:
+    word = part.partition("_")[0]
+    if word in NEITHER or owner in penalties:
         return 0
-    return -1 if part.startswith(LESS_IS_BETTER) or metric in penalties else 1
+    return -1 if word in LESS_IS_BETTER or metric in penalties else 1
 
 
 @dataclass(frozen=True, slots=True)

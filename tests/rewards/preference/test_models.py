@@ -94,6 +94,11 @@ def test_aesthetic_is_five_linear_layers_on_normalised_features(tmp_path: Path) 
     assert got == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+def test_a_preset_that_cannot_be_made_is_named_as_it_was_called() -> None:
+    with pytest.raises(ImageRLError, match=r"^reward 'pickscore': there is no folder \./nothing"):
+        load_reward("pickscore", model="./nothing")
+
+
 # ---- ImageReward ---------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from imagerl.rl.evaluation.stats import (
     change,
     compare,
     crossed_interval,
+    direction,
     improvement_probability,
     mean_interval,
     number,
@@ -340,3 +341,12 @@ def test_degenerate_intervals_say_so(values: list[float], told: str) -> None:
     n = len(values)
     for one in (interval, Interval.read({**kept, "n": n}), Interval.read({"mean": interval.mean, "n": n})):
         assert change(one) == f"{told}, {TOO_FEW}, n={n}: no difference shown" and span(one) == TOO_FEW
+
+
+def test_the_first_word_of_a_name_says_which_way_is_better() -> None:
+    better = {"exact_match": 1, "lossless": 1, "mine/costly": 1, "mine/errorless_lines": 1}
+    worse = {"colours/fault_ink": -1, "mine/loss": -1, "mine/error_rate": -1}
+    neither = {"kl": 0, "judge/tokens_in": 0, "judge/time_s": 0, "judge/cost": 0, "vlm/sigma_1": 0}
+    for metric, expected in (better | worse | neither).items():
+        assert direction(metric) == expected, metric
+    assert direction("length", ["length"]) == -1 and direction("length/words", ["length"]) == 0
