@@ -161,6 +161,11 @@ class DataConfig(RecipeModel):
         None, description="draw prompts neither solved nor hopeless more often; null: all alike, in epochs"
     )
 
+    @property
+    def success(self) -> str:
+        """What of the scores says that a prompt is solved."""
+        return self.curriculum.success if self.curriculum else "total"
+
 
 class EvalConfig(RecipeModel):
     suite: Literal["ocr", "edit", "clip", "composition"] = Field(
@@ -268,7 +273,7 @@ class Recipe(RecipeModel):
                 raise ValueError(
                     f'gold.{index} ("{spec.label}") enters no total; remove its gate, schedule and half'
                 )
-        success = self.data.curriculum.success if self.data.curriculum else "total"
+        success = self.data.success
         if success != "total" and not any(f"{success}/".startswith(f"{label}/") for label in trained):
             raise ValueError(
                 f'data.curriculum.success is "{success}", and no reward is named so; it may be total, '

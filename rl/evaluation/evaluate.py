@@ -15,6 +15,7 @@ from PIL import Image
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.stats import TOTAL, Interval, summarise
 from imagerl.rl.rollout.engine import reward_request, with_pictures
+from imagerl.rl.rollout.scores import component
 from imagerl.rl.types import Prompt, RewardScorer, RolloutGroup
 
 TRIED = 8  # pictures at most, before an evaluation
@@ -94,11 +95,14 @@ class Ranks(Protocol):
     def gather_objects(self, value: Any) -> list[Any]: ...
 
 
-def try_rewards(suite: str, prompts: Sequence[Prompt], rollout: Source, scorer: RewardScorer) -> None:
+def try_rewards(
+    suite: str, prompts: Sequence[Prompt], rollout: Source, scorer: RewardScorer, success: str = TOTAL
+) -> None:
     """Score a picture of each of a few prompts from all over the set, so that a reward that cannot work is found
     before a whole evaluation is drawn for it.
 
-    Raises ImageRLError for the first reward or gold metric that has no value for any of them."""
+    Raises ImageRLError for the first reward or gold metric that has no value for any of them, and when none of what
+    they give is the `success` that a curriculum goes by."""
     # Spread over the set: its first prompts may be the ones that a reward happens to understand.
     few = prompts[:: -(-len(prompts) // TRIED)]
     groups = [group for part in rollout.generate(few, 1, f"eval {suite}") for group in part]
@@ -109,6 +113,7 @@ def try_rewards(suite: str, prompts: Sequence[Prompt], rollout: Source, scorer: 
                 f"reward {label!r} has no value for {lost} of {lost} pictures that were tried first: "
                 f"{scores.reasons[label]}; mend it (imagerl reward check shows more)"
             )
+    component(scores, success)
 
 
 def evaluate(

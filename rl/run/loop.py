@@ -324,10 +324,10 @@ class Run(Loop):
     def _measure(self, step: int) -> None:
         settings, count = self.recipe.eval, self.recipe.run.sample_prompts
         if step == 0 and self.engine.is_main:
-            try_rewards(settings.suite, self.heldout, self.eval_rollout, self.trainer.rollouts.scorer)
+            scorer, success = self.trainer.rollouts.scorer, self.recipe.data.success
+            try_rewards(settings.suite, self.heldout, self.eval_rollout, scorer, success)
         evaluation = self._drawn(self.eval_rollout, count)
-        self.first = self.first or evaluation.per_prompt
-        self.last = evaluation.per_prompt
+        self.first, self.last = self.first or evaluation.per_prompt, evaluation.per_prompt
         watched_metrics, alarms = self.watch.after_evaluation(step, evaluation.per_prompt)
         if not self.engine.is_main:
             return

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import is_timing
 from imagerl.rl.training.trainer import Trainer
 from imagerl.rl.types import Prompt
-from tests.small_run import small_trainer
+from tests.command import imagerl
+from tests.micro import micro_folder
+from tests.small_run import small_trainer, write_recipe
 
 PROMPTS = [Prompt(10 * i, f"prompt {i}") for i in range(6)]
 
@@ -124,3 +127,13 @@ def test_a_reward_that_is_not_there_is_refused() -> None:
     trainer = small_trainer(RUN[0].replace("low_tokens", "low_tokens/part"), *RUN[1:])
     with pytest.raises(ImageRLError, match='low_tokens/part", and the rewards give total, low_tokens'):
         trainer.step(0)
+
+
+def test_a_part_that_no_reward_gives_is_told_before_an_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    micro_folder(tmp_path / "model")
+    wrong = RUN[0].replace("low_tokens", "low_tokens/part")
+    told = imagerl(capsys, "train", str(write_recipe(tmp_path, wrong, *RUN[1:])))
+    assert told.code == 1 and "held-out after" not in told.out
+    assert 'low_tokens/part", and the rewards give total, low_tokens' in told.err
