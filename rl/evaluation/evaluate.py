@@ -184,11 +184,11 @@ def _metric_names(components: Iterable[str], suite: str, further: Iterable[str] 
     """Return the name of each component in a row, no two alike and none of `further`."""
     names: dict[str, str] = {}
     taken = {"index", "prompt", "sample", TOTAL, *further}
-    for component in components:
-        name = component.removeprefix(f"{suite}/")
+    for part in components:
+        name = part.removeprefix(f"{suite}/")
         if name in taken or name in names.values():
             raise ImageRLError(
-                f"reward {component!r}: an evaluation of {suite!r} has another field {name!r}; rename the reward"
+                f"reward {part!r}: an evaluation of {suite!r} has another field {name!r}; rename the reward"
             )
-        names[component] = name
+        names[part] = name
     return names
