@@ -5,7 +5,7 @@ N actions (tokens or flow steps), L prompt tokens, D hidden size, H×W pixels, C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -363,38 +363,14 @@ class RewardScorer(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """What was drawn for a training step: this process's groups, in the order of its prompts."""
+class Source(Protocol):
+    """Where pictures come from that are judged: a `RolloutEngine`, its like on Ray actors, or perfect pictures."""
 
-    groups: list[RolloutGroup]
-    version: int  # the step before which the weights that drew them were the present ones
-    scores: Callable[[], list[RewardScores]]  # waits for the parts' scores, in order; once, and collective
-
-
-class Rollouts(Protocol):
-    """Where groups come from: `rl.rollout.engine.LocalRollouts` or `rl.rollout.actors.RayRollouts`. All collective."""
-
-    scorer: RewardScorer
-
-    def wait_until_ready(self) -> None:
-        """Return when it can draw. Raises ImageRLError when it cannot."""
-        ...
-
-    def publish(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Let the weights before step `version`, the present ones or the main process's given, draw from now on."""
-        ...
-
-    def start(self, step: int, prompts: Sequence[Prompt], flow: FlowSampling | None) -> None:
-        """Begin to draw the groups of this process's prompts, and to score them."""
-        ...
-
-    def collect(self, step: int) -> Rollout:
-        """Wait until what was started for the step is drawn."""
-        ...
-
-    def published(self) -> tuple[int, Mapping[str, Tensor]]:
-        """Return version and, on the main process, weights of the last `publish`, for a run that goes on later."""
-        ...
-
-    def close(self) -> None: ...
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        occasion: int | str,
+        decode_chunk: int | None = None,
+        sample_chunk: int | None = None,
+    ) -> Iterator[list[RolloutGroup]]: ...

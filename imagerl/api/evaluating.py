@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     import numpy as np
 
     from imagerl.api.recipes import Rewards
-    from imagerl.rl.evaluation.evaluate import Evaluation, Source
+    from imagerl.rl.evaluation.evaluate import Evaluation
     from imagerl.rl.evaluation.stats import Interval
     from imagerl.rl.evaluation.suites import Suite
     from imagerl.rl.rollout.engine import RolloutEngine
-    from imagerl.rl.types import Prompt, RolloutGroup
+    from imagerl.rl.types import Prompt, RolloutGroup, Source
 
 STAND_INS = ("ground truth", "unchanged sources")  # scored instead of what a model draws
 SAME = ("suite_sha256", "seed", "samples")  # what two results must share to be compared prompt by prompt

@@ -146,14 +146,13 @@ def run_training(
     from imagerl.rl.data.seeding import GroupedSampler
     from imagerl.rl.engine.cluster import OBJECT_STORE_BYTES, start_ray, stop_ray
     from imagerl.rl.engine.engine import Engine
-    from imagerl.rl.rollout.engine import LocalRollouts, RolloutEngine, training_sampling
+    from imagerl.rl.rollout.engine import LocalRollouts, RolloutEngine, Rollouts, training_sampling
     from imagerl.rl.rollout.preparing import evaluation_sampling
     from imagerl.rl.rollout.ray_rollouts import RayRollouts
     from imagerl.rl.run.folder import RunFolder
     from imagerl.rl.run.loop import Run
     from imagerl.rl.training.halves import freeze_references, lr_factor
     from imagerl.rl.training.trainer import Trainer
-    from imagerl.rl.types import Rollouts
 
     recipe = with_model(recipe, resume is not False)
     refuse_hidden([*recipe.rewards.functions, *recipe.gold])

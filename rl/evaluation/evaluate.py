@@ -16,7 +16,7 @@ from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.stats import TOTAL, Interval, summarise
 from imagerl.rl.rollout.engine import reward_request, with_pictures
 from imagerl.rl.rollout.scores import component
-from imagerl.rl.types import Prompt, RewardScorer, RolloutGroup
+from imagerl.rl.types import Prompt, RewardScorer, RolloutGroup, Source
 
 TRIED = 8  # pictures at most, before an evaluation
 
@@ -44,19 +44,6 @@ class Evaluation:
             "metrics": {name: asdict(interval) for name, interval in self.metrics.items()},
             "per_prompt": self.per_prompt,
         }
-
-
-class Source(Protocol):
-    """The source of pictures: a `RolloutEngine`, or `GroundTruth`."""
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        group_size: int,
-        occasion: int | str,
-        decode_chunk: int | None = None,
-        sample_chunk: int | None = None,
-    ) -> Iterator[list[RolloutGroup]]: ...
 
 
 @dataclass(frozen=True, slots=True)

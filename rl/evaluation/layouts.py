@@ -18,14 +18,13 @@ import numpy as np
 from PIL import Image
 
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.evaluation.evaluate import Source
 from imagerl.rl.evaluation.kept_pictures import refuse_filled
 from imagerl.rl.files.grids import save_image
 from imagerl.rl.files.metrics import to_json
 from imagerl.rl.files.mistakes import validated
 from imagerl.rl.files.reading import parse_json, read_json, read_picture, read_text
 from imagerl.rl.files.writing import write_atomic
-from imagerl.rl.types import Prompt
+from imagerl.rl.types import Prompt, Source
 
 GRID = 4  # pictures that DPG-Bench's scorer cuts out of a grid of two rows
 

@@ -29,6 +29,7 @@ from imagerl.rl.types import (
     Prompt,
     RewardRequest,
     RolloutGroup,
+    SamplingParams,
     Thoughts,
 )
 
@@ -97,6 +98,14 @@ def load_weights(weights: Weights, parameters: Mapping[str, nn.Parameter]) -> No
 # ---- in the actor ------------------------------------------------------------------------------------------
 
 
+class Judged(NamedTuple):
+    """How pictures are drawn that are judged: they come back whole, and are scored where they are judged."""
+
+    sampling: SamplingParams
+    seed: int
+    occasion: str
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Prompts of one process, to be drawn together."""
@@ -111,13 +120,19 @@ class Piece:
     looks: bool  # whether statistics of the pictures are wanted
     parts: int  # that a request is cut into
     weights: Weights
+    judged: Judged | None = None  # None: for training
+
+    @property
+    def occasion(self) -> str:
+        """What it is drawn for, in words."""
+        return self.judged.occasion if self.judged else f"step {self.step + 1}"
 
 
 class Head(NamedTuple):
     """What an actor says of some groups, once the parts of their reward request are handed over."""
 
     version: int  # of the weights that drew
-    groups: list[RolloutGroup]  # on the CPU, without pictures, prompts known by their index
+    groups: list[RolloutGroup]  # on the CPU, mostly without pictures, prompts known by their index
     sizes: list[int]  # pictures of each part
     group_size: int  # pictures of a group
 
@@ -149,16 +164,21 @@ class RolloutActor:
                 load_weights(piece.weights, self._parameters)
                 self._rollout.policy.refresh_sampler()
                 self._version = piece.weights.version
-            for groups in self._rollout.generate(
-                piece.prompts, piece.group_size, piece.step, piece.decode_chunk, flow=piece.flow
+            rollout, occasion = self._rollout, piece.judged.occasion if piece.judged else piece.step
+            if piece.judged:
+                policy, autocast = rollout.policy, rollout.autocast
+                rollout = RolloutEngine(policy, piece.judged.sampling, piece.judged.seed, autocast)
+            for groups in rollout.generate(
+                piece.prompts, piece.group_size, occasion, piece.decode_chunk, flow=piece.flow
             ):
-                parts = cut(groups, piece.parts)
+                parts = [] if piece.judged else cut(groups, piece.parts)
                 yield len(parts)
                 for part in parts:
                     yield reward_request(part, piece.step, piece.steps)
                 size = len(groups[0].images)
                 sizes = [len(part) * size for part in parts]
-                yield Head(self._version, [told(group, piece.looks) for group in groups], sizes, size)
+                shown = [told(group, piece.looks, piece.judged is not None) for group in groups]
+                yield Head(self._version, shown, sizes, size)
         except ImageRLError as error:
             yield str(error)
 
@@ -170,12 +190,12 @@ def cut(groups: Sequence[RolloutGroup], parts: int) -> list[Sequence[RolloutGrou
     return [groups[first:last] for first, last in pairwise(bounds)]
 
 
-def told(group: RolloutGroup, looks: bool) -> RolloutGroup:
-    """Return a group as the trainer is told it: without pictures, with their statistics where wanted."""
+def told(group: RolloutGroup, looks: bool, pictures: bool) -> RolloutGroup:
+    """Return a group as the trainer is told it: with its pictures, or with their statistics, where wanted."""
     return replace(
         moved(group, torch.device("cpu")),
         prompt=Prompt(group.prompt.index, group.prompt.text),
-        images=group.images[:0],
+        images=group.images if pictures else group.images[:0],
         looks=group_stats(group) if looks else {},
     )
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -26,10 +26,11 @@ from imagerl.rl.types import (
     Prompt,
     RewardRequest,
     RewardScorer,
-    Rollout,
+    RewardScores,
     RolloutGroup,
     Rows,
     SamplingParams,
+    Source,
     Thoughts,
     TokenTrajectory,
     repeat,
@@ -262,6 +263,47 @@ class RolloutEngine:
         return to_uint8(pictures), steps
 
 
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What was drawn for a training step: this process's groups, in the order of its prompts."""
+
+    groups: list[RolloutGroup]
+    version: int  # the step before which the weights that drew them were the present ones
+    scores: Callable[[], list[RewardScores]]  # waits for the parts' scores, in order; once, and collective
+
+
+class Rollouts(Protocol):
+    """Where groups come from: `LocalRollouts` or `rl.rollout.ray_rollouts.RayRollouts`. All collective."""
+
+    scorer: RewardScorer
+
+    def wait_until_ready(self) -> None:
+        """Return when it can draw. Raises ImageRLError when it cannot."""
+        ...
+
+    def publish(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Let the weights before step `version`, the present ones or the main process's given, draw from now on."""
+        ...
+
+    def start(self, step: int, prompts: Sequence[Prompt], flow: FlowSampling | None) -> None:
+        """Begin to draw the groups of this process's prompts, and to score them."""
+        ...
+
+    def collect(self, step: int) -> Rollout:
+        """Wait until what was started for the step is drawn."""
+        ...
+
+    def published(self) -> tuple[int, Mapping[str, Tensor]]:
+        """Return version and, on the main process, weights of the last `publish`, for a run that goes on later."""
+        ...
+
+    def judged(self, engine: RolloutEngine) -> Source:
+        """Return what draws held-out pictures as `engine` does, by the weights that it has now."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class LocalRollouts:
     """Rollouts in this process, with the weights that train: drawn when they are collected, not before, as nothing
     runs beside. Rewards score the first pictures while the next are drawn."""
@@ -300,6 +342,9 @@ class LocalRollouts:
 
     def published(self) -> tuple[int, Mapping[str, Tensor]]:
         return self.version, {}
+
+    def judged(self, engine: RolloutEngine) -> Source:
+        return engine
 
     def close(self) -> None:
         """Do nothing: nothing runs beside."""

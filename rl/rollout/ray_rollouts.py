@@ -9,8 +9,9 @@ import os
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -19,15 +20,15 @@ from imagerl.rl.engine.actor_thread import ActorLost, ActorThread, stop_all
 from imagerl.rl.engine.cluster import actor_cpus, refuse_ended_ray, refuse_too_many_gpus
 from imagerl.rl.engine.engine import OLD
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.rollout.actors import Build, Head, Piece, RolloutActor, Weights, moved, store_weights
-from imagerl.rl.rollout.engine import with_pictures
+from imagerl.rl.rollout.actors import Build, Head, Judged, Piece, RolloutActor, Weights, moved, store_weights
+from imagerl.rl.rollout.engine import Rollout, RolloutEngine, with_pictures
 from imagerl.rl.types import (
     FlowSampling,
     Prompt,
     RewardScorer,
     RewardScores,
-    Rollout,
     RolloutGroup,
+    Source,
     StoredRequest,
 )
 
@@ -86,13 +87,15 @@ class RolloutThread(ActorThread[Piece, Drawn]):
                     "was asked for; continue with --resume"
                 )
             groups += told.groups
+            if not parts:
+                continue
             tickets.append(self._scorer.submit(StoredRequest(parts, told.sizes, told.group_size, work.step)))
         return Drawn(groups, tickets)
 
     def give_up(self, work: Piece, lost: ActorLost) -> Drawn:
         raise ImageRLError(
-            f"a rollout actor died {self.attempts} times on the same {len(work.prompts)} prompts of step "
-            f"{work.step + 1} ({lost}); lower rollout.sample_chunk or the number of rollout.workers, and continue with "
+            f"a rollout actor died {self.attempts} times on the same {len(work.prompts)} prompts of "
+            f"{work.occasion} ({lost}); lower rollout.sample_chunk or the number of rollout.workers, and continue with "
             "--resume"
         )
 
@@ -129,6 +132,7 @@ class RayRollouts:
         self._begun: dict[int, list[tuple[Piece, Future[Drawn]]]] = {}  # by step
         self._own: dict[int, tuple[int, Sequence[Prompt]]] = {}  # version and this process's prompts, by step
         self._workers: list[RolloutThread] = []
+        self._judgements = 0
         engine.on_main(partial(self._start_workers, build))
 
     def _start_workers(self, build: Build) -> None:
@@ -193,13 +197,54 @@ class RayRollouts:
 
         shared = self.engine.on_main(groups)[self.engine.rank]
         version, asked = self._own.pop(step)
-        prompts = {prompt.index: prompt for prompt in asked}
-        own = [
-            replace(moved(group, self.engine.device), prompt=with_pictures(prompts[group.prompt.index]))
-            for group in shared
-        ]
+        own = self._restored(shared, asked)
         self.engine.leave_cores(self.recipe.rewards.workers)
         return Rollout(own, version, lambda: self.engine.on_main(scores)[self.engine.rank])
+
+    def _restored(self, groups: Iterable[RolloutGroup], asked: Sequence[Prompt]) -> list[RolloutGroup]:
+        """Bring groups to this device, and give them back their whole prompts."""
+        prompts = {prompt.index: prompt for prompt in asked}
+        return [
+            replace(moved(group, self.engine.device), prompt=with_pictures(prompts[group.prompt.index]))
+            for group in groups
+        ]
+
+    def judged(self, engine: RolloutEngine) -> Source:
+        model = self.engine.state_dict(moments=False)["model"]
+        self._judgements += 1
+        stored: list[Weights] = []  # on the main process
+        number = -1 - self._judgements  # no step's, and none that an actor may still hold
+        self.engine.on_main(lambda: stored.append(store_weights(number, model)))
+        return JudgedByActors(self, engine, stored)
+
+    def draw_judged(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        chunk: int | None,
+        judged: Judged,
+        weights: Sequence[Weights],
+    ) -> Iterator[list[RolloutGroup]]:
+        """Yield the groups of `chunk` of this process's prompts at a time. Collective, as often as the process with the
+        most prompts has such chunks."""
+        everyone = self.engine.gather_objects(list(prompts))
+        size = chunk or max(1, *map(len, everyone))
+        work: dict[tuple[int, int], Future[Drawn]] = {}  # by rank and first prompt, on the main process
+        for rank, own in enumerate(everyone if self.engine.is_main else ()):
+            for first in range(0, len(own), size):
+                asked = own[first : first + size]
+                work[rank, first] = Future()
+                piece = Piece(rank, 0, 0, asked, group_size, None, None, False, 0, weights[0], judged)
+                self._pieces.put((piece, work[rank, first]))
+        for first in range(0, max(map(len, everyone)), size):
+
+            def drawn(first: int = first) -> list[list[RolloutGroup]]:
+                found = (work.get((rank, first)) for rank in range(len(everyone)))
+                return [answer.result().groups if answer else [] for answer in found]
+
+            groups = self._restored(self.engine.on_main(drawn)[self.engine.rank], prompts)
+            for _, alike in groupby(groups, lambda group: group.images.shape):
+                yield list(alike)
 
     def published(self) -> tuple[int, Mapping[str, Tensor]]:
         return self._version, self._whole
@@ -208,6 +253,26 @@ class RayRollouts:
         """End all actors; what they draw is lost. May be called twice."""
         workers, self._workers = self._workers, []
         stop_all(workers)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedByActors:
+    """Draws pictures that are judged on the actors, as `engine` would in this process. Collective."""
+
+    rollouts: RayRollouts
+    engine: RolloutEngine
+    weights: Sequence[Weights]  # on the main process
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        occasion: int | str,
+        decode_chunk: int | None = None,
+        sample_chunk: int | None = None,
+    ) -> Iterator[list[RolloutGroup]]:
+        judged = Judged(self.engine.sampling, self.engine.seed, str(occasion))
+        return self.rollouts.draw_judged(prompts, group_size, sample_chunk, judged, self.weights)
 
 
 def pieces(

@@ -299,7 +299,7 @@ class Run(Loop):
         return evaluate(
             settings.suite,
             self.heldout,
-            source,
+            self.trainer.rollouts.judged(source),
             self.trainer.rollouts.scorer,
             settings.batch_size,
             shown=shown,

@@ -21,6 +21,7 @@ from imagerl.rl.config.train import Recipe
 from imagerl.rl.data.curriculum import CurriculumSampler
 from imagerl.rl.data.seeding import GroupedSampler, generator
 from imagerl.rl.engine.engine import OLD, Engine
+from imagerl.rl.rollout.engine import Rollout, Rollouts
 from imagerl.rl.rollout.picture_stats import group_stats, mean_of_groups
 from imagerl.rl.rollout.scores import average_decodes, component, merge_scores, scores_of_half, variance_split
 from imagerl.rl.training.half import Half, train_on
@@ -28,7 +29,7 @@ from imagerl.rl.training.halves import FLOW, halves_in_training
 from imagerl.rl.training.resampling import Drawn, resample
 from imagerl.rl.training.reward_stats import mixing_metrics
 from imagerl.rl.training.step_metrics import Metrics, PhaseTimer, refuse_failures, reward_metrics
-from imagerl.rl.types import Prompt, RewardScores, Rollout, RolloutGroup, Rollouts
+from imagerl.rl.types import Prompt, RewardScores, RolloutGroup
 
 Batches = list[Any]  # one per half
 

@@ -9,17 +9,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from imagerl.api.training import load_rollout
 from imagerl.models.families import load_policy
 from imagerl.rewards.workers.pool import RewardWorkers
 from imagerl.rl.engine.cluster import start_ray, stop_ray
+from imagerl.rl.evaluation.evaluate import evaluate
 from imagerl.rl.files.metrics import is_timing
-from imagerl.rl.rollout.engine import LocalRollouts
+from imagerl.rl.rollout.engine import LocalRollouts, RolloutEngine
 from imagerl.rl.rollout.ray_rollouts import RayRollouts
 from imagerl.rl.training.trainer import Trainer
+from imagerl.rl.types import SamplingParams
 from tests.micro import micro_folder
+from tests.models.test_family_contract import disturb
 from tests.small_run import REWARD_FILE, small_trainer
 
 PROMPTS = ("rollout.prompts_per_step=4", "rollout.sample_chunk=1", "rollout.flow_steps=1")
@@ -112,6 +117,39 @@ def test_actors_draw_what_this_process_draws(place: Path) -> None:
     finally:
         rollouts.close()
         rollouts.scorer.close()
+
+
+@pytest.mark.slow
+def test_held_out_pictures_are_drawn_by_actors_as_in_this_process(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the weights that are judged, in the batches of one process; then training goes on by the published ones."""
+    trainer, rollouts = with_actors(trainer_of(place, "rollout.workers=2"))
+    here = RolloutEngine(trainer.policy, SamplingParams(0.7, flow_steps=2), seed=5)
+    prompts = trainer.sampler.step(3) + trainer.sampler.step(4)[:1]
+    published = trainer_of(place)
+    try:
+        rollouts.publish(0)
+        disturb(trainer.policy.trainable, 0.1)
+        trainer.policy.refresh_sampler()
+        expected = evaluate("ocr", prompts, here, rollouts.scorer, 2, samples=2)
+        source = rollouts.judged(here)
+        disturb(trainer.policy.trainable, 0.1)  # too late
+        monkeypatch.delattr(RolloutEngine, "generate")  # of this process
+        found = evaluate("ocr", prompts, source, rollouts.scorer, 2, samples=2)
+        monkeypatch.undo()
+        assert found.per_prompt == expected.per_prompt and len(found.per_prompt) == 10
+        for one, other in zip(found.images, expected.images, strict=True):
+            np.testing.assert_array_equal(one, other)
+        published.rollouts.publish(0)
+        groups = []
+        for each in (rollouts, published.rollouts):
+            each.start(0, prompts[:2], None)
+            groups.append(each.collect(0).groups)
+        for one, other in zip(*groups, strict=True):
+            assert torch.equal(one.tokens, other.tokens)
+    finally:
+        rollouts.close()
 
 
 @pytest.mark.slow

@@ -16,10 +16,10 @@ from imagerl.rl.config.train import Recipe
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.metrics import is_timing
 from imagerl.rl.rollout.actors import checksum, load_weights, moved, store_weights
-from imagerl.rl.rollout.engine import LocalRollouts
+from imagerl.rl.rollout.engine import LocalRollouts, Rollout
 from imagerl.rl.rollout.ray_rollouts import RolloutThread, pieces
 from imagerl.rl.training.trainer import Trainer
-from imagerl.rl.types import FlowSampling, LossInputs, Prompt, Rollout, RolloutGroup
+from imagerl.rl.types import FlowSampling, LossInputs, Prompt, RolloutGroup
 from tests.small_run import recipe_data, small_trainer
 
 STALE = ("rollout.workers=1", "rollout.max_staleness=1", "algorithm.importance_cap=2")
