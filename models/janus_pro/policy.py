@@ -81,9 +81,7 @@ class JanusPolicy(BasePolicy):
         self._sampler = None  # before the new one needs its memory
         trainable, dtype = self.trainable, self.sampler_dtype
         head = copy.deepcopy(trainable.generation_head).requires_grad_(False)
-        for (
-            parameter
-        ) in head.parameters():  # `to` does not know those without content, by which memory is planned
+        for parameter in head.parameters():  # one by one: `to` has no effect on those without content
             parameter.data = parameter.data.to(dtype)
         with torch.no_grad():
             image_rows = trainable.image_embedding()
