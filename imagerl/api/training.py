@@ -177,9 +177,8 @@ def run_training(
         policy, module = load_generator(recipe, engine.device)
         freeze_references(policy, recipe)
         if recipe.rollout.workers and engine.is_main:
-            versions = 4 * sum(
-                4 * p.numel() for p in module.parameters() if p.requires_grad
-            )  # two, one that is judged, and a copy
+            # two, one that is judged, and a copy
+            versions = 4 * sum(4 * p.numel() for p in module.parameters() if p.requires_grad)
             actors = recipe.rewards.workers + recipe.rollout.workers
             owns_ray = start_ray(actors, OBJECT_STORE_BYTES + versions)
         keys = ("workers", "timeout_s", "max_restarts")

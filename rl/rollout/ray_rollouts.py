@@ -87,9 +87,9 @@ class RolloutThread(ActorThread[Piece, Drawn]):
                     "was asked for; continue with --resume"
                 )
             groups += told.groups
-            if not parts:
-                continue
-            tickets.append(self._scorer.submit(StoredRequest(parts, told.sizes, told.group_size, work.step)))
+            if parts:
+                request = StoredRequest(parts, told.sizes, told.group_size, work.step)
+                tickets.append(self._scorer.submit(request))
         return Drawn(groups, tickets)
 
     def give_up(self, work: Piece, lost: ActorLost) -> Drawn:
@@ -132,7 +132,8 @@ class RayRollouts:
         self._begun: dict[int, list[tuple[Piece, Future[Drawn]]]] = {}  # by step
         self._own: dict[int, tuple[int, Sequence[Prompt]]] = {}  # version and this process's prompts, by step
         self._workers: list[RolloutThread] = []
-        self._judgements = 0
+        self._judged: list[Weights] = []  # on the main process: one, once there was an evaluation
+        self._judged_after: int | None = None  # updates
         engine.on_main(partial(self._start_workers, build))
 
     def _start_workers(self, build: Build) -> None:
@@ -210,12 +211,14 @@ class RayRollouts:
         ]
 
     def judged(self, engine: RolloutEngine) -> Source:
-        model = self.engine.state_dict(moments=False)["model"]
-        self._judgements += 1
-        stored: list[Weights] = []  # on the main process
-        number = -1 - self._judgements  # no step's, and none that an actor may still hold
-        self.engine.on_main(lambda: stored.append(store_weights(number, model)))
-        return JudgedByActors(self, engine, stored)
+        updates = self.engine.updates
+        if self._judged_after != updates:  # once for all temperatures
+            model = self.engine.state_dict(moments=False)["model"]
+            self._judged.clear()  # to make room
+            version = -2 - updates  # no step's
+            self.engine.on_main(lambda: self._judged.append(store_weights(version, model)))
+            self._judged_after = updates
+        return JudgedByActors(self, engine, self._judged)
 
     def draw_judged(
         self,

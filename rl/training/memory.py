@@ -159,9 +159,8 @@ def _without_weights(policy: Policy, recipe: Recipe) -> Iterator[nn.Module]:
         policy.freeze_reference()
     policy.sampler_dtype = TYPES[recipe.engine.precision]
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Accessing the data pointer of FakeTensor"
-        )  # torch's own, as it copies
+        # torch itself does so, where it copies modules
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         for part in policy.parts().values():
             without_content(part, TYPES[recipe.model.dtype])
         yield module
