@@ -125,15 +125,19 @@ print(json.dumps(counts))
 
 @pytest.mark.slow
 def test_a_long_run_does_not_grow(place: Path) -> None:
-    """In a process of its own: what other tests have left may go meanwhile."""
+    """In a process of its own: what other tests have left may go meanwhile.
+
+    The least of a stretch is compared: a save may hold its file open while the next steps go on, a leak never lets go.
+    """
     given = arguments(place, "full", "long", "run.steps=60", "checkpoint.every=5", "eval.every=20")
     command = [sys.executable, "-c", COUNTING, *given, "run.sample_every=5"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
     counts = json.loads(ended.stdout.splitlines()[-1])
-    (files, threads, objects), (files_later, threads_later, objects_later) = counts[25], counts[58]
+    files, threads, objects = map(min, zip(*counts[22:30], strict=True))
+    files_later, threads_later, objects_later = map(min, zip(*counts[52:60], strict=True))
     assert (files_later, threads_later) == (files, threads)
-    assert objects_later - objects < 20 * 33  # what a step leaves: none of its arrays, graphs and pictures
+    assert objects_later - objects < 20 * 30  # what a step leaves: none of its arrays, graphs and pictures
 
 
 # ---- Ray, ranks --------------------------------------------------------------------------------------------
