@@ -157,7 +157,7 @@ class Lessons(Protocol):
 class Policy(Protocol):
     """A model in memory. P prompts, G samples of each, B = P·G in group-major order, M pictures of a sample."""
 
-    sampling: SamplingParams  # the model's own settings, where a user says nothing else
+    sampling: SamplingParams  # as the folder says, outside training: a recipe gives its own; `save` keeps it
     sampler_dtype: torch.dtype  # of the weights that draw tokens
 
     @property
@@ -187,8 +187,9 @@ class Policy(Protocol):
     # ---- drawing ---------------------------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[Prompt], to_draw: bool = True) -> Rows:
-        """Encode captions, or instructions with the pictures that they change (`Prompt.reference`), all of one kind.
-        Without `to_draw` what only the decoder needs is left out.
+        """Encode captions, or instructions with the pictures that they change (`Prompt.reference`), all of one kind:
+        tensors on `device`, each with a row for every prompt, also where all are alike (a negative prompt). Without
+        `to_draw` what only the decoder needs is left out.
 
         Raises ImageRLError for a prompt that the model cannot read."""
         ...
@@ -216,7 +217,10 @@ class Policy(Protocol):
         ...
 
     def sample_tokens(self, prompts: Rows, uniforms: Tensor, sampling: SamplingParams) -> TokenTrajectory:
-        """Draw tokens for uniforms [B, T] in [0, 1) float64, one number each: a sample depends on its own alone."""
+        """Draw tokens for uniforms [B, T] in [0, 1) float64 on any device, one number each: a sample depends on its
+        own alone, and follows them as `models.common.tokens.draw_tokens` does. T is `Canvas.tokens`, or the first few
+        of them (`imagerl plan`); what a model must write between them, such as ends of rows, has no number and is not
+        in the trajectory."""
         ...
 
     def decode(
@@ -292,8 +296,9 @@ class Policy(Protocol):
     # ---- export ----------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, layout: str, base: Path, dtype: torch.dtype | None) -> None:
-        """Write the policy, without adapters, into an empty folder in one of the family's layouts, weights stored as
-        `dtype` (None: as they are). `base` is the folder that training began from, for files that are copied."""
+        """Write the policy and its `sampling`, adapters merged before, into an empty folder in one of the family's
+        layouts, weights stored as `dtype` (None: as they are). `base` is the folder that training began from, for files
+        that are copied."""
         ...
 
     def proof(self, folder: Path, layout: str, prompts: Sequence[Prompt]) -> Proof | None:
@@ -331,7 +336,8 @@ class Outline(Protocol):
     def prompts(self) -> PromptReader: ...
 
     def policy(self) -> Policy:
-        """Return the policy, whose parameters have shapes only."""
+        """Return the policy, whose parameters have shapes only: on the meta device, as accelerate's
+        `init_empty_weights` or a block of `torch.device("meta")` makes them."""
         ...
 
 

@@ -10,6 +10,7 @@ import torch
 
 from imagerl.models.base import Family, Outline, Policy, PromptReader
 from imagerl.models.common.adapters import ADAPTER_CONFIG, adapter_base
+from imagerl.models.common.checks import require_loaded, require_members
 from imagerl.models.common.hub import SHIPPED, is_hub_name, snapshot
 from imagerl.rl.files.importing import import_callable
 from imagerl.rl.files.reading import is_regular, read_json
@@ -34,7 +35,14 @@ def find_family(name: str) -> Family:
         raise ImageRLError(
             f"model.family {name!r} is none of {', '.join(FAMILIES)}; one of your own is file.py:Class"
         )
-    family: Family = import_callable(FAMILIES.get(name, name), "model.family")()
+    made = import_callable(FAMILIES.get(name, name), "model.family")
+    try:
+        family: Family = made()
+    except TypeError as error:
+        raise ImageRLError(
+            f"model.family {name!r} must name a class whose __init__ takes nothing more: {error}"
+        ) from error
+    require_members(family, Family, "BaseFamily of models/common/policy.py")
     return family
 
 
@@ -121,7 +129,9 @@ def load_policy(
     Raises ImageRLError with one line when the folder is not a model, or its files are damaged or do not fit."""
     folder = model_folder(path)
     if not is_adapter(folder):
-        return family_of(folder, family).load(folder, device, dtype)
+        policy = family_of(folder, family).load(folder, device, dtype)
+        require_loaded(policy, folder)
+        return policy
     policy = load_policy(adapter_base(folder), device, dtype, family)
     policy.merge_lora()  # of a base that is an adapter folder itself
     policy.load_adapter(folder)
@@ -131,7 +141,9 @@ def load_policy(
 def load_prompts(path: str, family: str | None = None) -> PromptReader:
     """Return what the model at `path`, as `load_policy` takes it, can be asked; no weights are read."""
     folder = base_folder(path)
-    return family_of(folder, family).prompts(folder)
+    reader = family_of(folder, family).prompts(folder)
+    require_members(reader, PromptReader, "PlainPrompts of models/common/policy.py")
+    return reader
 
 
 def load_outline(path: str, family: str | None = None) -> Outline:

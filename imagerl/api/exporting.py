@@ -319,6 +319,13 @@ def write_export(
                 again.merge_lora()  # as under a decoder that trains alone
                 again.train_decoder().load_adapter(temporary)
                 again.sampling = sampling
+            for setting in ("temperature", "token_guidance") if layout == own else ():
+                wanted, found = getattr(sampling, setting), getattr(again.sampling, setting)
+                if wanted != found:
+                    raise ImageRLError(
+                        f"the export would draw at {setting} {found:g}, the run does at {wanted:g}: the family's save "
+                        "must write policy.sampling, and its load read it; nothing was written"
+                    )
             theirs = proof_samples(again, prompts)
             theirs |= {"weights": weights_digest(again)} if "weights" in ours else {}
             pairs = {name: (value, theirs[name]) for name, value in ours.items()}

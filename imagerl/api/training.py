@@ -138,6 +138,7 @@ def run_training(
     order."""
     from imagerl.api.exporting import with_model
     from imagerl.api.running import begin_run, open_run
+    from imagerl.models.common.checks import try_out
     from imagerl.rewards.base import check_entries
     from imagerl.rewards.workers.pool import RewardWorkers
     from imagerl.rewards.workers.shared import SharedRewards
@@ -146,7 +147,13 @@ def run_training(
     from imagerl.rl.data.seeding import GroupedSampler
     from imagerl.rl.engine.cluster import OBJECT_STORE_BYTES, start_ray, stop_ray
     from imagerl.rl.engine.engine import Engine
-    from imagerl.rl.rollout.engine import LocalRollouts, RolloutEngine, Rollouts, training_sampling
+    from imagerl.rl.rollout.engine import (
+        LocalRollouts,
+        RolloutEngine,
+        Rollouts,
+        training_sampling,
+        with_pictures,
+    )
     from imagerl.rl.rollout.preparing import evaluation_sampling
     from imagerl.rl.rollout.ray_rollouts import RayRollouts
     from imagerl.rl.run.folder import RunFolder
@@ -176,6 +183,10 @@ def run_training(
         check_entries([*entries[0], *entries[1]], prompts.columns)  # before time goes into loading
         policy, module = load_generator(recipe, engine.device)
         freeze_references(policy, recipe)
+        if ":" in (recipe.model.family or ""):
+            pair = [with_pictures(prompt) for prompt in heldout.prompts[:2]]
+            limit, grouped = recipe.logprob_limit, not recipe.engine.activation_checkpointing
+            try_out(policy, pair, training_sampling(recipe), limit, engine.autocast, grouped)
         if recipe.rollout.workers and engine.is_main:
             # two, one that is judged, and a copy
             versions = 4 * sum(4 * p.numel() for p in module.parameters() if p.requires_grad)

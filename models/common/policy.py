@@ -188,7 +188,11 @@ class BasePolicy:
 
 
 class BaseFamily:
-    """A family to build on, whose memory is not planned."""
+    """A family to build on, which a recipe names and whose memory is not planned. It must add `layouts`, `load` and
+    `prompts`."""
+
+    def recognises(self, settings: Mapping[str, object]) -> bool:
+        return False
 
     def outline(self, folder: Path) -> Outline:
         raise ImageRLError(f"{folder}: models of this family do not say what memory they take")
@@ -272,8 +276,9 @@ class PlainText:
         return [*frame.head, *self.plain(frame.lead + words + frame.trail), *frame.tail]
 
 
-def drawn(pixels: Tensor, mean: float = 0.5, deviation: float = 0.5) -> Tensor:
-    """Bring what an autoencoder decodes, [B, 3, H, W] in [-1, 1], to [0, 1] in float32.
+def drawn(pixels: Tensor, mean: float | Tensor = 0.5, deviation: float | Tensor = 0.5) -> Tensor:
+    """Bring what an autoencoder decodes, [B, 3, H, W] in [-1, 1], to [0, 1] in float32. Colours that are scaled apart
+    have a mean and a deviation of [3, 1, 1].
 
     Raises ImageRLError for pixels that are not finite, which would be black ones in silence."""
     pixels = pixels.float()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -68,6 +70,11 @@ FAMILIES_UNDER_TEST: dict[str, Callable[[Path], None]] = {
     "janus_pro": janus_pro,
     "glm_image": glm_image,
 }
+if own := os.environ.get("IMAGERL_FAMILY"):  # file.py:Class, and a small model of it in IMAGERL_FAMILY_MODEL
+    families.FAMILIES["yours"] = own
+    FAMILIES_UNDER_TEST["yours"] = lambda place: shutil.copytree(
+        os.environ["IMAGERL_FAMILY_MODEL"], place, dirs_exist_ok=True
+    )
 
 
 @pytest.fixture(scope="module", params=FAMILIES_UNDER_TEST)
@@ -309,7 +316,8 @@ def test_the_reference_of_full_weights_stays_until_it_is_renewed(policy: Policy)
 def test_saved_and_loaded_it_draws_the_same(policy: Policy, folder: Path, tmp_path: Path) -> None:
     """In the family's own layout, and without adapters."""
     disturb(policy.trainable)
-    policy.sampling = replace(policy.sampling, temperature=0.8)
+    guidance = 2.0 if policy.prompts.token_guided else 1.0
+    policy.sampling = replace(policy.sampling, temperature=0.8, token_guidance=guidance)
     out = tmp_path / "out"
     out.mkdir()
     policy.save(out, next(iter(families.family_of(folder).layouts)), folder, None)

@@ -19,6 +19,7 @@ def run_of(place: Path, name: str, steps: int, *settings: str) -> list[str]:
     """The command of a run of some steps in `place/name`."""
     overrides = (f"run.output_dir={place / name}", f"run.steps={steps}", "checkpoint.every=1")
     more = ("algorithm.kl_coef=0.01", "eval.size=2", "engine.micro_batch_size=4")
+    more += (f"model.family={families.FAMILIES[place.name.rstrip('0123456789')]}",)
     return ["train", str(write_recipe(place, *overrides, *more, *settings, name=f"{name}_{steps}.yaml"))]
 
 

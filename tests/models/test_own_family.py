@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from imagerl.models import families
+from imagerl.models.common.checks import try_out
 from imagerl.rl.commands.cli import main
 from imagerl.rl.files.metrics import read_metrics
-from imagerl.rl.types import ImageRLError, Prompt
+from imagerl.rl.types import ImageRLError, Prompt, SamplingParams
 from tests.small_run import write_recipe
 
 FAMILY = '''
@@ -25,7 +27,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from imagerl.models.common.policy import BasePolicy, PlainPrompts
+from imagerl.models.common.policy import BaseFamily, BasePolicy, PlainPrompts
 from imagerl.models.common.tokens import draw_tokens
 from imagerl.rl.types import Canvas, SamplingParams, TokenScores, TokenTrajectory, repeat
 
@@ -75,7 +77,7 @@ class MyPolicy(BasePolicy):
         save_model(self.trainable, Path(folder, "model.safetensors"))
 
 
-class MyFamily:
+class MyFamily(BaseFamily):
     layouts = {"toy": "a toy to go on with"}
 
     def load(self, folder, device, dtype):
@@ -177,3 +179,125 @@ def test_a_prompt_with_a_picture_is_refused(place: Path) -> None:
     reader = families.load_prompts(str(place / "model"), f"{place / 'my_family.py'}:MyFamily")
     with pytest.raises(ImageRLError, match="prompt 1: a prompt is empty"):
         reader.require([Prompt(0, " ")])
+
+
+FORWARD = """    def forward(self, prompts, tokens, sampling):
+        prompts = repeat(prompts, len(tokens) // len(prompts"""
+
+
+def tried(folder: Path, model: Path, wrong: str, right: str) -> None:
+    assert wrong in FAMILY
+    (folder / "wrong.py").write_text(FAMILY.replace(wrong, right))
+    policy = families.load_policy(str(model), family=f"{folder / 'wrong.py'}:MyFamily")
+    try_out(policy, [Prompt(0, "CAT"), Prompt(1, "a red 42")], SamplingParams(), 1e-4, nullcontext)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        (
+            "def load(",
+            "def open(",
+            "MyFamily has no load, which models/base.py asks of a Family; write what is missing",
+        ),
+        (
+            "def decode(",
+            "def draw(",
+            "MyPolicy has no decode, .* asks of a Policy; .* on BasePolicy of models/common",
+        ),
+        (".eval(), Samp", ".train(), Samp", "load left policy.trainable in training mode; call .eval"),
+        (".eval(), Samp", ".eval().requires_grad_(False), Samp", "left no gradients on policy.trainable"),
+        (
+            "    def encode(",
+            "    stray = nn.Linear(1, 1)\n    def parts(self): return {'eyes': self.stray.eval()}\n    def encode(",
+            "load left gradients on weight of 'eyes', which is outside policy.trainable; freeze",
+        ),
+        (
+            "for p in prompts]",
+            "for p in prompts[:1]]",
+            "encode returned 'letters' without a row for each of 2 prompts",
+        ),
+        (
+            "dtype=torch.long)",
+            "dtype=torch.int)",
+            r"sample_tokens returned tokens \[6, 6\] int32; make it \[6, 6\] int64",
+        ),
+        (
+            ", torch.zeros(uniforms.shape)",
+            ", torch.zeros(uniforms.shape).double()",
+            r"rollout_logprobs \[6, 6\] float64; make it \[6, 6\] float32",
+        ),
+        (", dtype=torch.bool)", ")", r"action_mask \[6, 6\] int64; make it \[6, 6\] bool"),
+        (
+            "draw_tokens(logits, uniforms[:, t])",
+            "draw_tokens(logits, torch.rand(len(uniforms)))",
+            "drew other tokens by the same uniforms for the same prompt, whose samples",
+        ),
+        (
+            "draw_tokens(logits, uniforms[:, t])",
+            "logits.argmax(1), logits.log_softmax(1).amax(1)",
+            "drew the same tokens by other uniforms; draw from the distribution",
+        ),
+        (
+            "[:, t] / sampling.temperature",
+            "[:, t]",
+            "must be of one distribution: the same logits, temperature and",
+        ),
+        (
+            FORWARD,
+            FORWARD.replace("    def", "    @torch.no_grad()\n    def"),
+            "forward returned logprobs without grad",
+        ),
+        ("return TokenScores(", "return (", "forward returned a tuple; make it TokenScores"),
+        (
+            FORWARD,
+            FORWARD.replace("= repeat(", "= (lambda r, n: {k: t.repeat(n, 1) for k, t in r.items()})("),
+            "trainable.forward must score alike whether prompts have a row for each sample or for each group",
+        ),
+        (
+            "trajectory.tokens / (CODES - 1)",
+            "trajectory.tokens / 1",
+            "pixels from .* bring them to .0, 1., as",
+        ),
+        (
+            ".expand(-1, 3, -1, -1)",
+            "",
+            r"decode returned pictures \[1, 1, 16, 48\] float32; make it \[1, 3, 16, 48\]",
+        ),
+    ],
+)
+def test_a_mistake_is_told_with_its_method_and_its_mending(
+    place: Path, tmp_path: Path, was: str, now: str, message: str
+) -> None:
+    with pytest.raises(ImageRLError, match=message):
+        tried(tmp_path, place / "model", was, now)
+
+
+def test_a_run_tries_the_family_out_before_anything_is_drawn(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried(tmp_path, place / "model", "", "")
+    (tmp_path / "wrong.py").write_text(FAMILY.replace("[:, t] / sampling.temperature", "[:, t]"))
+    own = f"model.family={tmp_path / 'wrong.py'}:MyFamily", f"run.output_dir={tmp_path / 'run'}"
+    assert imagerl("train", str(recipe(place, *own))) == 1
+    assert "sample_tokens and trainable.forward must be of one distribution" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_export_that_forgets_how_the_run_draws_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = (
+        f"run.output_dir={tmp_path / 'run'}",
+        "rollout.temperature=0.7",
+        "run.steps=1",
+        "checkpoint.every=1",
+    )
+    assert imagerl("train", str(recipe(place, *more))) == 0
+    assert imagerl("export", str(tmp_path / "run"), str(tmp_path / "out")) == 1
+    error = capsys.readouterr().err
+    assert (
+        "would draw at temperature 1, the run does at 0.7: the family's save must write policy.sampling"
+        in error
+    )
+    assert not (tmp_path / "out").exists()
