@@ -59,6 +59,12 @@ class GeneratorStage(StageConfig):
 
     flow_share: float = Field(1.0, gt=0, le=1, description="share of the batch that the flow loss sees")
     flow_weight: Coefficient = Field(1.0, description="weight of the flow loss beside the cross-entropy")
+    fade: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the way to the ground that ink is taken: a decoder with a fault to mend",
+    )
     condition_dropout: float = Field(0.1, ge=0, lt=1, description="chance of the unconditional branch")
     snapshot_every: Steps = Field(1000, description="steps between saved and measured snapshots")
 
