@@ -136,14 +136,6 @@ def _join(name: str, place: str, remedy: str, patience_s: float, **options: str)
         raise ImageRLError(f"no Ray cluster can be joined at {name} ({why}); {remedy}") from error
 
 
-def _show_token() -> None:
-    """Let Ray show this user's token to a cluster that it joins. By itself it does so only where it starts one, and
-    what `ray start` has started takes us for a stranger; a cluster that asks for none does not mind."""
-    named = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
-    if named or os.path.exists(os.path.expanduser("~/.ray/auth_token")):
-        os.environ.setdefault(AUTH_MODE, "token")
-
-
 _reaper: subprocess.Popen[bytes] | None = None  # of the Ray that was started here
 
 
@@ -180,8 +172,6 @@ def start_ray(cpus: int, store_bytes: int = OBJECT_STORE_BYTES) -> bool:
     if address is None:
         # Ray listens on every interface unless told, before its import, that there will be no other node.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    else:
-        _show_token()
     import ray
 
     # Paragraphs of Ray's own about what our lines say too; `log_to_driver` does not stop them.
@@ -189,10 +179,9 @@ def start_ray(cpus: int, store_bytes: int = OBJECT_STORE_BYTES) -> bool:
     if ray.is_initialized():
         return False
     if address is not None:
-        remedy = (
-            "unset RAY_ADDRESS to let the run start its own, or set it to a cluster that runs; its token, if it asks "
-            "for one, must lie in ~/.ray/auth_token here too"
-        )
+        remedy = "unset RAY_ADDRESS to let the run start its own, or set it to a cluster that runs"
+        if AUTH_MODE not in os.environ:  # then Ray shows no token, although `ray start` asks for one
+            remedy += f", and {AUTH_MODE}=token where it asks for a token"
         _join(f"RAY_ADDRESS={address}", address, remedy, JOIN_S)
         return False
     variables = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}

@@ -173,7 +173,7 @@ def cluster_of(home: Path, mode: str) -> Iterator[tuple[str, psutil.Process]]:
 def test_a_head_that_dies_ends_the_run_in_a_line_and_another_takes_over(
     place: Path, undisturbed: dict[str, Path]
 ) -> None:
-    """On clusters of `ray start`: the first asks for a token, which is shown, the other one for none."""
+    """On clusters of `ray start`: the first asks for a token, the other one for none."""
     run, home = (
         place / "headless",
         Path(tempfile.mkdtemp(prefix="r")),
@@ -195,14 +195,13 @@ def test_a_head_that_dies_ends_the_run_in_a_line_and_another_takes_over(
         *arguments(place, "full", run.name, *workers, "checkpoint.every=0"),
     ]
 
-    def begun(address: str, *more: str) -> subprocess.Popen[str]:
-        settings = os.environ | {"HOME": str(home), "RAY_ADDRESS": address}
-        settings.pop("RAY_AUTH_MODE", None)
+    def begun(address: str, mode: str, *more: str) -> subprocess.Popen[str]:
+        settings = os.environ | {"HOME": str(home), "RAY_ADDRESS": address, "RAY_AUTH_MODE": mode}
         return subprocess.Popen([*given, *more], cwd=ROOT, env=settings, stderr=subprocess.PIPE, text=True)
 
     try:
         with cluster_of(home, "token") as (address, head):
-            process = begun(address)
+            process = begun(address, "token")
             while 2 not in logged_steps(run) and process.poll() is None:
                 time.sleep(0.01)
             head.kill()
@@ -212,8 +211,9 @@ def test_a_head_that_dies_ends_the_run_in_a_line_and_another_takes_over(
         (*_, saved) = list_checkpoints(run / "checkpoints")
         assert saved.name == f"step_{logged_steps(run)[-1]:06d}"  # nothing is lost
         with cluster_of(home, "disabled") as (address, _):
-            process = begun(address, "--resume")
-            assert (process.communicate(timeout=300), process.returncode)[1] == 0
+            process = begun(address, "disabled", "--resume")
+            said = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, said
     finally:
         shutil.rmtree(home)
     assert_like(run, undisturbed["full"])
