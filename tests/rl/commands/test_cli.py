@@ -16,7 +16,7 @@ from PIL import Image
 
 from imagerl.api.training import closing_line
 from imagerl.rl.evaluation.stats import Interval, compare
-from tests.command import imagerl
+from tests.command import exit_code, imagerl
 from tests.micro import micro_folder
 from tests.small_run import REWARD_FILE, write_recipe
 
