@@ -27,8 +27,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def require_members(thing: object, protocol: type, base: str) -> None:
     """Raise ImageRLError when an object lacks members of a Protocol of `models.base`; `base` has some of them."""
     names = (*protocol.__annotations__, *(name for name in vars(protocol) if not name.startswith("_")))
-    own = getattr(thing, "__dict__", {})
-    missing = [name for name in names if not (hasattr(type(thing), name) or name in own)]
+    missing = [name for name in names if not (hasattr(type(thing), name) or hasattr(thing, name))]
     if missing:
         raise ImageRLError(
             f"{type(thing).__name__} has no {', '.join(missing)}, which models/base.py asks of a {protocol.__name__}; "
