@@ -315,7 +315,7 @@ class RewardRequest:
 class StoredRequest(NamedTuple):
     """A request whose pictures stay where they were drawn, in Ray's object store, until a reward fetches them."""
 
-    parts: Sequence[Any]  # references to RewardRequests of whole groups
+    parts: Sequence[object]  # references to RewardRequests of whole groups
     sizes: Sequence[int]  # samples of each
     group_size: int
     step: int

@@ -355,7 +355,7 @@ def describe(
 ) -> dict[str, Any]:
     """Tell where a model came from: recipe, step, last metrics, versions, hashes of every file."""
     step = step_of(checkpoint)
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, object] = {}
     for record in read_metrics(checkpoint.parent.parent):
         if record["step"] <= step:
             metrics |= record

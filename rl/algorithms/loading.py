@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from imagerl.rl.algorithms.advantages import AdvantageInputs, AdvantageOutput, advantages_of, user_advantages
 from imagerl.rl.algorithms.kl import kl_sums
@@ -41,7 +40,7 @@ def load_loss(algorithm: AlgorithmConfig) -> Loss:
     loss = import_callable(algorithm.import_path, key)
     call = taking(loss, loss_settings(algorithm, algorithm.kl_coef), algorithm.arguments, key)
 
-    def checked(inputs: LossInputs, **settings: Any) -> LossOutput:
+    def checked(inputs: LossInputs, **settings: object) -> LossOutput:
         output = call(inputs, **settings)
         if not isinstance(output, LossOutput) or output.loss.dim():
             raise ImageRLError(
@@ -55,7 +54,7 @@ def load_loss(algorithm: AlgorithmConfig) -> Loss:
     return checked
 
 
-def loss_settings(algorithm: AlgorithmConfig, kl_coef: float) -> dict[str, Any]:
+def loss_settings(algorithm: AlgorithmConfig, kl_coef: float) -> dict[str, object]:
     """Return the keyword arguments of `policy_loss`; `kl_coef` is the present one."""
     settings = {name: getattr(algorithm, name) for name in SETTINGS}
     return settings | {"kl_coef": kl_coef if algorithm.kl_in == "loss" else 0.0}
@@ -88,8 +87,8 @@ def load_advantages(algorithm: AlgorithmConfig) -> Advantages:
 
 
 def taking(
-    function: Callable[..., Any], settings: Mapping[str, Any], own: Mapping[str, Any], key: str
-) -> Callable[..., Any]:
+    function: Callable[..., object], settings: Mapping[str, object], own: Mapping[str, object], key: str
+) -> Callable[..., object]:
     """Wrap the function so that all our settings may be passed by keyword: it gets those that it names, and
     all of its `own` arguments.
 
@@ -110,7 +109,7 @@ def taking(
                 f"{key}: {function.__name__} needs the argument {name!r}; set algorithm.arguments.{name}"
             )
 
-    def call(inputs: Any, **given: Any) -> Any:
+    def call(inputs: object, **given: object) -> object:
         chosen = {name: value for name, value in given.items() if takes_all or name in names}
         return function(inputs, **{**chosen, **own})
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from imagerl.rl.config.train import Recipe, load_recipe
 from imagerl.rl.errors import ImageRLError
@@ -223,7 +223,7 @@ def refuse_incomparable(recipes: Mapping[str, Recipe]) -> None:
                 )
 
 
-def measured(recipe: Recipe) -> dict[str, Any]:
+def measured(recipe: Recipe) -> dict[str, object]:
     """Return what decides where a run begins and how it is judged, by the key that sets it."""
     sampling = evaluation_sampling(recipe)
     rewards = [*recipe.rewards.functions, *recipe.gold]
@@ -246,5 +246,5 @@ def measured(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "absent" if value is None else str(value)

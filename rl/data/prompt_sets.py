@@ -135,13 +135,13 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
     return PromptSet(source, tuple(prompts[: config.size]))
 
 
-def inline_prompts(rows: Sequence[str | dict[str, Any]], source: str) -> PromptSet:
+def inline_prompts(rows: Sequence[str | dict[str, object]], source: str) -> PromptSet:
     """Read prompts that are written out in another file, `source`: texts, or mappings with a `prompt` in each. Lines in
     messages are counted within the list. Raises ImageRLError like `load_prompt_set`."""
     return PromptSet(source, tuple(_to_prompts(list(enumerate(rows, 1)), PROMPT, source)))
 
 
-def refuse_overlap(train: PromptSet, heldout: PromptSet, wanted: Callable[[Any, str], str]) -> None:
+def refuse_overlap(train: PromptSet, heldout: PromptSet, wanted: Callable[[object, str], str]) -> None:
     """Refuse held-out prompts that were trained on, or whose targets were: their results mean nothing.
 
     `wanted` says what the rewards compare a picture with, "" for nothing, given the column `target` and the text; it

@@ -54,15 +54,15 @@ class _Manifest(_Version):
 class _State(BaseModel):
     """The names under which every kind of run keeps its state."""
 
-    first_eval: list[dict[str, Any]] | None = None
-    last_eval: list[dict[str, Any]] | None = None
+    first_eval: list[dict[str, object]] | None = None
+    last_eval: list[dict[str, object]] | None = None
     looked: int = 0
     processes: int = Field(1, ge=1)
-    recipe: dict[str, Any] = Field(default_factory=dict)
+    recipe: dict[str, object] = Field(default_factory=dict)
     budget: dict[str, float] = Field(default_factory=dict)
-    trainer: dict[str, Any] = Field(default_factory=dict)
-    watch: dict[str, Any] = Field(default_factory=dict)
-    data: list[dict[str, Any]] = Field(default_factory=list)  # of each process
+    trainer: dict[str, object] = Field(default_factory=dict)
+    watch: dict[str, object] = Field(default_factory=dict)
+    data: list[dict[str, object]] = Field(default_factory=list)  # of each process
 
 
 class DamagedCheckpoint(ImageRLError):
@@ -84,7 +84,7 @@ def save_checkpoint(
     directory: str | Path,
     step: int,
     tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
+    state: Mapping[str, object],
     keep: int = 2,
 ) -> Path:
     """Write `directory/step_<step>` atomically, then delete all but the newest `keep` checkpoints.
@@ -249,7 +249,7 @@ def _read_json(path: Path) -> Any:
         raise _damaged(path, f"it cannot be read: {error}") from error
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=1))  # in order, so that a resumed run lists metrics alike
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from imagerl.rl.rollout.engine import reward_request, with_pictures
 from imagerl.rl.rollout.scores import component
 from imagerl.rl.types import Prompt, RewardScorer, RolloutGroup, Source
 
+T = TypeVar("T")
 TRIED = 8  # pictures at most, before an evaluation
 
 
@@ -35,7 +36,7 @@ class Evaluation:
         """Return the means for metrics.jsonl: `eval/<suite>/<metric>`."""
         return {f"eval/{self.suite}/{name}": interval.mean for name, interval in self.metrics.items()}
 
-    def to_dict(self, **facts: Any) -> dict[str, Any]:
+    def to_dict(self, **facts: object) -> dict[str, object]:
         """Return the JSON document of an evaluation; see docs/run-folder.md."""
         return {
             "suite": self.suite,
@@ -79,7 +80,7 @@ class Ranks(Protocol):
     rank: int
     world_size: int
 
-    def gather_objects(self, value: Any) -> list[Any]: ...
+    def gather_objects(self, value: T) -> list[T]: ...
 
 
 def try_rewards(
@@ -133,7 +134,7 @@ def evaluate(
     chunk = max(1, batch_size // samples)
     own = [place for place in range(len(prompts)) if place // chunk % count == rank]
     images: dict[int, np.ndarray] = {}  # by place, as the rows
-    rows: dict[int, list[dict[str, Any]]] = {}
+    rows: dict[int, list[dict[str, object]]] = {}
     tickets, places = [], defaultdict[int, deque[int]](deque)
     for place in own:
         places[prompts[place].index].append(place)

@@ -48,7 +48,7 @@ class SuiteFile(RecipeModel):
     """A suite of one's own."""
 
     name: str | None = Field(None, min_length=1, description="what results call it; null: the file's name")
-    prompts: PromptSetConfig | list[str | dict[str, Any]] = Field(
+    prompts: PromptSetConfig | list[str | dict[str, object]] = Field(
         description="a prompt set as in a recipe's data, or a list of prompts"
     )
     rewards: list[RewardSpec] = Field(min_length=1, description="what is measured; weights give the total")
@@ -192,7 +192,7 @@ def fingerprint(suite: Suite, prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _told(value: Any) -> Any:
+def _told(value: object) -> object:
     """Replace a value that JSON does not hold: pictures by their pixels, their files by the bytes, functions by their
     source."""
     if callable(value):

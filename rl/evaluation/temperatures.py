@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from imagerl.rl.evaluation.stats import HEADLINES, by_prompt, change, compare, headline, number
+from imagerl.rl.evaluation.stats import HEADLINES, Row, by_prompt, change, compare, headline, number
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Row]
 AtTemperatures = Mapping[float, Rows]  # the same prompts, at each temperature
 
 
-def at_best(tried: AtTemperatures, metric: str) -> tuple[list[Mapping[str, Any]], tuple[float, float]]:
+def at_best(tried: AtTemperatures, metric: str) -> tuple[list[Row], tuple[float, float]]:
     """Return every prompt's row at the temperature that was best on the half of the prompts that it is not in, and
     these two temperatures. Of equally good ones the highest is taken."""
     order = sorted({row["index"] for rows in tried.values() for row in rows})
     halves = [set(order[::2]), set(order[1::2])]
-    rows: list[Mapping[str, Any]] = []
+    rows: list[Row] = []
     chosen = []
     for own, other in zip(halves, reversed(halves), strict=True):
         best = max(sorted(tried, reverse=True), key=lambda t: _mean(tried[t], metric, other))
@@ -58,7 +58,7 @@ def told_at_best(before: AtTemperatures, after: AtTemperatures) -> str | None:
     name, chosen = best["metric"], best["chosen"]
     result = compare(best["per_prompt"]["before"], best["per_prompt"]["after"])[name]
     rate = name in HEADLINES
-    old, new = (number(result[when], rate) for when in ("before", "after"))
+    old, new = number(result["before"], rate), number(result["after"], rate)
     return (
         f"held-out {name} at each model's best temperature ({words(chosen['before'])} before, {words(chosen['after'])} "
         f"after, chosen on the other prompts): {old} → {new} ({change(result['difference'], rate)})"

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import IO, Any
 
+import numpy as np
+
 from imagerl.rl.config.engine import CheckpointConfig, EngineConfig
 from imagerl.rl.config.monitors import MonitorsConfig
 from imagerl.rl.config.recipe import RecipeModel, load_yaml_recipe, validate_recipe
@@ -25,6 +27,7 @@ from imagerl.rl.engine.checkpoint import (
 )
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.evaluate import Evaluation
+from imagerl.rl.evaluation.stats import Comparison
 from imagerl.rl.files.environment import ENVIRONMENT_FILE, recorded_files, write_environment
 from imagerl.rl.files.grids import image_grid, save_image
 from imagerl.rl.files.metrics import METRICS_FILE, to_json
@@ -217,10 +220,10 @@ class RunFolder:
 
     def write_comparison(
         self,
-        comparison: Mapping[str, Any],
+        comparison: Comparison,
         suite: str,
         after_step: int,
-        best: Mapping[str, Any] | None = None,
+        best: Mapping[str, object] | None = None,
     ) -> None:
         document = {
             "suite": suite,
@@ -234,7 +237,7 @@ class RunFolder:
         }
         write_atomic(self.path / "eval" / "comparison.json", to_json(document, indent=1) + "\n")
 
-    def save_grid(self, step: int, images: Sequence[Any], captions: Sequence[str]) -> Path:
+    def save_grid(self, step: int, images: Sequence[np.ndarray], captions: Sequence[str]) -> Path:
         scale = max(1, 192 // images[0].shape[1])
         grid = image_grid(images, columns=4, captions=captions, scale=scale)
         return save_image(grid, self.path / "samples" / f"step_{step:06d}.png")
@@ -277,12 +280,12 @@ def differing_keys(stored: RecipeModel, given: RecipeModel) -> list[str]:
     return [key for key in differences(stored, given) if key not in CHANGEABLE]
 
 
-def differences(stored: RecipeModel, given: RecipeModel) -> dict[str, tuple[Any, Any]]:
+def differences(stored: RecipeModel, given: RecipeModel) -> dict[str, tuple[object, object]]:
     """Return the values, before and now, of the dotted keys in which two recipes differ."""
 
     def flat(
         values: Mapping[str, Any], prefix: tuple[str, ...] = ()
-    ) -> Iterator[tuple[tuple[str, ...], Any]]:
+    ) -> Iterator[tuple[tuple[str, ...], object]]:
         for key, value in values.items():
             if isinstance(value, dict):
                 yield from flat(value, (*prefix, key))

@@ -250,7 +250,7 @@ class FlowHalf:
         )
         return MATCHING_LOSSES[self.settings.loss](inputs, **self._bounds())
 
-    def _bounds(self) -> dict[str, Any]:
+    def _bounds(self) -> dict[str, object]:
         """Return the settings that the loss of this name takes."""
         settings = self.settings
         clip = {"clip_low": settings.clip_low, "clip_high": settings.clip_high}
@@ -296,9 +296,9 @@ class FlowHalf:
             metrics |= {"flow/grad_norm": last["own_grad_norm"], "flow/grad_part": last["own_grad_part"]}
         return metrics if self.settings.joint else metrics | {"grad_norm": last["grad_norm"]}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return nothing: only weights outlive a step."""
         return {}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, object]) -> None:
         """Do nothing: there is nothing to restore."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from imagerl.rl.algorithms.losses import (
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.rollout.engine import replayed, training_sampling
 from imagerl.rl.rollout.scores import average_decodes
-from imagerl.rl.training.half import HalfLoss, reward_inputs
+from imagerl.rl.training.half import Gather, HalfLoss, reward_inputs
 from imagerl.rl.training.step_metrics import (
     THOUGHT,
     Metrics,
@@ -47,8 +47,6 @@ from imagerl.rl.types import (
     TrainBatch,
     select,
 )
-
-Gather = Callable[[Any], list[Any]]
 
 
 class TokenHalf:
@@ -193,7 +191,7 @@ class TokenHalf:
             metrics["kl/coef"] = self.kl_coef
         return metrics
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return the adapted weight of the KL."""
         return {"kl_coef": self.kl_coef}
 

@@ -108,9 +108,9 @@ class Trainer:
 
     # ---- what outlives a step ------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return all but weights and optimizer that the next step depends on, as JSON takes it."""
-        state: dict[str, Any] = {"moving_means": self.moving_means}
+        state: dict[str, object] = {"moving_means": self.moving_means}
         if self._begun is not None:
             state["rollout"] = {"step": self._begun, "version": self.rollouts.published()[0]}
         if isinstance(self.sampler, CurriculumSampler):
