@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from imagerl.rl.engine.cluster import (
     refuse_ended_ray,
     start_ray,
     stop_ray,
+    wait_for_ray,
 )
 from imagerl.rl.types import ImageRLError, RewardRequest, RewardScores, StoredRequest
 
@@ -141,7 +143,7 @@ class SharedRewards:
     def _answer(self, reference: Any) -> Any:
         import ray
 
-        refuse_ended_ray()
+        wait_for_ray(reference, math.inf)  # the pool's own patience is at work behind it
         try:
             said = ray.get(reference)
         except ray.exceptions.RayTaskError:

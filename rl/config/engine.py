@@ -77,6 +77,11 @@ class EngineConfig(RecipeModel):
         description="keep ZeRO's optimizer state in host memory and update there; slower, saves 8 bytes a "
         "trained parameter and ZeRO's copy of it",
     )
+    offload_frozen: bool = Field(
+        False,
+        description="keep what only draws, and the references, in host memory while weights are updated: a copy "
+        "there and back every step",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights stay fp32")
     micro_batch_size: Count = Field(16, description="samples of one forward and backward pass")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")

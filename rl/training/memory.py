@@ -140,6 +140,10 @@ def _update_bytes(policy: Policy, recipe: Recipe, shape: StepShape) -> Bytes:
         for name, part in policy.parts().items():
             counts[f"frozen {name}"] = sum(p.numel() for p in part.parameters() if id(p) not in known)
             counts[f"trained {name}"] = sum(p.numel() for p in part.parameters() if id(p) in known)
+        used = set(map(id, module.parameters()))
+        counts["waiting"] = counts.get("reference", 0) + sum(
+            p.numel() for part in policy.parts().values() for p in part.parameters() if id(p) not in used
+        )
         counts["trained"] = sum(p.numel() for p in trained)
         counts["largest"] = max(p.numel() for p in trained)
         return counts | _update(policy, recipe, shape, module, trained)
