@@ -7,7 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
-from imagerl.rl.algorithms.advantages import AdvantageInputs, AdvantageOutput, advantages_of, user_advantages
+import torch
+from torch import Tensor
+
+from imagerl.rl.algorithms.advantages import (
+    AdvantageInputs,
+    AdvantageOutput,
+    advantages_of,
+    group_advantages,
+    spread,
+)
 from imagerl.rl.algorithms.kl import kl_sums
 from imagerl.rl.algorithms.losses import policy_loss
 from imagerl.rl.config.algorithm import AlgorithmConfig
@@ -84,6 +93,26 @@ def load_advantages(algorithm: AlgorithmConfig) -> Advantages:
             raise ImageRLError(f"{key} {target!r}: {error}") from error
 
     return checked
+
+
+def user_advantages(
+    inputs: AdvantageInputs, function: Callable[[AdvantageInputs], Tensor]
+) -> AdvantageOutput:
+    """Call a user's function and return its [B] or [B, N], with 0 for samples without a reward.
+
+    Raises:
+        ValueError: another shape, or a number that is not finite for a sample with a reward.
+    """
+    output = group_advantages(inputs.rewards, inputs.group_size, "none")
+    values = torch.as_tensor(function(inputs)).detach()
+    if values.shape not in (inputs.rewards.shape, inputs.action_mask.shape):
+        raise ValueError(
+            f"must return [B] or [B, N] = {list(inputs.action_mask.shape)}, not {list(values.shape)}"
+        )
+    advantages = values.where(output.valid if values.dim() == 1 else output.valid[:, None], 0.0).float()
+    if not advantages.isfinite().all():
+        raise ValueError("returned NaN or inf for a sample that has a reward")
+    return replace(output, advantages=advantages, metrics=output.metrics | spread(advantages, output.valid))
 
 
 def taking(

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from imagerl.rl.algorithms.kl import k3
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.stats import TOTAL, Interval, summarise
-from imagerl.rl.rollout.engine import reward_request, with_pictures
+from imagerl.rl.rollout.engine import RolloutEngine, replayed, reward_request, with_pictures
 from imagerl.rl.rollout.scores import component
 from imagerl.rl.types import Prompt, RewardScorer, RolloutGroup, Source
 
@@ -166,6 +167,18 @@ def evaluate(
     ordered = [row for place in sorted(rows) for row in rows[place]]
     pictures = [picture for place in sorted(images) for picture in images[place]]
     return Evaluation(suite, summarise(ordered), ordered, pictures)
+
+
+@torch.no_grad()
+def kl_to_reference(rollout: RolloutEngine, groups: Sequence[RolloutGroup]) -> list[float]:
+    """Estimate, for every sample that a rollout drew, the KL to its policy's frozen reference: the mean of k3 over its
+    tokens, in nats a token."""
+    rows, tokens, mask, logprobs = replayed(rollout.policy, groups)
+    device = rollout.policy.device
+    with rollout.autocast():
+        reference = rollout.policy.reference_scores(rows, tokens.to(device), rollout.sampling)
+    differences = k3(logprobs.to(device), reference.logprobs).where(mask.to(device), 0)
+    return (differences.sum(1).cpu() / mask.sum(1).cpu()).tolist()
 
 
 def _metric_names(components: Iterable[str], suite: str, further: Iterable[str] = ()) -> dict[str, str]:

@@ -227,7 +227,7 @@ def by_prompt(rows: Sequence[Row], metric: str) -> dict[int, float]:
     return {index: math.fsum(values) / len(values) for index, values in grouped.items()}
 
 
-def summarise(per_prompt: Sequence[Row], level: float = 0.95) -> dict[str, Interval]:
+def summarise(per_prompt: Sequence[Row]) -> dict[str, Interval]:
     """Return an interval of each numeric key but `index` and `sample`: Wilson where the values are all 0 or 1, else t.
 
     Several rows of one prompt count as one value, their mean, because they are not independent.
@@ -238,9 +238,9 @@ def summarise(per_prompt: Sequence[Row], level: float = 0.95) -> dict[str, Inter
         # One value a prompt: its samples share the prompt, so they are not independent.
         values = list(by_prompt(per_prompt, metric).values())
         if set(values) <= {0.0, 1.0}:
-            result[metric] = wilson_interval(round(sum(values)), len(values), level)
+            result[metric] = wilson_interval(round(sum(values)), len(values))
         else:
-            result[metric] = mean_interval(values, level)
+            result[metric] = mean_interval(values)
     return result
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from imagerl.rl.evaluation.stats import HEADLINES, Row, by_prompt, change, compare, headline, number
+from imagerl.rl.evaluation.stats import HEADLINES, Interval, Row, by_prompt, change, compare, headline, number
 
 Rows = Sequence[Row]
 AtTemperatures = Mapping[float, Rows]  # the same prompts, at each temperature
@@ -50,18 +50,16 @@ def compare_at_best(before: AtTemperatures, after: AtTemperatures) -> dict[str, 
     }
 
 
-def told_at_best(before: AtTemperatures, after: AtTemperatures) -> str | None:
-    """Return the line that a run ends with about it."""
-    best = compare_at_best(before, after)
+def told_at_best(best: Mapping[str, Any] | None) -> str | None:
+    """Return the line that a run ends with about what `compare_at_best` found."""
     if best is None or best["metric"] not in best["metrics"]:
         return None
     name, chosen = best["metric"], best["chosen"]
-    result = compare(best["per_prompt"]["before"], best["per_prompt"]["after"])[name]
-    rate = name in HEADLINES
-    old, new = number(result["before"], rate), number(result["after"], rate)
+    result, rate = best["metrics"][name], name in HEADLINES
+    old, new = (number(result[when], rate) for when in ("before", "after"))
     return (
         f"held-out {name} at each model's best temperature ({words(chosen['before'])} before, {words(chosen['after'])} "
-        f"after, chosen on the other prompts): {old} → {new} ({change(result['difference'], rate)})"
+        f"after, chosen on the other prompts): {old} → {new} ({change(Interval.read(result['difference']), rate)})"
     )
 
 

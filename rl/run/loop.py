@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -17,11 +17,12 @@ from imagerl.rl.engine.checkpoint import Checkpoint
 from imagerl.rl.engine.engine import Engine, StateDict, on_host
 from imagerl.rl.engine.saving import Saver, Snapshot
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.evaluation.evaluate import Evaluation, evaluate, try_rewards
+from imagerl.rl.evaluation.evaluate import Evaluation, evaluate, kl_to_reference, try_rewards
+from imagerl.rl.evaluation.kept_pictures import with_sources
 from imagerl.rl.evaluation.stats import Comparison, compare, results_table
 from imagerl.rl.evaluation.temperatures import AtTemperatures, Rows, compare_at_best, told_at_best
 from imagerl.rl.files.metrics import MetricsLog, Progress
-from imagerl.rl.rollout.engine import RolloutEngine, with_sources
+from imagerl.rl.rollout.engine import RolloutEngine
 from imagerl.rl.run.budget import Budget
 from imagerl.rl.run.folder import PEAK, RunFolder
 from imagerl.rl.run.monitors import Watch, watched
@@ -49,7 +50,6 @@ class Loop:
         folder: RunFolder,
         trainer: Stepper,
         checkpoint: Checkpoint | None,
-        progress_note: Callable[[str], None] = print,
         budget: Budget | None = None,
     ) -> None:
         self.recipe = recipe
@@ -60,7 +60,7 @@ class Loop:
         self.start_step = checkpoint.step if checkpoint else 0
         self.first: list[dict[str, object]] | None = state.get("first_eval")
         self.last: list[dict[str, object]] | None = state.get("last_eval")
-        self.note = progress_note if self.engine.is_main else lambda _: None
+        self.note = print if self.engine.is_main else lambda _: None
         self.finished = False  # the last step is done, or there shall be no further one
         self.budget = budget or Budget()
         self.budget.restore(state.get("budget", {}))
@@ -271,9 +271,8 @@ class Run(Loop):
         heldout: Sequence[Prompt],
         eval_rollout: RolloutEngine,
         checkpoint: Checkpoint | None,
-        progress_note: Callable[[str], None] = print,
     ) -> None:
-        super().__init__(recipe, folder, trainer, checkpoint, progress_note, Budget.of(recipe))
+        super().__init__(recipe, folder, trainer, checkpoint, Budget.of(recipe))
         self.trainer = trainer
         self.heldout = heldout[: recipe.eval.size]
         self.eval_rollout = eval_rollout
@@ -304,7 +303,7 @@ class Run(Loop):
             settings.batch_size,
             shown=shown,
             ranks=self.engine,
-            beside=(lambda groups: {"kl": source.kl_to_reference(groups)}) if settings.kl else None,
+            beside=(lambda groups: {"kl": kl_to_reference(source, groups)}) if settings.kl else None,
         )
 
     def _evaluate(self, step: int) -> None:
@@ -391,7 +390,7 @@ class Run(Loop):
             best = compare_at_best(self.before, self.after)
             self.folder.write_comparison(comparison, self.recipe.eval.suite, self.done, best)
             self.trackers.table(self.done, *results_table(comparison))
-            if told := told_at_best(self.before, self.after):
+            if told := told_at_best(best):
                 self.note(told)
             if self.watch.halts and self.done < self.recipe.run.steps:
                 flat = f"patience: the held-out total was {self.watch.waited} evaluations no higher"

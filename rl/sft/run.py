@@ -39,9 +39,8 @@ class SFTRun(Loop):
         rollout: RolloutEngine,
         checkpoint: Checkpoint | None,
         save_model: Callable[[Path], None],
-        progress_note: Callable[[str], None] = print,
     ) -> None:
-        super().__init__(recipe, folder, trainer, checkpoint, progress_note)
+        super().__init__(recipe, folder, trainer, checkpoint)
         self.trainer = trainer
         self.rollout = rollout
         self.save_model = save_model

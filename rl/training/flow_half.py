@@ -12,8 +12,8 @@ from torch import Tensor
 from imagerl.models.base import Policy
 from imagerl.rl.algorithms.advantages import AdvantageInputs
 from imagerl.rl.algorithms.flow_kl import gaussian_kl, kl_as_flow_grpo
-from imagerl.rl.algorithms.flow_losses import FLOW_LOSSES
-from imagerl.rl.algorithms.flow_matching_losses import MATCHING_LOSSES
+from imagerl.rl.algorithms.flow_losses import FLOW_LOSSES, FlowLossInputs
+from imagerl.rl.algorithms.flow_matching_losses import MATCHING_LOSSES, MatchingInputs
 from imagerl.rl.algorithms.kl import masked
 from imagerl.rl.algorithms.losses import loss_denominator
 from imagerl.rl.config.flow import FlowConfig
@@ -23,11 +23,9 @@ from imagerl.rl.errors import ImageRLError
 from imagerl.rl.training.half import HalfLoss, reward_inputs
 from imagerl.rl.training.step_metrics import Metrics
 from imagerl.rl.types import (
-    FlowLossInputs,
     FlowSampling,
     FlowSchedule,
     LossOutput,
-    MatchingInputs,
     RewardScores,
     RolloutGroup,
     Rows,

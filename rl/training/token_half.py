@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from imagerl.models.base import Policy
-from imagerl.rl.algorithms.advantages import AdvantageInputs, region_credit
+from imagerl.rl.algorithms.advantages import AdvantageInputs
+from imagerl.rl.algorithms.credit import region_credit
 from imagerl.rl.algorithms.kl import adapted_coef, kl_penalty
 from imagerl.rl.algorithms.loading import load_loss, loss_settings
 from imagerl.rl.algorithms.losses import (
