@@ -33,6 +33,7 @@ from imagerl.rl.engine.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     package_versions,
+    sha256_of,
     step_of,
 )
 from imagerl.rl.engine.engine import AVERAGE
@@ -360,7 +361,7 @@ def describe(
         if record["step"] <= step:
             metrics |= record
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {str(path.relative_to(folder)): _sha256(path) for path in files}
+    hashes = {str(path.relative_to(folder)): sha256_of(path) for path in files}
     return {
         "step": step,
         "layout": layout,
@@ -377,8 +378,3 @@ def describe(
             },
         },
     }
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -126,7 +126,7 @@ class Plan:
         return self
 
     def write(self, folder: Path) -> None:
-        write_atomic(folder / PLAN_FILE, to_json(asdict(self), indent=1) + "\n")
+        write_atomic(folder / PLAN_FILE, to_json(self, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Plan:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from imagerl.rl.errors import ImageRLError, nearest, one_line
 from imagerl.rl.files.mistakes import explain, shown
 from imagerl.rl.files.reading import MAX_DEPTH, read_text
-from imagerl.rl.files.yaml_text import MAX_RECIPE_BYTES, Dumper, parse_yaml
+from imagerl.rl.files.yaml_text import MAX_RECIPE_BYTES, Dumper, parse_yaml, unshared
 
 Loc = tuple[str | int, ...]
 Override = str | tuple[str, object]  # "run.steps=5", its value in YAML, or ("run.steps", 5)
@@ -198,17 +198,10 @@ def validate_recipe(cls: type[RecipeT], data: dict[str, object], source: str) ->
 def _overridden(
     cls: type[RecipeModel], data: dict[str, object], overrides: Sequence[Override]
 ) -> dict[str, object]:
-    changed = {key: _copied(value) for key, value in data.items()}
+    changed = {key: unshared(value) for key, value in data.items()}
     for override in overrides:
         apply_override(cls, changed, override)
     return changed
-
-
-def _copied(value: object) -> object:
-    """Copy lists and mappings; functions and the like within them stay what they are."""
-    if isinstance(value, dict):
-        return {key: _copied(entry) for key, entry in value.items()}
-    return [_copied(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _blamed(

@@ -114,7 +114,7 @@ def save_checkpoint(
                 raise write_error(final, error) from error
         _write_json(folder / STATE, dict(state))
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             for path in sorted(folder.iterdir())
         }
         manifest = {"format": FORMAT, "step": step, "files": files, "versions": package_versions()}
@@ -219,7 +219,7 @@ def load_checkpoint(
             raise _damaged(path, "it is missing")
         if path.stat().st_size != expected.bytes:
             raise _damaged(path, f"it has {path.stat().st_size} bytes instead of {expected.bytes}")
-        if verify and _sha256(path) != expected.sha256:
+        if verify and sha256_of(path) != expected.sha256:
             raise _damaged(path, "its SHA-256 is not the one in the manifest")
     tensors = {
         name.removesuffix(TENSORS): load_file(folder / name)
@@ -253,7 +253,7 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=1))  # in order, so that a resumed run lists metrics alike
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

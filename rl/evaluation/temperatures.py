@@ -7,10 +7,9 @@ here each half of the prompts is judged at what was best on the other half, so t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
-from imagerl.rl.evaluation.stats import HEADLINES, Interval, Row, by_prompt, change, compare, headline, number
+from imagerl.rl.evaluation.stats import HEADLINES, Row, by_prompt, change, compare, headline, number
 
 Rows = Sequence[Row]
 AtTemperatures = Mapping[float, Rows]  # the same prompts, at each temperature
@@ -37,15 +36,11 @@ def compare_at_best(before: AtTemperatures, after: AtTemperatures) -> dict[str, 
     if len(before) < 2 or not after or metric is None:
         return None
     (old, old_best), (new, new_best) = at_best(before, metric), at_best(after, metric)
-    metrics = {
-        name: {**result, "difference": asdict(result["difference"])}
-        for name, result in compare(old, new).items()
-    }
     return {
         "metric": metric,
         "tried": sorted(before, reverse=True),
         "chosen": {"before": old_best, "after": new_best},
-        "metrics": metrics,
+        "metrics": compare(old, new),
         "per_prompt": {"before": old, "after": new},
     }
 
@@ -59,7 +54,7 @@ def told_at_best(best: Mapping[str, Any] | None) -> str | None:
     old, new = (number(result[when], rate) for when in ("before", "after"))
     return (
         f"held-out {name} at each model's best temperature ({words(chosen['before'])} before, {words(chosen['after'])} "
-        f"after, chosen on the other prompts): {old} → {new} ({change(Interval.read(result['difference']), rate)})"
+        f"after, chosen on the other prompts): {old} → {new} ({change(result['difference'], rate)})"
     )
 
 

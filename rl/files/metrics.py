@@ -10,6 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,8 @@ def is_timing(key: str) -> bool:
 
 
 def to_json(value: object, indent: int | None = None) -> str:
-    """Write JSON that every parser takes: NaN and infinities become null, numpy and 0-d tensors plain numbers.
+    """Write JSON that every parser takes: NaN and infinities become null, numpy and 0-d tensors plain numbers,
+    dataclasses mappings.
 
     Floats are written so that reading them back gives the same bits.
     """
@@ -43,6 +45,8 @@ def to_json(value: object, indent: int | None = None) -> str:
 def _plain(value: object) -> object:
     if hasattr(value, "tolist"):
         value = value.tolist()
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

@@ -99,7 +99,7 @@ def parse_yaml_lines(text: str, source: str, most: int = MAX_VALUES) -> tuple[ob
         # Before anything is built: a few lines of aliases stand for more than memory holds.
         _check(node, most)
         lines = [e.start_mark.line + 1 for e in node.value] if isinstance(node, yaml.SequenceNode) else []
-        return _unshared(loader.construct_document(node)), lines
+        return unshared(loader.construct_document(node)), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -157,8 +157,9 @@ def _float(text: str) -> float:
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
-def _unshared(value: object) -> object:
-    """Return the data with a copy of its own wherever an alias stood, so that a change is one change."""
+def unshared(value: object) -> object:
+    """Copy lists and mappings, each wherever it stands, so that a change is one change; all within them stays what it
+    is."""
     if isinstance(value, dict):
-        return {key: _unshared(entry) for key, entry in value.items()}
-    return [_unshared(entry) for entry in value] if isinstance(value, list) else value
+        return {key: unshared(entry) for key, entry in value.items()}
+    return [unshared(entry) for entry in value] if isinstance(value, list) else value

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import IO, Any
 
@@ -229,10 +228,7 @@ class RunFolder:
             "suite": suite,
             "before_step": 0,
             "after_step": after_step,
-            "metrics": {
-                name: {**entry, "difference": asdict(entry["difference"])}
-                for name, entry in comparison.items()
-            },
+            "metrics": comparison,
             **({"best_temperature": best} if best else {}),
         }
         write_atomic(self.path / "eval" / "comparison.json", to_json(document, indent=1) + "\n")
