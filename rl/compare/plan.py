@@ -15,7 +15,7 @@ from imagerl.rl.files.mistakes import validated
 from imagerl.rl.files.reading import read_json
 from imagerl.rl.files.writing import write_atomic
 from imagerl.rl.rollout.preparing import evaluation_sampling
-from imagerl.rl.run.folder import RECIPE_FILE, differing_keys, read_stored_recipe
+from imagerl.rl.run.folder import RECIPE_FILE, differing_keys
 
 PLAN_FILE = "comparison.json"
 OURS = ("run.steps", "run.seed", "run.output_dir", "run.images", "run.minutes")  # follow from the budget
@@ -57,7 +57,7 @@ class PlannedRun:
     def refuse_other(self) -> None:
         """Raise ImageRLError when the folder holds another recipe's run."""
         stored = self.folder / RECIPE_FILE
-        changed = stored.exists() and differing_keys(read_stored_recipe(stored, Recipe), self.recipe)
+        changed = stored.exists() and differing_keys(load_recipe(stored), self.recipe)
         if changed:
             raise ImageRLError(
                 f"{self.folder} was run with another {changed[0]}; set another --output, or remove that folder"

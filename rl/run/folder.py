@@ -155,7 +155,7 @@ class RunFolder:
             raise ImageRLError(f"there is no run in {self.path} to continue; leave --resume out to begin one")
         stored = self.path / RECIPE_FILE
         if stored.exists():
-            self._refuse_other(read_stored_recipe(stored, type(recipe)), recipe, "was")
+            self._refuse_other(load_yaml_recipe(type(recipe), stored), recipe, "was")
         checkpoint = newest_sound(self.checkpoints) if step is None else self._checkpoint_of(step)
         if checkpoint is None:
             return None
@@ -265,10 +265,6 @@ def contents(recipe: RecipeModel) -> tuple[str, ...]:
         ),
         *(model if getattr(recipe, "kind", "train") == "sft" else ()),
     )
-
-
-def read_stored_recipe(path: Path, schema: type[AnyRecipe]) -> AnyRecipe:
-    return load_yaml_recipe(schema, path)
 
 
 def differing_keys(stored: RecipeModel, given: RecipeModel) -> list[str]:
