@@ -1,4 +1,4 @@
-"""The part of each of several rewards, and of the decoder's luck, in the advantages: pure functions of a step's scores."""
+"""The part of each reward, and of the decoder's luck, in the advantages: pure functions of a step's scores."""
 
 from __future__ import annotations
 
