@@ -8,6 +8,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,8 @@ from imagerl.rl.run.svg import render
 
 COST = 0.02  # of a run's time, at most, goes into its page
 MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
+Content = Mapping[str, Any]  # of a JSON or YAML file of a run: whatever it holds
+Load = Callable[[Path, Callable[[Path], object]], dict[str, Any]]  # of a file, by what reads it
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -55,9 +58,6 @@ def write_report(run_dir: Path | str) -> Path:
     path = Path(run_dir) / "report.html"
     write_atomic(path, render_page("report.html.j2", gather(Path(run_dir))))
     return path
-
-
-Content = Mapping[str, Any]  # of a JSON or YAML file of a run: whatever it holds
 
 
 class LivePage:
@@ -112,12 +112,9 @@ def gather(run_dir: Path, drawn: bool = True) -> dict[str, Any]:
         """Load the mapping in a file; empty, with a line in `problems`, when it cannot be read."""
         if not path.exists():
             return {}
-        try:
-            content = read(path)
-            if isinstance(content, dict):
+        with suppress(ImageRLError):
+            if isinstance(content := read(path), dict):
                 return content
-        except ImageRLError:
-            pass
         problems.append(f"{path.relative_to(run_dir)} could not be read")
         return {}
 
@@ -210,9 +207,7 @@ class Row:
 
 
 def _evaluations(
-    run_dir: Path,
-    records: Sequence[Content],
-    load: Callable[[Path, Callable[[Path], object]], dict[str, Any]],
+    run_dir: Path, records: Sequence[Content], load: Load
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """Return suite -> step -> evaluation, from eval/*.json; means alone come from metrics.jsonl where a file is
     missing."""
