@@ -85,7 +85,7 @@ class SFTRun(Loop):
                 self._draw(step)
             self.engine.barrier()
 
-    def _record(self, step: int, rows: list[dict[str, object]]) -> None:
+    def _record(self, step: int, rows: list[dict[str, Any]]) -> None:
         self.first = rows if self.first is None else self.first
         self.last = rows
         if not rows:
