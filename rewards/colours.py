@@ -6,7 +6,6 @@ where renderers and decoders blend letters into the ground."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -83,7 +82,7 @@ class ColoursReward:
         images: Sequence[Image.Image],
         ink_rgb: Sequence[Sequence[float] | None] | None = None,
         background_rgb: Sequence[Sequence[float] | None] | None = None,
-        **_: Any,
+        **_: object,
     ) -> RewardOutput:
         if ink_rgb is None or background_rgb is None:
             raise ImageRLError(

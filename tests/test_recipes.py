@@ -55,7 +55,9 @@ def test_recipe_header_gives_the_command(path: Path) -> None:
         ("tiny_faint.yaml", FAINT, {"model.freeze", "optim.lr"}),  # of the tokens, where they train too
     ],
 )
-def test_compared_recipes_differ_in_their_algorithm_alone(base: str, paths: list[Path], more: set[str]) -> None:
+def test_compared_recipes_differ_in_their_algorithm_alone(
+    base: str, paths: list[Path], more: set[str]
+) -> None:
     """The table of docs/compare.md says what is held equal: here is the list of what is not."""
     may_differ = {"algorithm", "rollout.group_size", "rollout.decodes"} | more
     shared = load_recipe(FOLDER / base)

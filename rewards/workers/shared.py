@@ -70,9 +70,9 @@ class SharedRewards:
     def __init__(
         self,
         processes: Processes,
-        specs: Sequence[Mapping[str, Any]],
+        specs: Sequence[Mapping[str, object]],
         *,
-        gold: Sequence[Mapping[str, Any]],
+        gold: Sequence[Mapping[str, object]],
         workers: int,
         timeout_s: float,
         max_restarts: int,
@@ -84,7 +84,7 @@ class SharedRewards:
         self._owns_ray = False
         self._pool: Any = None
         self._numbers = count()
-        self._answers: dict[int, Any] = {}
+        self._answers: dict[int, object] = {}
         entries, further = read_entries(specs), read_entries(gold)
         names = {name for spec in (*entries, *further) for name in secrets_of(spec) if name in os.environ}
         secrets = {name: os.environ[name] for name in names}

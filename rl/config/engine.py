@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -101,7 +101,7 @@ class EngineConfig(RecipeModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _published_stage(cls, data: Any) -> Any:
+    def _published_stage(cls, data: object) -> object:
         if isinstance(data, dict) and data.get("name") == "deepspeed" and data.get("zero_stage") is None:
             return {**data, "zero_stage": 1}
         return data

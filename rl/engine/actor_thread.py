@@ -38,7 +38,7 @@ class ActorThread(threading.Thread, ABC, Generic[Work, Answer]):
     def __init__(
         self,
         jobs: queue.SimpleQueue[tuple[Work, Future[Answer]] | None],
-        create: Callable[[], Any],
+        create: Callable[[], object],
         timeout_s: float,
     ) -> None:
         super().__init__(daemon=True, name=type(self).__name__)

@@ -58,7 +58,7 @@ class RolloutThread(ActorThread[Piece, Drawn]):
     def __init__(
         self,
         pieces: Pieces,
-        create: Callable[[], Any],
+        create: Callable[[], object],
         build: Build,
         scorer: RewardScorer,
         timeout_s: float,

@@ -73,7 +73,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._count(result, new=True)
         return result
 
-    def _count(self, values: Any, new: bool) -> None:
+    def _count(self, values: object, new: bool) -> None:
         for value in tree_flatten(values)[0]:
             if not isinstance(value, Tensor):
                 continue
@@ -187,7 +187,7 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _autocast(recipe: Recipe) -> AbstractContextManager[Any]:
+def _autocast(recipe: Recipe) -> AbstractContextManager[object]:
     return torch.autocast("cpu", torch.bfloat16, enabled=recipe.engine.precision == "bf16")
 
 

@@ -25,11 +25,11 @@ from imagerl.rl.engine.engine import OLD, Engine
 from imagerl.rl.engine.host_memory import HostMemory
 from imagerl.rl.rollout.engine import Rollout, Rollouts
 from imagerl.rl.rollout.picture_stats import group_stats, mean_of_groups
-from imagerl.rl.rollout.scores import average_decodes, component, merge_scores, scores_of_half, variance_split
+from imagerl.rl.rollout.scores import average_decodes, component, merge_scores, scores_of_half
 from imagerl.rl.training.half import Half, train_on
 from imagerl.rl.training.halves import FLOW, halves_in_training
 from imagerl.rl.training.resampling import Drawn, resample
-from imagerl.rl.training.reward_stats import mixing_metrics
+from imagerl.rl.training.reward_stats import mixing_metrics, variance_split
 from imagerl.rl.training.step_metrics import Metrics, PhaseTimer, refuse_failures, reward_metrics
 from imagerl.rl.types import Prompt, RewardScores, RolloutGroup
 
@@ -111,9 +111,9 @@ class Trainer:
 
     # ---- what outlives a step ------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return all but weights and optimizer that the next step depends on, as JSON takes it."""
-        state: dict[str, Any] = {"moving_means": self.moving_means}
+        state: dict[str, object] = {"moving_means": self.moving_means}
         if self._begun is not None:
             state["rollout"] = {"step": self._begun, "version": self.rollouts.published()[0]}
         if isinstance(self.sampler, CurriculumSampler):
