@@ -47,7 +47,7 @@ def require_loaded(policy: Policy, folder: Path) -> None:
                 f"{folder}: load left gradients on {loose[0]} of {place!r}, which is outside policy.trainable; freeze "
                 "all that is not in it by requires_grad_(False)"
             )
-        if part.training:
+        if part.training and not isinstance(part, torch.nn.ModuleList):  # which only lists
             raise ImageRLError(
                 f"{folder}: load left {place} in training mode; call .eval() on the module itself"
             )
