@@ -164,6 +164,21 @@ def bench_variance(
     benchmarks.show(gains(rewards, seconds), json)
 
 
+@bench.command("signal")
+def bench_signal(
+    recipe: Annotated[str, typer.Argument(help="recipe YAML")] = "recipes/tiny_ocr_grpo.yaml",
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=3, help="steps, each on prompts of its own")] = 6,
+    json: ReportFile = None,
+) -> None:
+    """Measure how much of a step's gradient is more than noise, the weights held still: can this reward teach?"""
+    from benchmarks import measuring as benchmarks
+    from benchmarks.signal import gradients, shared
+
+    given = [*(overrides or []), "algorithm.updates_per_rollout=1"]
+    benchmarks.show(shared(gradients(lambda: trained_steps(recipe, given, steps))), json)
+
+
 @bench.command("algorithms")
 def bench_algorithms(
     samples: Annotated[int, typer.Option(min=2, help="samples of an update")] = 96,

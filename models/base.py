@@ -98,6 +98,11 @@ class DecoderPolicy(Protocol):
     def freeze_reference(self) -> None: ...
 
     @property
+    def reference(self) -> nn.Module | None:
+        """The frozen copy of `trainable`; None where there is none, or an adapter's base serves."""
+        ...
+
+    @property
     def adapted(self) -> bool:
         """Tell whether the decoder has adapters."""
         ...
@@ -288,6 +293,10 @@ class Policy(Protocol):
         ...
 
     def load_reference(self, state: Mapping[str, Tensor]) -> None: ...
+
+    def references(self) -> Sequence[nn.Module]:
+        """Return the frozen copies that KL is measured against, of both halves: they may share weights with `parts`."""
+        ...
 
     # ---- export ----------------------------------------------------------------------------------------------
 

@@ -62,10 +62,10 @@ class RewardSpec:
 
     target: str
     weight: Weight = 1.0
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     gate: Gate | None = None
     python: str | None = None
-    runtime_env: Mapping[str, Any] | None = None
+    runtime_env: Mapping[str, object] | None = None
     half: Half = "both"
     function: RewardFn | None = None  # given in Python; `target` is then only its name
     num_gpus: float = 0.0  # that each of its actors reserves
@@ -165,7 +165,7 @@ def _resolve(spec: RewardSpec) -> tuple[str, Any]:
     return label, found
 
 
-def _check_types(label: str, found: type, settings: Mapping[str, Any]) -> None:
+def _check_types(label: str, found: type, settings: Mapping[str, object]) -> None:
     """Raise ImageRLError when a setting of a reward of ours is no value of the type that its constructor names. What
     users' annotations mean is theirs to say."""
     hints = get_type_hints(found.__init__, include_extras=True)  # type: ignore[misc]
@@ -189,11 +189,11 @@ def _label_of_address(url: str) -> str:
     return found[1]
 
 
-def _all_settings(spec: RewardSpec) -> dict[str, Any]:
+def _all_settings(spec: RewardSpec) -> dict[str, object]:
     return {**_shipped(spec.target)[1], **spec.settings, **({"url": spec.target} if spec.is_remote else {})}
 
 
-def _shipped(target: str) -> tuple[str, dict[str, Any]]:
+def _shipped(target: str) -> tuple[str, dict[str, object]]:
     """Return the reward that a preset stands for and its settings; another name stands for itself."""
     return PRESETS.get(target, (target, {}))
 
@@ -224,7 +224,7 @@ def check_reward(spec: RewardSpec, columns: Iterable[str] | None = None) -> str:
     return label
 
 
-def check_entries(entries: Iterable[Mapping[str, Any]], columns: Iterable[str] | None = None) -> list[str]:
+def check_entries(entries: Iterable[Mapping[str, object]], columns: Iterable[str] | None = None) -> list[str]:
     """Return labels of a recipe's rewards. Raises ImageRLError like `check_reward`, for the first unusable one."""
     names = None if columns is None else list(columns)
     return [check_reward(RewardSpec.from_mapping(entry), names) for entry in entries]
@@ -253,7 +253,7 @@ def secrets_of(spec: RewardSpec) -> list[str]:
     return [value for value in named.values() if isinstance(value, str)]
 
 
-def load_reward(target: str, /, **settings: Any) -> tuple[str, RewardFn]:
+def load_reward(target: str, /, **settings: object) -> tuple[str, RewardFn]:
     """Return label and callable of a reward by name, import path or address (see RewardSpec).
 
     Raises ImageRLError: unknown name, missing file or function, an error while importing or constructing."""
@@ -264,7 +264,7 @@ def load_spec(
     spec: RewardSpec,
     patience_s: float | None = None,
     columns: Sequence[str] | None = None,
-    policy: Any = None,
+    policy: object = None,
 ) -> tuple[str, RewardFn]:
     """Return label and callable of a reward. `patience_s` is the time that one call has, for rewards that wait for
     others; it goes to a setting of that name. `columns` are checked where only loading can. `policy` is what a reward
@@ -305,7 +305,7 @@ def load_rewards(
     specs: Sequence[RewardSpec],
     patience_s: float | None = None,
     columns: Sequence[str] | None = None,
-    policy: Any = None,
+    policy: object = None,
 ) -> list[LoadedReward]:
     """Load all rewards of a recipe, under distinct labels. Arguments and errors are those of `load_spec`."""
     loaded = [load_spec(spec, patience_s, columns, policy) for spec in specs]

@@ -6,7 +6,6 @@ where renderers and decoders blend letters into the ground."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -56,12 +55,26 @@ def score_colours(
     return float(ink_right), float(background_right)
 
 
+def nearness(image: np.ndarray, ink_rgb: Sequence[float], background_rgb: Sequence[float]) -> float:
+    """Return how near ink and ground of a picture [H, W, 3] uint8 come to the colours wanted, the product of both: each
+    1 − distance / (distance between the two wanted colours), and at least 0."""
+    ground = estimate_background(image)
+    found = np.stack([estimate_ink(image, ground), ground])
+    wanted = np.array([ink_rgb, background_rgb], dtype=np.float64)
+    apart = max(float(np.linalg.norm(wanted[0] - wanted[1])), 1.0)
+    return float(np.prod(np.clip(1 - np.linalg.norm(found - wanted, axis=1) / apart, 0, 1)))
+
+
 class ColoursReward:
-    """1 when ink and background are both right, with `ink` and `background` beside it.
+    """1 when ink and background are both right, or with `graded` their `nearness`; `ink` and `background`, each right
+    or not, beside it.
 
     Wants the columns `ink_rgb` and `background_rgb`, [r, g, b] each; None there means not applicable."""
 
     __name__ = "colours"
+
+    def __init__(self, graded: bool = False) -> None:
+        self.graded = graded
 
     def __call__(
         self,
@@ -69,7 +82,7 @@ class ColoursReward:
         images: Sequence[Image.Image],
         ink_rgb: Sequence[Sequence[float] | None] | None = None,
         background_rgb: Sequence[Sequence[float] | None] | None = None,
-        **_: Any,
+        **_: object,
     ) -> RewardOutput:
         if ink_rgb is None or background_rgb is None:
             raise ImageRLError(
@@ -79,10 +92,12 @@ class ColoursReward:
         inks: list[float | None] = []
         grounds: list[float | None] = []
         for image, ink, ground in zip(images, ink_rgb, background_rgb, strict=True):
-            right: tuple[float | None, float | None] = (None, None)
-            if ink is not None and ground is not None:
-                right = score_colours(np.asarray(image.convert("RGB")), ink, ground)
-            inks.append(right[0])
-            grounds.append(right[1])
-            both.append(None if right[0] is None or right[1] is None else right[0] * right[1])
+            if ink is None or ground is None:
+                values: tuple[float | None, ...] = (None, None, None)
+            else:
+                pixels = np.asarray(image.convert("RGB"))
+                right = score_colours(pixels, ink, ground)
+                values = (nearness(pixels, ink, ground) if self.graded else right[0] * right[1], *right)
+            for column, value in zip((both, inks, grounds), values, strict=True):
+                column.append(value)
         return RewardOutput(both, {"ink": inks, "background": grounds})

@@ -11,7 +11,6 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from imagerl.rewards.pictures import data_url
 from imagerl.rl.errors import one_line
@@ -29,12 +28,12 @@ class Said:
     cached: bool = False
 
 
-def picture_part(picture: Any) -> dict[str, Any]:
+def picture_part(picture: object) -> dict[str, object]:
     """Make a PIL picture a part of a message. Raises ValueError for anything else."""
     return {"type": "image_url", "image_url": {"url": data_url(picture)}}
 
 
-def text_part(text: str) -> dict[str, Any]:
+def text_part(text: str) -> dict[str, object]:
     return {"type": "text", "text": text}
 
 

@@ -230,34 +230,6 @@ class LossInputs:
     kl_weights: Tensor | None = None  # [B, N] factors of the KL, where another policy drew; None: all 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FlowLossInputs(LossInputs):
-    """The arguments of a policy loss over denoising steps, N = S. What tokens can only estimate is exact here: the
-    KL of a step is known from the two means. `*_kl` are nats per latent dimension, [B, S] as [96, 3], with gradient."""
-
-    std: Tensor  # [S] or [B, S] standard deviation of the transition, sqrt(|dt|) included
-    dt: Tensor  # the same shape, change of sigma of the step
-    old_kl: Tensor | None = None  # against `old_logprobs`' policy; None: it is the present one, so 0
-    ref_kl: Tensor | None = None  # against the frozen reference; None without KL
-
-
-@dataclass(frozen=True, slots=True)
-class MatchingInputs:
-    """The arguments of a loss on the forward process: an action is a noise level with a noise, at which the network
-    is asked for the velocity of a finished sample. M of them per sample; velocities are [B, M, C, h, w]: [96, 4, 24,
-    4, 8]."""
-
-    velocity: Tensor  # with gradient
-    old_velocity: Tensor | None  # of the policy that drew the samples; None: the present one
-    ref_velocity: Tensor | None  # of the frozen reference; None without KL
-    latents: Tensor  # [B, C, h, w] the finished samples
-    noise: Tensor  # [B, M, C, h, w]; the network saw (1 - sigma) latents + sigma noise
-    sigma: Tensor  # [B, M] in (0, 1]
-    advantages: Tensor  # [B, M] or [B, 1]
-    action_mask: Tensor  # [B, M] bool
-    denominator: float
-
-
 @dataclass(frozen=True, slots=True)
 class LossOutput:
     """The result of a loss: `loss` to call backward on, and `metrics`, sums over the given actions, to be divided by
@@ -315,7 +287,7 @@ class RewardRequest:
 class StoredRequest(NamedTuple):
     """A request whose pictures stay where they were drawn, in Ray's object store, until a reward fetches them."""
 
-    parts: Sequence[Any]  # references to RewardRequests of whole groups
+    parts: Sequence[object]  # references to RewardRequests of whole groups
     sizes: Sequence[int]  # samples of each
     group_size: int
     step: int

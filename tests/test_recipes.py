@@ -25,13 +25,14 @@ FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.y*ml"))
 TINY = sorted((FOLDER.parent / "tools" / "tiny").glob("*.yaml"))
 COMPARED = sorted((FOLDER / "compare").glob("*.yaml"))
+FAINT = sorted((FOLDER / "faint").glob("*.yaml"))
 
 
 def test_there_are_recipes() -> None:
     assert "tiny_ocr_grpo.yaml" in [path.name for path in RECIPES]
 
 
-@pytest.mark.parametrize("path", RECIPES + COMPARED + TINY, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", RECIPES + COMPARED + FAINT + TINY, ids=lambda path: path.name)
 def test_recipe_is_valid_and_round_trips(path: Path, tmp_path: Path) -> None:
     schema = SCHEMAS[read_recipe(path).get("kind", "train")]
     recipe = load_yaml_recipe(schema, path)
@@ -47,19 +48,28 @@ def test_recipe_header_gives_the_command(path: Path) -> None:
     assert any(command in line for line in header)
 
 
-def test_compared_recipes_differ_in_their_algorithm_alone() -> None:
+@pytest.mark.parametrize(
+    ("base", "paths", "more"),
+    [
+        ("tiny_compare.yaml", COMPARED, {"engine.micro_batch_size"}),
+        ("tiny_faint.yaml", FAINT, {"model.freeze", "optim.lr"}),  # of the tokens, where they train too
+    ],
+)
+def test_compared_recipes_differ_in_their_algorithm_alone(
+    base: str, paths: list[Path], more: set[str]
+) -> None:
     """The table of docs/compare.md says what is held equal: here is the list of what is not."""
-    may_differ = {"algorithm", "rollout.group_size", "rollout.decodes", "engine.micro_batch_size"}
-    shared = load_recipe(FOLDER / "tiny_compare.yaml")
-    assert len(COMPARED) >= 11
-    for path in COMPARED:
+    may_differ = {"algorithm", "rollout.group_size", "rollout.decodes"} | more
+    shared = load_recipe(FOLDER / base)
+    assert len(paths) >= 5
+    for path in paths:
         recipe = load_recipe(path)
         changed = {key for key in differing_keys(shared, recipe) if not key.startswith("algorithm.")}
         assert changed <= may_differ, path.name
         rollout = recipe.rollout
         assert rollout.prompts_per_step * rollout.group_size * rollout.decodes == 96
-        assert recipe.algorithm.updates_per_rollout == 2
-    refuse_incomparable({path.stem: load_recipe(path) for path in COMPARED})
+        assert recipe.algorithm.updates_per_rollout == shared.algorithm.updates_per_rollout
+    refuse_incomparable({path.stem: load_recipe(path) for path in paths})
 
 
 @pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)

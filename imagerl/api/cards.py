@@ -7,7 +7,6 @@ import base64
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
@@ -32,7 +31,7 @@ class Plot:
         return card(charts=self.charts)
 
 
-def card(*, charts: Sequence[Chart] = (), **content: Any) -> str:
+def card(*, charts: Sequence[Chart] = (), **content: object) -> str:
     """Render a card: whatever of `title`, `state`, `verdict`, `good`, `figures`, `lead`, `head`, `rows`, `charts`,
     `pictures` and `notes` it is given. A row's cells are texts, or pairs of a text and a smaller one under it."""
     return render_page("card.html.j2", {

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from imagerl.rewards.check.checks import CheckReport
     from imagerl.rl.types import CheckPicture
 
-SHIPPED_SETTINGS: dict[str, dict[str, Any]] = {
+SHIPPED_SETTINGS: dict[str, dict[str, object]] = {
     "clip": {"model": "tiny_clip"},
     "clip_direction": {"model": "tiny_clip"},
     "composition": {"detector": "tiny_world"},
@@ -91,7 +91,7 @@ class CheckResult:
 
 def check_reward(
     reward: Reward,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     *,
     prompts: int = 9,
     seed: int = 0,
@@ -160,7 +160,7 @@ def _shipped(but: str | None) -> list[LoadedReward]:
     return loaded
 
 
-def page_content(report: CheckReport, pictures: Sequence[CheckPicture], command: str) -> dict[str, Any]:
+def page_content(report: CheckReport, pictures: Sequence[CheckPicture], command: str) -> dict[str, object]:
     """Return what the page of a check shows: the findings, and every picture with what it earned."""
     from imagerl.rewards.pictures import data_url
 

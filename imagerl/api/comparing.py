@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imagerl.rl.errors import ImageRLError
 
@@ -72,7 +72,7 @@ class ComparisonResult:
             if one.metric == metric:
                 shown = number(one.mean.mean, rate), span(one.mean, rate)
                 standings.setdefault(one.label, {})[one.kind] = shown
-        rows: list[list[Any]] = [[label, told["final"], told["mean"]] for label, told in standings.items()]
+        rows: list[list[object]] = [[label, told["final"], told["mean"]] for label, told in standings.items()]
         finished = sum(run.finished for run in results.runs)
         planned = len(results.plan.recipes) * len(results.plan.seeds)
         return card(

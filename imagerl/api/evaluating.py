@@ -46,7 +46,7 @@ class Drawing:
         return loaded_rollout(model, self.seed, *drawn_by, self.family)
 
 
-def facts_of(suite: Suite, prompts: Sequence[Prompt], how: Drawing) -> dict[str, Any]:
+def facts_of(suite: Suite, prompts: Sequence[Prompt], how: Drawing) -> dict[str, object]:
     """Return what results say of the measurement itself, whatever was measured.
 
     Raises ImageRLError for a reward that cannot be imported, or asks for what the prompts do not have."""
@@ -129,7 +129,7 @@ class EvaluationResult:
         from imagerl.rl.evaluation.stats import Interval, number, span
 
         head, other = ["Metric", "Mean"], self.document.get("against")
-        rows: list[list[Any]] = [
+        rows: list[list[object]] = [
             [name, interval_cell(told)] for name, told in self.document["metrics"].items()
         ]
         if other is not None:

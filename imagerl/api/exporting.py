@@ -22,7 +22,7 @@ from imagerl.models.common.hub import SHIPPED
 from imagerl.models.common.settings import stored_sampling
 from imagerl.models.common.shards import WEIGHTS, Shards
 from imagerl.models.families import base_folder, family_of, load_policy, model_folder
-from imagerl.rl.config.recipe import validate_recipe
+from imagerl.rl.config.recipe import load_yaml_recipe, validate_recipe
 from imagerl.rl.config.sft import AnyRecipe, SFTRecipe
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.engine.checkpoint import (
@@ -33,6 +33,7 @@ from imagerl.rl.engine.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     package_versions,
+    sha256_of,
     step_of,
 )
 from imagerl.rl.engine.engine import AVERAGE
@@ -41,7 +42,7 @@ from imagerl.rl.files.metrics import read_metrics, to_json
 from imagerl.rl.files.writing import atomic_folder, remove_folder, wait_for
 from imagerl.rl.rollout.engine import RolloutEngine
 from imagerl.rl.rollout.preparing import evaluation_sampling
-from imagerl.rl.run.folder import EXPORTS, MODEL, RECIPE_FILE, read_stored_recipe
+from imagerl.rl.run.folder import EXPORTS, MODEL, RECIPE_FILE
 from imagerl.rl.sft.objective import lessons_for
 from imagerl.rl.training.halves import trained_halves, trained_module
 from imagerl.rl.types import Prompt
@@ -113,7 +114,7 @@ def with_model(recipe: RunRecipe, resumed: bool = False) -> RunRecipe:
     run that this is of has made since."""
     stored = Path(recipe.run.output_dir) / RECIPE_FILE
     if resumed and stored.is_file():
-        began, given = read_stored_recipe(stored, type(recipe)).model.path, Path(recipe.model.path).resolve()
+        began, given = load_yaml_recipe(type(recipe), stored).model.path, Path(recipe.model.path).resolve()
         run = Path(began).resolve().parents[Path(began).parent.name == EXPORTS]
         ours = Path(began).parent.name == EXPORTS or Path(began).name == MODEL
         path = began if ours and given.is_dir() and given.is_relative_to(run) else recipe.model.path
@@ -355,12 +356,12 @@ def describe(
 ) -> dict[str, Any]:
     """Tell where a model came from: recipe, step, last metrics, versions, hashes of every file."""
     step = step_of(checkpoint)
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, object] = {}
     for record in read_metrics(checkpoint.parent.parent):
         if record["step"] <= step:
             metrics |= record
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {str(path.relative_to(folder)): _sha256(path) for path in files}
+    hashes = {str(path.relative_to(folder)): sha256_of(path) for path in files}
     return {
         "step": step,
         "layout": layout,
@@ -377,8 +378,3 @@ def describe(
             },
         },
     }
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imagerl.rl.errors import ImageRLError
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from imagerl.rl.config.sft import ImageDataConfig, SFTRecipe, SourceConfig
     from imagerl.rl.data.image_data import ShuffledSource
     from imagerl.rl.data.image_files import Entry, Example, Limits
+    from imagerl.rl.evaluation.stats import Comparison
 
 
-def closing_line(comparison: Mapping[str, Any]) -> str:
+def closing_line(comparison: Comparison) -> str:
     """Tell held-out losses before → after."""
     from imagerl.rl.evaluation.stats import change
 
@@ -35,7 +36,7 @@ def run_sft(
     resume: bool | int = False,
     overwrite: bool = False,
     command: Sequence[str] | None = None,
-) -> dict[str, Any] | None:
+) -> Comparison | None:
     """Put a run together and execute it; returns the held-out comparison (empty when nothing is held out), None when
     it was stopped early and on all but the main process."""
     import torch

@@ -20,7 +20,7 @@ def model_card(provenance: Mapping[str, Any], name: str) -> str:
 
     recipe, base = provenance["recipe"], str(provenance["base_model"])
     algorithm = recipe["algorithm"]["name"] if "algorithm" in recipe else "supervised fine-tuning"
-    header: dict[str, Any] = {
+    header: dict[str, object] = {
         "library_name": "imagerl",
         "pipeline_tag": "text-to-image",
         "tags": ["imagerl", algorithm.replace(" ", "-").replace("_", "-")],
@@ -63,7 +63,7 @@ def reserve(repository: str, public: bool = False) -> None:
         HfApi().create_repo(repository, private=not public, exist_ok=True)
 
 
-def push(folder: Path, repository: str, provenance: Mapping[str, Any]) -> str:
+def push(folder: Path, repository: str, provenance: Mapping[str, object]) -> str:
     """Write the card into an export and upload the folder in one commit. Returns its address.
 
     Raises ImageRLError when that fails; the folder stays."""

@@ -14,7 +14,7 @@ from imagerl.rl.errors import ImageRLError
 from imagerl.rl.types import RewardFn
 
 Reward = (
-    RewardFn | Callable[..., Any] | str | Mapping[str, Any]
+    RewardFn | Callable[..., object] | str | Mapping[str, object]
 )  # a function, a name or import path, a recipe's entry
 Rewards = Mapping[str, Reward] | Sequence[Reward] | Reward
 Overrides = Sequence[str] | Mapping[str, object]
@@ -49,7 +49,7 @@ def list_recipes() -> list[str]:
     return list(shipped_recipes())
 
 
-def reward_entries(rewards: Rewards) -> list[dict[str, Any]]:
+def reward_entries(rewards: Rewards) -> list[dict[str, object]]:
     """Write rewards out as a recipe's list: functions by their names, or under those of a mapping; names of ours and
     import paths as they are; mappings as entries, in which `function` may hold one, `{"function": f, "weight": 0.3}`.
 
@@ -67,7 +67,7 @@ def reward_specs(rewards: Rewards) -> list[RewardSpec]:
     return [validate_recipe(RewardSpec, entry, "rewards") for entry in reward_entries(rewards)]
 
 
-def _entry(reward: object, name: str | None = None) -> dict[str, Any]:
+def _entry(reward: object, name: str | None = None) -> dict[str, object]:
     if isinstance(reward, str):
         key = "url" if "://" in reward else "import_path" if ":" in reward else "name"
         return {key: reward}

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from imagerl.rl.config.sft import AnyRecipe
 from imagerl.rl.engine.checkpoint import MANIFEST, Checkpoint, load_checkpoint
 from imagerl.rl.engine.engine import Engine
 from imagerl.rl.files.writing import wait_for
@@ -16,7 +16,7 @@ from imagerl.rl.run.trackers import refuse_missing
 
 
 def open_run(
-    engine: Engine, folder: RunFolder, recipe: Any, resume: bool | int, overwrite: bool
+    engine: Engine, folder: RunFolder, recipe: AnyRecipe, resume: bool | int, overwrite: bool
 ) -> Checkpoint | None:
     """Return the checkpoint to continue from, None for a run from its start. The folder is locked, until
     `folder.release()`, and else as it was.
@@ -45,7 +45,7 @@ def open_run(
 
 
 def begin_run(
-    engine: Engine, folder: RunFolder, recipe: Any, overwrite: bool, command: Sequence[str] | None
+    engine: Engine, folder: RunFolder, recipe: AnyRecipe, overwrite: bool, command: Sequence[str] | None
 ) -> None:
     """Write the recipe and the environment into the folder, once everything else is found in order. Of a run begun
     from Python the command is one that repeats it."""

@@ -115,7 +115,7 @@ class TrainingResult:
 
         told = gather(self.folder, drawn=False)
         row, frames = told["verdict"], told["frames"]
-        content: dict[str, Any] = {
+        content: dict[str, object] = {
             "title": told["name"],
             "good": told["finished"],
             "state": f"{'finished' if told['finished'] else 'unfinished'}, step {told['done']} of {told['total']}",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imagerl.rl.errors import ImageRLError
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from imagerl.rl.config.sft import AnyRecipe
     from imagerl.rl.config.train import Recipe
     from imagerl.rl.data.prompt_sets import PromptSet
+    from imagerl.rl.evaluation.stats import Comparison
     from imagerl.rl.rollout.engine import RolloutEngine
 
 
-def closing_line(comparison: Mapping[str, Any]) -> str:
+def closing_line(comparison: Comparison) -> str:
     """Tell what the run is judged by, before → after; see `rl.evaluation.stats.headline`."""
     from imagerl.rl.evaluation.stats import HEADLINES, change, headline, number
 
@@ -131,7 +132,7 @@ def load_rollout(recipe: Recipe) -> tuple[RolloutEngine, nn.Module]:
 
 def run_training(
     recipe: Recipe, resume: bool | int = False, overwrite: bool = False, command: Sequence[str] | None = None
-) -> dict[str, Any] | None:
+) -> Comparison | None:
     """Put a run together and execute it; returns the held-out comparison, None when it was stopped early and on
     all but the main process. `resume` is True to go on from the newest checkpoint, or the step
     of another. The run folder is locked first; it is written to only once everything else is found in

@@ -92,7 +92,7 @@ class FlowPolicy(Generic[S]):
         self.trainable = FlowNetwork(decoder)
         self.trainable.requires_grad_(True)
         self._adapter: PeftModel | None = None
-        self._reference: FlowNetwork[S] | None = None
+        self.reference: FlowNetwork[S] | None = None
 
     def condition(self, prompts: Rows, trajectory: TokenTrajectory) -> Rows:
         """Return what pictures of a trajectory [B] are drawn by, a row for each token sequence."""
@@ -169,14 +169,14 @@ class FlowPolicy(Generic[S]):
             decoder._modules = {**decoder._modules}
             for name in decoder.trained:
                 decoder._modules[name] = copy.deepcopy(getattr(self.decoder, name))
-            self._reference = FlowNetwork(decoder).requires_grad_(False).eval()
+            self.reference = FlowNetwork(decoder).requires_grad_(False).eval()
 
     @torch.no_grad()
     def reference_velocity(self, condition: Rows, latents: Tensor, sigma: Tensor, guidance: float) -> Tensor:
         """Return `FlowNetwork.forward` of the frozen reference."""
         velocity: Tensor
-        if self._reference is not None:
-            velocity = self._reference(condition, latents, sigma, guidance)
+        if self.reference is not None:
+            velocity = self.reference(condition, latents, sigma, guidance)
             return velocity
         if self._adapter is None:
             raise ImageRLError("no reference decoder: call freeze_reference() before training with KL")

@@ -175,6 +175,10 @@ class BasePolicy:
         for name, weight in state.items():
             own[name].copy_(weight)
 
+    def references(self) -> list[nn.Module]:
+        copies = [self._reference, None if self.flow is None else self.flow.reference]
+        return [copy for copy in copies if copy is not None]
+
     @torch.no_grad()
     def reference_scores(self, prompts: Rows, tokens: Tensor, sampling: SamplingParams) -> TokenScores:
         if self._reference is not None:

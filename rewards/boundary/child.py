@@ -14,6 +14,7 @@ import os
 import queue
 import sys
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
@@ -43,14 +44,14 @@ def _own_modules() -> tuple[Any, Any, Any]:
     return guard, targets, wire
 
 
-def opener() -> Any:
+def opener() -> Callable[[bytes], object]:
     """Return a function from a PNG file to a picture."""
     try:
         from PIL import Image
     except ImportError:
         return bytes
 
-    def open_picture(data: bytes) -> Any:
+    def open_picture(data: bytes) -> object:
         picture = Image.open(io.BytesIO(data))
         picture.load()
         return picture.copy()
@@ -76,7 +77,7 @@ def serve(token: str, jobs: queue.SimpleQueue[Any]) -> int:
             self.end_headers()
             self.wfile.write(answer)
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, *_: object) -> None:
             pass
 
     server = ThreadingTCPServer(("127.0.0.1", 0), Handler)

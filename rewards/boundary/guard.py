@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from imagerl.rewards.boundary.wire import Reply
@@ -43,7 +44,7 @@ class Unusable(Failure):
 # ---- words ---------------------------------------------------------------------------------------------------
 
 
-def text_of(value: object, most: int = 200, to_text: Callable[[Any], str] = str) -> str:
+def text_of(value: object, most: int = 200, to_text: Callable[[object], str] = str) -> str:
     """Write a value as one line that can be written anywhere: printable, without lone surrogates, at most
     `most` characters. Never raises, whatever the value's own methods do."""
     try:
@@ -118,7 +119,7 @@ def _switches() -> Iterator[Switch]:
     yield from _attributes(torch.backends.cudnn, "benchmark", "deterministic", "allow_tf32")
 
 
-def _attributes(owner: Any, *names: str) -> Iterator[Switch]:
+def _attributes(owner: object, *names: str) -> Iterator[Switch]:
     for name in names:
         yield name, partial(getattr, owner, name), partial(setattr, owner, name)
 
@@ -129,7 +130,7 @@ def _set_environment(kept: Mapping[str, str]) -> None:
     os.environ.update(kept)
 
 
-def _set_filters(kept: Sequence[Any]) -> None:
+def _set_filters(kept: Sequence[object]) -> None:
     warnings.resetwarnings()  # which also makes every module look at the filters again
     warnings.filters[:] = kept  # type: ignore[index]
 
@@ -142,7 +143,7 @@ def _state() -> dict[str, Any]:
     return found
 
 
-def _switch(wanted: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+def _switch(wanted: Mapping[str, object], present: Mapping[str, object]) -> None:
     """Set what differs. Whatever cannot be set, such as a folder that is gone, stays as it is."""
     for name, _, write in _switches():
         if name in wanted and not _same(wanted[name], present.get(name)):
@@ -150,7 +151,7 @@ def _switch(wanted: Mapping[str, Any], present: Mapping[str, Any]) -> None:
                 write(wanted[name])
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     try:
         return bool(one == other)
     except Exception:  # arrays; setting them costs less than comparing
@@ -224,7 +225,7 @@ def _signals() -> Iterator[list[int]]:
     before = {number: signal.getsignal(number) for number in numbers}
     timer = signal.getitimer(signal.ITIMER_REAL)
 
-    def listen(number: int, frame: Any) -> None:
+    def listen(number: int, frame: FrameType | None) -> None:
         heard.append(number)
         before[number](number, frame)  # type: ignore[operator, misc]
 
@@ -255,7 +256,7 @@ def answered(reward: Callable[..., Any], samples: Mapping[str, list[Any]]) -> Re
         return _read(reward(**given), len(samples["prompts"]))  # methods of its objects are users' code too
 
 
-def _read(output: Any, size: int) -> Reply:
+def _read(output: object, size: int) -> Reply:
     """Read a reward's output for `size` samples: a list of numbers, a RewardOutput, or a dict with its fields. A
     value that is no finite number is NaN, None says that the reward does not apply. Raises Unusable."""
     if isinstance(output, Mapping):
@@ -320,7 +321,7 @@ def _column(entries: Any, size: int) -> tuple[list[float | None], str | None]:
     return values, problem
 
 
-def score_samples(reward: Callable[..., Any], samples: Mapping[str, list[Any]]) -> Reply:
+def score_samples(reward: Callable[..., object], samples: Mapping[str, list[object]]) -> Reply:
     """Score samples by a reward; see `answered`. Whatever it does wrong becomes missing values with a reason, except an
     ImageRLError, which says that the recipe must be mended. A call that raises is repeated by halves, so that only the
     samples that are at fault are lost: one of them in n costs about 2·log2(n) further calls. A reward that is `grouped`

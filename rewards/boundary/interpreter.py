@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from imagerl.rewards.boundary.client import Answer, Client, GaveUp
 from imagerl.rewards.boundary.remote import RemoteReward
@@ -42,7 +42,7 @@ class InterpreterReward(RemoteReward):
         self,
         python: str,
         target: str,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
         patience_s: float | None = None,
         columns: Sequence[str] | None = None,
     ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from imagerl.rewards.boundary.client import Answer, Client, GaveUp, Refused, secret
 from imagerl.rewards.boundary.guard import failed, join
@@ -60,9 +59,9 @@ class RemoteReward:
         *,
         prompts: list[str],
         completions: list[list[int]],
-        images: list[Any],
-        completion_ids: Any = None,
-        **columns: list[Any],
+        images: Sequence[object],
+        completion_ids: object = None,
+        **columns: list[object],
     ) -> RewardOutput:
         deadline = time.monotonic() + self._patience_s
         replies = []

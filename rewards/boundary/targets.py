@@ -25,7 +25,7 @@ class KeywordReward:
     samples it gets by naming it: `groups` (the number of each sample's group, and then never a torn group), `progress`
     (one number) and `policy`."""
 
-    def __init__(self, function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
+    def __init__(self, function: Callable[..., object], settings: Mapping[str, object]) -> None:
         parameters = inspect.signature(function).parameters.values()
         self._function = function
         self._settings = dict(settings)
@@ -33,7 +33,7 @@ class KeywordReward:
         self._names = {p.name for p in parameters if is_keyword(p)}
         self.grouped = "groups" in self._names
 
-    def __call__(self, **columns: Any) -> Any:
+    def __call__(self, **columns: list[Any]) -> Any:
         if "progress" in columns:  # it came as one number a sample
             columns["progress"] = columns["progress"][0]
         keywords = {**columns, **self._settings}
@@ -61,7 +61,7 @@ def _needed(parameters: Iterable[inspect.Parameter]) -> list[str]:
     return [p.name for p in parameters if is_keyword(p) and p.default is p.empty]
 
 
-def call_parameters(found: Any) -> list[inspect.Parameter]:
+def call_parameters(found: Callable[..., object]) -> list[inspect.Parameter]:
     """Return the parameters of the call that scores samples, without `self`."""
     if inspect.isclass(found):
         return list(inspect.signature(_instance_call(found)).parameters.values())[1:]
@@ -82,7 +82,7 @@ def _instance_call(cls: type) -> Any:
     return next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
 
 
-def setting_parameters(label: str, found: Any) -> list[inspect.Parameter]:
+def setting_parameters(label: str, found: Callable[..., object]) -> list[inspect.Parameter]:
     """Return the parameters that a recipe's settings may fill: a class's constructor, or a function.
 
     Raises ImageRLError for a signature that cannot be read."""
@@ -91,10 +91,10 @@ def setting_parameters(label: str, found: Any) -> list[inspect.Parameter]:
         return list(inspect.signature(found).parameters.values())
 
 
-def check_settings(label: str, found: Any, settings: Mapping[str, Any]) -> None:
+def check_settings(label: str, found: Callable[..., object], settings: Mapping[str, object]) -> None:
     """Raise ImageRLError when a function or class cannot be a reward with these settings."""
     is_class = inspect.isclass(found)
-    if inspect.iscoroutinefunction(_instance_call(found) if is_class else found):
+    if inspect.iscoroutinefunction(_instance_call(found) if inspect.isclass(found) else found):
         raise ImageRLError(f"reward {label!r} is async; make it an ordinary function")
     takers = setting_parameters(label, found)
     if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in call_parameters(found)):
@@ -115,7 +115,7 @@ def check_settings(label: str, found: Any, settings: Mapping[str, Any]) -> None:
         raise ImageRLError(f"reward {label!r} needs the setting {missing[0]!r}; add it to its entry")
 
 
-def needed_columns(found: Any, settings: Mapping[str, Any]) -> list[str]:
+def needed_columns(found: Callable[..., object], settings: Mapping[str, object]) -> list[str]:
     """Return the columns of the prompt set without which a reward cannot be called."""
     given = SAMPLE_NAMES if inspect.isclass(found) else (*SAMPLE_NAMES, *settings)
     return [name for name in _needed(call_parameters(found)) if name not in given]
@@ -132,7 +132,9 @@ def check_columns(label: str, needed: Iterable[str], columns: Iterable[str]) -> 
             )
 
 
-def construct(label: str, found: Any, settings: Mapping[str, Any], policy: Any = None) -> KeywordReward:
+def construct(
+    label: str, found: Callable[..., object], settings: Mapping[str, object], policy: object = None
+) -> KeywordReward:
     """Make a user's function or class ready to be called. Raises ImageRLError when its constructor fails, and when it
     asks for a policy and there is none here."""
     asks = any(parameter.name == "policy" for parameter in call_parameters(found))

@@ -68,9 +68,9 @@ class Reply(NamedTuple):
 def pack_request(
     prompts: Sequence[str],
     completions: Sequence[Sequence[int]],
-    images: Sequence[Any],
-    columns: Mapping[str, Sequence[Any]],
-    to_png: Callable[[Any], bytes | None],
+    images: Sequence[object],
+    columns: Mapping[str, Sequence[object]],
+    to_png: Callable[[object], bytes | None],
 ) -> bytes:
     """Pack a request. `to_png` returns a picture as PNG, and None for anything else.
 
@@ -78,7 +78,7 @@ def pack_request(
     files: list[bytes] = []
     places: dict[int, int] = {}
 
-    def place(picture: Any) -> int | None:
+    def place(picture: object) -> int | None:
         if id(picture) not in places:
             data = to_png(picture)
             if data is None:
@@ -91,7 +91,7 @@ def pack_request(
         files.append(to_png(image) or b"")
         places[id(image)] = index
 
-    def plain(entry: Any) -> Any:
+    def plain(entry: object) -> object:
         number = place(entry)
         if number is not None:
             return {PICTURE: number}
@@ -118,7 +118,7 @@ def pack_request(
 
 
 def unpack_request(
-    body: bytes, open_picture: Callable[[bytes], Any], limits: Limits = LIMITS
+    body: bytes, open_picture: Callable[[bytes], object], limits: Limits = LIMITS
 ) -> dict[str, list[Any]]:
     """Return the keyword arguments of a reward: prompts, completions, completion_ids, images and columns.
 
@@ -142,7 +142,7 @@ def unpack_request(
         )
 
     @lru_cache(None)  # only what is used is unpacked, and once
-    def picture(number: int) -> Any:
+    def picture(number: int) -> object:
         try:
             return open_picture(data[number])
         except Exception as error:  # decoders raise whatever they like at a broken file
@@ -195,7 +195,7 @@ def _header(line: bytes) -> dict[str, Any]:
     return header
 
 
-def _are_counts(entries: Any) -> bool:
+def _are_counts(entries: object) -> bool:
     return isinstance(entries, list) and all(type(entry) is int and entry >= 0 for entry in entries)
 
 
@@ -221,7 +221,7 @@ def _pixels(number: int, data: bytes, most: int) -> int:
     return int(width * height)
 
 
-def _filled(entry: Any, picture: Callable[[int], Any], count: int) -> Any:
+def _filled(entry: object, picture: Callable[[int], object], count: int) -> object:
     """Return a column with its pictures, of which there are `count`, in place."""
     if isinstance(entry, list):
         return [_filled(value, picture, count) for value in entry]
@@ -284,14 +284,14 @@ def unpack_reply(body: bytes, size: int) -> Reply:
     return Reply(values, columns, None if reason is None else one_line(reason, LONGEST_REASON), regions)
 
 
-def _finite_numbers(entries: Any, size: int) -> list[float]:
+def _finite_numbers(entries: object, size: int) -> list[float]:
     numbers = [math.nan if entry is None else entry for entry in _numbers(entries, size)]
     if not all(map(math.isfinite, numbers)):
         raise ValueError("expected finite numbers")
     return numbers
 
 
-def _numbers(entries: Any, size: int) -> list[float | None]:
+def _numbers(entries: object, size: int) -> list[float | None]:
     if not isinstance(entries, list) or len(entries) != size:
         raise ValueError(f"expected a list of {size}")
     if any(entry is not None and type(entry) not in (int, float) for entry in entries):

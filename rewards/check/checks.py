@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 
@@ -54,7 +53,7 @@ def score_pictures(reward: LoadedReward, pictures: Sequence[CheckPicture]) -> Re
 
     Stand-ins for image tokens are made from the pixels."""
     names = dict.fromkeys(name for picture in pictures for name in picture.prompt.columns)
-    samples: dict[str, list[Any]] = {
+    samples: dict[str, list[object]] = {
         "prompts": [picture.prompt.text for picture in pictures],
         "completions": [list(picture.image.tobytes()[:64]) for picture in pictures],
         "images": [picture.image for picture in pictures],

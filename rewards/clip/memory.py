@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 REMEMBERED = 100_000  # captions or references; 400 MB of the features of a large model
 
 
-class Remembered:
+class Remembered(Generic[T]):
     """Features by key: each is computed once, in one call for all that are new; the oldest are forgotten."""
 
-    def __init__(self, encode: Callable[[Sequence[Any]], Tensor], limit: int = REMEMBERED) -> None:
+    def __init__(self, encode: Callable[[Sequence[T]], Tensor], limit: int = REMEMBERED) -> None:
         self._encode = encode
         self._limit = limit
         self._known: dict[Hashable, Tensor] = {}
 
-    def __call__(self, keys: Sequence[Hashable], values: Sequence[Any]) -> Tensor:
+    def __call__(self, keys: Sequence[Hashable], values: Sequence[T]) -> Tensor:
         """Return [B, D] of B values, told apart by their keys."""
         new = {key: value for key, value in zip(keys, values, strict=True) if key not in self._known}
         if new:

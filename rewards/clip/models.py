@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ def _load_open_clip(
     return _in_batches(pictures, captions, batch_size, model.logit_scale.exp().item(), bias)
 
 
-def _check_pretrained(open_clip: Any, name: str, pretrained: str | None) -> None:
+def _check_pretrained(open_clip: ModuleType, name: str, pretrained: str | None) -> None:
     """Raise ImageRLError unless `pretrained` is a file or a tag of this architecture."""
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:

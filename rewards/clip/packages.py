@@ -13,17 +13,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from imagerl.rl.errors import why
 from imagerl.rl.types import ImageRLError
 
 FOLDER = "clip"  # below the environment's own folder: `make` installs requirements-clip.lock there
 OPERATORS = ("nms", "qnms")  # of torchvision: its Python code registers something for each, compiled or not
-_LIBRARIES: list[Any] = []  # a definition lives as long as the object that made it
+_LIBRARIES: list[object] = []  # a definition lives as long as the object that made it
 
 
-def import_open_clip() -> Any:
+def import_open_clip() -> ModuleType:
     """Return the module. Raises ImageRLError when it is not installed or cannot be imported."""
     with _folder_on_path():
         if importlib.util.find_spec("open_clip") is None:

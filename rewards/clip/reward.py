@@ -5,7 +5,7 @@ heads on the picture's features alone, such as the aesthetic predictor."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -59,7 +59,7 @@ class ClipReward:
             cosine(torch.zeros(1, self.model.width), self.model.encode_captions(["a"]))
 
     def __call__(
-        self, *, prompts: Sequence[str], images: Sequence[Image.Image], **columns: Any
+        self, *, prompts: Sequence[str], images: Sequence[Image.Image], **columns: list[Any]
     ) -> RewardOutput:
         if self._network is not None:
             return RewardOutput(self._network(self.model.encode_pictures(decoded(images))).tolist())
@@ -112,7 +112,7 @@ class ClipDirectionReward:
         *,
         images: Sequence[Image.Image],
         reference: Sequence[Image.Image | None] | None = None,
-        **columns: Any,
+        **columns: list[Any],
     ) -> RewardOutput:
         if reference is None:
             raise ImageRLError("reward 'clip_direction' needs the column reference in the prompt set")
@@ -138,7 +138,9 @@ class ClipDirectionReward:
         return RewardOutput(values, {}, reason)
 
 
-def captions_of(columns: Any, column: str | None, prompts: Sequence[str], label: str) -> list[str]:
+def captions_of(
+    columns: Mapping[str, Any], column: str | None, prompts: Sequence[str], label: str
+) -> list[str]:
     """Return a column's captions, else the prompts; "" where there is none. Raises ImageRLError where it has none."""
     if column is not None and column not in columns:
         raise ImageRLError(f"reward {label!r} needs the column {column} in the prompt set")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -73,7 +73,7 @@ class OpenVocabularyDetector:
     def _look(self, images: Sequence[Image.Image], asked: Sequence[tuple[int, str]]) -> list[list[Found]]:
         query = QUERIES.get(self._model.config.model_type, "a {}.")
         pictures = [images[index] for index, _ in asked]
-        texts: list[Any] = [query.format(name) for _, name in asked]
+        texts: list[object] = [query.format(name) for _, name in asked]
         if self._model.config.model_type in QUERIES:
             texts = [[text] for text in texts]
         inputs = self._processor(images=pictures, text=texts, padding=True, return_tensors="pt").to(

@@ -6,7 +6,6 @@ not: photographs are looked at by an open-vocabulary detector of transformers, d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from PIL import Image
 
@@ -78,10 +77,10 @@ class CompositionReward:
         self,
         *,
         images: Sequence[Image.Image],
-        include: Sequence[Any] | None = None,
-        exclude: Sequence[Any] | None = None,
+        include: Sequence[object] | None = None,
+        exclude: Sequence[object] | None = None,
         tag: Sequence[str | None] | None = None,
-        **_: Any,
+        **_: object,
     ) -> RewardOutput:
         if include is None:
             raise ImageRLError("reward 'composition' needs the column include in the prompt set")

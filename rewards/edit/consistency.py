@@ -25,7 +25,7 @@ from imagerl.rl.types import ImageRLError, RewardOutput
 
 COLOUR = "colour"
 JUDGES = {"text": "ocr", "ink": COLOUR, "background": COLOUR}  # by the column `edited`
-JUDGE_SETTINGS: dict[str, dict[str, Any]] = {"ocr": {"mode": "recognise"}}
+JUDGE_SETTINGS: dict[str, dict[str, object]] = {"ocr": {"mode": "recognise"}}
 FACTORS = ("done", "kept")
 PARTS = (*FACTORS, "colour", "structure", "features", "inside", "judged")
 CHANGED = 24 / 255  # difference of source and ideal from which a pixel belongs to the edited region
@@ -175,7 +175,7 @@ class EditConsistencyReward:
     def __init__(
         self,
         judges: Mapping[str, str] | None = None,
-        judge_settings: Mapping[str, Mapping[str, Any]] | None = None,
+        judge_settings: Mapping[str, Mapping[str, object]] | None = None,
         features: str | None = None,
         keepers: Mapping[str, str] | None = None,
         factors: Sequence[str] = FACTORS,
@@ -189,7 +189,7 @@ class EditConsistencyReward:
         self.factors = tuple(factors)
         self._settings = {**JUDGE_SETTINGS, **(judge_settings or {})}
         self._features = import_target(features) if features else None
-        self._loaded: dict[str, Callable[..., Any]] = {}
+        self._loaded: dict[str, Callable[..., object]] = {}
         for name in {*(judges or {}).values(), *self.keepers.values()} - {COLOUR}:
             self._loaded_judge(name)  # mistakes show at the start
 
@@ -244,7 +244,7 @@ class EditConsistencyReward:
         own = self._features_of(pictures)
         sources = {id(edit.source): edit.source for edit in edits}
         theirs = dict(zip(sources, self._features_of(list(sources.values())), strict=True))
-        regions: dict[Any, np.ndarray] = {}
+        regions: dict[object, np.ndarray] = {}
         kept: list[dict[str, float | None]] = []
         for edit, picture, features in zip(edits, pictures, own, strict=True):
             source, size = _array(edit.source), edit.source.size
@@ -274,7 +274,7 @@ class EditConsistencyReward:
             )
         if self.judges[part] == COLOUR:
             return [edit.colour_score() for edit in edits]
-        first: dict[Any, _Edit] = {}
+        first: dict[object, _Edit] = {}
         for edit in edits:
             first.setdefault(edit.key, edit)
         shown = [(edit, edit.image) for edit in edits] + [(edit, edit.source) for edit in first.values()]
@@ -313,7 +313,7 @@ class _Edit:
     columns: Mapping[str, Any]
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         """Return what a judge of the source looks at."""
         return id(self.source), self.prompt, *(str(self.columns[name]) for name in sorted(self.columns))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -51,7 +51,7 @@ class EditReward:
         edited: Sequence[str],
         reference: Sequence[Image.Image],
         ideal: Sequence[Image.Image],
-        **_: Any,
+        **_: object,
     ) -> RewardOutput:
         names = ("success", "exact_match", "ink", "background", "kept_error", "kept_similarity")
         parts: dict[str, list[float | None]] = {name: [] for name in names}

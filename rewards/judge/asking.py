@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from imagerl.rewards.boundary.client import Client, GaveUp, Refused, secret
 from imagerl.rewards.completions import AnswerCache, Said, read_completion
@@ -36,7 +35,7 @@ class Asker:
         concurrency: int,
         max_tokens: int,
         temperature: float | None,
-        schema: Mapping[str, Any] | None,
+        schema: Mapping[str, object] | None,
         price: Mapping[str, float] | None,
         cache: str | None,
         timeout_s: float,
@@ -53,7 +52,7 @@ class Asker:
             )
         self._model = model
         self._price = _price(price)
-        self._asking: dict[str, Any] = {"model": model, "max_tokens": max_tokens}
+        self._asking: dict[str, object] = {"model": model, "max_tokens": max_tokens}
         if temperature is not None:
             self._asking["temperature"] = temperature
         if schema is not None:
@@ -72,9 +71,9 @@ class Asker:
             if error.status in (401, 403):
                 raise ImageRLError(f"the judge at {base} refuses the key: {error}; see key_env") from error
 
-    def question(self, content: Sequence[Mapping[str, Any]], system: str = "") -> bytes:
+    def question(self, content: Sequence[Mapping[str, object]], system: str = "") -> bytes:
         """Write a question: parts of texts and pictures, after the system's instructions."""
-        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        messages: list[dict[str, object]] = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": content})
         return json.dumps({**self._asking, "messages": messages}).encode()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from PIL import Image
 
@@ -48,7 +47,9 @@ class JudgeReward:
         limits = (concurrency, max_tokens, temperature, schema, price, cache, timeout_s, patience_s)
         self._asker = Asker("judge", endpoint, model, key_env, *limits)
 
-    def __call__(self, prompts: list[str], images: list[Image.Image], **columns: list[Any]) -> RewardOutput:
+    def __call__(
+        self, prompts: list[str], images: list[Image.Image], **columns: list[object]
+    ) -> RewardOutput:
         questions: dict[bytes, list[int]] = {}  # what several samples ask alike is asked once
         expected: dict[int, str] = {}
         for row, prompt in enumerate(prompts):
@@ -76,7 +77,7 @@ class JudgeReward:
                     parts.setdefault(name, [None] * len(prompts))[row] = part
         return RewardOutput(values_of, parts, reason)
 
-    def _values(self, prompt: str, columns: Mapping[str, Any]) -> dict[str, str] | None:
+    def _values(self, prompt: str, columns: Mapping[str, object]) -> dict[str, str] | None:
         """Return the values for the rubric's braces; None when one of its columns is None here. A missing target
         is the first quoted text of the prompt, as for `ocr`."""
         rubric = f"rubric {self.rubric.name!r} of reward 'judge'"
@@ -98,7 +99,7 @@ class JudgeReward:
             values[name] = str(value)
         return values
 
-    def _question(self, values: Mapping[str, str], image: Image.Image, source: Any) -> bytes:
+    def _question(self, values: Mapping[str, str], image: Image.Image, source: object) -> bytes:
         content = [picture_part(image)]
         if self.rubric.source:
             content = [text_part("Source:"), picture_part(source), text_part("Result:"), *content]

@@ -126,7 +126,7 @@ class Rubric(_Checked):
         )
 
     @property
-    def answer_schema(self) -> dict[str, Any]:
+    def answer_schema(self) -> dict[str, object]:
         """Return the JSON schema of the answer. Marks are enumerated: not every server knows bounds."""
         marks = {
             name: {"type": "integer", "enum": list(range(q.least, q.most + 1))}

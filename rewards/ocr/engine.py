@@ -45,7 +45,7 @@ def wheel_models() -> Path | None:
 _WHEEL_FILES = {DETECTOR: "PP-OCRv6_det_small.onnx", RECOGNISER: "PP-OCRv6_rec_small.onnx"}
 
 
-def _detector_config() -> dict[str, Any]:
+def _detector_config() -> dict[str, object]:
     return {
         "Global": {"model_name": DETECTOR},
         "PreProcess": {
@@ -76,7 +76,7 @@ def characters_of(onnx: Path) -> list[str]:
     return session.get_modelmeta().custom_metadata_map["character"].split("\n")
 
 
-def _recogniser_config(onnx: Path, width: int) -> dict[str, Any]:
+def _recogniser_config(onnx: Path, width: int) -> dict[str, object]:
     return {
         "Global": {"model_name": RECOGNISER},
         "PreProcess": {
@@ -190,7 +190,7 @@ class OCREngine:
     def _build(self, weights: Path | None, threads: int, width: int) -> Any:
         import paddleocr
 
-        run: dict[str, Any] = {"engine": "onnxruntime", "device": "cpu"}
+        run: dict[str, object] = {"engine": "onnxruntime", "device": "cpu"}
         run["engine_config"] = {"intra_op_num_threads": threads}
         if self.mode == "recognise":
             folder = str(model_folder(weights, RECOGNISER, width)) if weights else None

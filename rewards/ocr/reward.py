@@ -8,7 +8,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -159,7 +159,7 @@ class OCRReward:
         prompts: Sequence[str],
         images: Sequence[Image.Image],
         target: Sequence[str | None] | None = None,
-        **_: Any,
+        **_: object,
     ) -> RewardOutput:
         given = target if target is not None else [None] * len(prompts)
         targets = [target_of(*pair) for pair in zip(given, prompts, strict=True)]

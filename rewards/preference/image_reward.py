@@ -6,7 +6,6 @@ The public file of weights has BLIP's own names of layers; transformers' classes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from PIL import Image
@@ -109,7 +108,7 @@ class ImageRewardReward:
         for half in (self._vision, self._text):
             half.to(self._device).eval().requires_grad_(False)
 
-    def __call__(self, *, prompts: Sequence[str], images: Sequence[Image.Image], **_: Any) -> RewardOutput:
+    def __call__(self, *, prompts: Sequence[str], images: Sequence[Image.Image], **_: object) -> RewardOutput:
         asked = [index for index, prompt in enumerate(prompts) if prompt.strip()]
         values: list[float | None] = [None] * len(prompts)
         for start in range(0, len(asked), self._batch):

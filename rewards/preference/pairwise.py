@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -111,7 +110,7 @@ class PairwiseReward:
         images: Sequence[Image.Image],
         groups: Sequence[int] | None = None,
         reference: Sequence[Image.Image | None] | None = None,
-        **_: Any,
+        **_: object,
     ) -> RewardOutput:
         if self._source and reference is None:
             raise ImageRLError("reward 'pairwise' with source needs the column reference in the prompt set")
@@ -156,7 +155,7 @@ class PairwiseReward:
         values = [0.5 if row in alone else rate for row, rate in enumerate(rates)]
         return RewardOutput(values, parts | self._costs(asked, answers, len(images)), reason)
 
-    def _question(self, prompt: str, shown: Sequence[Image.Image], source: Any) -> bytes:
+    def _question(self, prompt: str, shown: Sequence[Image.Image], source: object) -> bytes:
         content = [text_part("Source:"), picture_part(source)] if self._source else []
         for number, picture in enumerate(shown, 1):
             content += [text_part(f"Image {number}:"), picture_part(picture)]

@@ -5,9 +5,7 @@ scaled: give a weight to match."""
 
 from __future__ import annotations
 
-from typing import Any
-
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+PRESETS: dict[str, tuple[str, dict[str, object]]] = {
     # logit_scale · cosine (arXiv 2305.01569)
     "pickscore": (
         "clip",

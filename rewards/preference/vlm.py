@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -99,11 +98,11 @@ class VLMReward:
         prompts: Sequence[str],
         images: Sequence[Image.Image],
         reference: Sequence[Image.Image | None] | None = None,
-        **_: Any,
+        **_: object,
     ) -> RewardOutput:
         if self._source and reference is None:
             raise ImageRLError("reward 'vlm' with source needs the column reference in the prompt set")
-        before: Sequence[Any] = reference if self._source and reference is not None else [()] * len(images)
+        before: Sequence[object] = reference if self._source and reference is not None else [()] * len(images)
         rows = [row for row, picture in enumerate(before) if picture is not None]
         shown = [decoded([before[row], images[row]] if self._source else [images[row]]) for row in rows]
         names = [f"{kind}_{index}" for index in range(len(self._heads)) for kind in ("head", "sigma")]

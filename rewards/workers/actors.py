@@ -67,7 +67,7 @@ class Call(NamedTuple):
 
     reward: int
     label: str
-    request: Any  # reference to a RewardRequest in Ray's object store
+    request: object  # reference to a RewardRequest in Ray's object store
     size: int
 
 
@@ -81,7 +81,7 @@ class RewardThread(ActorThread[Call, Reply]):
     def __init__(
         self,
         calls: queue.SimpleQueue[tuple[Call, Future[Reply]] | None],
-        create: Callable[[], Any],
+        create: Callable[[], object],
         labels: Mapping[int, str],
         timeout_s: float,
         max_restarts: int,

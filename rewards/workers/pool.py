@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from itertools import count, pairwise
-from typing import Any
 
 from imagerl.rewards.base import RewardSpec, check_reward, load_rewards, load_spec, secrets_of, unique_labels
 from imagerl.rewards.boundary.guard import join
@@ -57,7 +56,7 @@ def store(request: RewardRequest, count: int) -> StoredRequest:
     return StoredRequest([ray.put(part) for part in parts], sizes, request.group_size, request.step)
 
 
-def read_entries(entries: Iterable[Mapping[str, Any] | RewardSpec]) -> list[RewardSpec]:
+def read_entries(entries: Iterable[Mapping[str, object] | RewardSpec]) -> list[RewardSpec]:
     """Read entries of a recipe's lists as specs that mean the same in every process."""
     return [
         (entry if isinstance(entry, RewardSpec) else RewardSpec.from_mapping(entry)).absolute()
@@ -80,14 +79,14 @@ class RewardWorkers:
 
     def __init__(
         self,
-        specs: Sequence[Mapping[str, Any] | RewardSpec],
+        specs: Sequence[Mapping[str, object] | RewardSpec],
         *,
-        gold: Sequence[Mapping[str, Any] | RewardSpec] = (),
+        gold: Sequence[Mapping[str, object] | RewardSpec] = (),
         workers: int = 1,
         timeout_s: float = 60.0,
         max_restarts: int = 3,
         columns: Iterable[str] | None = None,
-        policy: Any = None,
+        policy: object = None,
     ) -> None:
         self._trained = len(specs)  # gold metrics stand behind the rewards
         if not specs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from imagerl.rl.engine.cluster import (
     refuse_ended_ray,
     start_ray,
     stop_ray,
+    wait_for_ray,
 )
 from imagerl.rl.types import ImageRLError, RewardRequest, RewardScores, StoredRequest
 
@@ -68,9 +70,9 @@ class SharedRewards:
     def __init__(
         self,
         processes: Processes,
-        specs: Sequence[Mapping[str, Any]],
+        specs: Sequence[Mapping[str, object]],
         *,
-        gold: Sequence[Mapping[str, Any]],
+        gold: Sequence[Mapping[str, object]],
         workers: int,
         timeout_s: float,
         max_restarts: int,
@@ -82,7 +84,7 @@ class SharedRewards:
         self._owns_ray = False
         self._pool: Any = None
         self._numbers = count()
-        self._answers: dict[int, Any] = {}
+        self._answers: dict[int, object] = {}
         entries, further = read_entries(specs), read_entries(gold)
         names = {name for spec in (*entries, *further) for name in secrets_of(spec) if name in os.environ}
         secrets = {name: os.environ[name] for name in names}
@@ -141,7 +143,7 @@ class SharedRewards:
     def _answer(self, reference: Any) -> Any:
         import ray
 
-        refuse_ended_ray()
+        wait_for_ray(reference, math.inf)  # the pool's own patience is at work behind it
         try:
             said = ray.get(reference)
         except ray.exceptions.RayTaskError:

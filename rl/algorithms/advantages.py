@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +89,7 @@ def advantages_of(
     counts = mask.double() if values.shape[1] > 1 else mask.double().sum(dim=1, keepdim=True)
     whitened = _whitened(values, counts, eps)
     advantages = (whitened if whitened.shape[1] > 1 else whitened[:, 0]).float()
-    return replace(output, advantages=advantages, metrics=output.metrics | _spread(advantages, output.valid))
+    return replace(output, advantages=advantages, metrics=output.metrics | spread(advantages, output.valid))
 
 
 def decoupled_advantages(
@@ -119,7 +118,7 @@ def decoupled_advantages(
         total.valid,
         zero_variance,
         total.incomparable_groups,
-        total.metrics | _spread(advantages, total.valid) | {"zero_variance_groups": float(zero_variance)},
+        total.metrics | spread(advantages, total.valid) | {"zero_variance_groups": float(zero_variance)},
     )
 
 
@@ -210,32 +209,12 @@ def group_advantages(
         "zero_variance_groups": float(zero_variance),
         "incomparable_groups": float(incomparable),
         "invalid_samples": float((~valid).sum()),
-        **_spread(advantages.flatten(), valid.flatten()),
+        **spread(advantages.flatten(), valid.flatten()),
         "reward_std_within_groups": float(group_std[comparable].mean()) if comparable.any() else 0.0,
     }
     return AdvantageOutput(
         advantages.flatten().float(), valid.flatten(), zero_variance, incomparable, metrics
     )
-
-
-def user_advantages(
-    inputs: AdvantageInputs, function: Callable[[AdvantageInputs], Tensor]
-) -> AdvantageOutput:
-    """Call a user's function and return its [B] or [B, N], with 0 for samples without a reward.
-
-    Raises:
-        ValueError: another shape, or a number that is not finite for a sample with a reward.
-    """
-    output = group_advantages(inputs.rewards, inputs.group_size, "none")
-    values = torch.as_tensor(function(inputs)).detach()
-    if values.shape not in (inputs.rewards.shape, inputs.action_mask.shape):
-        raise ValueError(
-            f"must return [B] or [B, N] = {list(inputs.action_mask.shape)}, not {list(values.shape)}"
-        )
-    advantages = values.where(output.valid if values.dim() == 1 else output.valid[:, None], 0.0).float()
-    if not advantages.isfinite().all():
-        raise ValueError("returned NaN or inf for a sample that has a reward")
-    return replace(output, advantages=advantages, metrics=output.metrics | _spread(advantages, output.valid))
 
 
 def moved_mean(previous: float | None, rewards: Tensor, decay: float) -> float | None:
@@ -266,7 +245,7 @@ def _whitened(values: Tensor, counts: Tensor, eps: float) -> Tensor:
     return (centred / (std + eps)).where(counts > 0, 0.0)
 
 
-def _spread(advantages: Tensor, valid: Tensor) -> dict[str, float]:
+def spread(advantages: Tensor, valid: Tensor) -> dict[str, float]:
     """Measure the advantages [B] or [B, N] of the valid samples [B]."""
     used = advantages[valid].double()
     return {
@@ -279,39 +258,3 @@ def _spread(advantages: Tensor, valid: Tensor) -> dict[str, float]:
 def _std(values: Tensor) -> float:
     """Return the unbiased standard deviation of [n]; 0 for fewer than two values."""
     return float(values.std()) if len(values) > 1 else 0.0
-
-
-# ---- spatial credit ------------------------------------------------------------------------------------------
-# A reward that is one number a picture blames every token for every fault. Where it also says which parts are right and
-# where they are, such as each letter of a text, a token answers for the parts that lie on it: the same gradient in the
-# mean for what only these tokens decide, without the noise of all other parts.
-
-VALUE, BOX = 0, slice(1, 5)  # of a region: value, then left, top, right, bottom in [0, 1] of the picture
-
-
-def coverage(boxes: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Return the share [..., rows · columns] of each cell of a grid that boxes [..., 4] cover, row by row."""
-    left, top, right, bottom = (boxes[..., side, None] for side in range(4))
-    rows, columns = grid
-    y, x = np.arange(rows), np.arange(columns)
-    down = np.clip(np.minimum(bottom * rows, y + 1) - np.maximum(top * rows, y), 0, 1)  # [..., rows]
-    across = np.clip(np.minimum(right * columns, x + 1) - np.maximum(left * columns, x), 0, 1)
-    cells: np.ndarray = down[..., :, None] * across[..., None, :]
-    return cells.reshape(*boxes.shape[:-1], rows * columns)
-
-
-def region_credit(regions: np.ndarray, group_size: int, grid: tuple[int, int]) -> Tensor:
-    """Return the credit [B, T] float64 of tokens that lie on a grid of rows and columns, T of them.
-
-    `regions` [B, K, 5] hold value and box of each of K regions, the same K in the same order for all samples of a
-    group; NaN where a sample has fewer or a value is missing. A token is given the sum over the regions of
-
-        share of the token's cell in the region · (value − mean value of this region in the group)
-
-    so that the credits of a group's samples are compared with each other and those of equal samples are 0."""
-    values = regions[..., VALUE].reshape(-1, group_size, regions.shape[1])  # [P, G, K]
-    known = np.isfinite(values)
-    count = np.maximum(known.sum(axis=1, keepdims=True), 1)
-    mean = np.where(known, values, 0.0).sum(axis=1, keepdims=True) / count
-    worth = np.where(known, values - mean, 0.0).reshape(len(regions), -1, 1)  # [B, K, 1]
-    return torch.from_numpy((worth * np.nan_to_num(coverage(regions[..., BOX], grid))).sum(axis=1))

@@ -9,6 +9,7 @@ every sample has the same number of steps, so this is the plain mean of the pape
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +17,18 @@ from torch import Tensor
 from imagerl.rl.algorithms.kl import masked
 from imagerl.rl.algorithms.losses import action_weights
 from imagerl.rl.algorithms.surrogates import Surrogate, clipped_ratio
-from imagerl.rl.types import FlowLossInputs, LossOutput
+from imagerl.rl.types import LossInputs, LossOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowLossInputs(LossInputs):
+    """The arguments of a policy loss over denoising steps, N = S. What tokens can only estimate is exact here: the
+    KL of a step is known from the two means. `*_kl` are nats per latent dimension, [B, S] as [96, 3], with gradient."""
+
+    std: Tensor  # [S] or [B, S] standard deviation of the transition, sqrt(|dt|) included
+    dt: Tensor  # the same shape, change of sigma of the step
+    old_kl: Tensor | None = None  # against `old_logprobs`' policy; None: it is the present one, so 0
+    ref_kl: Tensor | None = None  # against the frozen reference; None without KL
 
 
 def flow_grpo_loss(

@@ -6,6 +6,7 @@ of `MatchingInputs`, normalised per sample, then per batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -15,10 +16,27 @@ from imagerl.rl.algorithms.flow_kl import squared_distance
 from imagerl.rl.algorithms.kl import masked
 from imagerl.rl.algorithms.losses import action_weights
 from imagerl.rl.algorithms.surrogates import clipped_ratio
-from imagerl.rl.types import LossOutput, MatchingInputs
+from imagerl.rl.types import LossOutput
 
 MatchingWeight = Literal["uniform", "sigma", "sigma_squared", "huber", "ghuber"]
 GHUBER_POWER = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class MatchingInputs:
+    """The arguments of a loss on the forward process: an action is a noise level with a noise, at which the network
+    is asked for the velocity of a finished sample. M of them per sample; velocities are [B, M, C, h, w]: [96, 4, 24,
+    4, 8]."""
+
+    velocity: Tensor  # with gradient
+    old_velocity: Tensor | None  # of the policy that drew the samples; None: the present one
+    ref_velocity: Tensor | None  # of the frozen reference; None without KL
+    latents: Tensor  # [B, C, h, w] the finished samples
+    noise: Tensor  # [B, M, C, h, w]; the network saw (1 - sigma) latents + sigma noise
+    sigma: Tensor  # [B, M] in (0, 1]
+    advantages: Tensor  # [B, M] or [B, 1]
+    action_mask: Tensor  # [B, M] bool
+    denominator: float
 
 
 def nft_loss(

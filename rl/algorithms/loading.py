@@ -6,9 +6,17 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from imagerl.rl.algorithms.advantages import AdvantageInputs, AdvantageOutput, advantages_of, user_advantages
+import torch
+from torch import Tensor
+
+from imagerl.rl.algorithms.advantages import (
+    AdvantageInputs,
+    AdvantageOutput,
+    advantages_of,
+    group_advantages,
+    spread,
+)
 from imagerl.rl.algorithms.kl import kl_sums
 from imagerl.rl.algorithms.losses import policy_loss
 from imagerl.rl.config.algorithm import AlgorithmConfig
@@ -41,7 +49,7 @@ def load_loss(algorithm: AlgorithmConfig) -> Loss:
     loss = import_callable(algorithm.import_path, key)
     call = taking(loss, loss_settings(algorithm, algorithm.kl_coef), algorithm.arguments, key)
 
-    def checked(inputs: LossInputs, **settings: Any) -> LossOutput:
+    def checked(inputs: LossInputs, **settings: object) -> LossOutput:
         output = call(inputs, **settings)
         if not isinstance(output, LossOutput) or output.loss.dim():
             raise ImageRLError(
@@ -55,7 +63,7 @@ def load_loss(algorithm: AlgorithmConfig) -> Loss:
     return checked
 
 
-def loss_settings(algorithm: AlgorithmConfig, kl_coef: float) -> dict[str, Any]:
+def loss_settings(algorithm: AlgorithmConfig, kl_coef: float) -> dict[str, object]:
     """Return the keyword arguments of `policy_loss`; `kl_coef` is the present one."""
     settings = {name: getattr(algorithm, name) for name in SETTINGS}
     return settings | {"kl_coef": kl_coef if algorithm.kl_in == "loss" else 0.0}
@@ -87,9 +95,29 @@ def load_advantages(algorithm: AlgorithmConfig) -> Advantages:
     return checked
 
 
+def user_advantages(
+    inputs: AdvantageInputs, function: Callable[[AdvantageInputs], Tensor]
+) -> AdvantageOutput:
+    """Call a user's function and return its [B] or [B, N], with 0 for samples without a reward.
+
+    Raises:
+        ValueError: another shape, or a number that is not finite for a sample with a reward.
+    """
+    output = group_advantages(inputs.rewards, inputs.group_size, "none")
+    values = torch.as_tensor(function(inputs)).detach()
+    if values.shape not in (inputs.rewards.shape, inputs.action_mask.shape):
+        raise ValueError(
+            f"must return [B] or [B, N] = {list(inputs.action_mask.shape)}, not {list(values.shape)}"
+        )
+    advantages = values.where(output.valid if values.dim() == 1 else output.valid[:, None], 0.0).float()
+    if not advantages.isfinite().all():
+        raise ValueError("returned NaN or inf for a sample that has a reward")
+    return replace(output, advantages=advantages, metrics=output.metrics | spread(advantages, output.valid))
+
+
 def taking(
-    function: Callable[..., Any], settings: Mapping[str, Any], own: Mapping[str, Any], key: str
-) -> Callable[..., Any]:
+    function: Callable[..., object], settings: Mapping[str, object], own: Mapping[str, object], key: str
+) -> Callable[..., object]:
     """Wrap the function so that all our settings may be passed by keyword: it gets those that it names, and
     all of its `own` arguments.
 
@@ -110,7 +138,7 @@ def taking(
                 f"{key}: {function.__name__} needs the argument {name!r}; set algorithm.arguments.{name}"
             )
 
-    def call(inputs: Any, **given: Any) -> Any:
+    def call(inputs: object, **given: object) -> object:
         chosen = {name: value for name, value in given.items() if takes_all or name in names}
         return function(inputs, **{**chosen, **own})
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # answers(pictures, questions, max_new_tokens) -> one text each. Pictures are unpacked one by one as they are taken,
 # so whoever reduces each before taking the next never holds two large ones.
-Answers = Callable[[Iterable[Any], Sequence[str], int], list[str]]
+Answers = Callable[[Iterable["Image.Image"], Sequence[str], int], list[str]]
 MOST_BYTES = 32 * 2**20  # of a request
 MOST_PIXELS = 4096 * 4096
 MOST_CHARACTERS = 4000  # of a question
@@ -47,7 +47,7 @@ class ChatQuestion:
     max_new_tokens: int
 
 
-def parse_chat(body: Any, model: str) -> ChatQuestion:
+def parse_chat(body: object, model: str) -> ChatQuestion:
     """Parse the question of a chat completion request: one picture as a data URL, and all texts in their order.
 
     Raises RequestError for what this server cannot do, and for what is no such request."""
@@ -83,7 +83,7 @@ def parse_chat(body: Any, model: str) -> ChatQuestion:
     return ChatQuestion(_picture_file(pictures[0]), text, most)
 
 
-def _parts(messages: Sequence[Any]) -> list[dict[str, Any]]:
+def _parts(messages: Sequence[object]) -> list[dict[str, Any]]:
     """List the contents of all messages, one behind the other."""
     parts: list[dict[str, Any]] = []
     for message in messages:
@@ -99,7 +99,7 @@ def _parts(messages: Sequence[Any]) -> list[dict[str, Any]]:
     return parts
 
 
-def _picture_file(url: Any) -> bytes:
+def _picture_file(url: object) -> bytes:
     """Return the file in a data URL, its size checked. No address is fetched: who does that can be sent anywhere."""
     if not isinstance(url, str) or not url.startswith("data:image/") or ";base64," not in url[:64]:
         raise RequestError(
@@ -211,7 +211,7 @@ def chat_app(
     return app
 
 
-def _completion(model: str, text: str) -> dict[str, Any]:
+def _completion(model: str, text: str) -> dict[str, object]:
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated
@@ -78,6 +79,11 @@ def main(arguments: Sequence[str] | None = None, program: typer.Typer = app, cal
     given = sys.argv[1:] if arguments is None else list(arguments)
     rank = os.environ.get("RANK", "0")
     name = called if rank == "0" else f"{called} (process {rank})"
+    warnings.formatwarning = lambda message, *_: f"{name}: {message}\n"  # a user needs no line of our source
+    # What libraries have to say to each other about their next version.
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="(transformers|diffusers|peft|accelerate)[.]"
+    )
     ignored = leave_to_the_recipe()
     if ignored and rank == "0":
         print(f"{name}: ignores {', '.join(ignored)}; recipe and command alone decide", file=sys.stderr)

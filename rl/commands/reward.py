@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -93,7 +93,7 @@ def serve_reward(
     run_app(app, host, port, token, announce, waiting)
 
 
-def parse_settings(entries: Sequence[str]) -> dict[str, Any]:
+def parse_settings(entries: Sequence[str]) -> dict[str, object]:
     """Parse `key=value` with values in YAML. Raises ImageRLError for an entry without a key."""
     from imagerl.rl.files.yaml_text import parse_yaml
 

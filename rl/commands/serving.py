@@ -135,6 +135,20 @@ async def serve(
         await runner.cleanup()
 
 
+def serve_until_signalled(
+    app: web.Application, host: str, port: int, announce: Callable[[str], None]
+) -> None:
+    """Serve until Ctrl-C or SIGTERM. Raises ImageRLError like `serve`."""
+
+    async def until_signalled() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await serve(app, host, port, announce, stop)
+
+    asyncio.run(until_signalled())
+
+
 def run_app(
     app: web.Application,
     host: str,
@@ -146,11 +160,4 @@ def run_app(
     """Serve to holders of the token until Ctrl-C or SIGTERM; `waiting` is that of `guard`. Raises ImageRLError like
     `serve`."""
     guard(app, token, waiting)
-
-    async def until_signalled() -> None:
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await serve(app, host, port, announce, stop)
-
-    asyncio.run(until_signalled())
+    serve_until_signalled(app, host, port, announce)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -49,7 +49,7 @@ def _tokenizer_of(model: str) -> ImageTokenizer:
 
     if Path(model).is_file():
         return load_ta_tok(Path(model))
-    policy: Any = load_policy(model)
-    if getattr(policy, "image_tokenizer", None) is None:
+    tokenizer: ImageTokenizer | None = getattr(load_policy(model), "image_tokenizer", None)
+    if tokenizer is None:
         raise ImageRLError(f"{model} has no image tokenizer; give a model that has one, or a TA-Tok file")
-    return policy.image_tokenizer
+    return tokenizer

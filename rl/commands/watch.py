@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -19,21 +17,14 @@ def watch(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 0,
 ) -> None:
     """Show runs as they go on, several beside each other, in a browser of this machine."""
-    from imagerl.rl.commands.serving import serve
+    from imagerl.rl.commands.serving import serve_until_signalled
     from imagerl.rl.run.watch import find_runs, watch_app
 
     if not find_runs(places):
         raise ImageRLError(
             f"there is no run in {', '.join(map(str, places))}; give the run.output_dir of one"
         )
-
-    async def until_signalled() -> None:
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await serve(watch_app(places), "127.0.0.1", port, announce, stop)
-
-    asyncio.run(until_signalled())
+    serve_until_signalled(watch_app(places), "127.0.0.1", port, announce)
 
 
 def announce(address: str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from imagerl.rl.config.train import Recipe, load_recipe
 from imagerl.rl.errors import ImageRLError
@@ -15,7 +15,7 @@ from imagerl.rl.files.mistakes import validated
 from imagerl.rl.files.reading import read_json
 from imagerl.rl.files.writing import write_atomic
 from imagerl.rl.rollout.preparing import evaluation_sampling
-from imagerl.rl.run.folder import RECIPE_FILE, differing_keys, read_stored_recipe
+from imagerl.rl.run.folder import RECIPE_FILE, differing_keys
 
 PLAN_FILE = "comparison.json"
 OURS = ("run.steps", "run.seed", "run.output_dir", "run.images", "run.minutes")  # follow from the budget
@@ -57,7 +57,7 @@ class PlannedRun:
     def refuse_other(self) -> None:
         """Raise ImageRLError when the folder holds another recipe's run."""
         stored = self.folder / RECIPE_FILE
-        changed = stored.exists() and differing_keys(read_stored_recipe(stored, Recipe), self.recipe)
+        changed = stored.exists() and differing_keys(load_recipe(stored), self.recipe)
         if changed:
             raise ImageRLError(
                 f"{self.folder} was run with another {changed[0]}; set another --output, or remove that folder"
@@ -126,7 +126,7 @@ class Plan:
         return self
 
     def write(self, folder: Path) -> None:
-        write_atomic(folder / PLAN_FILE, to_json(asdict(self), indent=1) + "\n")
+        write_atomic(folder / PLAN_FILE, to_json(self, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Plan:
@@ -223,7 +223,7 @@ def refuse_incomparable(recipes: Mapping[str, Recipe]) -> None:
                 )
 
 
-def measured(recipe: Recipe) -> dict[str, Any]:
+def measured(recipe: Recipe) -> dict[str, object]:
     """Return what decides where a run begins and how it is judged, by the key that sets it."""
     sampling = evaluation_sampling(recipe)
     rewards = [*recipe.rewards.functions, *recipe.gold]
@@ -246,5 +246,5 @@ def measured(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "absent" if value is None else str(value)

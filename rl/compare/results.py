@@ -17,6 +17,7 @@ from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.against import read_evaluation
 from imagerl.rl.evaluation.stats import (
     Interval,
+    Row,
     area_under_curve,
     crossed_interval,
     headline,
@@ -308,7 +309,7 @@ def _notes(results: Results) -> list[str]:
     return notes
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+def _columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     names = dict.fromkeys(key for row in rows for key in row if key not in ("index", "prompt", "sample"))
     return {
         name: np.array([math.nan if row.get(name) is None else float(row[name]) for row in rows])

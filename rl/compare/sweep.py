@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -20,11 +19,11 @@ from imagerl.rl.files.yaml_text import Dumper, parse_yaml
 MOST_POINTS = 256  # of a grid
 
 
-def split_axes(words: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
+def split_axes(words: Sequence[str]) -> tuple[dict[str, list[object]], list[str]]:
     """Split `key=[a, b]`, the values that a key takes in turn, from overrides of all runs. A key whose value is a
     list takes a list of lists. Raises ImageRLError for no axis, one twice, or one of a single value."""
     lists = {key.removesuffix(".functions") for key, i in iter_fields(Recipe) if holds_list(i.annotation)}
-    axes: dict[str, list[Any]] = {}
+    axes: dict[str, list[object]] = {}
     others = []
     for word in words:
         key, _, text = word.partition("=")
@@ -43,7 +42,7 @@ def split_axes(words: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
     return axes, others
 
 
-def grid_names(axes: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
+def grid_names(axes: dict[str, list[object]]) -> dict[str, dict[str, object]]:
     """Name every point of the grid after its settings, such as `lr=0.0001,group_size=8`; maps to value by key."""
     short = {key: key.rpartition(".")[2] for key in axes}
     if len(set(short.values())) < len(short):
@@ -59,7 +58,7 @@ def grid_names(axes: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
 
 
 def write_grid(
-    recipe: str, axes: dict[str, list[Any]], folder: Path, overrides: Sequence[Override] = ()
+    recipe: str, axes: dict[str, list[object]], folder: Path, overrides: Sequence[Override] = ()
 ) -> list[str]:
     """Write the recipe of every point into `folder`; returns their paths, in order.
 
@@ -85,6 +84,6 @@ def write_grid(
     return paths
 
 
-def _word(value: Any) -> str:
+def _word(value: object) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return "".join(c if c.isalnum() or c in "+-._" else "_" for c in text)[:40]

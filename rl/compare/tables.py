@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from imagerl.rl.compare.results import Contrast, Results
 from imagerl.rl.evaluation.stats import Interval
@@ -99,7 +98,7 @@ def _contrast_row(one: Contrast) -> dict[str, object]:
     }
 
 
-def _mean(values: Any) -> float:
+def _mean(values: Iterable[float]) -> float:
     known = [float(value) for value in values if math.isfinite(value)]
     return sum(known) / len(known) if known else math.nan
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Self, get_args
+from typing import Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -33,7 +33,9 @@ class AlgorithmConfig(RecipeModel):
     name: Name = Field("grpo", description="sets the defaults of this section: docs/algorithms.md")
     import_path: str | None = Field(None, description="your own loss in place of it: file.py:function")
     advantage_import_path: str | None = Field(None, description="your own advantages: file.py:function")
-    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of your own loss")
+    arguments: dict[str, object] = Field(
+        default_factory=dict, description="keyword arguments of your own loss"
+    )
 
     baseline: Baseline = Field(GRPO.baseline, description="what a reward is compared with")
     baseline_decay: float = Field(0.9, ge=0, lt=1, description="of the moving average, per step")
@@ -113,14 +115,14 @@ class AlgorithmConfig(RecipeModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _row(cls, data: Any) -> Any:
+    def _row(cls, data: object) -> object:
         if isinstance(data, dict) and data.get("name", "grpo") in get_args(Name):
             return {**ALGORITHMS[data.get("name", "grpo")].defaults(), **data}
         return data
 
     @field_validator("name", mode="before")
     @classmethod
-    def _known(cls, value: Any) -> Any:
+    def _known(cls, value: object) -> object:
         if isinstance(value, str) and value.lower() == "ppo":
             raise ValueError(
                 'algorithm.name cannot be "ppo": there is no critic here. PPO\'s clipped objective, on advantages '

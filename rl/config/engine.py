@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -77,6 +77,11 @@ class EngineConfig(RecipeModel):
         description="keep ZeRO's optimizer state in host memory and update there; slower, saves 8 bytes a "
         "trained parameter and ZeRO's copy of it",
     )
+    offload_frozen: bool = Field(
+        False,
+        description="keep what only draws, and the references, in host memory while weights are updated: a copy "
+        "there and back every step",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of matrix products; weights stay fp32")
     micro_batch_size: Count = Field(16, description="samples of one forward and backward pass")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
@@ -96,7 +101,7 @@ class EngineConfig(RecipeModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _published_stage(cls, data: Any) -> Any:
+    def _published_stage(cls, data: object) -> object:
         if isinstance(data, dict) and data.get("name") == "deepspeed" and data.get("zero_stage") is None:
             return {**data, "zero_stage": 1}
         return data

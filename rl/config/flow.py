@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,9 @@ from imagerl.rl.config.flow_table import (
 )
 from imagerl.rl.config.recipe import RecipeModel
 from imagerl.rl.files.bounds import Coefficient, FlowSteps, Guidance, LearningRate, Positive, Steps
+
+if TYPE_CHECKING:
+    from imagerl.rl.config.train import Recipe
 
 ROW = FLOW_ALGORITHMS["flow_grpo"]
 
@@ -121,7 +124,7 @@ class FlowConfig(RecipeModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _row(cls, data: Any) -> Any:
+    def _row(cls, data: object) -> object:
         if isinstance(data, dict) and data.get("name", "flow_grpo") in get_args(FlowName):
             return {**FLOW_ALGORITHMS[data.get("name", "flow_grpo")].defaults(), **data}
         return data
@@ -145,7 +148,7 @@ class FlowConfig(RecipeModel):
             )
         return self
 
-    def check(self, recipe: Any) -> None:
+    def check(self, recipe: Recipe) -> None:
         """Raise ValueError where the rest of a training recipe leaves this section impossible."""
         self._check_steps(self.steps or recipe.rollout.flow_steps)
         guidance = recipe.rollout.guidance if self.guidance is None else self.guidance

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from imagerl.rl.errors import ImageRLError, nearest, one_line
 from imagerl.rl.files.mistakes import explain, shown
 from imagerl.rl.files.reading import MAX_DEPTH, read_text
-from imagerl.rl.files.yaml_text import MAX_RECIPE_BYTES, Dumper, parse_yaml
+from imagerl.rl.files.yaml_text import MAX_RECIPE_BYTES, Dumper, parse_yaml, unshared
 
 Loc = tuple[str | int, ...]
 Override = str | tuple[str, object]  # "run.steps=5", its value in YAML, or ("run.steps", 5)
@@ -28,12 +28,12 @@ class RecipeModel(BaseModel):
     )
 
     @classmethod
-    def prepare(cls, data: dict[str, Any]) -> dict[str, Any]:
+    def prepare(cls, data: dict[str, object]) -> dict[str, object]:
         """Write short spellings in raw data out, before overrides reach into it."""
         return data
 
     @classmethod
-    def redirect(cls, loc: Loc, value: Any) -> Loc:
+    def redirect(cls, loc: Loc, value: object) -> Loc:
         """Return the key that an override of `loc` really sets. For schemas that accept a short spelling."""
         return loc
 
@@ -69,7 +69,7 @@ def find_recipe(path: str | Path) -> Path:
     return shipped[str(path)]
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
+def read_recipe(path: str | Path) -> dict[str, object]:
     """Read the mapping in a recipe file, or in the shipped one of that name, laid over that of the file it `extends`,
     unvalidated. Its key `kind` ("train" when absent) names the schema."""
     path = find_recipe(path)
@@ -87,7 +87,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return lay_over(below, data)
 
 
-def lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def lay_over(below: dict[str, object], above: dict[str, object]) -> dict[str, object]:
     """Lay one mapping over another, key by key within sections. null takes a key away, so that its default holds."""
     merged = dict(below)
     for key, value in above.items():
@@ -101,7 +101,7 @@ def lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read_mapping(path: str | Path) -> dict[str, Any]:
+def _read_mapping(path: str | Path) -> dict[str, object]:
     data = parse_yaml(read_text(path, MAX_RECIPE_BYTES), str(path))
     if data is None:
         raise ImageRLError(f"{path} is empty; a recipe is a mapping of sections, see recipes/")
@@ -112,7 +112,7 @@ def _read_mapping(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def apply_override(cls: type[RecipeModel], data: dict[str, Any], override: Override) -> None:
+def apply_override(cls: type[RecipeModel], data: dict[str, object], override: Override) -> None:
     """Set one dotted key in `data`. Missing sections on the way are created, list entries are counted from 0.
 
     Raises:
@@ -178,7 +178,7 @@ def changed_recipe(recipe: RecipeT, overrides: Sequence[Override]) -> RecipeT:
 
 
 def _validated(
-    cls: type[RecipeT], data: dict[str, Any], overrides: Sequence[Override], source: str
+    cls: type[RecipeT], data: dict[str, object], overrides: Sequence[Override], source: str
 ) -> RecipeT:
     try:
         return cls.model_validate(_overridden(cls, data, overrides))
@@ -187,7 +187,7 @@ def _validated(
     raise ImageRLError(f"{_blamed(cls, data, overrides, mistake) or source}: {mistake}")
 
 
-def validate_recipe(cls: type[RecipeT], data: dict[str, Any], source: str) -> RecipeT:
+def validate_recipe(cls: type[RecipeT], data: dict[str, object], source: str) -> RecipeT:
     """Build a recipe from plain data; `source` begins the message of the ImageRLError that it may raise."""
     try:
         return cls.model_validate(data)
@@ -196,22 +196,17 @@ def validate_recipe(cls: type[RecipeT], data: dict[str, Any], source: str) -> Re
 
 
 def _overridden(
-    cls: type[RecipeModel], data: dict[str, Any], overrides: Sequence[Override]
-) -> dict[str, Any]:
-    changed: dict[str, Any] = _copied(data)
+    cls: type[RecipeModel], data: dict[str, object], overrides: Sequence[Override]
+) -> dict[str, object]:
+    changed = {key: unshared(value) for key, value in data.items()}
     for override in overrides:
         apply_override(cls, changed, override)
     return changed
 
 
-def _copied(value: Any) -> Any:
-    """Copy lists and mappings; functions and the like within them stay what they are."""
-    if isinstance(value, dict):
-        return {key: _copied(entry) for key, entry in value.items()}
-    return [_copied(entry) for entry in value] if isinstance(value, list) else value
-
-
-def _blamed(cls: type[RecipeModel], data: dict[str, Any], overrides: Sequence[Override], mistake: str) -> str:
+def _blamed(
+    cls: type[RecipeModel], data: dict[str, object], overrides: Sequence[Override], mistake: str
+) -> str:
     """Find the overrides without which a mistake is not made; none when the file makes it alone."""
 
     def makes(chosen: Sequence[Override]) -> bool:
@@ -230,6 +225,6 @@ def _blamed(cls: type[RecipeModel], data: dict[str, Any], overrides: Sequence[Ov
     return f"override{'s' * (len(guilty) > 1)} {' and '.join(guilty)}" if guilty else ""
 
 
-def _type_name(value: Any) -> str:
+def _type_name(value: object) -> str:
     names = {dict: "a mapping", list: "a list", str: "a string", bool: "true or false", int: "an integer"}
     return "nothing" if value is None else names.get(type(value), "a number")

@@ -52,14 +52,14 @@ class RewardSpec(RecipeModel):
     url: str | None = Field(
         None, description="a served reward, http://host:port/name (docs/isolated-rewards.md)"
     )
-    function: Callable[..., Any] | str | None = Field(
+    function: Callable[..., object] | str | None = Field(
         None,
         description="a function given in Python under `name`; written down as its source, which is not run",
     )
     python: str | None = Field(
         None, min_length=1, description="Python interpreter with its own packages that runs import_path"
     )
-    runtime_env: dict[str, Any] | None = Field(
+    runtime_env: dict[str, object] | None = Field(
         None, description="Ray runtime environment of the actor that holds it"
     )
     num_gpus: Gpus = Field(0.0, description="GPUs that each of its actors reserves and alone sees; 0: none")
@@ -82,7 +82,7 @@ class RewardSpec(RecipeModel):
         return {**runtime_env, "env_vars": dict.fromkeys(variables, HIDDEN)}
 
     @field_serializer("function", when_used="json")
-    def _source(self, function: Callable[..., Any] | str | None) -> str | None:
+    def _source(self, function: Callable[..., object] | str | None) -> str | None:
         return source_of(function) if callable(function) else function
 
     @property
@@ -112,7 +112,7 @@ class RewardSpec(RecipeModel):
         return self.name or str(self.import_path).rpartition(":")[2]
 
     @property
-    def kwargs(self) -> dict[str, Any]:
+    def kwargs(self) -> dict[str, object]:
         return dict(self.model_extra or {})
 
     @model_validator(mode="after")
@@ -190,7 +190,7 @@ class RewardsConfig(RecipeModel):
                 )
 
 
-def source_of(function: Callable[..., Any]) -> str:
+def source_of(function: Callable[..., object]) -> str:
     """Return the text that defines a function, or the class of an object. What it closes over is not in it."""
     named = inspect.isroutine(function) or inspect.isclass(function)
     try:

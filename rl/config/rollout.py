@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
 from imagerl.rl.config.recipe import RecipeModel
 from imagerl.rl.files.bounds import Count, FlowSteps, Gpus, Guidance, Positive, Workers
+
+if TYPE_CHECKING:
+    from imagerl.rl.config.train import Recipe
 
 
 class RolloutConfig(RecipeModel):
@@ -66,7 +69,7 @@ class RolloutConfig(RecipeModel):
             raise ValueError("top_k and top_p must be null in training: samples would come from a truncated "
                              "distribution but be scored by the whole one")  # fmt: skip
 
-    def check(self, recipe: Any) -> None:
+    def check(self, recipe: Recipe) -> None:
         """Raise ValueError where samples of older weights would train as if they were of the present ones."""
         if not self.max_staleness:
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -88,7 +88,7 @@ class ImageDataConfig(RecipeModel):
 
     @field_validator("train", "heldout", mode="before")
     @classmethod
-    def _bare_paths(cls, sources: Any) -> Any:
+    def _bare_paths(cls, sources: object) -> object:
         if isinstance(sources, str):
             sources = [sources]
         if isinstance(sources, list):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -217,7 +217,7 @@ class Recipe(RecipeModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _written_out(cls, data: Any) -> Any:
+    def _written_out(cls, data: object) -> object:
         """Write out short spellings, and the one default that depends on another section."""
         if not isinstance(data, dict):
             return data
@@ -228,14 +228,14 @@ class Recipe(RecipeModel):
         return cls.prepare(data)
 
     @classmethod
-    def prepare(cls, data: dict[str, Any]) -> dict[str, Any]:
+    def prepare(cls, data: dict[str, object]) -> dict[str, object]:
         """Turn `rewards` as a bare list into the mapping that it stands for."""
         if isinstance(data.get("rewards"), list):
             return {**data, "rewards": {"functions": data["rewards"]}}
         return data
 
     @classmethod
-    def redirect(cls, loc: Loc, value: Any) -> Loc:
+    def redirect(cls, loc: Loc, value: object) -> Loc:
         """Accept `rewards` spelt as the bare list: `rewards=[...]` and `rewards.0.weight=1` mean its
         functions and leave `rewards.workers` and the like alone."""
         if loc[0] == "rewards" and (isinstance(loc[1], int) if len(loc) > 1 else isinstance(value, list)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,11 +65,11 @@ class CurriculumSampler(GroupedSampler):
             "curriculum/hopeless": float((won == 0).mean()),
         }
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, list[float]]:
         """Return what was learned, as JSON takes it."""
         return {str(index): list(counts) for index, counts in sorted(self._seen.items())}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
         """Continue from what `state` returned."""
         self._seen = {int(index): (won, tried) for index, (won, tried) in state.items()}
 

@@ -7,12 +7,16 @@ import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagerl.rl.config.recipe import SHIPPED
 from imagerl.rl.data.prompt_pictures import picture_hash, picture_paths
 from imagerl.rl.data.tables import HUB, is_table, read_table
+from imagerl.rl.data.tiny.edits import edit_set
+from imagerl.rl.data.tiny.shapes import shape_set
+from imagerl.rl.data.tiny.world import prompt_set
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.files.reading import parse_json, read_text, require_plain
 from imagerl.rl.files.yaml_text import parse_yaml_lines
@@ -72,38 +76,12 @@ class PromptSet:
         return list(self.prompts[0].columns)
 
 
-def _tiny_world(split: str, size: int | None, seed: int) -> list[Prompt]:
-    from imagerl.rl.data.tiny.world import prompt_set
-
-    return prompt_set(split, size, seed)
-
-
-def _tiny_shapes(split: str, size: int | None, seed: int) -> list[Prompt]:
-    from imagerl.rl.data.tiny.shapes import shape_set
-
-    return shape_set(split, size)
-
-
-def _tiny_edits(split: str, size: int | None, seed: int) -> list[Prompt]:
-    from imagerl.rl.data.tiny.edits import edit_set
-
-    return edit_set(split, size, seed)
-
-
-def _tiny_text_edits(split: str, size: int | None, seed: int) -> list[Prompt]:
-    from imagerl.rl.data.tiny.edits import edit_set
-
-    return edit_set(split, size, seed, parts=("text",))
-
-
 NAMED_SETS: dict[str, Callable[[str, int | None, int], list[Prompt]]] = {
-    "tiny_edits": _tiny_edits,
-    "tiny_shapes": _tiny_shapes,
-    "tiny_text_edits": _tiny_text_edits,
-    "tiny_world": _tiny_world,
+    "tiny_edits": edit_set,
+    "tiny_shapes": lambda split, size, seed: shape_set(split, size),
+    "tiny_text_edits": partial(edit_set, parts=("text",)),
+    "tiny_world": prompt_set,
 }
-
-
 SHIPPED_FILES = ("ocr_signs", "edits")  # in recipes/prompts
 
 
@@ -135,13 +113,13 @@ def load_prompt_set(config: PromptSetConfig) -> PromptSet:
     return PromptSet(source, tuple(prompts[: config.size]))
 
 
-def inline_prompts(rows: Sequence[str | dict[str, Any]], source: str) -> PromptSet:
+def inline_prompts(rows: Sequence[str | dict[str, object]], source: str) -> PromptSet:
     """Read prompts that are written out in another file, `source`: texts, or mappings with a `prompt` in each. Lines in
     messages are counted within the list. Raises ImageRLError like `load_prompt_set`."""
     return PromptSet(source, tuple(_to_prompts(list(enumerate(rows, 1)), PROMPT, source)))
 
 
-def refuse_overlap(train: PromptSet, heldout: PromptSet, wanted: Callable[[Any, str], str]) -> None:
+def refuse_overlap(train: PromptSet, heldout: PromptSet, wanted: Callable[[object, str], str]) -> None:
     """Refuse held-out prompts that were trained on, or whose targets were: their results mean nothing.
 
     `wanted` says what the rewards compare a picture with, "" for nothing, given the column `target` and the text; it

@@ -19,7 +19,7 @@ def is_table(source: str) -> bool:
 
 def read_table(
     source: str, split: str | None, subset: str | None, size: int | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, dict[str, object]]]:
     """Yield the first `size` rows, all when None, with their numbers from 1, as they come: of the hub and of Parquet no
     more is read than that. Pictures stay the bytes of their files.
 
@@ -63,7 +63,7 @@ def _named(source: str, split: str | None) -> str:
     return split
 
 
-def _picture_bytes(value: Any) -> Any:
+def _picture_bytes(value: object) -> object:
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
         return value["path"] if value["bytes"] is None else value["bytes"]
     return value

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
-from imagerl.rl.engine.cluster import ended_part_of_ray, refuse_ended_ray
+from imagerl.rl.engine.cluster import ended_part_of_ray, refuse_ended_ray, wait_for_ray
 from imagerl.rl.errors import ImageRLError
 
 Work = TypeVar("Work")
@@ -38,7 +38,7 @@ class ActorThread(threading.Thread, ABC, Generic[Work, Answer]):
     def __init__(
         self,
         jobs: queue.SimpleQueue[tuple[Work, Future[Answer]] | None],
-        create: Callable[[], Any],
+        create: Callable[[], object],
         timeout_s: float,
     ) -> None:
         super().__init__(daemon=True, name=type(self).__name__)
@@ -104,11 +104,10 @@ class ActorThread(threading.Thread, ABC, Generic[Work, Answer]):
         import ray
 
         patience = self.timeout_s if timeout_s is None else timeout_s
-        refuse_ended_ray()
+        if not wait_for_ray(reference, patience):
+            raise self.lose(patience)
         try:
-            said = ray.get(reference, timeout=patience)
-        except ray.exceptions.GetTimeoutError as error:
-            raise self.lose(patience) from error
+            said = ray.get(reference)
         except ray.exceptions.RayError as error:
             self.kill_actor()
             refuse_ended_ray()

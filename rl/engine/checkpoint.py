@@ -54,15 +54,15 @@ class _Manifest(_Version):
 class _State(BaseModel):
     """The names under which every kind of run keeps its state."""
 
-    first_eval: list[dict[str, Any]] | None = None
-    last_eval: list[dict[str, Any]] | None = None
+    first_eval: list[dict[str, object]] | None = None
+    last_eval: list[dict[str, object]] | None = None
     looked: int = 0
     processes: int = Field(1, ge=1)
-    recipe: dict[str, Any] = Field(default_factory=dict)
+    recipe: dict[str, object] = Field(default_factory=dict)
     budget: dict[str, float] = Field(default_factory=dict)
-    trainer: dict[str, Any] = Field(default_factory=dict)
-    watch: dict[str, Any] = Field(default_factory=dict)
-    data: list[dict[str, Any]] = Field(default_factory=list)  # of each process
+    trainer: dict[str, object] = Field(default_factory=dict)
+    watch: dict[str, object] = Field(default_factory=dict)
+    data: list[dict[str, object]] = Field(default_factory=list)  # of each process
 
 
 class DamagedCheckpoint(ImageRLError):
@@ -84,7 +84,7 @@ def save_checkpoint(
     directory: str | Path,
     step: int,
     tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
+    state: Mapping[str, object],
     keep: int = 2,
 ) -> Path:
     """Write `directory/step_<step>` atomically, then delete all but the newest `keep` checkpoints.
@@ -114,7 +114,7 @@ def save_checkpoint(
                 raise write_error(final, error) from error
         _write_json(folder / STATE, dict(state))
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             for path in sorted(folder.iterdir())
         }
         manifest = {"format": FORMAT, "step": step, "files": files, "versions": package_versions()}
@@ -219,7 +219,7 @@ def load_checkpoint(
             raise _damaged(path, "it is missing")
         if path.stat().st_size != expected.bytes:
             raise _damaged(path, f"it has {path.stat().st_size} bytes instead of {expected.bytes}")
-        if verify and _sha256(path) != expected.sha256:
+        if verify and sha256_of(path) != expected.sha256:
             raise _damaged(path, "its SHA-256 is not the one in the manifest")
     tensors = {
         name.removesuffix(TENSORS): load_file(folder / name)
@@ -249,11 +249,11 @@ def _read_json(path: Path) -> Any:
         raise _damaged(path, f"it cannot be read: {error}") from error
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=1))  # in order, so that a resumed run lists metrics alike
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -8,14 +8,24 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from imagerl.rl.errors import ImageRLError, one_line
 
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
 CONNECT_S, JOIN_S = 5.0, 30.0  # to a cluster that is said to run: a port, and the whole of it
+LOOK_EVERY_S, TRIES = (
+    2.0,
+    3,
+)  # at a cluster that was joined, whose library ends us in a minute without its head
 JOIN_OURS_S = 300.0  # to one that runs, on a machine that may be busy
 OBJECT_STORE_BYTES = 512 * 2**20  # of shared memory, for what is under way; Ray spills to disk beyond
 AUTH_MODE = "RAY_AUTH_MODE"  # Ray sets it where it starts a cluster, to which it then admits this user alone
@@ -25,14 +35,47 @@ OURS = (
 
 
 def ended_part_of_ray() -> str | None:
-    """Name the process that has ended of the Ray started here, or None."""
+    """Name the process that has ended of the Ray started here, or the head of the one joined; else None."""
     from ray._private import worker
 
-    started = getattr(getattr(worker, "_global_node", None), "all_processes", {})
+    node = getattr(worker, "_global_node", None)
+    if node is None:
+        return None
+    started = node.all_processes
     for name in ("raylet", "gcs_server"):
         if any(part.process.poll() is not None for part in started.get(name, ())):
             return name
-    return None
+    return None if "gcs_server" in started or _answers(node.gcs_address) else f"head at {node.gcs_address}"
+
+
+@lru_cache(maxsize=1)
+def _answered(address: str, moment: int) -> None:
+    """Raise OSError when nobody listens at an address. Where one does, it is not asked again at this moment."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+
+
+def _answers(address: str) -> bool:
+    """Tell whether the head of a cluster can be reached, at one of a few tries."""
+    for _ in range(TRIES):
+        try:
+            _answered(address, int(time.monotonic() / LOOK_EVERY_S))
+            return True
+        except OSError:
+            time.sleep(0.3)
+    return False
+
+
+def wait_for_ray(reference: ObjectRef, patience_s: float) -> bool:
+    """Wait for Ray's answer; False when there is none. Raises ImageRLError when Ray itself is gone meanwhile."""
+    import ray
+
+    end = time.monotonic() + patience_s
+    while (left := end - time.monotonic()) > 0:
+        refuse_ended_ray()
+        if ray.wait([reference], timeout=min(left, LOOK_EVERY_S), fetch_local=False)[0]:
+            return True
+    return False
 
 
 def refuse_ended_ray() -> None:
@@ -40,8 +83,9 @@ def refuse_ended_ray() -> None:
     word."""
     ended = ended_part_of_ray()
     if ended is not None:
+        again = "start it again, " if ended.startswith("head") else ""
         raise ImageRLError(
-            f"Ray ended: its {ended} was killed or crashed, perhaps for want of memory; continue with --resume, "
+            f"Ray ended: its {ended} was killed or crashed, perhaps for want of memory; {again}continue with --resume, "
             "or without Ray: rewards.workers=0 rollout.workers=0"
         )
 
@@ -136,6 +180,8 @@ def start_ray(cpus: int, store_bytes: int = OBJECT_STORE_BYTES) -> bool:
         return False
     if address is not None:
         remedy = "unset RAY_ADDRESS to let the run start its own, or set it to a cluster that runs"
+        if AUTH_MODE not in os.environ:  # then Ray shows no token, although `ray start` asks for one
+            remedy += f", and {AUTH_MODE}=token where it asks for a token"
         _join(f"RAY_ADDRESS={address}", address, remedy, JOIN_S)
         return False
     variables = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}

@@ -152,7 +152,7 @@ class Engine:
         a run must repeat bit for bit."""
         torch.set_num_threads(max(1, self.threads - count))
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return bfloat16 autocast where the recipe says so; for the forward pass, not for backward."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
@@ -284,7 +284,7 @@ class Engine:
         summed = dict(zip(keys, total.tolist(), strict=True))
         return {key: summed[key] for key in values}
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: T) -> list[T]:
         """Return every rank's `value`, in order of rank, on every rank. Collective; for small Python objects."""
         if self.world_size == 1:
             return [value]

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +18,7 @@ class Snapshot:
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]  # group -> name -> whole tensor; empty groups but on rank 0
-    state: Mapping[str, Any]
+    state: Mapping[str, object]
 
 
 class Saver:

@@ -35,7 +35,7 @@ def create_accelerator(settings: EngineConfig, use_cpu: bool, timeout: timedelta
     from accelerate.utils import DeepSpeedPlugin
     from transformers.integrations import unset_hf_deepspeed_config
 
-    stage: dict[str, Any] = {"stage": settings.zero_stage}
+    stage: dict[str, object] = {"stage": settings.zero_stage}
     if settings.offload_optimizer:
         stage["offload_optimizer"] = {"device": "cpu", "pin_memory": not use_cpu}
     config = {
@@ -94,7 +94,7 @@ def stop_posing() -> None:
 
 
 @contextlib.contextmanager
-def gathered(module: Any, unwrapped: nn.Module) -> Iterator[None]:
+def gathered(module: nn.Module, unwrapped: nn.Module) -> Iterator[None]:
     """Make all weights of a ZeRO-3 module whole on every rank, and usable without its hooks."""
     import deepspeed
     from trl.models.utils import add_hooks, remove_hooks
@@ -138,7 +138,7 @@ def link_moments(module: Any, stage: int) -> None:
         module.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def scatter_moments(parameter: Any, moments: Mapping[str, Tensor]) -> None:
+def scatter_moments(parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
     """Give each rank its slice of whole moments."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from imagerl.rl.evaluation.stats import compare, verdict
+from imagerl.rl.evaluation.stats import Row, compare, verdict
 from imagerl.rl.files.mistakes import validated
 from imagerl.rl.files.reading import read_json
 
@@ -63,7 +63,7 @@ def read_evaluation(path: str | Path, comparison: bool = False) -> dict[str, obj
     return document
 
 
-def compared(other: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def compared(other: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, object]:
     """Return an evaluation's `against`, from the document of another one: who that is, and of each metric both
     means, the paired difference (this one minus the other) with its interval, and a verdict in words."""
     theirs = other["per_prompt"]

@@ -6,18 +6,20 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
+from imagerl.rl.algorithms.kl import k3
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.stats import TOTAL, Interval, summarise
-from imagerl.rl.rollout.engine import reward_request, with_pictures
+from imagerl.rl.rollout.engine import RolloutEngine, replayed, reward_request, with_pictures
 from imagerl.rl.rollout.scores import component
 from imagerl.rl.types import Prompt, RewardScorer, RolloutGroup, Source
 
+T = TypeVar("T")
 TRIED = 8  # pictures at most, before an evaluation
 
 
@@ -35,7 +37,7 @@ class Evaluation:
         """Return the means for metrics.jsonl: `eval/<suite>/<metric>`."""
         return {f"eval/{self.suite}/{name}": interval.mean for name, interval in self.metrics.items()}
 
-    def to_dict(self, **facts: Any) -> dict[str, Any]:
+    def to_dict(self, **facts: object) -> dict[str, object]:
         """Return the JSON document of an evaluation; see docs/run-folder.md."""
         return {
             "suite": self.suite,
@@ -79,7 +81,7 @@ class Ranks(Protocol):
     rank: int
     world_size: int
 
-    def gather_objects(self, value: Any) -> list[Any]: ...
+    def gather_objects(self, value: T) -> list[T]: ...
 
 
 def try_rewards(
@@ -133,7 +135,7 @@ def evaluate(
     chunk = max(1, batch_size // samples)
     own = [place for place in range(len(prompts)) if place // chunk % count == rank]
     images: dict[int, np.ndarray] = {}  # by place, as the rows
-    rows: dict[int, list[dict[str, Any]]] = {}
+    rows: dict[int, list[dict[str, object]]] = {}
     tickets, places = [], defaultdict[int, deque[int]](deque)
     for place in own:
         places[prompts[place].index].append(place)
@@ -165,6 +167,18 @@ def evaluate(
     ordered = [row for place in sorted(rows) for row in rows[place]]
     pictures = [picture for place in sorted(images) for picture in images[place]]
     return Evaluation(suite, summarise(ordered), ordered, pictures)
+
+
+@torch.no_grad()
+def kl_to_reference(rollout: RolloutEngine, groups: Sequence[RolloutGroup]) -> list[float]:
+    """Estimate, for every sample that a rollout drew, the KL to its policy's frozen reference: the mean of k3 over its
+    tokens, in nats a token."""
+    rows, tokens, mask, logprobs = replayed(rollout.policy, groups)
+    device = rollout.policy.device
+    with rollout.autocast():
+        reference = rollout.policy.reference_scores(rows, tokens.to(device), rollout.sampling)
+    differences = k3(logprobs.to(device), reference.logprobs).where(mask.to(device), 0)
+    return (differences.sum(1).cpu() / mask.sum(1).cpu()).tolist()
 
 
 def _metric_names(components: Iterable[str], suite: str, further: Iterable[str] = ()) -> dict[str, str]:

@@ -202,7 +202,7 @@ def draw(
     folder: Path,
     samples: int,
     batch_size: int,
-    facts: Mapping[str, Any],
+    facts: Mapping[str, object],
 ) -> Iterator[int]:
     """Draw what is missing in `folder`, yielding how many prompts are done. `facts` about the drawing stand in
     `<folder>.json`, beside the folder, in which scorers take every file for a picture.
@@ -224,11 +224,11 @@ def draw(
         yield done
 
 
-def _begin(folder: Path, facts: Mapping[str, Any]) -> None:
+def _begin(folder: Path, facts: Mapping[str, object]) -> None:
     record = folder.with_name(f"{folder.name}.json")
     told = json.loads(to_json(facts))
     if record.is_file():
-        known = validated(dict[str, Any], read_json(record), str(record))
+        known = validated(dict[str, object], read_json(record), str(record))
         differing = sorted(k for k in told.keys() | known.keys() if told.get(k) != known.get(k))
         if differing:
             raise ImageRLError(

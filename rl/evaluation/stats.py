@@ -8,9 +8,9 @@ bounds says "too few to tell", and `verdict` reads nothing else. docs/compare.md
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from scipy.special import stdtrit
@@ -69,6 +69,21 @@ class Interval:
         """Read it from a JSON object, where a number that does not exist is null or missing."""
         mean, low, high = (math.nan if (v := told.get(k)) is None else v for k in ("mean", "low", "high"))
         return Interval(mean, low, high, told.get("n") or 0)
+
+
+Row = Mapping[str, Any]
+"""One prompt, or one sample of it, in an evaluation: {"index": 3, "prompt": "a sign …", "exact_match": 1.0}."""
+
+
+class Compared(TypedDict):
+    """A metric before and after, over the prompts that both have a value for."""
+
+    before: float
+    after: float
+    difference: Interval
+
+
+Comparison = dict[str, Compared]  # by metric
 
 
 def verdict(difference: Interval) -> Verdict:
@@ -184,7 +199,7 @@ def area_under_curve(xs: Sequence[float], values: np.ndarray) -> np.ndarray:
 
 
 def paired_difference(
-    before: Mapping[Any, float], after: Mapping[Any, float], level: float = 0.95
+    before: Mapping[int, float], after: Mapping[int, float], level: float = 0.95
 ) -> Interval:
     """Return `mean_interval` of after − before over the prompts that both have a finite value for.
 
@@ -200,19 +215,19 @@ def paired_difference(
     return mean_interval([after[k] - before[k] for k in common], level)
 
 
-def by_prompt(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[Hashable, float]:
+def by_prompt(rows: Sequence[Row], metric: str) -> dict[int, float]:
     """Return the metric of each prompt: rows of one `index` are averaged, rows without a finite value left out.
 
     Without an `index` every row is a prompt of its own.
     """
-    grouped: dict[Hashable, list[float]] = {}
+    grouped: dict[int, list[float]] = {}
     for position, row in enumerate(rows):
         if _finite(row.get(metric)):
             grouped.setdefault(row.get("index", position), []).append(float(row[metric]))
     return {index: math.fsum(values) / len(values) for index, values in grouped.items()}
 
 
-def summarise(per_prompt: Sequence[Mapping[str, Any]], level: float = 0.95) -> dict[str, Interval]:
+def summarise(per_prompt: Sequence[Row]) -> dict[str, Interval]:
     """Return an interval of each numeric key but `index` and `sample`: Wilson where the values are all 0 or 1, else t.
 
     Several rows of one prompt count as one value, their mean, because they are not independent.
@@ -223,20 +238,18 @@ def summarise(per_prompt: Sequence[Mapping[str, Any]], level: float = 0.95) -> d
         # One value a prompt: its samples share the prompt, so they are not independent.
         values = list(by_prompt(per_prompt, metric).values())
         if set(values) <= {0.0, 1.0}:
-            result[metric] = wilson_interval(round(sum(values)), len(values), level)
+            result[metric] = wilson_interval(round(sum(values)), len(values))
         else:
-            result[metric] = mean_interval(values, level)
+            result[metric] = mean_interval(values)
     return result
 
 
-def compare(
-    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Return `{"before": mean, "after": mean, "difference": Interval}` of every metric that both sides have.
+def compare(before: Sequence[Row], after: Sequence[Row]) -> Comparison:
+    """Compare every metric that both sides have.
 
     All three are over the common prompts, so that after − before is exactly the difference shown.
     """
-    result: dict[str, dict[str, Any]] = {}
+    result: Comparison = {}
     for metric in _metrics(before):
         old, new = by_prompt(before, metric), by_prompt(after, metric)
         common = old.keys() & new.keys()
@@ -277,12 +290,12 @@ def change(difference: Interval, rate: bool = False, digits: int = 3) -> str:
     return f"{shown}, {bounds}, n={difference.n}: {verdict(difference)}"
 
 
-def results_table(comparison: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def results_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return the columns and rows of what `compare` found, in words."""
     rows = []
     for metric, result in comparison.items():
         rate, difference = metric in HEADLINES, result["difference"]
-        means = [number(result[when], rate) for when in ("before", "after")]
+        means = [number(result["before"], rate), number(result["after"], rate)]
         told = [
             number(difference.mean, rate, sign=True),
             span(difference, rate, sign=True),
@@ -302,7 +315,7 @@ def _critical(freedom: float, level: float) -> float:
     return float(stdtrit(freedom, 0.5 + level / 2))
 
 
-def _metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _metrics(rows: Sequence[Row]) -> list[str]:
     """List the keys with a finite value in some row, in order of appearance."""
     return list(dict.fromkeys(k for row in rows for k, v in row.items() if k not in PLACES and _finite(v)))
 

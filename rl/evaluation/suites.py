@@ -7,19 +7,19 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from PIL import Image
 from pydantic import Field, model_validator
 
 from imagerl.rl.config.recipe import RecipeModel, load_yaml_recipe
 from imagerl.rl.config.rewards import RewardSpec, source_of
 from imagerl.rl.config.train import PromptSetConfig
+from imagerl.rl.data.tiny import edits, shapes, world
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.types import Prompt
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 HELDOUT = 256  # prompts of a named suite, unless told otherwise
 RECOGNISE = {"name": "ocr", "mode": "recognise"}  # the tiny world shows one line of text
@@ -48,7 +48,7 @@ class SuiteFile(RecipeModel):
     """A suite of one's own."""
 
     name: str | None = Field(None, min_length=1, description="what results call it; null: the file's name")
-    prompts: PromptSetConfig | list[str | dict[str, Any]] = Field(
+    prompts: PromptSetConfig | list[str | dict[str, object]] = Field(
         description="a prompt set as in a recipe's data, or a list of prompts"
     )
     rewards: list[RewardSpec] = Field(min_length=1, description="what is measured; weights give the total")
@@ -70,60 +70,31 @@ class SuiteFile(RecipeModel):
         return self
 
 
-def _world(size: int | None) -> list[Prompt]:
-    from imagerl.rl.data.tiny.world import prompt_set
-
-    return prompt_set("heldout", size)
-
-
-def _composition(size: int | None) -> list[Prompt]:
-    from imagerl.rl.data.tiny.shapes import shape_set
-
-    return shape_set("heldout", size)
-
-
-def _world_truth(prompt: Prompt) -> Image.Image:
-    from imagerl.rl.data.tiny.world import truth
-
-    return truth(prompt)
-
-
-def _composition_truth(prompt: Prompt) -> Image.Image:
-    from imagerl.rl.data.tiny.shapes import truth
-
-    return truth(prompt)
-
-
-def _edits(size: int | None) -> list[Prompt]:
-    from imagerl.rl.data.tiny.edits import edit_set
-
-    return edit_set("heldout", size)
-
-
-def _questions(size: int | None) -> list[Prompt]:
-    from imagerl.rl.data.tiny.edits import question_set
-
-    return question_set("heldout", size)
-
-
 def _ideal(prompt: Prompt) -> Image.Image:
     picture: Image.Image = prompt.columns["ideal"]
     return picture
 
 
+_world = partial(world.prompt_set, "heldout")
 # A suite is one row.
 SUITES: dict[str, Suite] = {
-    "clip": Suite("clip", _world, [{"name": "clip", "model": "tiny_clip"}], truth=_world_truth),
+    "clip": Suite("clip", _world, [{"name": "clip", "model": "tiny_clip"}], truth=world.truth),
     "composition": Suite(
         "composition",
-        _composition,
+        partial(shapes.shape_set, "heldout"),
         [{"name": "composition", "detector": "shapes"}],
-        truth=_composition_truth,
+        truth=shapes.truth,
         model="tiny_shapes",
     ),
-    "edit": Suite("edit", _edits, [{"name": "edit", "mode": "recognise"}], truth=_ideal, model="tiny_edit"),
-    "ocr": Suite("ocr", _world, [RECOGNISE], [{"name": "colours"}], truth=_world_truth),
-    "understanding": Suite("understanding", _questions, model="tiny_edit"),
+    "edit": Suite(
+        "edit",
+        partial(edits.edit_set, "heldout"),
+        [{"name": "edit", "mode": "recognise"}],
+        truth=_ideal,
+        model="tiny_edit",
+    ),
+    "ocr": Suite("ocr", _world, [RECOGNISE], [{"name": "colours"}], truth=world.truth),
+    "understanding": Suite("understanding", partial(edits.question_set, "heldout"), model="tiny_edit"),
 }
 
 
@@ -160,7 +131,7 @@ def load_suite(path: str) -> Suite:
 
     def truth(prompt: Prompt) -> Image.Image:
         if named == "tiny_world":
-            return _world_truth(prompt)
+            return world.truth(prompt)
         if prompt.columns.get("ideal") is None:
             raise ImageRLError(
                 f'suite {name!r} does not say what a perfect picture of "{prompt.text}" is: add a column `ideal`'
@@ -192,7 +163,7 @@ def fingerprint(suite: Suite, prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _told(value: Any) -> Any:
+def _told(value: object) -> object:
     """Replace a value that JSON does not hold: pictures by their pixels, their files by the bytes, functions by their
     source."""
     if callable(value):

@@ -7,21 +7,20 @@ here each half of the prompts is judged at what was best on the other half, so t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
-from imagerl.rl.evaluation.stats import HEADLINES, by_prompt, change, compare, headline, number
+from imagerl.rl.evaluation.stats import HEADLINES, Row, by_prompt, change, compare, headline, number
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Row]
 AtTemperatures = Mapping[float, Rows]  # the same prompts, at each temperature
 
 
-def at_best(tried: AtTemperatures, metric: str) -> tuple[list[Mapping[str, Any]], tuple[float, float]]:
+def at_best(tried: AtTemperatures, metric: str) -> tuple[list[Row], tuple[float, float]]:
     """Return every prompt's row at the temperature that was best on the half of the prompts that it is not in, and
     these two temperatures. Of equally good ones the highest is taken."""
     order = sorted({row["index"] for rows in tried.values() for row in rows})
     halves = [set(order[::2]), set(order[1::2])]
-    rows: list[Mapping[str, Any]] = []
+    rows: list[Row] = []
     chosen = []
     for own, other in zip(halves, reversed(halves), strict=True):
         best = max(sorted(tried, reverse=True), key=lambda t: _mean(tried[t], metric, other))
@@ -37,27 +36,21 @@ def compare_at_best(before: AtTemperatures, after: AtTemperatures) -> dict[str, 
     if len(before) < 2 or not after or metric is None:
         return None
     (old, old_best), (new, new_best) = at_best(before, metric), at_best(after, metric)
-    metrics = {
-        name: {**result, "difference": asdict(result["difference"])}
-        for name, result in compare(old, new).items()
-    }
     return {
         "metric": metric,
         "tried": sorted(before, reverse=True),
         "chosen": {"before": old_best, "after": new_best},
-        "metrics": metrics,
+        "metrics": compare(old, new),
         "per_prompt": {"before": old, "after": new},
     }
 
 
-def told_at_best(before: AtTemperatures, after: AtTemperatures) -> str | None:
-    """Return the line that a run ends with about it."""
-    best = compare_at_best(before, after)
+def told_at_best(best: Mapping[str, Any] | None) -> str | None:
+    """Return the line that a run ends with about what `compare_at_best` found."""
     if best is None or best["metric"] not in best["metrics"]:
         return None
     name, chosen = best["metric"], best["chosen"]
-    result = compare(best["per_prompt"]["before"], best["per_prompt"]["after"])[name]
-    rate = name in HEADLINES
+    result, rate = best["metrics"][name], name in HEADLINES
     old, new = (number(result[when], rate) for when in ("before", "after"))
     return (
         f"held-out {name} at each model's best temperature ({words(chosen['before'])} before, {words(chosen['after'])} "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ def evaluate_answers(suite: str, prompts: Sequence[Prompt], reader: Reader, batc
     """Ask every prompt, a question with the columns `reference`, `answer` and `asked`, and compare.
 
     `accuracy` is over all of them, `accuracy_<asked>` over one kind of question."""
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     prompts = [with_pictures(prompt) for prompt in prompts]
     shown = [prompt.columns["reference"] for prompt in prompts]
     for start in range(0, len(prompts), batch_size):

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -94,7 +93,7 @@ def save_image(image: Image.Image, path: Path | str) -> Path:
 
 
 @lru_cache(maxsize=64)
-def embedded_grid(path: Path, changed: int = 0) -> dict[str, Any]:
+def embedded_grid(path: Path, changed: int = 0) -> dict[str, object]:
     """Read a sample grid as `uri`, a data URI, with `step`, `width` and `height`; kept for a page that is written again
     and again, until the file has `changed`. Raises OSError for no picture."""
     data, kind = path.read_bytes(), "png"

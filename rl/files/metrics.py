@@ -10,6 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,17 +33,20 @@ def is_timing(key: str) -> bool:
     return any(word in key for word in ("time", "per_s", "share"))
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
-    """Write JSON that every parser takes: NaN and infinities become null, numpy and 0-d tensors plain numbers.
+def to_json(value: object, indent: int | None = None) -> str:
+    """Write JSON that every parser takes: NaN and infinities become null, numpy and 0-d tensors plain numbers,
+    dataclasses mappings.
 
     Floats are written so that reading them back gives the same bits.
     """
     return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if hasattr(value, "tolist"):
         value = value.tolist()
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -80,7 +84,7 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     return records
 
 
-def _evaluates(record: Mapping[str, Any]) -> bool:
+def _evaluates(record: Mapping[str, object]) -> bool:
     return any(key.startswith("eval/") for key in record)
 
 
@@ -114,14 +118,14 @@ class MetricsLog:
         write_atomic(self.path, "".join(to_json(record) + "\n" for record in kept))
         self._file = _open_to_append(self.path)
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def log(self, step: int, metrics: Mapping[str, object]) -> None:
         """Append one line. Values are numbers, booleans, None, or 0-d arrays and tensors.
 
         Raises:
             TypeError: a value is none of these.
             ImageRLError: the disk is full.
         """
-        record: dict[str, Any] = {"step": int(step)}
+        record: dict[str, object] = {"step": int(step)}
         for key, value in metrics.items():
             record[key] = _plain(value)
             if not isinstance(record[key], int | float | None):
@@ -179,7 +183,7 @@ class Progress:
             text = f"step {start_step}/{total_steps}"
             self._task = self._bar.add_task(text, total=total_steps, completed=start_step)
 
-    def update(self, step: int, metrics: Mapping[str, Any], expected: int | None = None) -> None:
+    def update(self, step: int, metrics: Mapping[str, float | None], expected: int | None = None) -> None:
         """Show `step` (the number of steps done) with the metrics of that step; `expected` corrects the total."""
         self._total = expected or self._total
         self._times.append((step, time.monotonic()))
@@ -216,7 +220,7 @@ def fixed(value: float, digits: int = 3, sign: bool = False) -> str:
     return f"{value:{plus}.{digits}f}" if abs(value) < LARGE else f"{value:{plus}.{digits}g}"
 
 
-def progress_line(step: int, total: int, metrics: Mapping[str, Any], seconds_left: float) -> str:
+def progress_line(step: int, total: int, metrics: Mapping[str, float | None], seconds_left: float) -> str:
     """Return `step 10/200  total 0.423  KL 0.0012  exact 41 %  3m12s left`, without what is not measured."""
     parts = [f"step {step:>{len(str(total))}}/{total}"]
     if (reward := metrics.get("reward/mean")) is not None:

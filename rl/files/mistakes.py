@@ -61,10 +61,10 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     return f'"{key}" should be {" or ".join(wants)}, not {shown(here[0]["input"])}'
 
 
-def validated(schema: type[T], value: Any, place: str) -> T:
+def validated(schema: type[T], value: object, place: str) -> T:
     """Turn plain data into what a pydantic schema makes of it. Raises ImageRLError with the first mistake: `place`, the
     dotted key, and what should stand there."""
-    kind: Any = schema
+    kind: object = schema
     try:
         return cast(T, _adapter(kind).validate_python(value))
     except ValidationError as error:
@@ -153,19 +153,19 @@ def _wanted(error: ErrorDetails) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def _section(annotation: object) -> type[BaseModel] | None:
     """Return the section class within an annotation such as `Lora | None` or `list[RewardSpec]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((s for s in map(_section, get_args(annotation)) if s is not None), None)
 
 
-def holds_list(annotation: Any) -> bool:
+def holds_list(annotation: object) -> bool:
     """Tell whether a field of this type may be a list."""
     return getattr(annotation, "__origin__", None) is list or any(map(holds_list, get_args(annotation)))
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Write a value as YAML has it, shortened."""
     if value is None:
         return "null"

@@ -123,7 +123,7 @@ def require_plain(value: T, place: str) -> T:
 
     Raises ImageRLError, beginning with `place`: nested too deeply (or in itself), too many values, a number that is
     not finite or beyond 64 bits, text that is no Unicode, or a value that JSON does not have, such as a date."""
-    pending: list[tuple[Any, int]] = [(value, 0)]
+    pending: list[tuple[object, int]] = [(value, 0)]
     count = 0
     while pending:
         part, depth = pending.pop()
@@ -153,7 +153,7 @@ def require_plain(value: T, place: str) -> T:
     return value
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]

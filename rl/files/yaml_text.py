@@ -36,13 +36,13 @@ _UNWRITABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\
 class _Loader(yaml.SafeLoader):
     """Plain data only: no tags, no keys but texts, no more than `most` values."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+    yaml_implicit_resolvers: dict[str, object] = {}  # noqa: RUF012
 
     def __init__(self, text: str, most: int) -> None:
         super().__init__(text)
         self._values, self._depth, self._most = 0, 0, most
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         self._values, self._depth = self._values + 1, self._depth + 1
         _refuse_excess(self._depth, self._values, self._most, event.start_mark)
@@ -99,7 +99,7 @@ def parse_yaml_lines(text: str, source: str, most: int = MAX_VALUES) -> tuple[ob
         # Before anything is built: a few lines of aliases stand for more than memory holds.
         _check(node, most)
         lines = [e.start_mark.line + 1 for e in node.value] if isinstance(node, yaml.SequenceNode) else []
-        return _unshared(loader.construct_document(node)), lines
+        return unshared(loader.construct_document(node)), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -110,11 +110,11 @@ def parse_yaml_lines(text: str, source: str, most: int = MAX_VALUES) -> tuple[ob
         raise ImageRLError(f"{source}: not YAML ({one_line(error, 200)})") from None
 
 
-def _problem(text: str, mark: Any) -> yaml.MarkedYAMLError:
+def _problem(text: str, mark: yaml.Mark | None) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=text, problem_mark=mark)
 
 
-def _refuse_excess(depth: int, entries: int, most: int, mark: object) -> None:
+def _refuse_excess(depth: int, entries: int, most: int, mark: yaml.Mark | None) -> None:
     if depth > MAX_DEPTH:
         raise _problem(f"nested more than {MAX_DEPTH} deep", mark)
     if entries > most:
@@ -157,8 +157,9 @@ def _float(text: str) -> float:
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
-def _unshared(value: object) -> object:
-    """Return the data with a copy of its own wherever an alias stood, so that a change is one change."""
+def unshared(value: object) -> object:
+    """Copy lists and mappings, each wherever it stands, so that a change is one change; all within them stays what it
+    is."""
     if isinstance(value, dict):
-        return {key: _unshared(entry) for key, entry in value.items()}
-    return [_unshared(entry) for entry in value] if isinstance(value, list) else value
+        return {key: unshared(entry) for key, entry in value.items()}
+    return [unshared(entry) for entry in value] if isinstance(value, list) else value

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ Build = Callable[[], tuple[RolloutEngine, nn.Module]]  # what draws, and the mod
 class Bucket(NamedTuple):
     """Some of the weights, in Ray's object store."""
 
-    arrays: Any  # reference to {name: array}
+    arrays: object  # reference to {name: array}
     checksum: int
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from imagerl.models.base import Policy
-from imagerl.rl.algorithms.kl import k3
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.engine.engine import OLD
 from imagerl.rl.errors import ImageRLError
@@ -196,17 +195,6 @@ class RolloutEngine:
         return RolloutEngine(self.policy, sampling, self.seed, self.autocast)
 
     @torch.no_grad()
-    def kl_to_reference(self, groups: Sequence[RolloutGroup]) -> list[float]:
-        """Estimate, for every sample that this engine drew, the KL to the policy's frozen reference: the mean of k3
-        over its tokens, in nats a token."""
-        rows, tokens, mask, logprobs = replayed(self.policy, groups)
-        device = self.policy.device
-        with self.autocast():
-            reference = self.policy.reference_scores(rows, tokens.to(device), self.sampling)
-        differences = k3(logprobs.to(device), reference.logprobs).where(mask.to(device), 0)
-        return (differences.sum(1).cpu() / mask.sum(1).cpu()).tolist()
-
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -376,21 +364,3 @@ def _groups(
             flow=steps.part(number, len(prompts)) if steps is not None else None,
             thoughts=thoughts and thoughts.rows(samples),
         )
-
-
-def with_sources(
-    images: Sequence[np.ndarray], prompts: Sequence[Prompt], thoughts: Sequence[str] = ()
-) -> tuple[list[np.ndarray], list[str]]:
-    """Return pictures [H, W, 3] and their captions, with the thoughts that were written before; before an edit's comes
-    the picture that it starts from."""
-    prompts = [with_pictures(prompt) for prompt in prompts]
-    shown: list[np.ndarray] = []
-    captions: list[str] = []
-    for image, prompt, thought in zip(images, prompts, thoughts or [""] * len(prompts), strict=True):
-        if prompt.reference is not None:
-            source = prompt.reference.convert("RGB").resize((image.shape[1], image.shape[0]))
-            shown.append(np.asarray(source))
-            captions.append("to edit")
-        shown.append(image)
-        captions.append(f"{prompt.text} · {thought}" if thought else prompt.text)
-    return shown, captions

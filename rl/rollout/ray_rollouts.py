@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from imagerl.rl.engine.actor_thread import ActorLost, ActorThread, stop_all
-from imagerl.rl.engine.cluster import actor_cpus, refuse_ended_ray, refuse_too_many_gpus
+from imagerl.rl.engine.cluster import actor_cpus, refuse_ended_ray, refuse_too_many_gpus, wait_for_ray
 from imagerl.rl.engine.engine import OLD
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.rollout.actors import Build, Head, Judged, Piece, RolloutActor, Weights, moved, store_weights
@@ -58,7 +58,7 @@ class RolloutThread(ActorThread[Piece, Drawn]):
     def __init__(
         self,
         pieces: Pieces,
-        create: Callable[[], Any],
+        create: Callable[[], object],
         build: Build,
         scorer: RewardScorer,
         timeout_s: float,
@@ -104,11 +104,7 @@ class RolloutThread(ActorThread[Piece, Drawn]):
 
     def _next(self, stream: Any) -> Any:
         """Return a reference to the next that an actor yields, None after the last."""
-        import ray
-
-        refuse_ended_ray()
-        ready, _ = ray.wait([stream], timeout=self.timeout_s, fetch_local=False)
-        if not ready:
+        if not wait_for_ray(stream, self.timeout_s):
             raise self.lose(self.timeout_s)
         return next(stream, None)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from imagerl.rl.config.train import Recipe
 
@@ -44,7 +43,7 @@ class Budget:
             return self.seconds + self.seconds / max(1, self.steps) / 2 > 60 * self.minutes
         return False
 
-    def spend(self, metrics: Mapping[str, Any]) -> None:
+    def spend(self, metrics: Mapping[str, float]) -> None:
         """Count a step by its metrics."""
         self.steps += 1
         self.drawn += metrics.get("rollout/images", 0.0)
@@ -58,6 +57,6 @@ class Budget:
     def state(self) -> dict[str, float]:
         return {"steps": self.steps, "drawn": self.drawn, "seconds": self.seconds}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, float]) -> None:
         self.steps = int(state.get("steps", 0))
         self.drawn, self.seconds = (float(state.get(key, 0.0)) for key in ("drawn", "seconds"))

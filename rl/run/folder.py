@@ -6,9 +6,10 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import IO, Any
+
+import numpy as np
 
 from imagerl.rl.config.engine import CheckpointConfig, EngineConfig
 from imagerl.rl.config.monitors import MonitorsConfig
@@ -25,6 +26,7 @@ from imagerl.rl.engine.checkpoint import (
 )
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.evaluation.evaluate import Evaluation
+from imagerl.rl.evaluation.stats import Comparison
 from imagerl.rl.files.environment import ENVIRONMENT_FILE, recorded_files, write_environment
 from imagerl.rl.files.grids import image_grid, save_image
 from imagerl.rl.files.metrics import METRICS_FILE, to_json
@@ -153,7 +155,7 @@ class RunFolder:
             raise ImageRLError(f"there is no run in {self.path} to continue; leave --resume out to begin one")
         stored = self.path / RECIPE_FILE
         if stored.exists():
-            self._refuse_other(read_stored_recipe(stored, type(recipe)), recipe, "was")
+            self._refuse_other(load_yaml_recipe(type(recipe), stored), recipe, "was")
         checkpoint = newest_sound(self.checkpoints) if step is None else self._checkpoint_of(step)
         if checkpoint is None:
             return None
@@ -217,24 +219,21 @@ class RunFolder:
 
     def write_comparison(
         self,
-        comparison: Mapping[str, Any],
+        comparison: Comparison,
         suite: str,
         after_step: int,
-        best: Mapping[str, Any] | None = None,
+        best: Mapping[str, object] | None = None,
     ) -> None:
         document = {
             "suite": suite,
             "before_step": 0,
             "after_step": after_step,
-            "metrics": {
-                name: {**entry, "difference": asdict(entry["difference"])}
-                for name, entry in comparison.items()
-            },
+            "metrics": comparison,
             **({"best_temperature": best} if best else {}),
         }
         write_atomic(self.path / "eval" / "comparison.json", to_json(document, indent=1) + "\n")
 
-    def save_grid(self, step: int, images: Sequence[Any], captions: Sequence[str]) -> Path:
+    def save_grid(self, step: int, images: Sequence[np.ndarray], captions: Sequence[str]) -> Path:
         scale = max(1, 192 // images[0].shape[1])
         grid = image_grid(images, columns=4, captions=captions, scale=scale)
         return save_image(grid, self.path / "samples" / f"step_{step:06d}.png")
@@ -268,21 +267,17 @@ def contents(recipe: RecipeModel) -> tuple[str, ...]:
     )
 
 
-def read_stored_recipe(path: Path, schema: type[AnyRecipe]) -> AnyRecipe:
-    return load_yaml_recipe(schema, path)
-
-
 def differing_keys(stored: RecipeModel, given: RecipeModel) -> list[str]:
     """List the dotted keys in which two recipes differ, those that may change left out."""
     return [key for key in differences(stored, given) if key not in CHANGEABLE]
 
 
-def differences(stored: RecipeModel, given: RecipeModel) -> dict[str, tuple[Any, Any]]:
+def differences(stored: RecipeModel, given: RecipeModel) -> dict[str, tuple[object, object]]:
     """Return the values, before and now, of the dotted keys in which two recipes differ."""
 
     def flat(
         values: Mapping[str, Any], prefix: tuple[str, ...] = ()
-    ) -> Iterator[tuple[tuple[str, ...], Any]]:
+    ) -> Iterator[tuple[tuple[str, ...], object]]:
         for key, value in values.items():
             if isinstance(value, dict):
                 yield from flat(value, (*prefix, key))

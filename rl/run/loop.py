@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from imagerl.rl.config.sft import AnyRecipe
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.engine.checkpoint import Checkpoint
 from imagerl.rl.engine.engine import Engine, StateDict, on_host
 from imagerl.rl.engine.saving import Saver, Snapshot
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.evaluation.evaluate import Evaluation, evaluate, try_rewards
-from imagerl.rl.evaluation.stats import compare, results_table
+from imagerl.rl.evaluation.evaluate import Evaluation, evaluate, kl_to_reference, try_rewards
+from imagerl.rl.evaluation.kept_pictures import with_sources
+from imagerl.rl.evaluation.stats import Comparison, compare, results_table
 from imagerl.rl.evaluation.temperatures import AtTemperatures, Rows, compare_at_best, told_at_best
 from imagerl.rl.files.metrics import MetricsLog, Progress
-from imagerl.rl.rollout.engine import RolloutEngine, with_sources
+from imagerl.rl.rollout.engine import RolloutEngine
 from imagerl.rl.run.budget import Budget
 from imagerl.rl.run.folder import PEAK, RunFolder
 from imagerl.rl.run.monitors import Watch, watched
@@ -36,7 +38,7 @@ class Stepper(Protocol):
 
     engine: Engine
 
-    def step(self, step: int) -> Mapping[str, Any]: ...
+    def step(self, step: int) -> Mapping[str, float]: ...
 
 
 class Loop:
@@ -44,33 +46,33 @@ class Loop:
 
     def __init__(
         self,
-        recipe: Any,
+        recipe: AnyRecipe,
         folder: RunFolder,
         trainer: Stepper,
         checkpoint: Checkpoint | None,
-        progress_note: Callable[[str], None] = print,
         budget: Budget | None = None,
     ) -> None:
         self.recipe = recipe
         self.folder = folder
         self.engine = trainer.engine
         self._step = trainer.step
+        state = checkpoint.state if checkpoint else {}
         self.start_step = checkpoint.step if checkpoint else 0
-        self.first: list[dict[str, Any]] | None = checkpoint.state.get("first_eval") if checkpoint else None
-        self.last: list[dict[str, Any]] | None = checkpoint.state.get("last_eval") if checkpoint else None
-        self.note = progress_note if self.engine.is_main else lambda _: None
+        self.first: list[dict[str, object]] | None = state.get("first_eval")
+        self.last: list[dict[str, object]] | None = state.get("last_eval")
+        self.note = print if self.engine.is_main else lambda _: None
         self.finished = False  # the last step is done, or there shall be no further one
         self.budget = budget or Budget()
-        self.budget.restore(checkpoint.state.get("budget", {}) if checkpoint else {})
+        self.budget.restore(state.get("budget", {}))
         self.done = self.start_step  # steps
         # step whose evaluation or grid was last done; a run may be stopped before that
-        self.looked = checkpoint.state.get("looked", self.start_step) if checkpoint else 0
+        self.looked = state.get("looked", self.start_step)
         self.kept: Snapshot | None = None  # of the last finished step
         self.saver = Saver()
         self.log: MetricsLog | None = None  # of the main process, while it runs
         self.trackers = Trackers()
 
-    def execute(self, resumed: bool) -> dict[str, Any] | None:
+    def execute(self, resumed: bool) -> Comparison | None:
         """Run to the last step, or until asked to stop.
 
         Returns the comparison of the last held-out evaluation with the first; None when stopped early, and on
@@ -83,12 +85,10 @@ class Loop:
         with contextlib.closing(self.saver), self._reporting((self.start_step or -1) if resumed else None):
             return self._execute()
 
-    def _execute(self) -> dict[str, Any] | None:
+    def _execute(self) -> Comparison | None:
         stopping = Stopping(self.recipe.checkpoint.grace_s, self._rescue, self._leave)
         try:
-            with (
-                stopping
-            ):  # also while the last step is saved: launchers send SIGTERM when another process ends
+            with stopping:  # while the last step is saved too: launchers stop all when one process ends
                 self.finished = self._driven(stopping)
                 return self._conclude()
         except KeyboardInterrupt:
@@ -108,7 +108,7 @@ class Loop:
                 raise ImageRLError(f"{lost}; continue with --resume") from error
             raise
 
-    def _conclude(self) -> dict[str, Any] | None:
+    def _conclude(self) -> Comparison | None:
         """Finish a run that is done, or was stopped; see `execute`."""
         if not self.finished:
             self.saver.wait()
@@ -176,7 +176,7 @@ class Loop:
             finally:
                 self.trackers.finish()
 
-    def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write metrics down, and tell them to the trackers."""
         if self.log is not None:
             self.log.log(step, metrics)
@@ -200,8 +200,7 @@ class Loop:
         """Save a checkpoint among those of the run folder, or in `place`. Collective."""
         self._keep(step)
         if self.engine.is_main and self.kept:
-            keep = keep or self.recipe.checkpoint.keep
-            self.saver.save(place or self.folder.checkpoints, self.kept, keep)
+            self.saver.save(place or self.folder.checkpoints, self.kept, keep or self.recipe.checkpoint.keep)
 
     def _rescue(self) -> None:
         """Begin to save the last finished step, where that was not done yet."""
@@ -220,15 +219,14 @@ class Loop:
         self.note(self._where_stopped())
 
     def _where_stopped(self) -> str:
-        if not self.done:
-            return "stopped before the first step was done; continue with --resume"
-        return f"stopped after step {self.done}; continue with --resume"
+        where = f"after step {self.done}" if self.done else "before the first step was done"
+        return f"stopped {where}; continue with --resume"
 
     def _tensors(self) -> StateDict:
         """Gather the tensors of a checkpoint, whole, on the main process. Collective."""
         return self.engine.state_dict(moments=not self.recipe.checkpoint.weights_only)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, object]:
         """Return the rest of a checkpoint beside tensors. All processes call it; the main one's result counts."""
         return {
             "first_eval": self.first,
@@ -239,7 +237,7 @@ class Loop:
             "processes": self.engine.world_size,
         }
 
-    def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _observe(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
         """Return the metrics of a step with what the run makes of them."""
         return metrics
 
@@ -255,13 +253,15 @@ class Loop:
         """Draw a grid of the fixed prompts."""
         raise NotImplementedError
 
-    def _finish(self, comparison: Mapping[str, Any] | None) -> None:
+    def _finish(self, comparison: Comparison | None) -> None:
         """Finish the run; `comparison` is None when it was stopped early."""
         raise NotImplementedError
 
 
 class Run(Loop):
     """A run of reinforcement learning."""
+
+    recipe: Recipe
 
     def __init__(
         self,
@@ -271,19 +271,18 @@ class Run(Loop):
         heldout: Sequence[Prompt],
         eval_rollout: RolloutEngine,
         checkpoint: Checkpoint | None,
-        progress_note: Callable[[str], None] = print,
     ) -> None:
-        super().__init__(recipe, folder, trainer, checkpoint, progress_note, Budget.of(recipe))
+        super().__init__(recipe, folder, trainer, checkpoint, Budget.of(recipe))
         self.trainer = trainer
         self.heldout = heldout[: recipe.eval.size]
         self.eval_rollout = eval_rollout
         gold = [spec.label for spec in recipe.gold]
-        kept = checkpoint.state.get("temperatures", {}) if checkpoint else {}
-        self.before: AtTemperatures = {float(temperature): rows for temperature, rows in kept.items()}
+        state = checkpoint.state if checkpoint else {}
+        self.before: AtTemperatures = {float(t): rows for t, rows in state.get("temperatures", {}).items()}
         self.after: AtTemperatures = {}
         self.page = LivePage(folder.path, self.note)
         self.watch = Watch(recipe.monitors, watched(recipe.monitors, gold))
-        self.watch.restore(checkpoint.state.get("watch", {}) if checkpoint else {})
+        self.watch.restore(state.get("watch", {}))
 
     @contextmanager
     def _ready_to_draw(self) -> Iterator[None]:
@@ -304,7 +303,7 @@ class Run(Loop):
             settings.batch_size,
             shown=shown,
             ranks=self.engine,
-            beside=(lambda groups: {"kl": source.kl_to_reference(groups)}) if settings.kl else None,
+            beside=(lambda groups: {"kl": kl_to_reference(source, groups)}) if settings.kl else None,
         )
 
     def _evaluate(self, step: int) -> None:
@@ -358,11 +357,11 @@ class Run(Loop):
         own = self.trainer.tensors() if self.engine.is_main else {}
         return super()._tensors() | {group: on_host(named) for group, named in own.items()}
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, object]:
         own = {"trainer": self.trainer.state(), "watch": self.watch.state()}
         return super()._state() | own | {"temperatures": {str(t): rows for t, rows in self.before.items()}}
 
-    def _observe(self, step: int, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _observe(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
         found, alarms = self.watch.after_step(step, metrics)
         self._sound(step, alarms)
         return {**metrics, **found}
@@ -381,7 +380,7 @@ class Run(Loop):
         place = self.folder.path / PEAK / f"step_{self.watch.best_step:06d}"
         return f"the watched metrics were best at step {self.watch.best_step}, kept in {place}"
 
-    def _finish(self, comparison: Mapping[str, Any] | None) -> None:
+    def _finish(self, comparison: Comparison | None) -> None:
         if self.finished and self.recipe.eval.temperatures:
             with self._ready_to_draw():
                 self.after = self._at_temperatures()
@@ -391,7 +390,7 @@ class Run(Loop):
             best = compare_at_best(self.before, self.after)
             self.folder.write_comparison(comparison, self.recipe.eval.suite, self.done, best)
             self.trackers.table(self.done, *results_table(comparison))
-            if told := told_at_best(self.before, self.after):
+            if told := told_at_best(best):
                 self.note(told)
             if self.watch.halts and self.done < self.recipe.run.steps:
                 flat = f"patience: the held-out total was {self.watch.waited} evaluations no higher"

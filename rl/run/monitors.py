@@ -11,7 +11,7 @@ and decides nothing: that of five unrelated points is beyond ±0.5 four times in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from imagerl.rl.config.monitors import MonitorsConfig
 from imagerl.rl.errors import ImageRLError
-from imagerl.rl.evaluation.stats import TOTAL, Interval, direction, paired_difference, verdict
+from imagerl.rl.evaluation.stats import TOTAL, Interval, Row, direction, paired_difference, verdict
 from imagerl.rl.training.reward_stats import correlation
 
 MIN_EVALUATIONS = 3  # for a correlation; that of two is always ±1
@@ -154,7 +154,7 @@ class Watch:
         """Tell whether the held-out total has not risen for as long as one was ready to wait."""
         return 0 < self.settings.patience <= self.waited
 
-    def after_step(self, step: int, metrics: Mapping[str, Any]) -> tuple[Metrics, list[str]]:
+    def after_step(self, step: int, metrics: Mapping[str, float]) -> tuple[Metrics, list[str]]:
         """Return the metrics that a training step adds, and the alarms that it sets off."""
         keys = (*DIVERSITY, BLANK)
         if not all(key in metrics for key in keys):
@@ -175,7 +175,7 @@ class Watch:
         ]
         return {f"alarm/{kind}": float(is_on) for kind, is_on in on.items()}, alarms
 
-    def after_evaluation(self, step: int, rows: Sequence[Mapping[str, object]]) -> tuple[Metrics, list[str]]:
+    def after_evaluation(self, step: int, rows: Sequence[Row]) -> tuple[Metrics, list[str]]:
         """Return the same for a held-out evaluation, from its rows with the watched metrics and the total.
 
         Raises:
@@ -274,7 +274,7 @@ def watched(settings: MonitorsConfig, gold: Sequence[str]) -> list[str]:
     return list(gold) if settings.watch is None else settings.watch
 
 
-def held_out(step: int, rows: Sequence[Mapping[str, Any]], name: str) -> HeldOut:
+def held_out(step: int, rows: Sequence[Row], name: str) -> HeldOut:
     """Pick one metric of an evaluation's rows, values that could not be scored left out.
 
     Raises:
@@ -295,7 +295,7 @@ def average(records: Sequence[Mapping[str, float]]) -> Metrics:
     return {key: _mean([record[key] for record in records]) for key in records[0]}
 
 
-def _mean(values: Any) -> float:
+def _mean(values: Iterable[float]) -> float:
     known = [float(value) for value in values if math.isfinite(value)]
     return math.fsum(known) / len(known) if known else math.nan
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,8 @@ from imagerl.rl.run.svg import render
 
 COST = 0.02  # of a run's time, at most, goes into its page
 MAX_FRAMES = 24  # pictures in the page; a longer run shows an even choice with both ends
+Content = Mapping[str, Any]  # of a JSON or YAML file of a run: whatever it holds
+Load = Callable[[Path, Callable[[Path], object]], dict[str, Any]]  # of a file, by what reads it
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -78,7 +81,7 @@ class LivePage:
         self.took = self.written - begun
 
 
-def render_page(template: str, content: Mapping[str, Any]) -> str:
+def render_page(template: str, content: Mapping[str, object]) -> str:
     """Render a page from one of the templates beside this file."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -105,16 +108,13 @@ def gather(run_dir: Path, drawn: bool = True) -> dict[str, Any]:
     Raises ImageRLError when metrics.jsonl is damaged."""
     problems: list[str] = []
 
-    def load(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
+    def load(path: Path, read: Callable[[Path], object]) -> dict[str, Any]:
         """Load the mapping in a file; empty, with a line in `problems`, when it cannot be read."""
         if not path.exists():
             return {}
-        try:
-            content = read(path)
-            if isinstance(content, dict):
+        with suppress(ImageRLError):
+            if isinstance(content := read(path), dict):
                 return content
-        except ImageRLError:
-            pass
         problems.append(f"{path.relative_to(run_dir)} could not be read")
         return {}
 
@@ -207,7 +207,7 @@ class Row:
 
 
 def _evaluations(
-    run_dir: Path, records: Sequence[Mapping[str, Any]], load: Callable[[Path, Callable[[Path], Any]], Any]
+    run_dir: Path, records: Sequence[Content], load: Load
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """Return suite -> step -> evaluation, from eval/*.json; means alone come from metrics.jsonl where a file is
     missing."""
@@ -228,9 +228,9 @@ def _evaluations(
 
 def _rows(
     suite: str,
-    steps: Mapping[int, Mapping[str, Any]],
-    comparison: Mapping[str, Any],
-    recipe: Mapping[str, Any],
+    steps: Mapping[int, Content],
+    comparison: Content,
+    recipe: Content,
 ) -> list[Row]:
     first, last = min(steps), max(steps)
     gold = gold_metrics(recipe, suite, steps[first]["metrics"])
@@ -268,7 +268,7 @@ def _rows(
     return sorted(rows, key=lambda row: (row.gold, row.metric != first_of_all))
 
 
-def _best_row(comparison: Mapping[str, Any], rows: Sequence[Row]) -> Row | None:
+def _best_row(comparison: Content, rows: Sequence[Row]) -> Row | None:
     """Return the headline's row with each model at its best temperature; None where one was tried only."""
     told = comparison.get("best_temperature") or {}
     name = str(told.get("metric"))
@@ -301,7 +301,7 @@ def bar(interval: Interval | None, scale: float) -> dict[str, float] | None:
     return {k: round(75 + 68 * getattr(interval, k) / scale, 1) for k in ("low", "mean", "high")}
 
 
-def _heldout_charts(suites: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Chart]:
+def _heldout_charts(suites: Mapping[str, Mapping[int, Content]]) -> list[Chart]:
     charts = []
     for suite, steps in suites.items():
         rows = _rows(suite, steps, {}, {})
@@ -322,14 +322,14 @@ def _heldout_charts(suites: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> li
     return charts
 
 
-def _reward_trend(training: Sequence[Mapping[str, Any]]) -> tuple[float, float, int] | None:
+def _reward_trend(training: Sequence[Content]) -> tuple[float, float, int] | None:
     """Return the mean training reward of the first and of the last tenth of the steps, and how many steps that is."""
     values = [r["reward/mean"] for r in training if r.get("reward/mean") is not None]
     count = max(1, len(values) // 10)
     return (sum(values[:count]) / count, sum(values[-count:]) / count, count) if values else None
 
 
-def _frames(run_dir: Path, problems: list[str]) -> list[dict[str, Any]]:
+def _frames(run_dir: Path, problems: list[str]) -> list[dict[str, object]]:
     """Read the sample grids in step order as data URIs."""
     paths = sorted((run_dir / "samples").glob("step_*.png"))
     if len(paths) > MAX_FRAMES:
@@ -344,7 +344,7 @@ def _frames(run_dir: Path, problems: list[str]) -> list[dict[str, Any]]:
     return frames
 
 
-def _facts(recipe: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _facts(recipe: Content, training: Sequence[Content]) -> dict[str, str]:
     """Pick the few settings that identify a run at a glance."""
     seconds = sum(r.get("time/step_s") or 0.0 for r in training)
     prompts, group = _dig(recipe, "rollout", "prompts_per_step"), _dig(recipe, "rollout", "group_size")
@@ -359,7 +359,7 @@ def _facts(recipe: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> 
     return {key: str(value) for key, value in facts.items() if value not in (None, "")}
 
 
-def gold_metrics(recipe: Mapping[str, Any], suite: str, metrics: Iterable[str]) -> list[str]:
+def gold_metrics(recipe: Content, suite: str, metrics: Iterable[str]) -> list[str]:
     """List the metrics of an evaluation that are measured and never trained on. Names that begin with no label are
     parts of the reward or gold metric that is named like the suite; the total is of rewards alone."""
     trained, gold = _labelled(recipe, "rewards"), _labelled(recipe, "gold")
@@ -371,7 +371,7 @@ def gold_metrics(recipe: Mapping[str, Any], suite: str, metrics: Iterable[str]) 
     return [metric for metric, owner in owners.items() if owner in gold]
 
 
-def _labelled(recipe: Mapping[str, Any], section: str) -> dict[str, Mapping[str, Any]]:
+def _labelled(recipe: Content, section: str) -> dict[str, Content]:
     """Return the settings of the rewards, or of the gold metrics, by the names that metrics give them."""
     specs = _dig(recipe, section, "functions") or recipe.get(section) or []
     return {
@@ -379,7 +379,7 @@ def _labelled(recipe: Mapping[str, Any], section: str) -> dict[str, Mapping[str,
     }
 
 
-def _is_penalty(reward: Mapping[str, Any]) -> bool:
+def _is_penalty(reward: Content) -> bool:
     weight = reward.get("weight", 1)
     weights = [as_float(one) for one in (weight.values() if isinstance(weight, dict) else [weight])]
     return any(w < 0 for w in weights) and not any(w > 0 for w in weights)
@@ -391,7 +391,7 @@ def _dig(content: Any, *keys: str) -> Any:
     return content
 
 
-def _command(argv: Any) -> Markup:
+def _command(argv: object) -> Markup:
     """Return a command line to paste: the program by its bare name, `imagerl` where it was started as a module,
     arguments quoted for a shell and not broken at their hyphens."""
     words = [str(word) for word in argv] if isinstance(argv, list) else []

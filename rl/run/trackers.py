@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,7 +30,7 @@ _logger = logging.getLogger(__name__)
 class Tracker:
     """A tracker that is known by Accelerate's interface alone. `options` are what Accelerate passes to its start."""
 
-    def __init__(self, name: str, project: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, project: str, options: Mapping[str, object]) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         self.name = name
@@ -39,15 +38,15 @@ class Tracker:
         self.accelerated.start()
 
     @classmethod
-    def options(cls, folder: Path, known: Mapping[str, Any], resume_step: int | None) -> dict[str, Any]:
+    def options(cls, folder: Path, known: Mapping[str, str], resume_step: int | None) -> dict[str, object]:
         """Return what the run in `folder` is called, and how its line is found again."""
         return {"name": folder.resolve().name, "id": known["id"], "resume": "allow"}
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, str]:
         """Return what only the tracker knows and a resumed run must."""
         return {}
 
-    def settings(self, settings: Mapping[str, Any]) -> None:
+    def settings(self, settings: Mapping[str, object]) -> None:
         self.accelerated.store_init_configuration(dict(settings))
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
@@ -64,7 +63,7 @@ class Tracker:
     def alarm(self, step: int, text: str) -> None:
         self.accelerated.tracker.alert(title="alarm", text=text)
 
-    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         table = import_module(self.name).Table(columns=list(columns), data=[list(row) for row in rows])
         self.accelerated.log({"held-out": table}, step=step)
 
@@ -74,7 +73,7 @@ class Tracker:
 
 class Trackio(Tracker):
     @classmethod
-    def options(cls, folder: Path, known: Mapping[str, Any], resume_step: int | None) -> dict[str, Any]:
+    def options(cls, folder: Path, known: Mapping[str, str], resume_step: int | None) -> dict[str, object]:
         # It knows runs by name, and folders of several projects have the same.
         name = f"{folder.resolve().name}-{known['id'][:4]}"
         return {"name": name, "resume": "allow", "auto_log_gpu": False, "auto_log_cpu": False}
@@ -92,7 +91,7 @@ class Swanlab(Tracker):
     def alarm(self, step: int, text: str) -> None:
         self.accelerated.log({"alarms": import_module(self.name).Text(text)}, step=step)
 
-    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         self.accelerated.log({"held-out": import_module(self.name).Text(markdown(columns, rows))}, step=step)
 
 
@@ -100,12 +99,12 @@ class TensorBoard(Tracker):
     """Events in `tb/` of the run folder. Steps after the checkpoint that a run resumes from are forgotten."""
 
     @classmethod
-    def options(cls, folder: Path, known: Mapping[str, Any], resume_step: int | None) -> dict[str, Any]:
+    def options(cls, folder: Path, known: Mapping[str, str], resume_step: int | None) -> dict[str, object]:
         forgotten = {} if resume_step is None else {"purge_step": resume_step + 1}
         return {"logging_dir": str(folder), **forgotten}
 
     def settings(
-        self, settings: Mapping[str, Any]
+        self, settings: Mapping[str, object]
     ) -> None:  # Accelerate's would make a run of its own of them
         lines = [f"    {key}: {value}" for key, value in settings.items()]
         self.accelerated.log({"recipe": "\n".join(lines)}, step=0)
@@ -117,19 +116,19 @@ class TensorBoard(Tracker):
     def alarm(self, step: int, text: str) -> None:
         self.accelerated.log({"alarms": text}, step=step)
 
-    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         self.accelerated.log({"held-out": markdown(columns, rows)}, step=step)
 
 
 class MLflow(Tracker):
     @classmethod
-    def options(cls, folder: Path, known: Mapping[str, Any], resume_step: int | None) -> dict[str, Any]:
+    def options(cls, folder: Path, known: Mapping[str, str], resume_step: int | None) -> dict[str, object]:
         return {"run_name": folder.resolve().name, "run_id": known.get("mlflow")}
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, str]:
         return {"mlflow": self.accelerated.tracker.info.run_id}
 
-    def settings(self, settings: Mapping[str, Any]) -> None:
+    def settings(self, settings: Mapping[str, object]) -> None:
         # Parameters are written once, and a resumed run may have other ones than it began with.
         import_module(self.name).log_dict(dict(settings), "recipe.json")
 
@@ -139,7 +138,7 @@ class MLflow(Tracker):
     def alarm(self, step: int, text: str) -> None:
         import_module(self.name).set_tag(f"alarm at step {step}", text)
 
-    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         import_module(self.name).log_text(markdown(columns, rows), "held-out.md")
 
 
@@ -164,14 +163,14 @@ class Trackers:
         names: Sequence[str],
         project: str,
         folder: Path,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
         resume_step: int | None = None,
     ) -> Trackers:
         """Start trackers for the run in `folder`, or let them go on after `resume_step`.
 
         Raises ImageRLError for one that cannot be started, such as one that nobody is logged in to."""
         file = folder / TRACKERS_FILE
-        known = (
+        known: dict[str, str] = (
             read_json(file) if resume_step is not None and file.is_file() else {"id": uuid.uuid4().hex[:12]}
         )
         begun = []
@@ -194,7 +193,7 @@ class Trackers:
             write_atomic(file, json.dumps(known) + "\n")
         return cls(begun)
 
-    def numbers(self, step: int, values: Mapping[str, Any]) -> None:
+    def numbers(self, step: int, values: Mapping[str, float | None]) -> None:
         """Tell metrics; what is not measured is left out."""
         known = {key: float(value) for key, value in values.items() if value is not None}
         self._each(lambda tracker: tracker.numbers(step, known))
@@ -206,7 +205,7 @@ class Trackers:
     def alarm(self, step: int, text: str) -> None:
         self._each(lambda tracker: tracker.alarm(step, text))
 
-    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    def table(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Show the final results."""
         self._each(lambda tracker: tracker.table(step, columns, rows))
 
@@ -230,9 +229,9 @@ def refuse_missing(names: Sequence[str]) -> None:
             raise ImageRLError(f"run.report_to: {name} is not installed; pip install {name}, or leave it out")
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Return settings by dotted key, lists as JSON: trackers take numbers, words and None only."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{key}.")
@@ -241,7 +240,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Write a table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -20,6 +20,7 @@ from imagerl.rl.run.svg import render
 
 if TYPE_CHECKING:
     from aiohttp import web
+    from aiohttp.typedefs import Handler
 
 DEEPEST = 3  # folders below one that is named: comparisons have their runs two below
 HOSTS = (
@@ -63,9 +64,9 @@ class Pages:
 
     def __init__(self, places: Sequence[Path]) -> None:
         self.places = places
-        self._contents: dict[Path, tuple[str, dict[str, Any]]] = {}
+        self._contents: dict[Path, tuple[str, dict[str, object]]] = {}
 
-    def content(self, run: Path) -> tuple[str, dict[str, Any]]:
+    def content(self, run: Path) -> tuple[str, dict[str, object]]:
         """Return the state of a run, and what its page shows."""
         state = state_of(run)
         known = self._contents.get(run)
@@ -163,7 +164,7 @@ def watch_app(places: Sequence[Path]) -> web.Application:
         return web.Response(text=text, content_type="text/html", headers=headers)
 
     @web.middleware
-    async def ours_only(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def ours_only(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.host.rpartition(":")[0] not in HOSTS and request.host not in HOSTS:
             raise web.HTTPForbidden(text="this page is for the machine that it runs on")
         answer: web.StreamResponse = await handler(request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from imagerl.rl.data.image_files import Example
 from imagerl.rl.data.seeding import generator
 from imagerl.rl.engine.checkpoint import Checkpoint
 from imagerl.rl.evaluation.evaluate import Evaluation
-from imagerl.rl.evaluation.stats import results_table, summarise
+from imagerl.rl.evaluation.stats import Comparison, results_table, summarise
 from imagerl.rl.files.writing import atomic_folder
 from imagerl.rl.rollout.engine import RolloutEngine, to_uint8
 from imagerl.rl.run.folder import MODEL, RunFolder
@@ -28,6 +28,8 @@ SUITE = "heldout"
 class SFTRun(Loop):
     """`execute` also leaves the trained model in the run folder, once the last step is done."""
 
+    recipe: SFTRecipe
+
     def __init__(
         self,
         recipe: SFTRecipe,
@@ -37,9 +39,8 @@ class SFTRun(Loop):
         rollout: RolloutEngine,
         checkpoint: Checkpoint | None,
         save_model: Callable[[Path], None],
-        progress_note: Callable[[str], None] = print,
     ) -> None:
-        super().__init__(recipe, folder, trainer, checkpoint, progress_note)
+        super().__init__(recipe, folder, trainer, checkpoint)
         self.trainer = trainer
         self.rollout = rollout
         self.save_model = save_model
@@ -57,7 +58,7 @@ class SFTRun(Loop):
             batches.append((numbers, self.trainer.collate([heldout[n] for n in numbers], randomness)))
         return batches
 
-    def execute(self, resumed: bool) -> dict[str, Any] | None:
+    def execute(self, resumed: bool) -> Comparison | None:
         comparison = super().execute(resumed)
         if self.finished:
             with self.engine.averaged(), self.engine.gathered_parameters():
@@ -68,7 +69,7 @@ class SFTRun(Loop):
                 self.engine.barrier()
         return comparison
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, object]:
         return super()._state() | {"data": self.engine.gather_objects(self.trainer.stream.state())}
 
     def _evaluate(self, step: int) -> None:
@@ -126,7 +127,7 @@ class SFTRun(Loop):
             pictures = policy.decode(rows, trajectory, noise, sampling)
         return to_uint8(pictures)
 
-    def _finish(self, comparison: Mapping[str, Any] | None) -> None:
+    def _finish(self, comparison: Comparison | None) -> None:
         if comparison and self.engine.is_main:
             self.folder.write_comparison(comparison, SUITE, self.done)
             self.trackers.table(self.done, *results_table(comparison))

@@ -12,8 +12,8 @@ from torch import Tensor
 from imagerl.models.base import Policy
 from imagerl.rl.algorithms.advantages import AdvantageInputs
 from imagerl.rl.algorithms.flow_kl import gaussian_kl, kl_as_flow_grpo
-from imagerl.rl.algorithms.flow_losses import FLOW_LOSSES
-from imagerl.rl.algorithms.flow_matching_losses import MATCHING_LOSSES
+from imagerl.rl.algorithms.flow_losses import FLOW_LOSSES, FlowLossInputs
+from imagerl.rl.algorithms.flow_matching_losses import MATCHING_LOSSES, MatchingInputs
 from imagerl.rl.algorithms.kl import masked
 from imagerl.rl.algorithms.losses import loss_denominator
 from imagerl.rl.config.flow import FlowConfig
@@ -23,11 +23,9 @@ from imagerl.rl.errors import ImageRLError
 from imagerl.rl.training.half import HalfLoss, reward_inputs
 from imagerl.rl.training.step_metrics import Metrics
 from imagerl.rl.types import (
-    FlowLossInputs,
     FlowSampling,
     FlowSchedule,
     LossOutput,
-    MatchingInputs,
     RewardScores,
     RolloutGroup,
     Rows,
@@ -250,7 +248,7 @@ class FlowHalf:
         )
         return MATCHING_LOSSES[self.settings.loss](inputs, **self._bounds())
 
-    def _bounds(self) -> dict[str, Any]:
+    def _bounds(self) -> dict[str, object]:
         """Return the settings that the loss of this name takes."""
         settings = self.settings
         clip = {"clip_low": settings.clip_low, "clip_high": settings.clip_high}
@@ -296,9 +294,9 @@ class FlowHalf:
             metrics |= {"flow/grad_norm": last["own_grad_norm"], "flow/grad_part": last["own_grad_part"]}
         return metrics if self.settings.joint else metrics | {"grad_norm": last["grad_norm"]}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return nothing: only weights outlive a step."""
         return {}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, object]) -> None:
         """Do nothing: there is nothing to restore."""

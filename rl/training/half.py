@@ -18,6 +18,7 @@ from imagerl.rl.types import FlowSampling, RewardScores, RolloutGroup
 # A batch: actions of some samples, group-major, of a microbatch or of a step. A dataclass with `action_mask` [B, N]
 # bool (all False for a sample that must not train), `advantages` [B, 1] or [B, N], and `rows(slice)`.
 B = TypeVar("B", bound=Any)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,12 @@ class HalfLoss:
     loss: Tensor  # scalar with gradient, divided by the global denominator
     sums: dict[str, Tensor]  # scalars to be added up over microbatches and ranks, `actions` among them
     gap: Tensor  # the largest |trainer's log-prob before any update − rollout's|
+
+
+class Gather(Protocol):
+    """Returns the value of every rank, in order of rank. Collective."""
+
+    def __call__(self, value: T, /) -> list[T]: ...
 
 
 class Half(Protocol[B]):
@@ -45,7 +52,7 @@ class Half(Protocol[B]):
         """Assemble the actions of some groups, without advantages yet."""
         ...
 
-    def arguments(self, part: B) -> tuple[Any, ...]:
+    def arguments(self, part: B) -> tuple[object, ...]:
         """Return its module's arguments for a microbatch."""
         ...
 
@@ -79,11 +86,11 @@ class Half(Protocol[B]):
         """Turn the sums of a step's updates into metrics for the log."""
         ...
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return all but weights and optimizer that the next step depends on, as JSON takes it."""
         ...
 
-    def restore(self, state: Mapping[str, Any]) -> None: ...
+    def restore(self, state: Mapping[str, object]) -> None: ...
 
 
 def train_on(batch: B, advantages: AdvantageOutput) -> B:

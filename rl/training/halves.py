@@ -13,8 +13,8 @@ from imagerl.rl.config.train import Recipe
 from imagerl.rl.data.seeding import derive_seed
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.training.flow_half import FlowHalf
-from imagerl.rl.training.half import Half
-from imagerl.rl.training.token_half import Gather, TokenHalf
+from imagerl.rl.training.half import Gather, Half
+from imagerl.rl.training.token_half import TokenHalf
 
 TOKENS, FLOW = "tokens", "flow"
 
@@ -28,7 +28,7 @@ class Halves(nn.Module):
         self.tokens = tokens
         self.flow = flow
 
-    def forward(self, tokens: Sequence[Any], flow: Sequence[Any]) -> tuple[Any, Any]:
+    def forward(self, tokens: Sequence[object], flow: Sequence[object]) -> tuple[object, object]:
         """Call each half with its own arguments."""
         return self.tokens(*tokens), self.flow(*flow)
 

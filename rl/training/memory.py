@@ -73,7 +73,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._count(result, new=True)
         return result
 
-    def _count(self, values: Any, new: bool) -> None:
+    def _count(self, values: object, new: bool) -> None:
         for value in tree_flatten(values)[0]:
             if not isinstance(value, Tensor):
                 continue
@@ -140,6 +140,10 @@ def _update_bytes(policy: Policy, recipe: Recipe, shape: StepShape) -> Bytes:
         for name, part in policy.parts().items():
             counts[f"frozen {name}"] = sum(p.numel() for p in part.parameters() if id(p) not in known)
             counts[f"trained {name}"] = sum(p.numel() for p in part.parameters() if id(p) in known)
+        used = set(map(id, module.parameters()))
+        counts["waiting"] = counts.get("reference", 0) + sum(
+            p.numel() for part in policy.parts().values() for p in part.parameters() if id(p) not in used
+        )
         counts["trained"] = sum(p.numel() for p in trained)
         counts["largest"] = max(p.numel() for p in trained)
         return counts | _update(policy, recipe, shape, module, trained)
@@ -183,7 +187,7 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _autocast(recipe: Recipe) -> AbstractContextManager[Any]:
+def _autocast(recipe: Recipe) -> AbstractContextManager[object]:
     return torch.autocast("cpu", torch.bfloat16, enabled=recipe.engine.precision == "bf16")
 
 

@@ -32,14 +32,19 @@ class Plan:
     parts: Mapping[str, float]  # there all the time, once the first step is done
     phases: Mapping[str, float]  # beside the parts; one after the other, so only the largest counts
     draws: bool = False  # for others: the GPU of a rollout actor
+    waiting: float = 0.0  # of the parts, in host memory while weights are updated
+
+    def memory_at(self, phase: str) -> float:
+        away = self.waiting if phase in (UPDATE, OPTIMIZER) else 0.0
+        return sum(self.parts.values()) - away + self.phases[phase]
 
     @property
     def busiest(self) -> str:
-        return max(self.phases, key=lambda name: self.phases[name])
+        return max(self.phases, key=self.memory_at)
 
     @property
     def peak(self) -> float:
-        return sum(self.parts.values()) + self.phases[self.busiest]
+        return self.memory_at(self.busiest)
 
     @property
     def title(self) -> str:
@@ -142,7 +147,8 @@ def make_plan(recipe: Recipe, gpus: int, shape: StepShape, cost: Bytes) -> Plan:
         UPDATE: activations + (held if shape.later else 0.0),
         OPTIMIZER: held + update,
     }
-    return Plan(gpus, {name: value for name, value in parts.items() if value}, phases)
+    waiting = cost["waiting"] * storage if recipe.engine.offload_frozen else 0.0
+    return Plan(gpus, {name: value for name, value in parts.items() if value}, phases, waiting=waiting)
 
 
 def drawing_phases(cost: Bytes, whole: float) -> dict[str, float]:
@@ -197,6 +203,8 @@ def lighter(recipe: Recipe, plan: Plan) -> dict[str, object] | None:
         return {"model.dtype": "bf16"}
     if plan.draws:
         return None
+    if plan.busiest in (UPDATE, OPTIMIZER) and not engine.offload_frozen:
+        return {"engine.offload_frozen": True}
     stage, flow = engine.zero_stage or 0, recipe.algorithm.flow
     averaged = recipe.optim.ema is not None or (flow is not None and flow.old_policy is not None)
     if plan.gpus > 1 and stage < (3 if flow is None else 2) and not averaged:
@@ -221,6 +229,8 @@ def table(plans: Sequence[Plan], gpu_memory: float | None) -> str:
     for name in plans[0].phases:  # of training, which has all
         marks = ["*" if plan.busiest == name else "" for plan in plans]
         add(f"  {name}", [plan.phases.get(name, 0.0) for plan in plans], marks)
+    if any(plan.waiting for plan in plans):
+        add("  of parts, in host memory in these two", [-plan.waiting for plan in plans])
     add("peak = parts + *", [plan.peak for plan in plans])
     if gpu_memory is not None:
         fits = ["fits" if plan.peak <= USABLE * gpu_memory * GIB else "too much" for plan in plans]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from imagerl.rl.rollout.scores import map_samples, merge_scores
+from imagerl.rl.training.half import Gather
 from imagerl.rl.types import Prompt, RewardScores, RolloutGroup
 
 Drawn = tuple[list[RolloutGroup], RewardScores]
@@ -19,7 +19,7 @@ def resample(
     others: Sequence[Prompt],
     rounds: int,
     draw: Callable[[Sequence[Prompt]], Drawn | None],
-    gather: Callable[[Any], list[Any]],
+    gather: Gather,
     rank: int,
 ) -> tuple[list[RolloutGroup], RewardScores, RewardScores]:
     """Draw `others`, in their order, in place of silent groups until none is left, `rounds` are over or the prompts

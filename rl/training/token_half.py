@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from imagerl.models.base import Policy
-from imagerl.rl.algorithms.advantages import AdvantageInputs, region_credit
+from imagerl.rl.algorithms.advantages import AdvantageInputs
+from imagerl.rl.algorithms.credit import region_credit
 from imagerl.rl.algorithms.kl import adapted_coef, kl_penalty
 from imagerl.rl.algorithms.loading import load_loss, loss_settings
 from imagerl.rl.algorithms.losses import (
@@ -26,7 +27,7 @@ from imagerl.rl.algorithms.losses import (
 from imagerl.rl.config.train import Recipe
 from imagerl.rl.rollout.engine import replayed, training_sampling
 from imagerl.rl.rollout.scores import average_decodes
-from imagerl.rl.training.half import HalfLoss, reward_inputs
+from imagerl.rl.training.half import Gather, HalfLoss, reward_inputs
 from imagerl.rl.training.step_metrics import (
     THOUGHT,
     Metrics,
@@ -47,8 +48,6 @@ from imagerl.rl.types import (
     TrainBatch,
     select,
 )
-
-Gather = Callable[[Any], list[Any]]
 
 
 class TokenHalf:
@@ -193,7 +192,7 @@ class TokenHalf:
             metrics["kl/coef"] = self.kl_coef
         return metrics
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return the adapted weight of the KL."""
         return {"kl_coef": self.kl_coef}
 

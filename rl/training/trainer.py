@@ -6,6 +6,7 @@ The trainer knows a `Policy` and a `RewardScorer` only by their Protocols, and t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,13 +22,14 @@ from imagerl.rl.config.train import Recipe
 from imagerl.rl.data.curriculum import CurriculumSampler
 from imagerl.rl.data.seeding import GroupedSampler, generator
 from imagerl.rl.engine.engine import OLD, Engine
+from imagerl.rl.engine.host_memory import HostMemory
 from imagerl.rl.rollout.engine import Rollout, Rollouts
 from imagerl.rl.rollout.picture_stats import group_stats, mean_of_groups
-from imagerl.rl.rollout.scores import average_decodes, component, merge_scores, scores_of_half, variance_split
+from imagerl.rl.rollout.scores import average_decodes, component, merge_scores, scores_of_half
 from imagerl.rl.training.half import Half, train_on
 from imagerl.rl.training.halves import FLOW, halves_in_training
 from imagerl.rl.training.resampling import Drawn, resample
-from imagerl.rl.training.reward_stats import mixing_metrics
+from imagerl.rl.training.reward_stats import mixing_metrics, variance_split
 from imagerl.rl.training.step_metrics import Metrics, PhaseTimer, refuse_failures, reward_metrics
 from imagerl.rl.types import Prompt, RewardScores, RolloutGroup
 
@@ -64,6 +66,7 @@ class Trainer:
             engine.keep_average(OLD, part=f"{FLOW}." if len(self.halves) > 1 else "")
         synchronise = torch.cuda.synchronize if engine.device.type == "cuda" else None
         self.timer = PhaseTimer(synchronise)
+        self.host_memory = HostMemory()
         self._asked: list[int] = []  # prompts of the present step, by index, in the order of their scores
 
     def step(self, step: int) -> Metrics:
@@ -91,7 +94,7 @@ class Trainer:
             scores = drawn = merge_scores(self._collect(rollout))
         drawn = merge_scores(self.engine.gather_objects(drawn))
         refuse_failures(drawn, self.recipe.rewards.max_failure_rate)
-        with self.timer("update"):
+        with self.timer("update"), self._only_what_trains():
             advantages = self._advantages(scores, batches, step)
             batches = [train_on(batch, output) for batch, output in zip(batches, advantages, strict=True)]
             batches = [half.select(batch) for half, batch in zip(self.halves, batches, strict=True)]
@@ -108,9 +111,9 @@ class Trainer:
 
     # ---- what outlives a step ------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return all but weights and optimizer that the next step depends on, as JSON takes it."""
-        state: dict[str, Any] = {"moving_means": self.moving_means}
+        state: dict[str, object] = {"moving_means": self.moving_means}
         if self._begun is not None:
             state["rollout"] = {"step": self._begun, "version": self.rollouts.published()[0]}
         if isinstance(self.sampler, CurriculumSampler):
@@ -213,6 +216,13 @@ class Trainer:
         self._asked += [group.prompt.index for group in rollout.groups]
         scores = self._collect(rollout)
         return (rollout.groups, merge_scores(scores)) if rollout.groups else None
+
+    def _only_what_trains(self) -> AbstractContextManager[None]:
+        """Leave the device to what trains, where the recipe asks for it."""
+        if not self.recipe.engine.offload_frozen:
+            return nullcontext()
+        frozen = (*self.policy.parts().values(), *self.policy.references())
+        return self.host_memory.holding(frozen, but=self.engine.unwrapped)
 
     def _assemble(self, groups: Sequence[RolloutGroup], step: int) -> Batches:
         return [half.assemble(groups, step) for half in self.halves]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from imagerl.rewards.colours import ColoursReward, estimate_background, score_colours
+from imagerl.rewards.colours import ColoursReward, estimate_background, nearness, score_colours
 from imagerl.rl.data.tiny import world as tiny_world
 from imagerl.rl.data.tiny.world import BACKGROUNDS, INKS, Scene
 from imagerl.rl.types import ImageRLError
@@ -69,3 +69,23 @@ def test_reward_and_its_parts() -> None:
     assert list(output.breakdown["background"]) == [1.0, 1.0, 0.0, None]
     with pytest.raises(ImageRLError, match="ink_rgb and background_rgb"):
         ColoursReward()(images=[image])
+
+
+def test_nearness_by_hand() -> None:
+    """Ink all of the way, half of it, at the ground; and a ground that is as far off as ink and ground are apart."""
+    white, red, pink = (255.0, 255.0, 255.0), (255.0, 0.0, 0.0), (255.0, 102.0, 102.0)
+
+    def card(ink: tuple[float, ...], ground: tuple[float, ...]) -> np.ndarray:
+        image = np.full((32, 64, 3), ground, dtype=np.uint8)
+        image[10:20, 20:40] = ink
+        return image
+
+    assert nearness(card(red, white), red, white) == 1.0
+    assert nearness(card((255.0, 127.5, 127.5), white), red, white) == pytest.approx(0.5, abs=0.004)
+    assert nearness(card(white, white), red, white) == nearness(card(white, red), red, white) == 0.0
+    assert nearness(card(red, pink), red, white) == pytest.approx(1 * (1 - 153 / 255))
+    picture = Image.fromarray(card((255.0, 200.0, 200.0), white))
+    columns = {"images": [picture, picture], "ink_rgb": [red, None], "background_rgb": [white, white]}
+    graded = ColoursReward(graded=True)(**columns)
+    assert graded.rewards == [pytest.approx(55 / 255), None] and graded.breakdown["ink"] == [0.0, None]
+    assert ColoursReward()(**columns).rewards == [0.0, None]

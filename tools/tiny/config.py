@@ -82,6 +82,12 @@ class DecoderStage(StageConfig):
         4864, ge=64, le=10_000_000, multiple_of=64, description="pictures whose hidden states are kept"
     )
     pictures_seed: Seed = Field(0, description="seed of these pictures")
+    fade: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the way to the ground that ink is taken: a decoder with a fault to mend",
+    )
     condition_dropout: float = Field(0.1, ge=0, lt=1, description="chance of the unconditional branch")
     place_weight: Coefficient = Field(0.3, description="weight of reading a token's place off its condition")
     code_weight: Coefficient = Field(1.0, description="weight of reading a token's code off its condition")

@@ -18,8 +18,8 @@ from imagerl.rl.algorithms.advantages import (
     advantages_of,
     group_advantages,
     moved_mean,
-    user_advantages,
 )
+from imagerl.rl.algorithms.loading import user_advantages
 from imagerl.rl.config.algorithm_table import ALGORITHMS, Baseline
 
 PARITY = Path(os.environ.get("IMAGERL_PARITY_DIR", Path(__file__).parents[2] / "data" / "parity"))

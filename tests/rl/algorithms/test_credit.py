@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from imagerl.rl.algorithms.advantages import AdvantageOutput, coverage, region_credit
+from imagerl.rl.algorithms.advantages import AdvantageOutput
+from imagerl.rl.algorithms.credit import coverage, region_credit
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 NONE = (np.nan,) * 5

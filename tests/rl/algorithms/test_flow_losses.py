@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 from imagerl.rl.algorithms.flow_kl import gaussian_kl, kl_as_flow_grpo
-from imagerl.rl.algorithms.flow_losses import FLOW_LOSSES, flow_dppo_loss, flow_grpo_loss, grpo_guard_loss
+from imagerl.rl.algorithms.flow_losses import (
+    FLOW_LOSSES,
+    FlowLossInputs,
+    flow_dppo_loss,
+    flow_grpo_loss,
+    grpo_guard_loss,
+)
 from imagerl.rl.algorithms.losses import loss_denominator
-from imagerl.rl.types import FlowLossInputs
 from tests.parity import algorithms
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from imagerl.rl.algorithms.flow_matching_losses import (
     MATCHING_LOSSES,
+    MatchingInputs,
     MatchingWeight,
     awm_loss,
     matching_logprobs,
@@ -15,7 +16,6 @@ from imagerl.rl.algorithms.flow_matching_losses import (
     old_policy_decay,
 )
 from imagerl.rl.algorithms.losses import loss_denominator
-from imagerl.rl.types import MatchingInputs
 from tests.parity import algorithms
 
 

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from imagerl.api.training import closing_line
 from imagerl.rl.evaluation.stats import Interval, compare
-from tests.command import imagerl
+from tests.command import exit_code, imagerl
 from tests.micro import micro_folder
 from tests.small_run import REWARD_FILE, write_recipe
 
@@ -233,6 +234,12 @@ def run_module(code: str, environment: dict[str, str] | None = None) -> subproce
         text=True,
         timeout=300,
     )
+
+
+def test_a_warning_is_one_line_without_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # and back again
+    assert exit_code(["--version"]) == 0
+    assert warnings.formatwarning("it has no effect", UserWarning, "x.py", 3) == "imagerl: it has no effect\n"
 
 
 def test_the_package_runs_as_a_module() -> None:

@@ -39,7 +39,7 @@ def test_both_models_are_compared_at_their_own() -> None:
     after = {1.0: _rows(*[1] * 10), 0.4: _rows(*[0] * 10)}
     best = compare_at_best(before, after)
     assert best is not None and best["chosen"] == {"before": (0.4, 0.4), "after": (1.0, 1.0)}
-    assert best["metrics"]["exact_match"]["difference"]["mean"] == pytest.approx(0.4)
-    line = told_at_best(before, after)
+    assert best["metrics"]["exact_match"]["difference"].mean == pytest.approx(0.4)
+    line = told_at_best(compare_at_best(before, after))
     assert line is not None and "(0.4 before, 1 after, chosen on the other prompts): 60.0 % → 100.0 %" in line
-    assert compare_at_best({1.0: _rows(1)}, {1.0: _rows(1)}) is None and told_at_best({}, {}) is None
+    assert compare_at_best({1.0: _rows(1)}, {1.0: _rows(1)}) is None and told_at_best(None) is None

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from imagerl.rl.engine.checkpoint import list_checkpoints
 from tests.command import call, logged_steps, measured
-from tests.ranks import Ranks
+from tests.ranks import ROOT, Ranks
 from tests.rl.run.helpers import arguments
 from tests.small_run import Command
 
@@ -131,3 +138,82 @@ def test_processes_share_one_pool_of_rewards_and_of_actors(
     assert_like(place / "shared", place / "unshared")
     assert not list(temporary.glob("imagerl-*"))
     shutil.rmtree(temporary)
+
+
+@contextmanager
+def cluster_of(home: Path, mode: str) -> Iterator[tuple[str, psutil.Process]]:
+    """A Ray as others start it, which asks for a token or for none: its address, and the process of its head."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={address[10:]}"]
+    options = [
+        "--num-cpus=3",
+        "--include-dashboard=false",
+        f"--temp-dir={home / mode}",
+        "--disable-usage-stats",
+    ]
+    settings = os.environ | {"HOME": str(home), "RAY_AUTH_MODE": mode}
+    begun = subprocess.Popen([*command, *options], env=settings, stdout=subprocess.PIPE, text=True)
+    assert begun.stdout is not None
+    try:
+        for line in begun.stdout:
+            if "--block" in line:  # said last
+                break
+        parts = psutil.Process(begun.pid).children(recursive=True)
+        (head,) = (part for part in parts if part.name() == "gcs_server")
+        yield address, head
+    finally:
+        for part in psutil.Process(begun.pid).children(recursive=True):
+            part.kill()
+        begun.kill()
+        begun.communicate()
+
+
+@pytest.mark.slow
+def test_a_head_that_dies_ends_the_run_in_a_line_and_another_takes_over(
+    place: Path, undisturbed: dict[str, Path]
+) -> None:
+    """On clusters of `ray start`: the first asks for a token, the other one for none."""
+    run, home = (
+        place / "headless",
+        Path(tempfile.mkdtemp(prefix="r")),
+    )  # short, for the names of Ray's sockets
+    reward = (
+        (place / "reward.py")
+        .read_text()
+        .replace("    return", "    __import__('time').sleep(0.5)\n    return")
+    )
+    (place / "later.py").write_text(reward)
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(64 * "a")
+    later = f"rewards.functions=[{{import_path: {place}/later.py:low_tokens}}]"
+    workers = "rewards.workers=1", "rollout.workers=1", later
+    given = [
+        sys.executable,
+        "-m",
+        "imagerl",
+        *arguments(place, "full", run.name, *workers, "checkpoint.every=0"),
+    ]
+
+    def begun(address: str, mode: str, *more: str) -> subprocess.Popen[str]:
+        settings = os.environ | {"HOME": str(home), "RAY_ADDRESS": address, "RAY_AUTH_MODE": mode}
+        return subprocess.Popen([*given, *more], cwd=ROOT, env=settings, stderr=subprocess.PIPE, text=True)
+
+    try:
+        with cluster_of(home, "token") as (address, head):
+            process = begun(address, "token")
+            while 2 not in logged_steps(run) and process.poll() is None:
+                time.sleep(0.01)
+            head.kill()
+            said = process.communicate(timeout=120)[1]
+        told = "".join(line for line in said.splitlines() if line.startswith("imagerl:"))
+        assert process.returncode == 1 and "Ray ended: its head at" in told and "--resume" in told, said
+        (*_, saved) = list_checkpoints(run / "checkpoints")
+        assert saved.name == f"step_{logged_steps(run)[-1]:06d}"  # nothing is lost
+        with cluster_of(home, "disabled") as (address, _):
+            process = begun(address, "disabled", "--resume")
+            said = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, said
+    finally:
+        shutil.rmtree(home)
+    assert_like(run, undisturbed["full"])

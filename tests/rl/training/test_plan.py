@@ -17,7 +17,7 @@ from imagerl.rl.config.train import PromptSetConfig, Recipe, load_recipe
 from imagerl.rl.data.prompt_sets import load_prompt_set
 from imagerl.rl.errors import ImageRLError
 from imagerl.rl.training.memory import StepShape
-from imagerl.rl.training.plan import GIB, make_plan, step_shape, table
+from imagerl.rl.training.plan import GIB, Plan, make_plan, step_shape, table
 from imagerl.rl.types import Canvas, Prompt
 from tests.command import exit_code
 from tests.micro import micro_folder
@@ -76,7 +76,7 @@ COST = {
     **{"frozen connector and decoder": 20.0, "frozen autoencoder": 10.0, "frozen image tokenizer": 5.0},
     **{"largest": 30.0, "gradients": 400.0, "drawing": 500.0, "scoring": 80.0},
     **{"sampler": 200.0, "laying_out": 210.0, "sampling": 60.0, "hidden": 7.0},
-    **{"update": 1000.0},
+    **{"update": 1000.0, "waiting": 135.0},
 }
 CANVAS = Canvas(8, (32, 64), (4, 2, 4))
 
@@ -137,6 +137,25 @@ def test_lora_and_bfloat16_storage() -> None:
     assert plan.parts["language model, trained"] == 24
     assert plan.parts["language model, frozen"] == 200
     assert plan.parts["autoencoder, frozen"] == 20 and plan.parts["optimizer state"] == 48
+
+
+def test_frozen_weights_wait_while_others_train() -> None:
+    """Away during the update, there while pictures are drawn: the busiest moment may become another."""
+
+    def planned(update: float, *more: str) -> Plan:
+        chosen = recipe(
+            "rollout.prompts_per_step=8", "engine.micro_batch_size=4", "engine.device=auto", *more
+        )
+        return make_plan(chosen, 1, step_shape(chosen, 1, 20, CANVAS), COST | {"update": update})
+
+    here = planned(1000.0)
+    away, large = (planned(update, "engine.offload_frozen=true") for update in (1000.0, 2000.0))
+    assert here.parts == away.parts and away.waiting == 135 * 4
+    assert here.busiest == "forward and backward" and here.peak - sum(here.parts.values()) == 1000
+    assert away.busiest == "drawing pictures" and away.peak - sum(away.parts.values()) == 707
+    assert large.busiest == "forward and backward" and large.peak - sum(large.parts.values()) == 2000 - 540
+    assert "in host memory in these two" in table([away], None)
+    assert "in host memory" not in table([here], None)
 
 
 def test_a_single_microbatch_has_no_gradients_yet() -> None:

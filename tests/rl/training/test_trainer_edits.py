@@ -13,7 +13,7 @@ from imagerl.models.blip3o_next.policy import ImagePolicy
 from imagerl.rl.data.seeding import GroupedSampler
 from imagerl.rl.data.tiny.edits import edit_set
 from imagerl.rl.data.tiny.world import prompt_set
-from imagerl.rl.rollout.engine import with_sources
+from imagerl.rl.evaluation.kept_pictures import with_sources
 from imagerl.rl.training.trainer import Trainer
 from imagerl.rl.types import Prompt, SamplingParams
 from tests.models.helpers import edit_policy, random_tokens
