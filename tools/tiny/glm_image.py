@@ -1,13 +1,14 @@
 """A small GLM-Image for pictures of numbers: what `imagerl sft` leaves frozen is fitted here, which is the autoencoder
-and the codebook; the vision tower and the text encoder stay at random, and so do the two halves that learn.
+and the codes; the vision tower and the text encoder stay at random, and so do the two halves that learn.
 
-The codebook is the centres of clusters (k-means) of what the random vision tower says of patches."""
+A picture of 64x32 is two tokens behind a preview of 11 by 22, and each code stands for a colour."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,18 @@ from torch.nn import functional as F
 
 from imagerl.models.glm_image.loading import SAMPLING, load_policy, quiet
 from imagerl.models.glm_image.policy import GlmImagePolicy
+from imagerl.models.glm_image.sizes import Size
 from imagerl.rl.data.seeding import derive_seed, generator
 from imagerl.rl.data.tiny.world import HEIGHT, WIDTH
 from imagerl.rl.files.writing import atomic_folder
 from tools.tiny.config import StageConfig
+from tools.tiny.model import byte_pairs
 from tools.tiny.number_world import scenes, write_world
 from tools.tiny.samples import pictures
 from tools.tiny.stages import LogFn, fit, reconstruction_loss, show
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 START, END, GRID_BEGIN, GRID_END = "<image_begin>", "<image_end>", "<sop>", "<eop>"
 CHAT = (
@@ -100,19 +106,14 @@ SIZES: dict[str, Any] = {
 PIXELS = StageConfig(steps=600, batch_size=16, lr=3e-3, warmup_steps=20, bf16=False)
 
 
-def text_tokenizer(codes: int) -> Any:
-    """Make a tokenizer of bytes: image codes first, then the image's begin and end, padding, text and the rest."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def text_tokenizer(codes: int, corpus: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train a text tokenizer of bytes and 64 pairs of them. Image codes come first, then the image's begin and end."""
     from transformers import PreTrainedTokenizerFast
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = [f"<code_{code}>" for code in range(codes)] + [START, END, "<unused>", *letters]
+    names = [*(f"<code_{code}>" for code in range(codes)), START, END, "<unused>"]
     names += [GRID_BEGIN, GRID_END, "<image>", "<pad>"]
-    raw = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
+        tokenizer_object=byte_pairs(corpus, len(names) + 256 + 64, names),
         bos_token=START,
         eos_token=END,
         pad_token="<pad>",
@@ -125,8 +126,8 @@ def text_tokenizer(codes: int) -> Any:
     )
 
 
-def new_pipeline(sizes: dict[str, Any]) -> Any:
-    """Build the library's pipeline with weights from torch's global generator."""
+def new_pipeline(sizes: dict[str, Any], captions: Iterable[str] = ()) -> Any:
+    """Build the library's pipeline with weights from torch's global generator, its pairs of bytes those of captions."""
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
@@ -143,7 +144,7 @@ def new_pipeline(sizes: dict[str, Any]) -> Any:
     )
     from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 
-    codes, names = sizes["codes"], text_tokenizer(sizes["codes"])
+    codes, names = sizes["codes"], text_tokenizer(sizes["codes"], captions)
     ar = sizes["vision_language_encoder"]
     config = GlmImageConfig(
         text_config={
@@ -201,19 +202,29 @@ def fit_autoencoder(vae: Any, seen: Tensor, stage: StageConfig, log: LogFn) -> N
 
 @torch.no_grad()
 def fit_codes(policy: GlmImagePolicy, seen: Tensor) -> None:
-    """Make the codebook of what the vision tower says of pictures [N, 3, H, W]: of their own patches, and of half as
-    many of their previews."""
+    """Make codes that tell colours in pictures [N, 3, H, W], from the pictures' own patches and half as many of their
+    previews: what the random vision tower says of a patch is brought to the mean colour by least squares, and the
+    codebook is the centres of clusters (k-means) of that."""
     from scipy.cluster.vq import kmeans2
 
-    said: list[Tensor] = []
-    quantize = policy.model.model.vqmodel.quantize
-    hook = quantize.register_forward_pre_hook(lambda _, inputs: said.append(inputs[0].flatten(2)[0].T))
+    vq, size = policy.model.model.vqmodel, Size(*seen.shape[-2:])
+    told: list[Tensor] = []
+    hook = vq.quant_conv.register_forward_pre_hook(lambda _, inputs: told.append(inputs[0].flatten(2)[0].T))
     policy.tokens_of(seen)
     hook.remove()
-    previews, large = (torch.cat(part) for part in (said[: len(seen)], said[len(seen) :]))
+    previews, large = (torch.cat(part) for part in (told[: len(seen)], told[len(seen) :]))
+    seen_small, seen_large = (
+        F.adaptive_avg_pool2d(seen, grid).flatten(2).mT.flatten(0, 1) for grid in (size.preview, size.large)
+    )
     chosen = torch.randperm(len(previews))[: len(large) // 2]
-    points = F.normalize(torch.cat([previews[chosen], large]), dim=1)  # as they are looked up
-    codebook = quantize.embedding.weight
+    features, colours = torch.cat([previews[chosen], large]), torch.cat([seen_small[chosen], seen_large])
+    # With a 1 behind each colour: codes are looked up by direction, and pink and black have the same.
+    with_one = F.pad(colours, (0, 1), value=1)
+    mapping = torch.linalg.lstsq(F.pad(features, (0, 1), value=1), with_one).solution
+    for own, fitted in ((vq.quant_conv.weight[..., 0, 0], mapping[:-1].T), (vq.quant_conv.bias, mapping[-1])):
+        own.zero_()[: len(fitted)] = fitted
+    points = F.normalize(vq.quant_conv(features[..., None, None]).flatten(1))
+    codebook = vq.quantize.embedding.weight
     centres, _ = kmeans2(points.double().numpy(), len(codebook), minit="++", rng=0)
     codebook.copy_(torch.from_numpy(centres))
 
@@ -221,7 +232,7 @@ def fit_codes(policy: GlmImagePolicy, seen: Tensor) -> None:
 def run(out: Path, steps: int, count: int, seed: int) -> None:
     """Write a new folder with `model`, `train` and `heldout` pictures, and prompts of both splits."""
     torch.manual_seed(derive_seed(seed, "glm_image"))
-    pipe = new_pipeline(SIZES)
+    pipe = new_pipeline(SIZES, (scene.caption for scene in scenes("train", 500)))
     with atomic_folder(out) as folder:
         seen = pictures(scenes("train", count, seed), (WIDTH, HEIGHT))
         fit_autoencoder(pipe.vae, seen, PIXELS.model_copy(update={"steps": steps}), show)
