@@ -13,6 +13,9 @@ def no_traces_of_rewards() -> Iterator[None]:
     if (boundary := sys.modules.get("imagerl.rewards.boundary.guard")) is not None:
         boundary._theirs.clear()
         boundary._their_variables.clear()
+    # Variables that DeepSpeed leaves behind: the next test's command would say that it ignores them.
+    if (environment := sys.modules.get("imagerl.rl.files.environment")) is not None:
+        environment.leave_to_the_recipe()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
