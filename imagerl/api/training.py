@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,16 +24,23 @@ if TYPE_CHECKING:
     from imagerl.rl.rollout.engine import RolloutEngine
 
 
-def closing_line(comparison: Comparison) -> str:
-    """Tell what the run is judged by, before → after; see `rl.evaluation.stats.headline`."""
+def closing_line(comparison: Comparison, gold: Collection[str] = ()) -> str:
+    """Tell what the run is judged by, before → after: the `rl.evaluation.stats.headline` of what was rewarded, and that
+    of the `gold` metrics beside it where it is the better known one."""
     from imagerl.rl.evaluation.stats import HEADLINES, change, headline, number
 
-    metric = headline(comparison)
+    metric = headline([name for name in comparison if name not in gold] or comparison)
     if metric is None:
         return "held-out: no sample could be scored both before and after"
-    result, rate = comparison[metric], metric in HEADLINES
-    before, after = (number(result[when], rate) for when in ("before", "after"))
-    return f"held-out {metric.replace('_', ' ')}: {before} → {after} ({change(result['difference'], rate)})"
+
+    def told(name: str) -> str:
+        result, rate = comparison[name], name in HEADLINES
+        before, after = (number(result[when], rate) for when in ("before", "after"))
+        return f"{name.replace('_', ' ')}: {before} → {after} ({change(result['difference'], rate)})"
+
+    known = headline(comparison)
+    beside = f"; never rewarded, {told(known)}" if known in HEADLINES and metric not in HEADLINES else ""
+    return f"held-out {told(metric)}{beside}"
 
 
 def read_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet, PromptReader]:
@@ -79,6 +86,7 @@ def train(
     from imagerl.api.running import settings_kept
     from imagerl.api.runs import TrainingResult
     from imagerl.rl.config.train import Recipe
+    from imagerl.rl.run.report import gold_metrics
 
     sections = {} if rewards is None else {"rewards.functions": rewards}
     settings = load_recipe(recipe, overrides, **sections)
@@ -87,7 +95,8 @@ def train(
     with settings_kept():
         if isinstance(settings, Recipe):
             comparison = run_training(settings, resume, overwrite, command)
-            told = None if comparison is None else closing_line(comparison)
+            gold = gold_metrics(settings.model_dump(), settings.eval.suite, comparison or ())
+            told = None if comparison is None else closing_line(comparison, gold)
         else:
             from imagerl.api.fine_tuning import closing_line as closing_losses
             from imagerl.api.fine_tuning import run_sft

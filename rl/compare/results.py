@@ -150,7 +150,12 @@ def collect(folder: Path) -> Results:
                     runs.append(run)
     done = [run for run in runs if run.finished]
     metrics = _common_metrics(done)
-    results = Results(plan, runs, metrics, _gold(done, metrics))
+    gold = _gold(done, metrics)
+    first = headline(
+        [name for name in metrics if name not in gold] or metrics
+    )  # runs are judged by what was rewarded
+    results = Results(plan, runs, sorted(metrics, key=lambda name: name != first), gold)
+    metrics = results.metrics
     refuse_other_prompts(done)
     kinds: tuple[Kind, ...] = ("final", "mean")
     for metric in metrics:
@@ -270,15 +275,14 @@ def contrast(
 
 
 def _common_metrics(runs: Sequence[RunResult]) -> list[str]:
-    """List the metrics that every finished run has at every evaluation; the headline leads."""
+    """List the metrics that every finished run has at every evaluation."""
     if not runs:
         return []
-    names = [
+    return [
         name
         for name in runs[0].evaluations[0].values
         if all(name in evaluated.values for run in runs for evaluated in run.evaluations)
     ]
-    return sorted(names, key=lambda name: name != headline(names))
 
 
 def _gold(runs: Sequence[RunResult], metrics: Sequence[str]) -> list[str]:

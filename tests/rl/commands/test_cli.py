@@ -347,6 +347,11 @@ def test_closing_line() -> None:
         "held-out success: 50.0 % → 75.0 %"
     )
     assert "no sample" in closing_line({})
+    beside = closing_line({"total": entry, "colours": entry, "exact_match": entry}, gold=["exact_match"])
+    assert beside.startswith("held-out total: 0.500 → 0.750 (+0.250,")
+    assert "; never rewarded, exact match: 50.0 % → 75.0 % (" in beside
+    unknown = closing_line({"total": entry, "exact_match": entry, "colours": entry}, gold=["colours"])
+    assert unknown.startswith("held-out exact match: 50.0 %") and "rewarded" not in unknown
     flips = [[{"index": i, "exact_match": float(i < hits)} for i in range(8)] for hits in (2, 5)]
     assert closing_line(compare(*flips)) == (
         "held-out exact match: 25.0 % → 62.5 % (+37.5 points, too few to tell, n=8: no difference shown)"
