@@ -68,7 +68,7 @@ def written_by_the_library(pipe: Any) -> tuple[Tensor, Tensor]:
 def test_edits_are_the_librarys_from_words_to_pixels(policy: GlmImagePolicy, rows: Rows, pipe: Any) -> None:
     canvas = policy.prompts.canvas(EDITS[0])
     assert canvas.tokens == 2  # a row for each 32 pixels, and no preview
-    trajectory = policy.sample_tokens(rows, torch.rand(len(EDITS), canvas.tokens), GREEDY)
+    trajectory = policy.sample_tokens(rows, torch.full((len(EDITS), canvas.tokens), 0.5), GREEDY)
     written, shown = written_by_the_library(pipe)
     assert torch.equal(trajectory.tokens, written)
     condition = policy.decoder.flow_condition(rows, trajectory)
@@ -101,7 +101,7 @@ def test_the_picture_decides_tokens_and_pixels(policy: GlmImagePolicy, rows: Row
     other = policy.encode([Prompt(0, PROMPTS[0], {**EDITS[0].columns, "reference": SOURCES[1]})])
     assert not torch.equal(other["source_prior"][0], rows["source_prior"][0])
     mixed = {name: row[:1] for name, row in rows.items()} | {"source": other["source"]}
-    trajectory = policy.sample_tokens(mixed, torch.rand(1, 2), GREEDY)
+    trajectory = policy.sample_tokens(mixed, torch.full((1, 2), 0.5), GREEDY)
     noise = torch.zeros(1, *policy.prompts.canvas(EDITS[0]).noise)
     own, changed = (
         policy.decode({**mixed, "source": source}, trajectory, noise, GREEDY)

@@ -170,13 +170,14 @@ class ActorOf:
 def worker_of(monkeypatch: pytest.MonkeyPatch, max_restarts: int, *outcomes: object) -> RewardThread:
     """A worker whose actors, each new one too, answer with the next outcome."""
 
-    def get(answer: object, timeout: float) -> object:
+    def get(answer: object) -> object:
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     actor = ActorOf(*outcomes)
     monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "wait", lambda answers, **_: (answers, []))
     monkeypatch.setattr(ray, "kill", lambda actor: None)
     return RewardThread(queue.SimpleQueue(), lambda: actor, {0: "a", 1: "b"}, 4.0, max_restarts)
 

@@ -71,8 +71,8 @@ def test_only_the_first_process_hashes_and_parts_can_be_read(
 ) -> None:
     folder = checkpoint.save_checkpoint(tmp_path, 3, snapshot(3).tensors, {})
     hashed: list[str] = []
-    sha256 = checkpoint._sha256
-    monkeypatch.setattr(checkpoint, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
+    sha256 = checkpoint.sha256_of
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda path: hashed.append(path.name) or sha256(path))
     assert load_checkpoint(folder, verify=False).tensors.keys() == {"model", "optimizer"}
     assert not hashed
     assert load_checkpoint(folder, groups=("model",)).tensors.keys() == {"model"}
