@@ -44,8 +44,9 @@ def kept_states(policy: Any, stage: DecoderStage) -> KeptStates:
         tokens = policy.image_tokenizer.encode(wanted)
         prompts = policy.encode_prompts([scene.caption for scene in batch])
         hidden = policy.trainable.hidden_states(*prompts, tokens)
-        ground = wanted[:, :, :1, :1]  # letters keep off the corner
-        parts.append(KeptStates(hidden, policy.decoder.encode(ground.lerp(wanted, 1 - stage.fade)), tokens))
+        if stage.fade:
+            wanted = wanted[:, :, :1, :1].lerp(wanted, 1 - stage.fade)  # letters keep off the corner
+        parts.append(KeptStates(hidden, policy.decoder.encode(wanted), tokens))
     return join(parts)
 
 
