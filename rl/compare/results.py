@@ -151,11 +151,10 @@ def collect(folder: Path) -> Results:
     done = [run for run in runs if run.finished]
     metrics = _common_metrics(done)
     gold = _gold(done, metrics)
-    first = headline(
-        [name for name in metrics if name not in gold] or metrics
-    )  # runs are judged by what was rewarded
-    results = Results(plan, runs, sorted(metrics, key=lambda name: name != first), gold)
-    metrics = results.metrics
+    # Runs are judged by what was rewarded.
+    first = headline([name for name in metrics if name not in gold] or metrics)
+    metrics.sort(key=lambda name: name != first)
+    results = Results(plan, runs, metrics, gold)
     refuse_other_prompts(done)
     kinds: tuple[Kind, ...] = ("final", "mean")
     for metric in metrics:

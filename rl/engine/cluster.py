@@ -22,10 +22,7 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
 CONNECT_S, JOIN_S = 5.0, 30.0  # to a cluster that is said to run: a port, and the whole of it
-LOOK_EVERY_S, TRIES = (
-    2.0,
-    3,
-)  # at a cluster that was joined, whose library ends us in a minute without its head
+LOOK_EVERY_S, TRIES = 2.0, 3  # at a cluster that was joined: without its head Ray ends us in a minute
 JOIN_OURS_S = 300.0  # to one that runs, on a machine that may be busy
 OBJECT_STORE_BYTES = 512 * 2**20  # of shared memory, for what is under way; Ray spills to disk beyond
 AUTH_MODE = "RAY_AUTH_MODE"  # Ray sets it where it starts a cluster, to which it then admits this user alone
